@@ -1,0 +1,75 @@
+"""The ``megatron-eso`` command: finds the file of a subcommand and prints user errors as messages.
+
+A subcommand's module is imported only when it is asked for, so ``plan`` or ``submit`` on a login node
+never import torch.
+"""
+
+import importlib
+import sys
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from megatron_eso.errors import UserError
+
+# command -> (module that defines `app` or `command`, one line for the overview)
+COMMANDS = {
+    "data": ("data", "Prepare, inspect and verify data sets."),
+    "train": ("train", "Train a model from a run configuration."),
+    "eval": ("evaluate", "Score held-out data: NELBO, likelihood bound, perplexity."),
+    "sample": ("sample", "Generate text from a checkpoint."),
+    "config": ("config", "Show a resolved configuration."),
+    "doctor": ("doctor", "What this machine can do and which backends would be chosen."),
+}
+
+
+class LazyGroup(TyperGroup):
+    """A command group that imports a subcommand's module when it is named."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the command names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command, importing its module."""
+        if cmd_name not in COMMANDS:
+            return None
+        module_name, summary = COMMANDS[cmd_name]
+        module = importlib.import_module(f"megatron_eso.cli.{module_name}")
+        command = typer.main.get_command(module.app)
+        command.name, command.short_help = cmd_name, summary
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Print the overview from the table, without importing anything."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pretrain, evaluate and sample Eso-LM language models on Megatron-Core.",
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Hold the options shared by all commands (none so far)."""
+
+
+def main() -> None:
+    """Run the command line; a :class:`UserError` becomes a message and its exit code."""
+    try:
+        app(prog_name="megatron-eso")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

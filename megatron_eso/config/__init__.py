@@ -1,0 +1,17 @@
+"""The configuration of a run: schema, loading, rules across sections, derived numbers."""
+
+from megatron_eso.config.check import check, violations
+from megatron_eso.config.derive import Derived, derive
+from megatron_eso.config.load import load_config, save_config, to_yaml
+from megatron_eso.config.schema import RunConfig
+
+__all__ = [
+    "Derived",
+    "RunConfig",
+    "check",
+    "derive",
+    "load_config",
+    "save_config",
+    "to_yaml",
+    "violations",
+]

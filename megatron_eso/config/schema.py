@@ -1,0 +1,312 @@
+"""Every setting of a run: its type, its default, and under it what it means and in which unit.
+
+These dataclasses are OmegaConf structured configurations: frozen, and closed (an unknown key is an
+error). A *row* is one sequence of ``train.sequence_length`` tokens; a *stack row* is a row as it runs
+through the transformer, where a sequential row of the Eso-LM objective counts twice (its true tokens
+and its mask copies). ``docs/config.md`` is generated from the strings below each field.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the transformer."""
+
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    num_layers: int = 4
+    """Number of transformer layers over all pipeline stages."""
+    num_heads: int = 4
+    """Number of query heads of a layer."""
+    num_kv_heads: int | None = None
+    """Number of key/value heads (grouped-query attention); null: as many as query heads."""
+    head_size: int | None = None
+    """Width of one head; null: hidden_size / num_heads, which must divide exactly."""
+    ffn_size: int | None = None
+    """Inner width of the MLP; null: 8/3 hidden_size rounded up to a multiple of 64 for swiglu (so that
+    three matrices cost what two of 4 x do), 4 hidden_size for gelu."""
+    vocab_size: int = 8192
+    """Number of token ids including the mask token, whose id is vocab_size - 1. Must equal the
+    vocabulary of the data set's manifest."""
+    vocab_padding_multiple: int = 128
+    """The embedding and the head are padded to a multiple of this; padded ids get no probability.
+    It does not depend on the layout, so checkpoints fit any."""
+    max_length: int = 1024
+    """Longest row the rotary table covers, in tokens."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Normalisation before attention, before the MLP and before the head."""
+    norm_eps: float = 1e-5
+    """Added to the variance inside the normalisation."""
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    """MLP: gated SiLU (Llama) or GELU in its tanh form (the official Eso-LM code)."""
+    attention_bias: bool = False
+    """Biases in the query/key/value and output projections of attention."""
+    mlp_bias: bool = False
+    """Biases in both MLP matrices."""
+    head_bias: bool = False
+    """A bias per vocabulary entry in the output head."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head before the rotary rotation (Qwen3)."""
+    rotary_base: float = 10000.0
+    """Base of the rotary position frequencies."""
+    tie_embeddings: bool = False
+    """Use the embedding matrix as the output head."""
+    dropout: float = 0.0
+    """Dropout probability on the residual branches."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections of attention and MLP get
+    init_std / sqrt(2 num_layers)."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is predicted from what."""
+
+    name: Literal["eso", "ar", "mdlm", "bd3lm"] = "eso"
+    """eso: Eso-LM; ar: left to right; mdlm: bidirectional masked diffusion; bd3lm: block diffusion."""
+    alpha_0: float = 1.0
+    """Eso-LM: expected share of tokens made by diffusion, in [0, 1]. 1 is pure masked diffusion,
+    0 pure left to right."""
+    diffusion_fraction: float | None = None
+    """Eso-LM: share of rows that take the diffusion pass (kappa); null: 0.5 for 0 < alpha_0 < 1, 1 for
+    alpha_0 = 1, 0 for alpha_0 = 0. At or below 0.25 training diverged in the paper."""
+    loss_weight: Literal["elbo", "constant"] = "elbo"
+    """Weight of the diffusion loss: alpha_0 / (1 - alpha_t), a bound on the likelihood, or 1 (lower
+    variance; only for alpha_0 = 1 and the mdlm objective). Evaluation always uses the bound."""
+    noise_eps: float = 1e-3
+    """Training times run over [noise_eps, 1] and alpha_t = alpha_0 (1 - (1 - noise_eps) t), as in the
+    official code. Evaluation has its own (eval.noise_eps)."""
+    block_size: int = 16
+    """bd3lm: tokens per block, which must divide train.sequence_length."""
+    leading_mask: bool = True
+    """ar: feed a mask token first, so that all tokens of the row are predicted, as the other
+    objectives do; false: the first token is given and the row's last target is the next row's first
+    token."""
+
+
+@dataclass(frozen=True)
+class DataSourceConfig:
+    """One data set of a mixture."""
+
+    path: str = ""
+    """Folder or object-store address of one split written by ``megatron-eso data prepare``."""
+    weight: float = 1.0
+    """Share of the mixture, relative to the other sources' weights."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from and in which order."""
+
+    sources: list[DataSourceConfig] = field(default_factory=list)
+    """Training data; several sources are mixed by weight."""
+    validation: dict[str, str] = field(default_factory=dict)
+    """Held-out data sets: name -> folder or address."""
+    cache_dir: str | None = None
+    """Local folder for shards of remote data sets; null: a folder under the system's cache folder."""
+    cache_limit_gib: float | None = None
+    """Bound on that folder, in GiB; null: none. Shards behind the current place are dropped first."""
+    shuffle: bool = True
+    """Permute the samples of every epoch; false: the order in which they were written."""
+    shuffle_block_size: int = 262144
+    """Samples of neighbouring shards that are shuffled together."""
+    shuffle_canonical_nodes: int = 1
+    """Number of independent shard sequences the epoch's order is cut into; fixed for a run, whatever
+    the number of nodes it runs on."""
+    prefetch_shards: int = 2
+    """Shards fetched ahead of the current place."""
+    num_workers: int = 1
+    """Reader threads ahead of the training loop; 0: read in the loop."""
+    verify_hashes: bool = True
+    """Check each shard's size and hash when a process first opens it."""
+    retries: int = 5
+    """Attempts for one remote shard before the run stops with an error that names it."""
+    timeout_seconds: float = 60.0
+    """Limit for one attempt to fetch a shard, in seconds."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and batch of the run."""
+
+    sequence_length: int = 512
+    """Tokens of a row; the data set's manifest must have the same."""
+    steps: int | None = None
+    """Optimizer steps; null: from train.tokens."""
+    tokens: int | None = None
+    """Token budget of the run, in data tokens; null: from train.steps. It must be a whole number of
+    global batches."""
+    global_batch_rows: int = 32
+    """Rows of one optimizer step over all ranks."""
+    micro_batch_rows: int = 4
+    """Stack rows that run through the model at once on one rank."""
+    seed: int = 1
+    """Seed of weights, data order, times, masks and orders. Everything random is a function of
+    (seed, step, row); no generator state is saved."""
+    log_every_steps: int = 10
+    """Steps between progress lines; TensorBoard gets every step that is logged."""
+    eval_every_steps: int | None = None
+    """Steps between evaluations; null: only at the end."""
+    save_every_steps: int | None = None
+    """Steps between checkpoints; null: only at the end and on a signal."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its learning rate and its guards."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the end of a decay."""
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    """After the warm-up: constant; cosine decay to the end; warm-up-stable-decay (constant, then linear
+    over the last decay_steps)."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    decay_steps: int | None = None
+    """Length of the decay: cosine, null: from the warm-up to the end; wsd, null: a tenth of the steps."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and embeddings; norms and biases get none."""
+    clip_grad_norm: float = 1.0
+    """Bound on the global gradient norm; 0: none."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of the weights used for evaluation and sampling, with warm-up
+    min(ema_decay, (1 + step) / (10 + step)); 0: no average."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are spread over ranks."""
+
+    tensor: int = 1
+    """Ranks that share every layer's matrices (tensor parallelism)."""
+    pipeline: int = 1
+    """Ranks that hold consecutive layers (pipeline parallelism)."""
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline rank; more than 1 is the interleaved schedule."""
+    context: int = 1
+    """Ranks that share every row's tokens (context parallelism); needs Transformer Engine."""
+    sequence: bool = True
+    """Split activations between tensor ranks along the row where matrices are not split (sequence
+    parallelism); without effect at tensor = 1."""
+    recompute: Literal["none", "attention", "full"] = "none"
+    """Activations computed again in the backward pass instead of kept: none, those of the attention
+    kernel, or whole layers."""
+    overlap: bool = True
+    """Overlap gradient reduction and parameter gathering with computation (CUDA only)."""
+    local_ranks: int = 1
+    """Ranks that ``megatron-eso train`` starts on this machine when no launcher (torchrun, Slurm) did."""
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Number formats and kernels."""
+
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Format of weights and activations; auto: bf16 on a GPU, on a CPU the faster one by a matmul
+    measured at start. Master weights, gradients, moments and losses are fp32 always."""
+    backend: Literal["auto", "te", "torch"] = "auto"
+    """Layers of Transformer Engine or of plain Megatron-Core; auto: Transformer Engine where it works."""
+    fp8: Literal["off", "delayed", "tensorwise"] = "off"
+    """FP8 recipe of the linear layers (Transformer Engine on Hopper or newer)."""
+    fp8_attention: bool = False
+    """FP8 attention for diffusion and true-token rows (Transformer Engine, head size 128)."""
+    attention: Literal["auto", "split", "dense", "flex"] = "auto"
+    """Attention kernel: split (fused causal call and analytic self term), dense (mask, the oracle),
+    flex (FlexAttention, CUDA); auto: split."""
+    deterministic: bool = False
+    """Refuse kernels whose result depends on timing (CUDA)."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of a run, where."""
+
+    keep_last: int = 2
+    """Newest checkpoints to keep; older ones are removed once a newer one is complete."""
+    keep_every_steps: int | None = None
+    """Checkpoints at multiples of this many steps are kept for ever; null: none."""
+    asynchronous: bool = True
+    """Write while training goes on; the stall is reported for each save."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: continue from the newest valid checkpoint in the run folder; never: refuse a folder that
+    has one."""
+    verify_hashes: bool = True
+    """Compare the manifest's hashes before loading."""
+    init_from: str | None = None
+    """Checkpoint whose weights start the run (new optimizer, step 0); null: random weights."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation during and after training."""
+
+    num_rows: int = 64
+    """Held-out rows per validation set; fewer if the set has fewer."""
+    micro_batch_rows: int | None = None
+    """Stack rows at once; null: train.micro_batch_rows."""
+    likelihood_orders: int = 1
+    """Orders K of the likelihood bound - log mean_k p(x | order_k); 0: do not compute it."""
+    nelbo_repeats: int = 1
+    """Times, masks and orders drawn per row for the NELBO."""
+    noise_eps: float = 0.0
+    """Lower end of the evaluation times; 0 is unbiased."""
+    alpha_0: float | None = None
+    """alpha_0 of the evaluation; null: objective.alpha_0."""
+    use_ema: bool = True
+    """Evaluate and sample the averaged weights, if the run keeps them."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Text generated at the end of training."""
+
+    num_samples: int = 2
+    """Rows to generate; 0: none."""
+    alpha_0: float | None = None
+    """alpha_0 of the decoding plan; null: objective.alpha_0."""
+    num_steps: int | None = None
+    """Diffusion steps T of the plan; null: as many as tokens."""
+    temperature: float = 1.0
+    """Divides the logits; 0: the most likely token."""
+    top_p: float = 0.9
+    """Nucleus: the smallest set of tokens with this probability; 1: all."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run: everything that ``megatron-eso train`` needs to know."""
+
+    name: str = "run"
+    """Name of the run."""
+    folder: str = "runs/${name}"
+    """Folder that receives the resolved configuration, log, TensorBoard files and checkpoints."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the transformer."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What is predicted from what."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where tokens come from."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length and batch."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and learning rate."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout over ranks."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Number formats and kernels."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is kept."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """Sampling at the end."""
