@@ -1,0 +1,251 @@
+"""Rules between settings. Every violation is reported at once, with the numbers and what to change.
+
+A rule is a generator of messages; :func:`violations` runs them all. Rules that need the number of
+ranks are left out when it is not known yet.
+"""
+
+from collections.abc import Iterator
+
+from megatron_eso.config import derive
+from megatron_eso.config.schema import RunConfig
+from megatron_eso.errors import ConfigError
+
+
+def check(config: RunConfig, world_size: int | None = None) -> None:
+    """Raise a :class:`ConfigError` that lists every violation; return nothing if there is none."""
+    found = violations(config, world_size)
+    if found:
+        raise ConfigError(
+            f"{len(found)} setting(s) do not fit:\n" + "\n".join(f"  - {line}" for line in found)
+        )
+
+
+def violations(config: RunConfig, world_size: int | None = None) -> list[str]:
+    """Return one message per broken rule."""
+    rules = (_model, _objective, _length, _layout, _optimizer, _precision, _evaluation, _baselines)
+    found = [message for rule in rules for message in rule(config)]
+    if world_size is not None:
+        found += _world(config, world_size)
+    return found
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    for name in ("hidden_size", "num_layers", "num_heads", "vocab_size", "max_length"):
+        if getattr(model, name) < 1:
+            yield f"model.{name}={getattr(model, name)} must be at least 1"
+            return
+    if model.head_size is None and model.hidden_size % model.num_heads:
+        yield (
+            f"model.hidden_size={model.hidden_size} is not divisible by model.num_heads="
+            f"{model.num_heads}; change one of them or set model.head_size"
+        )
+    if derive.head_size(model) % 2:
+        yield (
+            f"the head size {derive.head_size(model)} is odd; rotary positions need an even one "
+            "(model.head_size or model.num_heads)"
+        )
+    kv_heads = derive.num_kv_heads(model)
+    if kv_heads < 1 or model.num_heads % kv_heads:
+        yield f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={kv_heads}"
+    if model.vocab_size < 3:
+        yield f"model.vocab_size={model.vocab_size} must hold two tokens and the mask token"
+    if not 0 <= model.dropout < 1:
+        yield f"model.dropout={model.dropout} must be in [0, 1)"
+    if model.head_bias and model.tie_embeddings:
+        yield "model.head_bias and model.tie_embeddings exclude each other"
+
+
+def _objective(config: RunConfig) -> Iterator[str]:
+    objective = config.objective
+    if not 0 <= objective.alpha_0 <= 1:
+        yield f"objective.alpha_0={objective.alpha_0} must be in [0, 1]"
+        return
+    if not 0 <= objective.noise_eps < 1:
+        yield f"objective.noise_eps={objective.noise_eps} must be in [0, 1)"
+    if objective.name == "eso":
+        yield from _eso(config)
+
+
+def _eso(config: RunConfig) -> Iterator[str]:
+    objective, rows = config.objective, config.train.global_batch_rows
+    fraction = derive.diffusion_fraction(objective)
+    if objective.loss_weight == "constant" and objective.alpha_0 < 1:
+        yield (
+            f"objective.loss_weight=constant with objective.alpha_0={objective.alpha_0} would break the "
+            "balance of the two losses; use loss_weight=elbo or alpha_0=1"
+        )
+    if objective.alpha_0 in (0.0, 1.0) and fraction != objective.alpha_0:
+        yield (
+            f"objective.diffusion_fraction={fraction} with objective.alpha_0={objective.alpha_0}: "
+            f"at this end every row takes one pass, so it must be {objective.alpha_0:g} (or null)"
+        )
+    elif not 0 <= fraction <= 1 or (0 < objective.alpha_0 < 1 and fraction in (0.0, 1.0)):
+        yield f"objective.diffusion_fraction={fraction} must be strictly between 0 and 1"
+    exact = rows * fraction
+    if abs(exact - round(exact)) > 1e-9:
+        yield (
+            f"objective.diffusion_fraction={fraction} splits train.global_batch_rows={rows} at "
+            f"{exact:g} rows; choose numbers that give a whole row count"
+        )
+    elif 0 < fraction < 1 and round(exact) % 2:
+        yield (
+            f"{round(exact)} diffusion rows in a global batch of {rows}: must be even, because a slot "
+            "holds two diffusion rows or one sequential row with its mask copies "
+            "(train.global_batch_rows)"
+        )
+    if fraction < 1 and config.train.micro_batch_rows % 2:
+        yield (
+            f"train.micro_batch_rows={config.train.micro_batch_rows} must be even: a sequential row "
+            "runs as two stack rows in one micro-batch"
+        )
+
+
+def _length(config: RunConfig) -> Iterator[str]:
+    train, model = config.train, config.model
+    for name in ("sequence_length", "global_batch_rows", "micro_batch_rows", "log_every_steps"):
+        if getattr(train, name) < 1:
+            yield f"train.{name}={getattr(train, name)} must be at least 1"
+            return
+    if train.sequence_length > model.max_length:
+        yield (
+            f"train.sequence_length={train.sequence_length} is longer than the rotary table "
+            f"(model.max_length={model.max_length}); raise model.max_length"
+        )
+    if (train.steps is None) == (train.tokens is None):
+        yield f"set exactly one of train.steps={train.steps} and train.tokens={train.tokens}"
+    batch_tokens = train.global_batch_rows * train.sequence_length
+    if train.steps is None and train.tokens is not None and train.tokens % batch_tokens:
+        near = train.tokens // batch_tokens * batch_tokens
+        yield (
+            f"train.tokens={train.tokens} is not a multiple of one global batch ({batch_tokens} tokens); "
+            f"the nearest below is {near}"
+        )
+    if derive.total_steps(config) < 1:
+        yield "the run has no step; set train.steps or train.tokens"
+
+
+def _layout(config: RunConfig) -> Iterator[str]:
+    model, parallel, train = config.model, config.parallel, config.train
+    for name in ("tensor", "pipeline", "virtual_pipeline", "context", "local_ranks"):
+        if getattr(parallel, name) < 1:
+            yield f"parallel.{name}={getattr(parallel, name)} must be at least 1"
+            return
+    divisions = {
+        "model.num_heads": model.num_heads,
+        "model.num_kv_heads": derive.num_kv_heads(model),
+        "the MLP width (model.ffn_size)": derive.ffn_size(model),
+        "the padded vocabulary (model.vocab_padding_multiple)": derive.padded_vocab_size(model),
+    }
+    for what, number in divisions.items():
+        if number % parallel.tensor:
+            yield f"{what} = {number} is not divisible by parallel.tensor={parallel.tensor}"
+    if parallel.sequence and train.sequence_length % parallel.tensor:
+        yield (
+            f"train.sequence_length={train.sequence_length} is not divisible by parallel.tensor="
+            f"{parallel.tensor}; set parallel.sequence=false or change the length"
+        )
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    if model.num_layers % chunks:
+        yield (
+            f"model.num_layers={model.num_layers} is not divisible by pipeline x virtual_pipeline = "
+            f"{parallel.pipeline} x {parallel.virtual_pipeline}"
+        )
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        yield "parallel.virtual_pipeline > 1 needs parallel.pipeline > 1"
+    if parallel.context > 1:
+        yield (
+            f"parallel.context={parallel.context}: context parallelism is not supported yet; "
+            "use parallel.tensor with parallel.sequence for long rows"
+        )
+
+
+def _world(config: RunConfig, world_size: int) -> Iterator[str]:
+    parallel, train = config.parallel, config.train
+    replica = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % replica:
+        yield (
+            f"{world_size} rank(s) cannot hold copies of the model on tensor x pipeline x context = "
+            f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} = {replica} ranks; start a "
+            "multiple of that (--ranks, parallel.local_ranks, nodes) or change the layout"
+        )
+        return
+    numbers = derive.derive(config, world_size)
+    per_round = train.micro_batch_rows * numbers.data_parallel
+    if numbers.num_stack_rows % per_round:
+        yield (
+            f"{numbers.num_stack_rows} stack rows (train.global_batch_rows={train.global_batch_rows}, "
+            f"objective {config.objective.name}) do not divide into micro-batches of "
+            f"train.micro_batch_rows={train.micro_batch_rows} on {numbers.data_parallel} data-parallel "
+            f"rank(s): must be a multiple of {per_round}"
+        )
+    elif parallel.virtual_pipeline > 1 and numbers.num_micro_batches % parallel.pipeline:
+        yield (
+            f"{numbers.num_micro_batches} micro-batches are not a multiple of parallel.pipeline="
+            f"{parallel.pipeline}, which the interleaved schedule needs; change "
+            "train.micro_batch_rows or train.global_batch_rows"
+        )
+
+
+def _optimizer(config: RunConfig) -> Iterator[str]:
+    optimizer = config.optimizer
+    if optimizer.learning_rate <= 0:
+        yield f"optimizer.learning_rate={optimizer.learning_rate} must be positive"
+    if not 0 <= optimizer.min_learning_rate <= optimizer.learning_rate:
+        yield (
+            f"optimizer.min_learning_rate={optimizer.min_learning_rate} must be between 0 and "
+            f"optimizer.learning_rate={optimizer.learning_rate}"
+        )
+    for name in ("beta1", "beta2", "ema_decay"):
+        if not 0 <= getattr(optimizer, name) < 1:
+            yield f"optimizer.{name}={getattr(optimizer, name)} must be in [0, 1)"
+    steps = derive.total_steps(config)
+    if optimizer.warmup_steps + (optimizer.decay_steps or 0) > steps > 0:
+        yield (
+            f"optimizer.warmup_steps={optimizer.warmup_steps} and optimizer.decay_steps="
+            f"{optimizer.decay_steps} are more than the run's {steps} steps"
+        )
+
+
+def _precision(config: RunConfig) -> Iterator[str]:
+    precision = config.precision
+    if precision.fp8_attention and derive.head_size(config.model) != 128:
+        yield (
+            f"precision.fp8_attention needs a head size of exactly 128, not "
+            f"{derive.head_size(config.model)} (model.head_size)"
+        )
+    if (precision.fp8 != "off" or precision.fp8_attention) and precision.backend == "torch":
+        yield "precision.fp8 needs Transformer Engine: set precision.backend=te"
+    if precision.fp8 != "off" and precision.dtype == "fp32":
+        yield "precision.fp8 needs precision.dtype=bf16"
+
+
+def _evaluation(config: RunConfig) -> Iterator[str]:
+    for name in ("num_rows", "nelbo_repeats"):
+        if getattr(config.eval, name) < 1:
+            yield f"eval.{name}={getattr(config.eval, name)} must be at least 1"
+    if config.eval.likelihood_orders < 0:
+        yield f"eval.likelihood_orders={config.eval.likelihood_orders} must be at least 0"
+    if not 0 <= config.eval.noise_eps < 1:
+        yield f"eval.noise_eps={config.eval.noise_eps} must be in [0, 1)"
+    for section in ("eval", "sample"):
+        alpha_0 = getattr(config, section).alpha_0
+        if alpha_0 is not None and not 0 <= alpha_0 <= 1:
+            yield f"{section}.alpha_0={alpha_0} must be in [0, 1]"
+    if not 0 < config.sample.top_p <= 1:
+        yield f"sample.top_p={config.sample.top_p} must be in (0, 1]"
+    if config.sample.temperature < 0:
+        yield f"sample.temperature={config.sample.temperature} must not be negative"
+
+
+def _baselines(config: RunConfig) -> Iterator[str]:
+    objective, train = config.objective, config.train
+    if objective.name != "bd3lm":
+        return
+    if train.sequence_length % objective.block_size:
+        yield (
+            f"objective.block_size={objective.block_size} does not divide train.sequence_length="
+            f"{train.sequence_length}"
+        )
+    if train.micro_batch_rows % 2:
+        yield "train.micro_batch_rows must be even for bd3lm: a row runs as two stack rows"

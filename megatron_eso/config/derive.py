@@ -1,0 +1,129 @@
+"""Numbers that follow from the configuration, each with the rule that gave it.
+
+Nothing here changes the configuration; the trainer prints ``derive(...).lines()`` at start.
+A *slot* is two stack rows: two diffusion rows, or one sequential row with its mask copies.
+"""
+
+import math
+from dataclasses import dataclass
+
+from megatron_eso.config.schema import ModelConfig, ObjectiveConfig, RunConfig
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Derived settings of a run on ``world_size`` ranks."""
+
+    head_size: int
+    num_kv_heads: int
+    ffn_size: int
+    padded_vocab_size: int
+    diffusion_fraction: float
+    data_parallel: int
+    num_diffusion_rows: int
+    num_sequential_rows: int
+    num_stack_rows: int
+    num_micro_batches: int
+    total_steps: int
+    total_tokens: int
+    rules: dict[str, str]
+
+    def lines(self) -> list[str]:
+        """Return one line per derived setting: name, value, rule."""
+        return [f"{name} = {getattr(self, name)}  ({rule})" for name, rule in self.rules.items()]
+
+
+def derive(config: RunConfig, world_size: int) -> Derived:
+    """Return what follows from a configuration that :func:`check` accepts.
+
+    Args:
+        config: the run.
+        world_size: number of ranks.
+    """
+    model, train, parallel = config.model, config.train, config.parallel
+    num_ranks_of_one_replica = parallel.tensor * parallel.pipeline * parallel.context
+    data_parallel = world_size // num_ranks_of_one_replica
+    diffusion_rows = num_diffusion_rows(config)
+    sequential_rows = train.global_batch_rows - diffusion_rows
+    stack_rows = diffusion_rows + 2 * sequential_rows
+    if config.objective.name == "bd3lm":
+        diffusion_rows, sequential_rows = 0, train.global_batch_rows
+        stack_rows = 2 * train.global_batch_rows
+    steps = total_steps(config)
+    rules = {
+        "head_size": "model.head_size, or hidden_size / num_heads",
+        "num_kv_heads": "model.num_kv_heads, or num_heads",
+        "ffn_size": "model.ffn_size, or 8/3 hidden_size rounded up to 64 (swiglu), 4 hidden_size (gelu)",
+        "padded_vocab_size": f"vocab_size rounded up to {model.vocab_padding_multiple}",
+        "diffusion_fraction": "objective.diffusion_fraction, or 0 / 0.5 / 1 by alpha_0",
+        "data_parallel": f"{world_size} ranks / (tensor x pipeline x context = "
+        f"{num_ranks_of_one_replica})",
+        "num_diffusion_rows": "diffusion_fraction x global_batch_rows",
+        "num_sequential_rows": "the other rows of the global batch",
+        "num_stack_rows": "diffusion rows + 2 x sequential rows (true tokens and mask copies)",
+        "num_micro_batches": "stack rows / (micro_batch_rows x data_parallel)",
+        "total_steps": "train.steps, or train.tokens / (global_batch_rows x sequence_length)",
+        "total_tokens": "total_steps x global_batch_rows x sequence_length",
+    }
+    return Derived(
+        head_size=head_size(model),
+        num_kv_heads=num_kv_heads(model),
+        ffn_size=ffn_size(model),
+        padded_vocab_size=padded_vocab_size(model),
+        diffusion_fraction=diffusion_fraction(config.objective),
+        data_parallel=data_parallel,
+        num_diffusion_rows=diffusion_rows,
+        num_sequential_rows=sequential_rows,
+        num_stack_rows=stack_rows,
+        num_micro_batches=stack_rows // (train.micro_batch_rows * data_parallel),
+        total_steps=steps,
+        total_tokens=steps * train.global_batch_rows * train.sequence_length,
+        rules=rules,
+    )
+
+
+def head_size(model: ModelConfig) -> int:
+    """Return the width of one attention head."""
+    return model.head_size or model.hidden_size // model.num_heads
+
+
+def num_kv_heads(model: ModelConfig) -> int:
+    """Return the number of key/value heads."""
+    return model.num_kv_heads or model.num_heads
+
+
+def ffn_size(model: ModelConfig) -> int:
+    """Return the inner width of the MLP."""
+    if model.ffn_size is not None:
+        return model.ffn_size
+    if model.activation == "gelu":
+        return 4 * model.hidden_size
+    return 64 * math.ceil(8 * model.hidden_size / 3 / 64)
+
+
+def padded_vocab_size(model: ModelConfig) -> int:
+    """Return the rows of the embedding and of the head."""
+    multiple = model.vocab_padding_multiple
+    return multiple * math.ceil(model.vocab_size / multiple)
+
+
+def diffusion_fraction(objective: ObjectiveConfig) -> float:
+    """Return the share of rows that take the diffusion pass (kappa of the paper)."""
+    if objective.name in ("mdlm", "ar", "bd3lm"):
+        return 1.0
+    if objective.diffusion_fraction is not None:
+        return objective.diffusion_fraction
+    return {0.0: 0.0, 1.0: 1.0}.get(objective.alpha_0, 0.5)
+
+
+def num_diffusion_rows(config: RunConfig) -> int:
+    """Return how many rows of the global batch run through the stack once."""
+    return round(diffusion_fraction(config.objective) * config.train.global_batch_rows)
+
+
+def total_steps(config: RunConfig) -> int:
+    """Return the number of optimizer steps of the run."""
+    if config.train.steps is not None:
+        return config.train.steps
+    tokens = config.train.tokens or 0
+    return tokens // (config.train.global_batch_rows * config.train.sequence_length)
