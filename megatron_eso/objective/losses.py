@@ -1,0 +1,41 @@
+"""Sums and counts of the loss. They are added over micro-batches and ranks and divided once.
+
+loss = sequential nats / tokens of sequential rows + weighted diffusion nats / tokens of diffusion rows,
+both denominators counting all valid tokens of those rows of the global batch, not the masked ones
+(arXiv 2506.01928, official code).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from megatron_eso.objective.rows import StackRows
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Valid tokens of the global batch: the two denominators."""
+
+    diffusion: int
+    sequential: int
+
+
+def loss_sums(log_probs: Float[Tensor, " N"], rows: StackRows) -> Float[Tensor, " 2"]:
+    """Return [weighted diffusion nats, sequential nats] of a micro-batch.
+
+    Args:
+        log_probs: log-probability of each entry's target, in the order of ``rows.loss_entries``.
+        rows: the micro-batch.
+    """
+    nats = -log_probs * rows.loss_weights
+    zero = nats.new_zeros(())
+    diffusion = torch.where(rows.loss_is_sequential, zero, nats).sum()
+    sequential = torch.where(rows.loss_is_sequential, nats, zero).sum()
+    return torch.stack([diffusion, sequential])
+
+
+def mean_loss(sums: Float[Tensor, " 2"], counts: TokenCounts) -> Float[Tensor, ""]:
+    """Return the loss: each sum over the global number of tokens of its rows."""
+    return sums[0] / max(counts.diffusion, 1) + sums[1] / max(counts.sequential, 1)
