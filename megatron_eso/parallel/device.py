@@ -1,0 +1,78 @@
+"""The device a rank runs on: CPU with gloo or a GPU with NCCL. Nothing else asks which it is."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from megatron_eso.parallel.megatron_patches import apply_cpu_patches
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among all processes of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @staticmethod
+    def from_environment(environ: dict[str, str]) -> "Ranks":
+        """Read what torchrun (or our Slurm launcher) put into the environment; alone otherwise."""
+        return Ranks(
+            int(environ.get("RANK", 0)),
+            int(environ.get("WORLD_SIZE", 1)),
+            int(environ.get("LOCAL_RANK", 0)),
+        )
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device of this rank."""
+
+    torch_device: torch.device
+    backend: str
+
+    @property
+    def is_cuda(self) -> bool:
+        """True on a GPU."""
+        return self.torch_device.type == "cuda"
+
+    def memory_gib(self) -> float:
+        """Return the peak memory of this rank in GiB: the GPU's, or the process's on a CPU."""
+        if self.is_cuda:
+            return torch.cuda.max_memory_allocated() / 2**30
+        return psutil.Process().memory_info().rss / 2**30
+
+    def synchronize(self) -> None:
+        """Wait for everything issued to the device."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+
+def choose_device(local_rank: int) -> Device:
+    """Return the GPU of this rank, or the CPU where there is none; patches Megatron for the CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        return Device(torch.device("cuda", local_rank), "nccl")
+    apply_cpu_patches()
+    return Device(torch.device("cpu"), "gloo")
+
+
+def start_process_group(ranks: Ranks, device: Device, *, timeout_seconds: float = 600.0) -> None:
+    """Join the process group, also for a single rank (Megatron wants one)."""
+    # Megatron asks for this so that communication is issued in program order; see its layers.py.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if dist.is_initialized():
+        return
+    timeout = timedelta(seconds=timeout_seconds)
+    if "MASTER_ADDR" not in os.environ and ranks.world_size == 1:
+        store = dist.HashStore()
+        dist.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    dist.init_process_group(
+        device.backend, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
+    )

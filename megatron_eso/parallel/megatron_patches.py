@@ -1,0 +1,135 @@
+"""Every change made to Megatron-Core's behaviour, with its reason.
+
+Megatron-Core (0.16 to 0.19) writes ``device="cuda"`` and ``torch.cuda.current_device()`` in places
+that have nothing to do with a GPU. On a machine without one, :func:`apply_cpu_patches` answers those
+calls for the CPU, so that the unmodified package trains over gloo. On a GPU nothing is patched.
+
+tests/test_megatron_patches.py shows for each patch that Megatron still needs it; a patch whose test
+fails there can go.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_CUDA_TYPE_NAMES = {
+    "torch.FloatTensor": "torch.cuda.FloatTensor",
+    "torch.HalfTensor": "torch.cuda.HalfTensor",
+    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+}
+# Messages Megatron prints while it is imported without Apex or Transformer Engine: the CPU path.
+_IMPORT_MESSAGES = (
+    ".*Apex is not installed.*",
+    ".*Transformer Engine and Apex are not installed.*",
+    ".*multi_tensor_applier.*",
+)
+
+_active_mode: "CudaNamesMeanCpu | None" = None
+
+
+class CudaNamesMeanCpu(TorchFunctionMode):
+    """While active, ``device="cuda"`` means the CPU and ``Tensor.type()`` names CUDA types.
+
+    Reason: schedules, the optimizers and gradient clipping create small tensors with
+    ``device="cuda"``; both optimizers sort parameters by the string ``torch.cuda.FloatTensor``.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Redirect the device argument and translate the type name."""
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs = {**kwargs, "device": _CPU}
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return _CUDA_TYPE_NAMES.get(result, result)
+        return result
+
+
+@contextlib.contextmanager
+def quiet_megatron_import() -> Iterator[None]:
+    """Silence what Megatron says at import about packages the CPU path does not use."""
+    with warnings.catch_warnings():
+        for message in _IMPORT_MESSAGES:
+            warnings.filterwarnings("ignore", message=message)
+        # Third-party deprecations raised inside Megatron's own import chain are not ours to fix.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=SyntaxWarning)
+        yield
+
+
+def apply_cpu_patches() -> None:
+    """Make Megatron-Core run without a GPU; a second call does nothing."""
+    global _active_mode
+    if _active_mode is not None:
+        return
+    _active_mode = CudaNamesMeanCpu()
+    _active_mode.__enter__()
+    _patch_torch_cuda()
+    _patch_random_state()
+
+
+def _patch_torch_cuda() -> None:
+    """Answer ``torch.cuda`` calls that Megatron makes outside any CUDA-only path.
+
+    Reason: p2p communication and buffers pass ``torch.cuda.current_device()`` as a device and call
+    ``torch.cuda.synchronize`` after exchanges; 0.19 also touches streams and events.
+    """
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment]
+    for name in ("synchronize", "set_device", "empty_cache"):
+        setattr(torch.cuda, name, nothing)
+    for name in ("current_stream", "default_stream"):
+        setattr(torch.cuda, name, lambda *args, **kwargs: NoStream())
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
+    torch.cuda.Stream = NoStream  # type: ignore[assignment,misc]
+    torch.cuda.Event = NoStream  # type: ignore[assignment,misc]
+
+
+class NoStream:
+    """Stand-in for a CUDA stream or event: the CPU runs in program order, so waiting is done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _done(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    wait_stream = wait_event = record_event = synchronize = record = wait = _done
+
+    def query(self) -> bool:
+        """Everything issued so far has run."""
+        return True
+
+
+def _patch_random_state() -> None:
+    """Let Megatron's per-rank random states drive the CPU generator.
+
+    Reason: the random tracker that gives tensor ranks different dropout masks saves and restores
+    the CUDA generator, and activation recomputation does the same.
+    """
+    with quiet_megatron_import():
+        from megatron.core.tensor_parallel import random as megatron_random
+
+    def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(new_state)
+
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    torch.cuda.get_rng_state = get_state  # type: ignore[assignment]
+    torch.cuda.set_rng_state = set_state  # type: ignore[assignment]
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state
