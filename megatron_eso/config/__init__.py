@@ -1,7 +1,7 @@
 """The configuration of a run: schema, loading, rules across sections, derived numbers."""
 
 from megatron_eso.config.check import check, violations
-from megatron_eso.config.derive import Derived, derive
+from megatron_eso.config.derive import Derived
 from megatron_eso.config.load import load_config, save_config, to_yaml
 from megatron_eso.config.schema import RunConfig
 
@@ -9,7 +9,6 @@ __all__ = [
     "Derived",
     "RunConfig",
     "check",
-    "derive",
     "load_config",
     "save_config",
     "to_yaml",

@@ -4,6 +4,7 @@ A YAML file may start with ``include: [path, ...]``; paths are relative to the f
 and the file itself wins over what it includes. Every error names the file or override it stands in.
 """
 
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -89,12 +90,12 @@ def _file_layers(path: Path, including: tuple[Path, ...]) -> list[tuple[str, Dic
 
 
 def _refuse_unknown_keys(content: DictConfig, schema: type, source: str) -> None:
-    problems = list(_unknown_keys(content, schema, ""))
+    problems = list(_unknown_keys(content, schema, "", schema))
     if problems:
         raise ConfigError(f"{source}: " + "; ".join(problems))
 
 
-def _unknown_keys(content: Any, schema: Any, prefix: str):
+def _unknown_keys(content: Any, schema: Any, prefix: str, root: Any) -> Iterator[str]:
     """Yield one message per key that the schema does not have."""
     if not isinstance(content, DictConfig) or not is_dataclass(schema):
         return
@@ -102,7 +103,7 @@ def _unknown_keys(content: Any, schema: Any, prefix: str):
     for key in content:
         full = f"{prefix}{key}"
         if key not in types:
-            near = get_close_matches(str(key), types, n=3, cutoff=0.5) or _elsewhere(str(key), schema)
+            near = _elsewhere(str(key), root) or get_close_matches(str(key), types, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"valid: {', '.join(types)}"
             yield f"unknown key '{full}'; {hint}"
             continue
@@ -111,7 +112,7 @@ def _unknown_keys(content: Any, schema: Any, prefix: str):
             value = content._get_node(key)
             if get_args(field_type) and is_dataclass(get_args(field_type)[0]):
                 continue  # lists of sections: omegaconf itself names the wrong key
-            yield from _unknown_keys(value, field_type, f"{full}.")
+            yield from _unknown_keys(value, field_type, f"{full}.", root)
 
 
 def _elsewhere(key: str, schema: Any) -> list[str]:

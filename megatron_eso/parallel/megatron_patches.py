@@ -44,6 +44,8 @@ class CudaNamesMeanCpu(TorchFunctionMode):
     ) -> Any:
         """Redirect the device argument and translate the type name."""
         kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs = {**kwargs, "device": _CPU}
@@ -74,6 +76,7 @@ def apply_cpu_patches() -> None:
     _active_mode = CudaNamesMeanCpu()
     _active_mode.__enter__()
     _patch_torch_cuda()
+    _patch_jit_fuser()
     _patch_random_state()
 
 
@@ -84,17 +87,26 @@ def _patch_torch_cuda() -> None:
     ``torch.cuda.synchronize`` after exchanges; 0.19 also touches streams and events.
     """
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
-
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment]
+    # One function object each: torch.compile keeps a table of torch's functions by identity.
     for name in ("synchronize", "set_device", "empty_cache"):
-        setattr(torch.cuda, name, nothing)
+        setattr(torch.cuda, name, lambda *args, **kwargs: None)
     for name in ("current_stream", "default_stream"):
         setattr(torch.cuda, name, lambda *args, **kwargs: NoStream())
     torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
     torch.cuda.Stream = NoStream  # type: ignore[assignment,misc]
     torch.cuda.Event = NoStream  # type: ignore[assignment,misc]
+
+
+def _patch_jit_fuser() -> None:
+    """Turn off Megatron's torch.compile of small functions.
+
+    Reason: on a CPU it would call a C++ compiler, which a user's machine may not have, in the first
+    training step.
+    """
+    with quiet_megatron_import():
+        from megatron.core import jit
+    jit.disable_jit_fuser()
 
 
 class NoStream:
@@ -128,8 +140,8 @@ def _patch_random_state() -> None:
     def set_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         torch.set_rng_state(new_state)
 
-    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
-    torch.cuda.get_rng_state = get_state  # type: ignore[assignment]
-    torch.cuda.set_rng_state = set_state  # type: ignore[assignment]
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda *args: torch.get_rng_state()  # type: ignore[assignment]
+    torch.cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)  # type: ignore[assignment]
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state

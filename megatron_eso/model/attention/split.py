@@ -1,0 +1,120 @@
+"""Attention of D, X and Z rows by ordinary causal kernels and an analytic self term.
+
+Z rows are shifted by one slot (see objective/rows.py), so slot r attends causally to X's keys 0..r,
+exactly the true tokens before its copy; only its own key is missing and is merged by log-sum-exp:
+
+    s    = scale <q, k_own>          LSE' = logaddexp(LSE, s)
+    O'   = exp(LSE - LSE') O + exp(s - LSE') v_own
+
+In the last slot stands copy 0, which sees nothing but itself: there LSE = -inf. The backward pass gives
+the merged (O', LSE') to the kernel's own backward and adds the self term's gradients
+(docs/objective.md derives them). Shapes: [R, h, L, d]; P = number of X rows.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_eso.model.attention.kernels import Forward, causal_backward, causal_forward
+
+
+def split_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, num_pairs: int, scale: float
+) -> Tensor:
+    """Return the attention output of rows [D; X; Z].
+
+    Args:
+        query: [R, h, L, d].
+        key: [R, g, L, d] with g dividing h (grouped-query attention).
+        value: [R, g, L, d].
+        num_pairs: number of X rows and of Z rows.
+        scale: factor of the scores.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    return _SplitAttention.apply(query, key, value, num_pairs, scale)
+
+
+class _SplitAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, num_pairs: int, scale: float
+    ) -> Tensor:
+        first_z = query.shape[0] - num_pairs
+        x_rows = slice(first_z - num_pairs, first_z)
+        plain = causal_forward(query[:first_z], key[:first_z], value[:first_z], scale)
+        parts, saved = [plain.out], [plain.out, plain.lse]
+        ctx.states = (plain.state, ())
+        if num_pairs:
+            seen = causal_forward(query[first_z:], key[x_rows], value[x_rows], scale)
+            out, lse = _merge_self(query[first_z:], key[first_z:], value[first_z:], seen, scale)
+            parts.append(out)
+            saved += [out, lse]
+            ctx.states = (plain.state, seen.state)
+        ctx.save_for_backward(query, key, value, *saved)
+        ctx.num_pairs, ctx.scale = num_pairs, scale
+        return torch.cat(parts) if num_pairs else plain.out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *saved = ctx.saved_tensors
+        grad, scale = grads[0], ctx.scale
+        first_z = query.shape[0] - ctx.num_pairs
+        x_rows, z_rows = slice(first_z - ctx.num_pairs, first_z), slice(first_z, None)
+        plain = Forward(saved[0], saved[1], ctx.states[0])
+        d_query, d_key, d_value = causal_backward(
+            grad[:first_z], query[:first_z], key[:first_z], value[:first_z], plain, scale
+        )
+        if not ctx.num_pairs:
+            return d_query, d_key, d_value, None, None
+        merged = Forward(saved[2], saved[3], ctx.states[1])
+        own = _self_gradients(grad[z_rows], query[z_rows], key[z_rows], value[z_rows], merged, scale)
+        seen_grad = grad[z_rows].clone()
+        seen_grad[:, :, -1] = 0  # the last slot saw none of X's keys
+        seen = causal_backward(seen_grad, query[z_rows], key[x_rows], value[x_rows], merged, scale)
+        d_key[x_rows] += seen[1]
+        d_value[x_rows] += seen[2]
+        return (
+            torch.cat([d_query, own[0] + seen[0]]),
+            torch.cat([d_key, own[1]]),
+            torch.cat([d_value, own[2]]),
+            None,
+            None,
+        )
+
+
+def _merge_self(
+    query: Tensor, key: Tensor, value: Tensor, seen: Forward, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the output and log-sum-exp of Z rows with each copy's own key merged in."""
+    score = _own_score(query, key, seen.lse.dtype, scale)
+    lse = seen.lse.clone()
+    lse[:, :, -1] = -torch.inf
+    merged = torch.logaddexp(lse, score)
+    from_seen = (lse - merged).exp().unsqueeze(-1)
+    from_own = (score - merged).exp().unsqueeze(-1)
+    out = seen.out * from_seen + value * from_own
+    return out.to(query.dtype), merged
+
+
+def _own_score(query: Tensor, key: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    return scale * (query.to(dtype) * key.to(dtype)).sum(dim=-1)
+
+
+def _self_gradients(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, merged: Forward, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the self term's gradients of query, own key and own value.
+
+    With p = exp(s - LSE'): dv = p dO, ds = p (dO . v - dO . O'), dq = ds scale k, dk = ds scale q.
+    """
+    score = _own_score(query, key, merged.lse.dtype, scale)
+    p = (score - merged.lse).exp()
+    d_score = (p * (grad * (value - merged.out)).sum(dim=-1) * scale).unsqueeze(-1)
+    return (
+        (d_score * key).to(query.dtype),
+        (d_score * query).to(query.dtype),
+        (p.unsqueeze(-1) * grad).to(query.dtype),
+    )

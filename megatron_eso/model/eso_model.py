@@ -1,0 +1,139 @@
+"""The Eso-LM on one pipeline stage: embedding, Megatron's transformer block, head on masked entries.
+
+Megatron's layout is [L, R, H]; StackRows come as [R, L]. Letters: R = stack rows, L = tokens, H =
+hidden size, N = entries with loss, V = padded vocabulary, T = tensor ranks.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_eso.config import derive
+from megatron_eso.config.schema import ModelConfig
+from megatron_eso.model.attention.rows import AttentionRows
+from megatron_eso.model.rotary import gather_angles, rotary_table
+from megatron_eso.model.specs import block_spec
+from megatron_eso.objective.rows import StackRows
+from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.norms import select_entries
+from megatron_eso.parallel.vocabulary_loss import target_log_probs
+
+with quiet_megatron_import():
+    from megatron.core import tensor_parallel
+    from megatron.core.models.common.embeddings.language_model_embedding import (
+        LanguageModelEmbedding,
+    )
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+    from megatron.core.transformer.enums import ModelType
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlock,
+        get_num_layers_to_build,
+    )
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class EsoModel(LanguageModule):
+    """One pipeline stage (or chunk of one) of the model."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        *,
+        attention: str = "split",
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.model_type = ModelType.encoder_or_decoder
+        self.model_shape = model
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = model.tie_embeddings
+        padded_vocab = derive.padded_vocab_size(model)
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config,
+                vocab_size=padded_vocab,
+                max_sequence_length=model.max_length,
+                position_embedding_type="none",
+            )
+        num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+        self.decoder = TransformerBlock(
+            config,
+            block_spec(model, num_layers=num_layers, attention=attention),
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                padded_vocab,
+                config=config,
+                init_method=config.init_method,
+                bias=model.head_bias,
+                skip_bias_add=False,
+                gather_output=False,
+                skip_weight_param_allocation=pre_process and model.tie_embeddings,
+                # With sequence parallelism the gather in `_head` sums the gradients over ranks.
+                disable_grad_reduce=config.sequence_parallel,
+            )
+            # The entries with loss are gathered before the head, so it never splits the row.
+            self.output_layer.sequence_parallel = False
+        table = rotary_table(model.max_length, derive.head_size(model), model.rotary_base)
+        # Not a buffer: it follows from the configuration and does not belong in a checkpoint.
+        self._rotary_table = table.to(_device(config))
+        self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """Receive the previous stage's output; called by Megatron's schedules."""
+        self.decoder.set_input_tensor(input_tensor[0])
+
+    def forward(self, rows: StackRows) -> Tensor:
+        """Return log-probabilities [N] on the last stage, hidden states [L, R, H] on the others."""
+        hidden = self.hidden_states(
+            rows.tokens,
+            self.attention_rows(
+                rows.positions,
+                num_pairs=rows.num_pairs,
+                pattern=rows.pattern,
+                block_size=rows.block_size,
+                is_valid=rows.is_valid,
+            ),
+        )
+        if not self.post_process:
+            return hidden
+        return target_log_probs(
+            self.logits(hidden, rows.loss_entries),
+            rows.loss_targets,
+            num_real_tokens=self.model_shape.vocab_size - 1,
+            group=self.decoder.tp_group,
+        )
+
+    def attention_rows(self, positions: Tensor, **rows: Any) -> AttentionRows:
+        """Return what attention must know, with the rotary angles of ``positions`` [R, L]."""
+        cos, sin = gather_angles(self._rotary_table, positions, self.config.params_dtype)
+        return AttentionRows(cos=cos, sin=sin, **rows)
+
+    def hidden_states(self, tokens: Tensor, rows: AttentionRows) -> Tensor:
+        """Return the final hidden states of the stage, [L, R, H] (L/T with sequence parallelism)."""
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(input_ids=tokens, position_ids=None)
+        return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=rows)
+
+    def logits(self, hidden: Tensor, entries: Tensor) -> Tensor:
+        """Return [N, V/T]: the head applied to the flat entries row * L + slot alone."""
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden)
+        weight = None
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        return self.output_layer(select_entries(hidden, entries), weight=weight)[0]
+
+
+def _device(config: TransformerConfig) -> torch.device:
+    on_cpu = config.use_cpu_initialization
+    return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,38 @@
+"""Initial weights that are the same for every layout: a function of (seed, name, layer)."""
+
+import hashlib
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from megatron_eso.config.schema import ModelConfig
+from megatron_eso.parallel.parameters import Piece, pieces
+
+_RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+
+
+def initialize(chunks: Iterable[nn.Module], model: ModelConfig, *, seed: int) -> None:
+    """Fill the weights of this rank's chunks in place.
+
+    Matrices and embeddings are normal with ``init_std``; the projections that add to the residual
+    stream with init_std / sqrt(2 layers) (GPT-2); scales are 1, biases and shifts 0.
+    """
+    with torch.no_grad():
+        for piece in pieces(chunks):
+            if len(piece.global_shape) == 1:
+                is_scale = piece.name.endswith("norm.weight") or piece.name.endswith("norm_weight")
+                piece.data.fill_(1.0 if is_scale else 0.0)
+            else:
+                piece.data.copy_(_whole(piece, model, seed)[piece.slices])
+
+
+def _whole(piece: Piece, model: ModelConfig, seed: int) -> Tensor:
+    """Return the whole tensor; each rank draws all of it and keeps its slice."""
+    std = model.init_std
+    if piece.name.endswith(_RESIDUAL_OUTPUTS):
+        std /= math.sqrt(2 * model.num_layers)
+    digest = hashlib.blake2b(f"{seed}/{piece.full_name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.empty(piece.global_shape).normal_(0.0, std, generator=generator)

@@ -1,0 +1,74 @@
+"""The one translation from our configuration to Megatron-Core's TransformerConfig."""
+
+import torch
+from torch.nn.functional import silu
+
+from megatron_eso.config import derive
+from megatron_eso.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+
+with quiet_megatron_import():
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh form, as in the official Eso-LM code."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def transformer_config(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    *,
+    on_gpu: bool,
+) -> TransformerConfig:
+    """Return Megatron's configuration; ``precision.dtype`` must be resolved (not auto)."""
+    dtype = DTYPES[precision.dtype]
+    recompute = {"none": None, "attention": "selective", "full": "full"}[parallel.recompute]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=derive.num_kv_heads(model),
+        kv_channels=derive.head_size(model),
+        ffn_hidden_size=derive.ffn_size(model),
+        normalization="RMSNorm" if model.norm == "rmsnorm" else "LayerNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=model.activation == "swiglu",
+        activation_func=silu if model.activation == "swiglu" else gelu_tanh,
+        add_bias_linear=model.mlp_bias,
+        add_qkv_bias=model.attention_bias,
+        qk_layernorm=model.qk_norm,
+        hidden_dropout=model.dropout,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        ),
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        recompute_granularity=recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        calculate_per_token_loss=True,
+        # Weights come from initial_weights.py, the same for every layout.
+        perform_initialization=False,
+        use_cpu_initialization=not on_gpu,
+        # Fusions that need CUDA kernels of Apex or Transformer Engine.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        deallocate_pipeline_outputs=False,
+        batch_p2p_comm=False,
+        deterministic_mode=precision.deterministic,
+    )

@@ -1,0 +1,85 @@
+"""Layer specs: Megatron's parallel layers around our norms and core attention."""
+
+from functools import partial
+from typing import Any
+
+from megatron_eso.config.schema import ModelConfig
+from megatron_eso.model.attention.core import EsoCoreAttention
+from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.norms import LayerNorm, RMSNorm
+
+with quiet_megatron_import():
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_layer import (
+        TransformerLayer,
+        TransformerLayerSubmodules,
+    )
+
+# A plain layer's norm weights are saved under the names Transformer Engine's fused layers use, so
+# checkpoints move between the two.
+_FUSED_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+class AttentionProjection(RowParallelLinear):
+    """The output projection of attention; biased only if ``attention_bias`` says so.
+
+    Megatron has one switch for the biases of attention's output projection and of the MLP; the
+    official Eso-LM shape has biases in the MLP alone.
+    """
+
+    def __init__(self, *args: Any, attention_bias: bool = False, **kwargs: Any) -> None:
+        kwargs["bias"] = attention_bias
+        super().__init__(*args, **kwargs)
+
+
+def block_spec(model: ModelConfig, *, num_layers: int, attention: str) -> TransformerBlockSubmodules:
+    """Return the spec of the layers of one pipeline stage.
+
+    Args:
+        model: shape; chooses norms, biases and query/key norms.
+        num_layers: layers of this stage.
+        attention: kernel, ``split`` or ``dense``.
+    """
+    norm = RMSNorm if model.norm == "rmsnorm" else LayerNorm
+    head_norm = norm if model.qk_norm else IdentityOp
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=partial(EsoCoreAttention, backend=attention),  # type: ignore[arg-type]
+                    linear_proj=ModuleSpec(
+                        module=AttentionProjection,
+                        params={"attention_bias": model.attention_bias},
+                    ),
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_FUSED_NAMES,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

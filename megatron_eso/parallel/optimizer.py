@@ -1,0 +1,93 @@
+"""Megatron's distributed optimizer and gradient buffers around the model chunks of this rank."""
+
+import math
+from typing import Any
+
+from torch import nn
+
+from megatron_eso.config.schema import OptimizerConfig, ParallelConfig
+from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+
+with quiet_megatron_import():
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def wrap_for_training(
+    chunks: list[nn.Module], config: TransformerConfig, parallel: ParallelConfig, *, on_gpu: bool
+) -> list[nn.Module]:
+    """Return the chunks with gradient buffers that the distributed optimizer reduces.
+
+    Gradients are summed, not averaged: the loss is divided by global counts already.
+    """
+    overlap = parallel.overlap and on_gpu
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+    )
+    config.finalize_model_grads_func = _finalize_sums
+    wrapped = [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return list(wrapped)
+
+
+def build_optimizer(
+    chunks: list[nn.Module], optimizer: OptimizerConfig, config: TransformerConfig
+) -> Any:
+    """Return Megatron's optimizer for wrapped chunks."""
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.eps,
+        clip_grad=optimizer.clip_grad_norm,
+        bf16=config.bf16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=True,
+    )
+    return get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
+
+
+def apply_gradients(optimizer: Any, *, learning_rate: float, max_norm: float) -> float:
+    """Clip and apply the gradients; return their global norm before clipping.
+
+    If the norm is not finite nothing is applied: the weights stay as they are.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return norm
+    if max_norm > 0:
+        for inner in optimizer.chained_optimizers:
+            clip_grad_by_total_norm_fp32(inner.get_parameters(), max_norm, norm)
+    optimizer.step_with_ready_grads()
+    return norm
+
+
+def _finalize_sums(
+    model: list[nn.Module],
+    num_tokens: Any = None,
+    pg_collection: Any = None,
+    force_all_reduce: bool | None = False,
+) -> None:
+    """Reduce gradients without Megatron's division by tokens: the loss holds the global counts."""
+    finalize_model_grads(
+        model, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce
+    )

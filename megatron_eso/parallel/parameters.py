@@ -1,0 +1,126 @@
+"""Parameters seen two ways: as pieces of layout-free global tensors, and as data-parallel shards.
+
+Megatron's sharded state dict says where a rank's tensor stands in the whole model; its distributed
+optimizer says which flat range of a parameter this data-parallel rank updates. Initial weights, the
+moving average, checkpoints and comparisons across layouts are all written in these two terms.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+
+with quiet_megatron_import():
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rank's part of one global tensor."""
+
+    name: str
+    """Layout-free name, without the layer's number."""
+    layer: int | None
+    """Number of the layer over all stages, from 0; None outside the layers."""
+    global_shape: tuple[int, ...]
+    """Shape of the whole tensor (of one layer)."""
+    slices: tuple[slice, ...]
+    """Where the piece stands in it."""
+    data: Tensor
+    """The piece; a view of the parameter."""
+
+    @property
+    def full_name(self) -> str:
+        """Name with the layer's number, unique in the model."""
+        return self.name if self.layer is None else f"{self.name}[{self.layer}]"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The flat range [start, end) of a parameter that this data-parallel rank updates."""
+
+    parameter: nn.Parameter
+    start: int
+    end: int
+    master: Tensor
+    """float32 master weights of the range, flat."""
+    state: dict[str, Tensor]
+    """The optimizer's state of the range; flat tensors and the step count."""
+
+
+def sharded_parameters(chunks: Iterable[nn.Module]) -> Iterator[Any]:
+    """Yield Megatron's sharding description (tensor or factory) of every parameter."""
+    for chunk in chunks:
+        for entry in chunk.sharded_state_dict().values():  # type: ignore[operator]
+            if isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
+                yield entry
+
+
+def pieces_of(entry: Any, data: Tensor | None = None) -> list[Piece]:
+    """Return the pieces of one sharding description, of its own data or of ``data`` in its shape."""
+    if isinstance(entry, ShardedTensorFactory):
+        built = entry.build_fn(
+            entry.key, entry.data if data is None else data, entry.replica_id, None
+        )
+        tensors = list(built.values()) if isinstance(built, dict) else list(built)
+        return [_piece(tensor, tensor.data) for tensor in tensors]
+    return [_piece(entry, entry.data if data is None else data)]
+
+
+def pieces(chunks: Iterable[nn.Module]) -> Iterator[Piece]:
+    """Yield the pieces of all parameters of this rank."""
+    for entry in sharded_parameters(chunks):
+        yield from pieces_of(entry)
+
+
+def _piece(tensor: ShardedTensor, data: Tensor) -> Piece:
+    layer_axes = tensor.prepend_axis_num
+    offset = tensor.global_offset[layer_axes:]
+    slices = tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))
+    return Piece(
+        name=tensor.key,
+        layer=tensor.global_offset[0] if layer_axes else None,
+        global_shape=tuple(tensor.global_shape[layer_axes:]),
+        slices=slices,
+        data=data,
+    )
+
+
+def shards(optimizer: Any) -> dict[nn.Parameter, Shard]:
+    """Return the shard of each parameter that this data-parallel rank updates part of.
+
+    Reads Megatron's DistributedOptimizer; tests/test_megatron_patches.py pins the methods used.
+    """
+    found = {}
+    for inner in optimizer.chained_optimizers:
+        for parameter in inner.model_param_group_index_map:
+            where = inner._get_model_param_range_map(parameter)["param"]
+            tensors = dict(inner._get_main_param_and_optimizer_states(parameter))
+            master = tensors.pop("param")
+            found[parameter] = Shard(parameter, where.start, where.end, master, tensors)
+    return found
+
+
+def gather_full(
+    parameter: nn.Parameter, start: int, part: Tensor | None, group: dist.ProcessGroup
+) -> Tensor:
+    """Return a float32 tensor in the parameter's shape from every data-parallel rank's flat part.
+
+    Args:
+        parameter: gives shape and device.
+        start: first element of this rank's part.
+        part: flat values; None if this rank holds none of the parameter.
+        group: data-parallel group; all its ranks must call.
+    """
+    full = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+    if part is not None:
+        full[start : start + part.numel()] = part
+    if group.size() > 1:
+        dist.all_reduce(full, group=group)
+    return full.view(parameter.shape)
