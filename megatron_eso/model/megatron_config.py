@@ -18,6 +18,10 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
+def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
 def transformer_config(
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -58,8 +62,12 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,
-        # Weights come from initial_weights.py, the same for every layout.
-        perform_initialization=False,
+        # Weights come from initial_weights.py, the same for every layout. Megatron still must go
+        # through its own initialisation: only there does it mark parameters as split over tensor
+        # ranks, without which the gradient norm counts the first rank's part alone.
+        init_method=_leave_as_is,
+        output_layer_init_method=_leave_as_is,
+        embedding_init_method=_leave_as_is,
         use_cpu_initialization=not on_gpu,
         # Fusions that need CUDA kernels of Apex or Transformer Engine.
         gradient_accumulation_fusion=False,

@@ -8,7 +8,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megatron_eso.parallel.megatron_patches import apply_cpu_patches
+from megatron_eso.parallel.megatron_patches import apply_cpu_patches, silence_megatron_messages
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Device:
 
 def choose_device(local_rank: int) -> Device:
     """Return the GPU of this rank, or the CPU where there is none; patches Megatron for the CPU."""
+    silence_megatron_messages()
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         return Device(torch.device("cuda", local_rank), "nccl")

@@ -29,6 +29,15 @@ _IMPORT_MESSAGES = (
     ".*multi_tensor_applier.*",
 )
 
+# Messages of every training step about calls that Megatron makes and we cannot change.
+_RUN_MESSAGES = (
+    (".*full scope is deprecated.*", UserWarning),
+    (".*grad attribute of a Tensor that is not a leaf.*", UserWarning),
+    (".*reduce_scatter_tensor. is deprecated.*", FutureWarning),
+    (".*all_gather_into_tensor. is deprecated.*", FutureWarning),
+    (".*it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS.*", UserWarning),
+)
+
 _active_mode: "CudaNamesMeanCpu | None" = None
 
 
@@ -66,6 +75,12 @@ def quiet_megatron_import() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=SyntaxWarning)
         yield
+
+
+def silence_megatron_messages() -> None:
+    """Keep the log of a run free of warnings about Megatron's own calls."""
+    for message, category in _RUN_MESSAGES:
+        warnings.filterwarnings("ignore", message=message, category=category)
 
 
 def apply_cpu_patches() -> None:

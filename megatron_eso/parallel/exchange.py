@@ -1,0 +1,79 @@
+"""Small exchanges between ranks: data rows inside a model replica, and agreement of all ranks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_eso.errors import DataError
+from megatron_eso.parallel.groups import Layout
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows of this data-parallel rank for one step."""
+
+    tokens: Tensor
+    """[n, L + 1] int64, on the CPU."""
+    is_valid: Tensor
+    """[n, L + 1] bool."""
+
+
+def read_together(
+    read: Callable[[], Rows], layout: Layout, device: torch.device, *, shape: tuple[int, int]
+) -> Rows:
+    """Return rows that one rank of each model replica reads and the others receive.
+
+    A failure to read on any rank raises on all ranks, so none waits in a collective for ever.
+
+    Args:
+        read: reads the rows; called on the first rank of the replica only.
+        layout: this rank's place.
+        device: device of the collectives.
+        shape: (n, L + 1).
+
+    Raises:
+        DataError: on every rank, naming the first rank that failed and why.
+    """
+    leader = dist.get_global_rank(layout.model_group, 0)
+    rows, failure = None, ""
+    if dist.get_rank() == leader:
+        try:
+            rows = read()
+        except (DataError, OSError) as error:
+            failure = f"rank {leader}: {error}"
+    raise_together(failure, DataError, device)
+    if layout.model_group.size() == 1:
+        assert rows is not None
+        return rows
+    packed = torch.empty(shape, dtype=torch.int64, device=device)
+    if rows is not None:
+        packed.copy_(torch.where(rows.is_valid, rows.tokens, -1 - rows.tokens))
+    dist.broadcast(packed, src=leader, group=layout.model_group)
+    packed = packed.cpu()
+    is_valid = packed >= 0
+    return Rows(torch.where(is_valid, packed, -1 - packed), is_valid)
+
+
+def raise_together(failure: str, kind: type[Exception], device: torch.device) -> None:
+    """Raise ``kind`` on all ranks if ``failure`` is not empty on any; return otherwise."""
+    if any_rank([bool(failure)], device)[0]:
+        messages: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, failure)
+        raise kind("; ".join(message for message in messages if message))
+
+
+def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
+    """Return, for each flag, whether it is set on any rank."""
+    packed = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in packed.tolist()]
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Return each value summed over all ranks, in float64."""
+    packed = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(packed)
+    return packed.tolist()

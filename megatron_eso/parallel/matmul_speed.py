@@ -1,0 +1,45 @@
+"""How fast this machine multiplies large matrices: the peak that training is measured against."""
+
+import time
+
+import torch
+import torch.distributed as dist
+
+_SIZE = 1024
+
+
+def matmul_flops_per_second(
+    dtype: torch.dtype, device: torch.device, *, size: int = _SIZE, seconds: float = 0.2
+) -> float:
+    """Return FLOP/s of a square matmul with the threads of this process.
+
+    Args:
+        dtype: format of the matrices.
+        device: where to run.
+        size: rows and columns.
+        seconds: how long to repeat; the best repetition counts.
+    """
+    left = torch.randn(size, size, device=device).to(dtype)
+    right = torch.randn(size, size, device=device).to(dtype)
+    left @ right
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def faster_cpu_dtype(device: torch.device) -> str:
+    """Return bf16 where it multiplies at least 1.5 times as fast as fp32, else fp32; all ranks agree.
+
+    CPUs without bf16 instructions emulate it, much more slowly than fp32.
+    """
+    fp32 = matmul_flops_per_second(torch.float32, device, size=512, seconds=0.1)
+    bf16 = matmul_flops_per_second(torch.bfloat16, device, size=512, seconds=0.1)
+    vote = torch.tensor([1 if bf16 > 1.5 * fp32 else 0], dtype=torch.int32)
+    if dist.is_initialized():
+        dist.all_reduce(vote, op=dist.ReduceOp.MIN)
+    return "bf16" if vote.item() else "fp32"

@@ -1,0 +1,1 @@
+"""Training: what a run consists of, one step, the loop, and what it reports."""

@@ -1,0 +1,21 @@
+"""Learning rate as a function of the step: linear warm-up, then constant, cosine or wsd."""
+
+import math
+
+from megatron_eso.config.schema import OptimizerConfig
+
+
+def learning_rate(step: int, optimizer: OptimizerConfig, total_steps: int) -> float:
+    """Return the learning rate of optimizer step ``step`` (from 0) of ``total_steps``."""
+    peak, low = optimizer.learning_rate, optimizer.min_learning_rate
+    if step < optimizer.warmup_steps:
+        return peak * (step + 1) / optimizer.warmup_steps
+    if optimizer.schedule == "constant":
+        return peak
+    if optimizer.schedule == "cosine":
+        length = optimizer.decay_steps or total_steps - optimizer.warmup_steps
+        done = min((step - optimizer.warmup_steps) / max(length, 1), 1.0)
+        return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * done))
+    length = optimizer.decay_steps or max(total_steps // 10, 1)
+    left = min((total_steps - step) / length, 1.0)
+    return low + (peak - low) * max(left, 0.0)

@@ -1,0 +1,98 @@
+"""Everything a running training process holds, and how it is put together.
+
+``TrainState`` is what a restart needs beside the tensors: all randomness and the place in the data
+follow from the step.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_eso.config import derive
+from megatron_eso.config.check import check
+from megatron_eso.config.schema import RunConfig
+from megatron_eso.model.build import build_chunks, resolve_precision
+from megatron_eso.model.initial_weights import initialize
+from megatron_eso.parallel.device import Device, Ranks, choose_device, start_process_group
+from megatron_eso.parallel.groups import Layout, build_groups
+from megatron_eso.parallel.matmul_speed import faster_cpu_dtype
+from megatron_eso.parallel.moving_average import MovingAverage
+from megatron_eso.parallel.optimizer import build_optimizer, wrap_for_training
+
+
+@dataclass
+class TrainState:
+    """What changes from step to step, beside the tensors."""
+
+    step: int = 0
+    """Optimizer steps done; the next step has this number."""
+
+
+@dataclass
+class Session:
+    """One rank's view of a run."""
+
+    config: RunConfig
+    derived: derive.Derived
+    ranks: Ranks
+    device: Device
+    layout: Layout
+    chunks: list[nn.Module]
+    """Model chunks of this rank, wrapped with gradient buffers if there is an optimizer."""
+    optimizer: Any
+    average: MovingAverage | None
+    state: TrainState
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Device of this rank's tensors."""
+        return self.device.torch_device
+
+
+def start_ranks(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, Device, Layout]:
+    """Check the configuration for this number of ranks, join the groups, resolve ``auto`` settings."""
+    check(config, ranks.world_size)
+    device = choose_device(ranks.local_rank)
+    start_process_group(ranks, device)
+    config = resolve_precision(config, _dtype(config, device))
+    layout = build_groups(config.parallel, seed=config.train.seed)
+    return config, device, layout
+
+
+def build_session(config: RunConfig, ranks: Ranks, *, for_training: bool = True) -> Session:
+    """Return a session with freshly initialised weights.
+
+    Args:
+        config: the run.
+        ranks: this process's place.
+        for_training: also build gradient buffers, optimizer and moving average.
+    """
+    config, device, layout = start_ranks(config, ranks)
+    chunks: list[Any]
+    chunks, settings = build_chunks(config, layout, device.torch_device)
+    initialize(chunks, config.model, seed=config.train.seed)
+    optimizer = average = None
+    if for_training:
+        chunks = wrap_for_training(chunks, settings, config.parallel, on_gpu=device.is_cuda)
+        optimizer = build_optimizer(chunks, config.optimizer, settings)
+        if config.optimizer.ema_decay > 0:
+            average = MovingAverage(optimizer, config.optimizer.ema_decay, layout.data_group)
+    return Session(
+        config=config,
+        derived=derive.derive(config, ranks.world_size),
+        ranks=ranks,
+        device=device,
+        layout=layout,
+        chunks=chunks,
+        optimizer=optimizer,
+        average=average,
+        state=TrainState(),
+    )
+
+
+def _dtype(config: RunConfig, device: Device) -> str:
+    if config.precision.dtype != "auto":
+        return config.precision.dtype
+    return "bf16" if device.is_cuda else faster_cpu_dtype(device.torch_device)

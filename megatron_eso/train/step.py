@@ -1,0 +1,193 @@
+"""One optimizer step: rows of this rank -> stack rows -> model -> sums -> gradients -> update.
+
+The loss stands beside the model call in ``forward_step``; everything above it is bookkeeping.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_eso.config.schema import ObjectiveConfig
+from megatron_eso.objective.build import Draw, build_rows
+from megatron_eso.objective.deal import MicroBatch, deal
+from megatron_eso.objective.losses import TokenCounts, loss_sums, mean_loss
+from megatron_eso.objective.rows import StackRows
+from megatron_eso.parallel.exchange import Rows, read_together, sum_over_ranks
+from megatron_eso.parallel.groups import seed_dropout
+from megatron_eso.parallel.optimizer import apply_gradients
+from megatron_eso.parallel.schedule import run_micro_batches
+from megatron_eso.train.learning_rate import learning_rate
+from megatron_eso.train.session import Session
+
+ReadRows = Callable[[int, list[int]], Rows]
+"""Returns the data rows of a step by their numbers in the global batch."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did, the same on every rank."""
+
+    step: int
+    loss: float
+    loss_diffusion: float
+    """Weighted diffusion nats per token of the diffusion rows; nan if there are none."""
+    loss_sequential: float
+    """Sequential nats per token of the sequential rows; nan if there are none."""
+    grad_norm: float
+    learning_rate: float
+    data_tokens: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall-clock seconds by phase."""
+
+
+def micro_batches_of_rank(session: Session) -> list[MicroBatch]:
+    """Return which rows of the global batch this data-parallel rank computes, by micro-batch."""
+    derived = session.derived
+    diffusion, sequential = derived.num_diffusion_rows, derived.num_sequential_rows
+    return deal(
+        num_diffusion_rows=diffusion,
+        num_sequential_rows=sequential,
+        micro_batch_rows=session.config.train.micro_batch_rows,
+        rank=session.layout.data_rank,
+        num_ranks=session.layout.data_size,
+    )
+
+
+def train_step(session: Session, read: ReadRows) -> StepReport:
+    """Do the next optimizer step; the state's step counter moves on if the update was applied."""
+    config, step = session.config, session.state.step
+    begin = time.perf_counter()
+    if config.model.dropout > 0:
+        seed_dropout(config.train.seed * 1_000_003 + step)
+    micro_batches = micro_batches_of_rank(session)
+    numbers = [row for micro_batch in micro_batches for row in micro_batch.rows]
+    rows = read_together(
+        lambda: read(step, numbers),
+        session.layout,
+        session.torch_device,
+        shape=(len(numbers), config.train.sequence_length + 1),
+    )
+    read_done = time.perf_counter()
+    stack = stack_rows_of_step(session, rows, micro_batches)
+    counts = global_counts(stack, session)
+    rows_done = time.perf_counter()
+    sums = forward_backward(session, stack, counts)
+    passes_done = time.perf_counter()
+    rate = learning_rate(step, config.optimizer, session.derived.total_steps)
+    norm = apply_gradients(
+        session.optimizer, learning_rate=rate, max_norm=config.optimizer.clip_grad_norm
+    )
+    if session.average is not None:
+        session.average.update(step + 1)
+    end = time.perf_counter()
+    session.state.step = step + 1
+    diffusion = sums[0] / counts.diffusion if counts.diffusion else float("nan")
+    sequential = sums[1] / counts.sequential if counts.sequential else float("nan")
+    return StepReport(
+        step=step + 1,
+        loss=(diffusion if counts.diffusion else 0.0) + (sequential if counts.sequential else 0.0),
+        loss_diffusion=diffusion,
+        loss_sequential=sequential,
+        grad_norm=norm,
+        learning_rate=rate,
+        data_tokens=counts.diffusion + counts.sequential,
+        seconds={
+            "data": read_done - begin,
+            "rows": rows_done - read_done,
+            "forward_backward": passes_done - rows_done,
+            "optimizer": end - passes_done,
+        },
+    )
+
+
+def stack_rows_of_step(
+    session: Session, rows: Rows, micro_batches: list[MicroBatch]
+) -> list[StackRows]:
+    """Return the stack rows of every micro-batch of this rank, on its device."""
+    config = session.config
+    draw = Draw(config.train.seed, session.state.step, num_time_strata(session))
+    built, first = [], 0
+    for micro_batch in micro_batches:
+        end = first + len(micro_batch.rows)
+        stack = build_rows(
+            rows.tokens[first:end],
+            rows.is_valid[first:end],
+            micro_batch,
+            config.objective,
+            draw,
+            mask_id=config.model.vocab_size - 1,
+        )
+        built.append(to_device(stack, session.torch_device))
+        first = end
+    return built
+
+
+def num_time_strata(session: Session) -> int:
+    """Return how many rows of the global batch draw a diffusion time."""
+    derived, objective = session.derived, session.config.objective
+    return derived.num_sequential_rows if _is_block(objective) else derived.num_diffusion_rows
+
+
+def forward_backward(
+    session: Session, stack: list[StackRows], counts: TokenCounts
+) -> tuple[float, float]:
+    """Run forward and backward passes; return the global [diffusion, sequential] nats."""
+
+    def forward_step(micro_batches: Iterator[StackRows], model: nn.Module) -> Any:
+        rows = next(micro_batches)
+        log_probs = model(rows)
+
+        def loss(log_probs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            sums = loss_sums(log_probs, rows)
+            no_tokens = torch.zeros((), dtype=torch.int, device=sums.device)
+            return mean_loss(sums, counts), no_tokens, {"sums": sums.detach()}
+
+        return log_probs, loss
+
+    for chunk in session.chunks:
+        chunk.zero_grad_buffer()  # type: ignore[operator]
+    session.optimizer.zero_grad()
+    reports = run_micro_batches(
+        forward_step,
+        stack,
+        session.chunks,
+        sequence_length=session.config.train.sequence_length,
+        stack_rows=session.config.train.micro_batch_rows,
+    )
+    local = [0.0, 0.0]
+    if session.layout.is_last_stage and session.layout.tensor_rank == 0:
+        local = torch.stack([report["sums"] for report in reports]).double().sum(dim=0).tolist()
+    diffusion, sequential = sum_over_ranks(local, session.torch_device)
+    return diffusion, sequential
+
+
+def global_counts(stack: list[StackRows], session: Session) -> TokenCounts:
+    """Return the valid tokens of the global batch, summed over data-parallel ranks."""
+    local = [0.0, 0.0]
+    if session.layout.is_last_stage and session.layout.tensor_rank == 0:
+        local = [
+            float(sum(rows.num_diffusion_tokens for rows in stack)),
+            float(sum(rows.num_sequential_tokens for rows in stack)),
+        ]
+    diffusion, sequential = sum_over_ranks(local, session.torch_device)
+    return TokenCounts(round(diffusion), round(sequential))
+
+
+def to_device(rows: StackRows, device: torch.device) -> StackRows:
+    """Return the rows with every tensor on the device."""
+    if device.type == "cpu":
+        return rows
+    moved = {
+        f.name: getattr(rows, f.name).to(device, non_blocking=True)
+        for f in fields(rows)
+        if isinstance(getattr(rows, f.name), Tensor)
+    }
+    return replace(rows, **moved)
+
+
+def _is_block(objective: ObjectiveConfig) -> bool:
+    return objective.name == "bd3lm"
