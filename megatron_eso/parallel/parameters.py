@@ -124,3 +124,25 @@ def gather_full(
     if group.size() > 1:
         dist.all_reduce(full, group=group)
     return full.view(parameter.shape)
+
+
+def set_moments(
+    optimizer: Any, shard: Shard, exp_avg: Tensor, exp_avg_sq: Tensor, step: int
+) -> None:
+    """Set Adam's moments and step count of a shard.
+
+    Torch's AdamW counts steps per parameter, in a tensor of its own; Transformer Engine's FusedAdam
+    and Apex's count them per group. Megatron's own loading shares one step tensor between all
+    parameters, which AdamW then increments once per parameter.
+    """
+    for inner in optimizer.chained_optimizers:
+        if shard.parameter not in inner.model_param_group_index_map:
+            continue
+        index, order = inner.model_param_group_index_map[shard.parameter]
+        group = inner.optimizer.param_groups[index]
+        state = inner.optimizer.state[group["params"][order]]
+        state["exp_avg"], state["exp_avg_sq"] = exp_avg.clone(), exp_avg_sq.clone()
+        if isinstance(inner.optimizer, torch.optim.AdamW):
+            state["step"] = torch.tensor(float(step))
+        else:
+            group["step"] = step

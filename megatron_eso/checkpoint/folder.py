@@ -1,0 +1,158 @@
+"""A checkpoint as files: names, manifest, commit marker, retention. No torch, no ranks.
+
+    checkpoints/step_0000000100/
+        __0_0.distcp ... .metadata common.pt metadata.json   written by Megatron (torch_dist)
+        esolm.json      what the tensors are: architecture, objective, vocabulary, step
+        MANIFEST.json   size and hash of every other file
+        COMMITTED       written last; a folder without it does not count
+
+Folders are never renamed: object-store file systems cannot.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megatron_eso.errors import CheckpointError
+
+MANIFEST, MARKER, SIDECAR = "MANIFEST.json", "COMMITTED", "esolm.json"
+FORMAT_VERSION = 1
+_NAME = re.compile(r"step_(\d{10})")
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """One checkpoint folder."""
+
+    path: Path
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done when it was written."""
+        match = _NAME.fullmatch(self.path.name)
+        return int(match.group(1)) if match else int(self.sidecar()["step"])
+
+    @property
+    def is_committed(self) -> bool:
+        """True once everything was written."""
+        return (self.path / MARKER).is_file()
+
+    def sidecar(self) -> dict[str, Any]:
+        """Return the description of the tensors.
+
+        Raises:
+            CheckpointError: if it is missing, or of a newer format.
+        """
+        return read_sidecar(self.path)
+
+    def damage(self, *, hashes: bool) -> str:
+        """Return what is wrong with the files, or an empty string.
+
+        Args:
+            hashes: also read every file and compare its hash.
+        """
+        if not self.is_committed:
+            return "it was never committed (the save did not finish)"
+        try:
+            entries = json.loads((self.path / MANIFEST).read_text())["files"]
+        except (OSError, ValueError, KeyError) as error:
+            return f"its {MANIFEST} cannot be read: {error}"
+        for name, entry in entries.items():
+            file = self.path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != entry["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+            if hashes and hash_file(file) != entry["xxh3_128"]:
+                return f"{name} has another hash than when it was written"
+        return ""
+
+    def commit(self) -> None:
+        """Write the manifest of everything in the folder, then the marker."""
+        files = sorted(p for p in self.path.iterdir() if p.name not in (MANIFEST, MARKER))
+        entries = {
+            p.name: {"bytes": p.stat().st_size, "xxh3_128": hash_file(p)} for p in files
+        }
+        write_durably(self.path / MANIFEST, json.dumps({"files": entries}, indent=1))
+        write_durably(self.path / MARKER, "")
+
+
+def folder_of_step(root: Path, step: int) -> CheckpointFolder:
+    """Return the folder of a step, which need not exist."""
+    return CheckpointFolder(root / f"step_{step:010d}")
+
+
+def list_folders(root: Path) -> list[CheckpointFolder]:
+    """Return the checkpoint folders under ``root``, oldest first, committed or not."""
+    if not root.is_dir():
+        return []
+    return [CheckpointFolder(p) for p in sorted(root.iterdir()) if _NAME.fullmatch(p.name)]
+
+
+def prune(root: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:
+    """Remove old committed checkpoints and uncommitted ones older than the newest; return them."""
+    folders = list_folders(root)
+    committed = [folder for folder in folders if folder.is_committed]
+    if not committed:
+        return []
+    kept = {folder.path for folder in committed[-keep_last:]}
+    removed = []
+    for folder in folders:
+        is_milestone = keep_every_steps and folder.step % keep_every_steps == 0
+        if folder.is_committed and (folder.path in kept or is_milestone):
+            continue
+        if not folder.is_committed and folder.step >= committed[-1].step:
+            continue  # a save under way
+        remove(folder)
+        removed.append(folder.path)
+    return removed
+
+
+def remove(folder: CheckpointFolder) -> None:
+    """Delete a checkpoint, its marker first, so that half of one never counts."""
+    (folder.path / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(folder.path, ignore_errors=True)
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """Return esolm.json of a checkpoint folder; see :meth:`CheckpointFolder.sidecar`."""
+    file = path / SIDECAR
+    try:
+        sidecar = json.loads(file.read_text())
+    except OSError:
+        raise CheckpointError(
+            f"{path} holds no {SIDECAR}: it is not a checkpoint of this trainer"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+    if sidecar.get("format_version", 0) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint format {sidecar['format_version']}; this version reads up to "
+            f"{FORMAT_VERSION}: update megatron-eso"
+        )
+    return sidecar
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file so that it is whole or absent, also after a crash."""
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def hash_file(path: Path) -> str:
+    """Return the xxh3_128 hash of a file's content."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(8 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,116 @@
+"""Find the newest valid checkpoint and load it: a whole training state, or weights alone."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_eso.checkpoint.folder import CheckpointFolder, list_folders
+from megatron_eso.checkpoint.state import (
+    EMA,
+    MOMENTS,
+    WEIGHTS,
+    loaded_by_parameter,
+    restore,
+    template,
+)
+from megatron_eso.errors import CheckpointError
+from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.moving_average import MovingAverage
+
+with quiet_megatron_import():
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+log = logging.getLogger(__name__)
+
+
+def newest_valid(root: Path, *, hashes: bool) -> CheckpointFolder | None:
+    """Return the newest checkpoint whose files are whole; log why newer ones were passed over."""
+    for folder in reversed(list_folders(root)):
+        damage = folder.damage(hashes=hashes)
+        if not damage:
+            return folder
+        log.warning("checkpoint %s is passed over: %s", folder.path, damage)
+    return None
+
+
+def find_checkpoint(path: Path, *, hashes: bool = False) -> CheckpointFolder:
+    """Return the checkpoint meant by a path: the folder itself, or the newest of a run folder.
+
+    Raises:
+        CheckpointError: if there is none, or the one named is damaged.
+    """
+    for root in (path, path / "checkpoints"):
+        if list_folders(root):
+            folder = newest_valid(root, hashes=hashes)
+            if folder is None:
+                raise CheckpointError(f"no checkpoint under {root} is whole")
+            return folder
+    folder = CheckpointFolder(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist")
+    folder.sidecar()
+    damage = folder.damage(hashes=hashes)
+    if damage:
+        raise CheckpointError(f"checkpoint {path} cannot be used: {damage}")
+    return folder
+
+
+def load_training_state(
+    folder: CheckpointFolder,
+    chunks: list[nn.Module],
+    optimizer: Any,
+    average: MovingAverage | None,
+    *,
+    device: torch.device,
+) -> int:
+    """Load weights, moments and average; return the number of optimizer steps done."""
+    sidecar = folder.sidecar()
+    step = int(sidecar["step"])
+    kinds: tuple[str, ...] = (WEIGHTS, *MOMENTS)
+    if average is not None and sidecar["has_ema"]:
+        kinds = (*kinds, EMA)
+    loaded = _load(template(chunks, kinds, device=device), folder)
+    restore(chunks, optimizer, average, kinds, loaded, step=step)
+    return step
+
+
+def load_weights(
+    folder: CheckpointFolder, chunks: Iterable[nn.Module], *, use_ema: bool, device: torch.device
+) -> str:
+    """Load weights alone into model chunks; return which kind was loaded."""
+    chunks = list(chunks)
+    kind = EMA if use_ema and folder.sidecar()["has_ema"] else WEIGHTS
+    loaded = _load(template(chunks, (kind,), device=device), folder)
+    with torch.no_grad():
+        for parameter, tensors in loaded_by_parameter(chunks, (kind,), loaded):
+            parameter.copy_(tensors[kind])
+    return kind
+
+
+def require_same_model(folder: CheckpointFolder, model: dict[str, Any]) -> None:
+    """Raise if a checkpoint's architecture is not ``model``, naming every difference."""
+    stored = folder.sidecar()["model"]
+    ignored = {"dropout", "init_std", "max_length"}
+    different = [
+        f"model.{name}: checkpoint {stored.get(name)!r}, configuration {value!r}"
+        for name, value in model.items()
+        if name not in ignored and stored.get(name) != value
+    ]
+    if different:
+        raise CheckpointError(
+            f"checkpoint {folder.path} holds another model:\n  - " + "\n  - ".join(different)
+        )
+
+
+def _load(state: dict[str, Any], folder: CheckpointFolder) -> dict[str, Any]:
+    keys = list(state)
+    try:
+        loaded = dist_checkpointing.load(state, str(folder.path))
+    except (CheckpointingException, OSError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {folder.path} cannot be loaded: {error}") from error
+    return {key: loaded[key] for key in keys}

@@ -1,0 +1,127 @@
+"""The tensors of a checkpoint: every parameter's master weight, moments and average, in float32.
+
+Names are ``weights.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME`` and ``ema.NAME`` with Megatron's
+layout-free names and global shapes, so a checkpoint loads at any layout and in any precision. Model
+weights in bf16 are not stored: they are the masters, rounded.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.moving_average import MovingAverage
+from megatron_eso.parallel.parameters import (
+    Shard,
+    gather_full,
+    set_moments,
+    sharded_parameters,
+    shards,
+)
+
+with quiet_megatron_import():
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+WEIGHTS, EMA = "weights", "ema"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@torch.no_grad()
+def collect(
+    chunks: list[nn.Module],
+    optimizer: Any,
+    average: MovingAverage | None,
+    group: dist.ProcessGroup,
+) -> dict[str, Any]:
+    """Return the sharded state to save; all data-parallel ranks must call.
+
+    Every tensor is a private copy, so training may go on while it is written.
+    """
+    owned = shards(optimizer)
+    state = {}
+    for entry in sharded_parameters(chunks):
+        shard = owned.get(entry.data)
+        for kind, part in _parts(shard, average, entry.data):
+            start = shard.start if shard else 0
+            full = gather_full(entry.data, start, part, group)
+            add(state, entry, kind, full)
+    return state
+
+
+def _parts(
+    shard: Shard | None, average: MovingAverage | None, parameter: nn.Parameter
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Yield each kind of tensor with this rank's flat part of it."""
+    yield WEIGHTS, shard.master if shard else None
+    for kind in MOMENTS:
+        yield kind, shard.state.get(kind) if shard else None
+    if average is not None:
+        yield EMA, average.parts.get(parameter)
+
+
+def template(
+    chunks: Iterable[nn.Module], kinds: Iterable[str], *, device: torch.device
+) -> dict[str, Any]:
+    """Return a sharded state of empty tensors to load ``kinds`` into."""
+    state: dict[str, Any] = {}
+    for entry in sharded_parameters(chunks):
+        for kind in kinds:
+            empty = torch.empty(entry.data.shape, dtype=torch.float32, device=device)
+            add(state, entry, kind, empty)
+    return state
+
+
+def add(state: dict[str, Any], entry: Any, kind: str, data: Tensor) -> None:
+    """Add one tensor to a sharded state under its kind's name."""
+    changes: dict[str, Any] = {"key": f"{kind}.{entry.key}", "data": data}
+    if isinstance(entry, ShardedTensor):
+        changes["dtype"] = data.dtype
+    state[f"{kind}.{entry.key}.{len(state)}"] = replace(entry, **changes)
+
+
+def loaded_by_parameter(
+    chunks: Iterable[nn.Module], kinds: tuple[str, ...], loaded: dict[str, Any]
+) -> Iterator[tuple[nn.Parameter, dict[str, Tensor]]]:
+    """Yield each parameter with its loaded tensors by kind, in the order of :func:`template`."""
+    values = list(loaded.values())
+    for index, entry in enumerate(sharded_parameters(chunks)):
+        first = index * len(kinds)
+        yield entry.data, dict(zip(kinds, values[first : first + len(kinds)], strict=True))
+
+
+def restore(
+    chunks: list[nn.Module],
+    optimizer: Any,
+    average: MovingAverage | None,
+    kinds: tuple[str, ...],
+    loaded: dict[str, Any],
+    *,
+    step: int,
+) -> None:
+    """Put loaded tensors into the model, the optimizer and the average.
+
+    Args:
+        chunks: wrapped model chunks.
+        optimizer: Megatron's optimizer.
+        average: moving average, if the run keeps one.
+        kinds: kinds that were loaded.
+        loaded: result of loading a :func:`template`.
+        step: optimizer steps done.
+    """
+    owned = shards(optimizer)
+    with torch.no_grad():
+        for parameter, tensors in loaded_by_parameter(chunks, kinds, loaded):
+            parameter.copy_(tensors[WEIGHTS])
+            shard = owned.get(parameter)
+            if shard is None:
+                continue
+            flat = {k: v.reshape(-1)[shard.start : shard.end] for k, v in tensors.items()}
+            shard.master.copy_(flat[WEIGHTS])
+            if step and all(kind in flat for kind in MOMENTS):
+                set_moments(optimizer, shard, flat["exp_avg"], flat["exp_avg_sq"], step)
+            if average is not None:
+                average.parts[parameter].copy_(flat.get(EMA, flat[WEIGHTS]))
