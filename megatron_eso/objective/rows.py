@@ -11,7 +11,7 @@ A micro-batch is stacked [D...; X...; Z...]; Z row i belongs to X row i.
 Letters: B = data rows, R = stack rows, L = tokens in a row, N = entries with loss.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 
 import torch
@@ -184,3 +184,15 @@ def join(first: StackRows, second: StackRows) -> StackRows:
         num_diffusion_tokens=first.num_diffusion_tokens,
         num_sequential_tokens=second.num_sequential_tokens,
     )
+
+
+def to_device(rows: StackRows, device: torch.device) -> StackRows:
+    """Return the rows with every tensor on the device."""
+    if device.type == "cpu":
+        return rows
+    moved = {
+        f.name: getattr(rows, f.name).to(device, non_blocking=True)
+        for f in fields(rows)
+        if isinstance(getattr(rows, f.name), Tensor)
+    }
+    return replace(rows, **moved)

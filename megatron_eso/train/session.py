@@ -15,6 +15,7 @@ from megatron_eso.config.check import check
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.model.build import build_chunks, resolve_precision
 from megatron_eso.model.initial_weights import initialize
+from megatron_eso.model.replica import Replica
 from megatron_eso.parallel.device import Device, Ranks, choose_device, start_process_group
 from megatron_eso.parallel.groups import Layout, build_groups
 from megatron_eso.parallel.matmul_speed import faster_cpu_dtype
@@ -44,6 +45,11 @@ class Session:
     optimizer: Any
     average: MovingAverage | None
     state: TrainState
+
+    @property
+    def replica(self) -> Replica:
+        """The model for evaluation."""
+        return Replica(self.config, self.layout, self.torch_device, self.chunks)
 
     @property
     def torch_device(self) -> torch.device:

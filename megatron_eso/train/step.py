@@ -3,9 +3,10 @@
 The loss stands beside the model call in ``forward_step``; everything above it is bookkeeping.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from megatron_eso.config.schema import ObjectiveConfig
 from megatron_eso.objective.build import Draw, build_rows
 from megatron_eso.objective.deal import MicroBatch, deal
 from megatron_eso.objective.losses import TokenCounts, loss_sums, mean_loss
-from megatron_eso.objective.rows import StackRows
+from megatron_eso.objective.rows import StackRows, to_device
 from megatron_eso.parallel.exchange import Rows, read_together, sum_over_ranks
 from megatron_eso.parallel.groups import seed_dropout
 from megatron_eso.parallel.optimizer import apply_gradients
@@ -32,6 +33,8 @@ class StepReport:
     """What one step did, the same on every rank."""
 
     step: int
+    is_finite: bool
+    """False: loss or gradient was not finite, nothing was applied and the state stayed."""
     loss: float
     loss_diffusion: float
     """Weighted diffusion nats per token of the diffusion rows; nan if there are none."""
@@ -81,14 +84,17 @@ def train_step(session: Session, read: ReadRows) -> StepReport:
     norm = apply_gradients(
         session.optimizer, learning_rate=rate, max_norm=config.optimizer.clip_grad_norm
     )
-    if session.average is not None:
-        session.average.update(step + 1)
+    is_finite = math.isfinite(norm) and math.isfinite(sums[0] + sums[1])
+    if is_finite:
+        session.state.step = step + 1
+        if session.average is not None:
+            session.average.update(step + 1)
     end = time.perf_counter()
-    session.state.step = step + 1
     diffusion = sums[0] / counts.diffusion if counts.diffusion else float("nan")
     sequential = sums[1] / counts.sequential if counts.sequential else float("nan")
     return StepReport(
         step=step + 1,
+        is_finite=is_finite,
         loss=(diffusion if counts.diffusion else 0.0) + (sequential if counts.sequential else 0.0),
         loss_diffusion=diffusion,
         loss_sequential=sequential,
@@ -175,18 +181,6 @@ def global_counts(stack: list[StackRows], session: Session) -> TokenCounts:
         ]
     diffusion, sequential = sum_over_ranks(local, session.torch_device)
     return TokenCounts(round(diffusion), round(sequential))
-
-
-def to_device(rows: StackRows, device: torch.device) -> StackRows:
-    """Return the rows with every tensor on the device."""
-    if device.type == "cpu":
-        return rows
-    moved = {
-        f.name: getattr(rows, f.name).to(device, non_blocking=True)
-        for f in fields(rows)
-        if isinstance(getattr(rows, f.name), Tensor)
-    }
-    return replace(rows, **moved)
 
 
 def _is_block(objective: ObjectiveConfig) -> bool:

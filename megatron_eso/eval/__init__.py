@@ -1,0 +1,1 @@
+"""Scores of held-out data: NELBO, exact likelihood and its bound, perplexity."""

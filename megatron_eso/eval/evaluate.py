@@ -1,0 +1,208 @@
+"""Score held-out rows with a model at any layout.
+
+The NELBO of an Eso-LM row is its sequential term plus its weighted diffusion term (eso-lm section 1), so
+every row takes both passes here, each once per repeat; in training it takes one. The likelihood bound
+averages exact likelihoods over K orders of the alpha_0 family (section 5).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_eso.config.schema import EvalConfig, ObjectiveConfig
+from megatron_eso.eval.scores import Score, log_mean_exp, score
+from megatron_eso.model.replica import Replica
+from megatron_eso.objective.build import Draw, build_rows
+from megatron_eso.objective.deal import MicroBatch
+from megatron_eso.objective.order import likelihood_order
+from megatron_eso.objective.randomness import Stream, uniform_rows
+from megatron_eso.objective.rows import StackRows, sequential_rows, to_device
+from megatron_eso.parallel.exchange import Rows, read_together
+from megatron_eso.parallel.schedule import run_micro_batches
+
+BuildRows = Callable[[Rows, list[int]], StackRows]
+_EVAL_SEED = 20250602  # one seed for all runs, so that runs are compared on the same draws
+
+
+def evaluate(
+    replica: Replica,
+    read: Callable[[list[int]], Rows],
+    *,
+    num_rows: int,
+    bytes_per_token: float,
+) -> list[Score]:
+    """Return the scores that ``eval`` settings ask for; the same on every rank.
+
+    Args:
+        replica: the model; evaluation mode is set and restored.
+        read: returns numbered held-out rows.
+        num_rows: rows to score, numbered from 0.
+        bytes_per_token: UTF-8 bytes of text per token.
+    """
+    settings = replica.config.eval
+    objective = evaluation_objective(replica.config.objective, settings)
+    for chunk in replica.chunks:
+        chunk.eval()
+    with torch.no_grad():
+        scores = [nelbo(replica, read, objective, num_rows, bytes_per_token)]
+        if objective.name == "eso" and settings.likelihood_orders:
+            scores.append(likelihood_bound(replica, read, objective, num_rows, bytes_per_token))
+    for chunk in replica.chunks:
+        chunk.train()
+    return scores
+
+
+def evaluation_objective(objective: ObjectiveConfig, settings: EvalConfig) -> ObjectiveConfig:
+    """Return the objective with the bound's weight and the evaluation's alpha_0 and times."""
+    alpha_0 = objective.alpha_0 if settings.alpha_0 is None else settings.alpha_0
+    return replace(objective, loss_weight="elbo", alpha_0=alpha_0, noise_eps=settings.noise_eps)
+
+
+def nelbo(
+    replica: Replica,
+    read: Callable[[list[int]], Rows],
+    objective: ObjectiveConfig,
+    num_rows: int,
+    bytes_per_token: float,
+) -> Score:
+    """Return the negative evidence lower bound per token (exact for the ar objective)."""
+    alpha_0 = objective.alpha_0 if objective.name == "eso" else 1.0
+    repeats = 1 if objective.name == "ar" else replica.config.eval.nelbo_repeats
+    total = torch.zeros(num_rows, dtype=torch.float64)
+    tokens = total
+    for repeat in range(repeats):
+
+        def build(rows: Rows, numbers: list[int], repeat: int = repeat) -> StackRows:
+            diffusion = numbers if alpha_0 > 0 else []
+            sequential = numbers if objective.name == "eso" and alpha_0 < 1 else []
+            copies = (1 if diffusion else 0) + (1 if sequential else 0)
+            return build_rows(
+                rows.tokens.repeat(copies, 1),
+                rows.is_valid.repeat(copies, 1),
+                MicroBatch(diffusion, sequential),
+                objective,
+                Draw(_EVAL_SEED, 0, num_rows, repeat),
+                mask_id=replica.config.model.vocab_size - 1,
+            )
+
+        stack_rows_per_row = (1 if alpha_0 > 0 else 0) + (2 if alpha_0 < 1 else 0)
+        if objective.name == "bd3lm":
+            stack_rows_per_row = 2
+        nats, tokens = row_nats(replica, read, build, num_rows, stack_rows_per_row)
+        total = total + nats / repeats
+    name = "likelihood" if objective.name == "ar" or alpha_0 == 0 else "nelbo"
+    return score(name, total, tokens, bytes_per_token)
+
+
+def likelihood_bound(
+    replica: Replica,
+    read: Callable[[list[int]], Rows],
+    objective: ObjectiveConfig,
+    num_rows: int,
+    bytes_per_token: float,
+) -> Score:
+    """Return - log mean_k p(x | order_k) per token over K orders; exact for alpha_0 = 0."""
+    orders = 1 if objective.alpha_0 == 0 else replica.config.eval.likelihood_orders
+    log_probs, tokens = [], torch.zeros(num_rows, dtype=torch.float64)
+    for order_number in range(orders):
+
+        def build(rows: Rows, numbers: list[int], k: int = order_number) -> StackRows:
+            ids, is_valid = rows.tokens[:, :-1], rows.is_valid[:, :-1]
+            order = draw_orders(numbers, is_valid, objective.alpha_0, k)
+            mask_id = replica.config.model.vocab_size - 1
+            return sequential_rows(ids, is_valid, is_valid, order, mask_id=mask_id)
+
+        nats, tokens = row_nats(replica, read, build, num_rows, 2)
+        log_probs.append(-nats)
+    name = f"likelihood bound, K = {orders}" if objective.alpha_0 > 0 else "likelihood"
+    return score(name, -log_mean_exp(log_probs), tokens, bytes_per_token)
+
+
+def draw_orders(numbers: list[int], is_valid: Tensor, alpha_0: float, k: int) -> Tensor:
+    """Return the k-th order of each row: alpha_0 of the positions first, shuffled, then the rest."""
+    length = is_valid.shape[1]
+    choice = uniform_rows(_EVAL_SEED, 0, numbers, Stream.EVAL_ORDER, 2 * length, draw=k)
+    is_diffusion = (choice[:, :length] < alpha_0) & is_valid
+    return likelihood_order(is_diffusion, is_valid, choice[:, length:])
+
+
+def row_nats(
+    replica: Replica,
+    read: Callable[[list[int]], Rows],
+    build: BuildRows,
+    num_rows: int,
+    stack_rows_per_row: int,
+) -> tuple[Tensor, Tensor]:
+    """Return [B] weighted nats and [B] valid tokens of all rows, float64, the same on every rank."""
+    train = replica.config.train
+    limit = replica.config.eval.micro_batch_rows or train.micro_batch_rows
+    per_batch = max(limit // stack_rows_per_row, 1)
+    layout = replica.layout
+    batches = [list(range(b, b + per_batch)) for b in range(0, num_rows, per_batch)]
+    result = torch.zeros(2, num_rows, dtype=torch.float64, device=replica.device)
+    rounds = -(-len(batches) // layout.data_size)
+    for index in range(rounds):
+        # Every data-parallel rank reads in every round, since reading agrees over all ranks.
+        number = index * layout.data_size + layout.data_rank
+        mine = batches[number] if number < len(batches) else []
+        rows = _read_padded(replica, read, mine, num_rows, per_batch)
+        stack = to_device(build(rows, mine or [0] * per_batch), replica.device)
+        for nats in _forward(replica, stack, per_batch, len(stack.tokens)):
+            for local, row in enumerate(r for r in mine if r < num_rows):
+                result[0, row] = nats[local]
+        if layout.is_last_stage and layout.tensor_rank == 0:
+            for local, row in enumerate(r for r in mine if r < num_rows):
+                result[1, row] = rows.is_valid[local, :-1].sum()
+    torch.distributed.all_reduce(result)
+    return result[0].cpu(), result[1].cpu()
+
+
+def _read_padded(
+    replica: Replica,
+    read: Callable[[list[int]], Rows],
+    numbers: list[int],
+    num_rows: int,
+    per_batch: int,
+) -> Rows:
+    """Read rows; those beyond the last become empty rows, so that all batches have one shape."""
+    width = replica.config.train.sequence_length + 1
+
+    def padded() -> Rows:
+        wanted = [n for n in numbers if n < num_rows]
+        tokens = torch.zeros(per_batch, width, dtype=torch.int64)
+        is_valid = torch.zeros(per_batch, width, dtype=torch.bool)
+        if wanted:
+            rows = read(wanted)
+            tokens[: len(wanted)], is_valid[: len(wanted)] = rows.tokens, rows.is_valid
+        return Rows(tokens, is_valid)
+
+    return read_together(padded, replica.layout, replica.device, shape=(per_batch, width))
+
+
+def _forward(replica: Replica, stack: StackRows, num_data: int, stack_rows: int) -> list[Tensor]:
+    """Return [num_data] nats of one micro-batch on the last stage's first tensor rank."""
+
+    def forward_step(batches: Iterator[StackRows], model: nn.Module) -> Any:
+        rows = next(batches)
+
+        def report(log_probs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            nats = torch.zeros(num_data, dtype=torch.float64, device=log_probs.device)
+            nats.index_add_(0, rows.loss_rows % num_data, (-log_probs * rows.loss_weights).double())
+            return nats.sum(), torch.zeros((), dtype=torch.int), {"nats": nats}
+
+        return model(rows), report
+
+    reports = run_micro_batches(
+        forward_step,
+        [stack],
+        replica.chunks,
+        sequence_length=replica.config.train.sequence_length,
+        stack_rows=stack_rows,
+        forward_only=True,
+    )
+    if not (replica.layout.is_last_stage and replica.layout.tensor_rank == 0):
+        return []
+    return [r["nats"] for r in reports]

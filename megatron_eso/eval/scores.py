@@ -1,0 +1,71 @@
+"""Nats per row under the model, summed over orders and repeats, and what is reported from them.
+
+Letters: B = rows scored, K = orders.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one data set."""
+
+    metric: str
+    nats_per_token: float
+    standard_error: float
+    """Of nats_per_token, over rows."""
+    perplexity: float
+    bits_per_token: float
+    bits_per_byte: float
+    num_rows: int
+    num_tokens: int
+
+    def as_dict(self) -> dict:
+        """Return the fields as a dictionary."""
+        return asdict(self)
+
+
+def score(
+    metric: str,
+    nats: Float[Tensor, " B"],
+    tokens: Float[Tensor, " B"],
+    bytes_per_token: float,
+) -> Score:
+    """Return a metric from nats and token counts of each row.
+
+    Args:
+        metric: its name.
+        nats: negative log-likelihood (or its bound) of each row.
+        tokens: valid tokens of each row.
+        bytes_per_token: UTF-8 bytes of text per token.
+    """
+    total = float(tokens.sum())
+    mean = float(nats.sum()) / total
+    # Ratio estimator: the deviation of each row from the mean rate, per average row.
+    deviation = nats - mean * tokens
+    count = len(nats)
+    variance = float((deviation**2).sum()) / max(count - 1, 1)
+    error = math.sqrt(variance / count) / (total / count)
+    return Score(
+        metric=metric,
+        nats_per_token=mean,
+        standard_error=error,
+        perplexity=math.exp(min(mean, 700.0)),
+        bits_per_token=mean / math.log(2),
+        bits_per_byte=mean / math.log(2) / bytes_per_token,
+        num_rows=count,
+        num_tokens=int(total),
+    )
+
+
+def log_mean_exp(log_probs: list[Float[Tensor, " B"]]) -> Float[Tensor, " B"]:
+    """Return log(mean_k exp(x_k)) per row, streamed over the list."""
+    running = torch.full_like(log_probs[0], -torch.inf)
+    for values in log_probs:
+        running = torch.logaddexp(running, values)
+    return running - math.log(len(log_probs))

@@ -1,0 +1,85 @@
+"""Floating-point operations of one training step, counted for what this trainer really computes.
+
+A multiply-add is two operations; norms, rotations and other element-wise work are left out, as in
+every published model FLOP/s. Two conventions for causal attention exist: all L^2 pairs (Megatron's
+table) or the half that is computed (NeMo's). Both are given; ``training`` uses the half.
+"""
+
+from dataclasses import dataclass
+
+from megatron_eso.config.derive import diffusion_fraction, ffn_size, head_size, num_kv_heads
+from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Forward operations by part; a training step does three times as many."""
+
+    layers: float
+    """Matrix products of the layers."""
+    attention: float
+    """Scores and weighted values, pairs that are computed."""
+    attention_full: float
+    """The same, counting every pair of a row."""
+    head: float
+    """Output head on entries with loss."""
+
+    @property
+    def forward(self) -> float:
+        """All parts, causal attention counted as half."""
+        return self.layers + self.attention + self.head
+
+    @property
+    def training(self) -> float:
+        """Forward and backward."""
+        return 3 * self.forward
+
+    @property
+    def training_full_attention(self) -> float:
+        """Forward and backward, every pair of a row counted."""
+        return 3 * (self.layers + self.attention_full + self.head)
+
+
+def model_flops_per_step(
+    model: ModelConfig, objective: ObjectiveConfig, *, sequence_length: int, rows: int
+) -> Flops:
+    """Return the operations of one step on ``rows`` data rows.
+
+    Args:
+        model: shape.
+        objective: decides stack rows, pairs of attention and entries with loss.
+        sequence_length: tokens of a row.
+        rows: data rows of the global batch.
+    """
+    stack_rows, head_rows, pair_share = _shares(objective, sequence_length)
+    tokens = rows * sequence_length
+    width = head_size(model) * model.num_heads
+    full = 4.0 * width * sequence_length * stack_rows * tokens * model.num_layers
+    return Flops(
+        layers=2.0 * matrix_parameters_per_layer(model) * model.num_layers * stack_rows * tokens,
+        attention=full * pair_share,
+        attention_full=full,
+        head=2.0 * model.hidden_size * model.vocab_size * head_rows * tokens,
+    )
+
+
+def matrix_parameters_per_layer(model: ModelConfig) -> int:
+    """Return the weights of one layer's matrices."""
+    hidden, size = model.hidden_size, head_size(model)
+    attention = hidden * size * (2 * model.num_heads + 2 * num_kv_heads(model))
+    matrices = 3 if model.activation == "swiglu" else 2
+    return attention + matrices * hidden * ffn_size(model)
+
+
+def _shares(objective: ObjectiveConfig, length: int) -> tuple[float, float, float]:
+    """Return stack rows per data row, head rows per token, and the share of pairs computed."""
+    causal = (length + 1) / (2 * length)
+    if objective.name == "ar":
+        return 1.0, 1.0, causal
+    if objective.name == "mdlm":
+        return 1.0, 0.5, 1.0
+    if objective.name == "bd3lm":
+        return 2.0, 0.5, 0.5 * (1 + objective.block_size / length)
+    kappa = diffusion_fraction(objective)
+    head = kappa * (1 - objective.alpha_0 / 2) + (1 - kappa) * (1 - objective.alpha_0)
+    return kappa + 2 * (1 - kappa), head, causal

@@ -1,0 +1,1 @@
+"""Runs that survive: signals, checks before hours of work."""
