@@ -1,0 +1,49 @@
+"""``megatron-eso train``: train on the ranks a launcher started, or start them here."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="Run configuration (YAML)")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Ranks to start on this machine [parallel.local_ranks]")
+    ] = None,
+) -> None:
+    """Train a model; the same command continues a run that was stopped.
+
+    Under torchrun or Slurm (RANK is set) this process is one rank of the run. Exit codes: 0 finished,
+    75 stopped by a signal with a checkpoint, others are errors.
+
+    Examples:
+        megatron-eso train configs/run/quickstart.yaml
+        megatron-eso train configs/run/quickstart.yaml parallel.tensor=2 train.steps=50
+        torchrun --nproc-per-node 8 -m megatron_eso train RUN.yaml
+    """
+    from megatron_eso.config import check, load_config
+
+    run_config = load_config(config, overrides)
+    if "RANK" not in os.environ:
+        number = ranks or run_config.parallel.local_ranks
+        check(run_config, number)
+        if number > 1:
+            from megatron_eso.launch.local import start_ranks
+
+            raise SystemExit(start_ranks(number, ["train", str(config), *(overrides or [])]))
+
+    from megatron_eso.parallel.device import Ranks
+    from megatron_eso.parallel.finish import finish
+    from megatron_eso.train.loop import Run
+
+    code = Run(run_config, Ranks.from_environment(dict(os.environ))).train()
+    sys.stdout.flush()
+    finish()
+    raise SystemExit(code)

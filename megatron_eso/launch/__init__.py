@@ -1,0 +1,1 @@
+"""Starting processes: on this machine and on clusters. No torch here."""

@@ -1,0 +1,140 @@
+"""What a run reports while it goes: a progress line, metrics.jsonl and TensorBoard, from rank 0."""
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_eso.eval.scores import Score
+from megatron_eso.parallel.matmul_speed import matmul_flops_per_second
+from megatron_eso.plan.flops import model_flops_per_step
+from megatron_eso.train.session import Session
+from megatron_eso.train.step import StepReport
+
+log = logging.getLogger(__name__)
+
+
+class Metrics:
+    """Collects step reports and writes every ``train.log_every_steps``-th."""
+
+    def __init__(self, session: Session, folder: Path, *, peak: float) -> None:
+        """Open the files.
+
+        Args:
+            session: the run.
+            folder: the run's folder.
+            peak: FLOP/s of a large matmul on all ranks together.
+        """
+        config = session.config
+        self._session, self._peak = session, peak
+        self._flops = model_flops_per_step(
+            config.model,
+            config.objective,
+            sequence_length=config.train.sequence_length,
+            rows=config.train.global_batch_rows,
+        ).training
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._lines = open(folder / "metrics.jsonl", "a")  # noqa: SIM115
+        self._since, self._steps = time.perf_counter(), 0
+        self._phases: dict[str, float] = {}
+
+    def add(self, report: StepReport) -> bool:
+        """Take in a step; write a line if it is due and return whether it was."""
+        self._steps += 1
+        for phase, seconds in report.seconds.items():
+            self._phases[phase] = self._phases.get(phase, 0.0) + seconds
+        config, total = self._session.config, self._session.derived.total_steps
+        if report.step % config.train.log_every_steps and report.step not in (1, total):
+            return False
+        elapsed = time.perf_counter() - self._since
+        values = self._values(report, elapsed / self._steps)
+        self._write(report.step, values)
+        log.info(_line(report, values, total, elapsed / self._steps))
+        self._since, self._steps, self._phases = time.perf_counter(), 0, {}
+        return True
+
+    def pause(self, begin: float) -> None:
+        """Leave out of the speed the time since ``begin`` (an evaluation or a save)."""
+        self._since += time.perf_counter() - begin
+
+    def add_scores(self, step: int, name: str, scores: list[Score]) -> None:
+        """Write validation scores."""
+        for score in scores:
+            tag = f"validation/{name}/{score.metric}"
+            self._board.add_scalar(f"{tag}/nats_per_token", score.nats_per_token, step)
+            self._board.add_scalar(f"{tag}/perplexity", score.perplexity, step)
+            log.info(
+                "step %d  %s %s: %.4f +- %.4f nats per token, perplexity %.2f, %.3f bits per byte",
+                step, name, score.metric, score.nats_per_token, score.standard_error,
+                score.perplexity, score.bits_per_byte,
+            )  # fmt: skip
+            entry = {"step": step, "validation": name, **score.as_dict()}
+            self._lines.write(json.dumps(entry) + "\n")
+        self._lines.flush()
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Write one number to TensorBoard."""
+        self._board.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._board.close()
+        self._lines.close()
+
+    def _values(self, report: StepReport, seconds_per_step: float) -> dict[str, Any]:
+        phases = {f"seconds_{k}": v / self._steps for k, v in self._phases.items()}
+        return {
+            "step": report.step,
+            "tokens": report.step * report.data_tokens,
+            "loss": report.loss,
+            "loss_diffusion": report.loss_diffusion,
+            "loss_sequential": report.loss_sequential,
+            "learning_rate": report.learning_rate,
+            "grad_norm": report.grad_norm,
+            "seconds_per_step": seconds_per_step,
+            "tokens_per_second": report.data_tokens / seconds_per_step,
+            "model_flops_per_second": self._flops / seconds_per_step,
+            "share_of_matmul_peak": self._flops / seconds_per_step / self._peak,
+            "memory_gib": self._session.device.memory_gib(),
+            **phases,
+        }
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        kept = {k: v for k, v in values.items() if not (isinstance(v, float) and math.isnan(v))}
+        self._lines.write(json.dumps(kept) + "\n")
+        self._lines.flush()
+        for name, value in kept.items():
+            if name != "step":
+                group = "time" if name.startswith("seconds") else "train"
+                self._board.add_scalar(f"{group}/{name}", value, step)
+
+
+def measured_peak(session: Session) -> float:
+    """Return the FLOP/s of large matmuls on all ranks at once; every rank must call."""
+    from megatron_eso.model.megatron_config import DTYPES
+    from megatron_eso.parallel.exchange import sum_over_ranks
+
+    dtype = DTYPES[session.config.precision.dtype]
+    mine = matmul_flops_per_second(dtype, session.torch_device)
+    return sum_over_ranks([mine], session.torch_device)[0]
+
+
+def _line(report: StepReport, values: dict[str, Any], total: int, seconds: float) -> str:
+    parts = []
+    if not math.isnan(report.loss_diffusion):
+        parts.append(f"diffusion {report.loss_diffusion:.3f}")
+    if not math.isnan(report.loss_sequential):
+        parts.append(f"sequential {report.loss_sequential:.3f}")
+    left = int((total - report.step) * seconds)
+    return (
+        f"step {report.step}/{total}  loss {report.loss:.4f} ({', '.join(parts)})  "
+        f"{values['tokens_per_second']:,.0f} tokens/s  "
+        f"{values['model_flops_per_second'] / 1e9:,.1f} GFLOP/s "
+        f"({values['share_of_matmul_peak']:.0%} of matmul)  "
+        f"{values['memory_gib']:.1f} GiB  lr {report.learning_rate:.2e}  "
+        f"norm {report.grad_norm:.2f}  {left // 60}:{left % 60:02d} left"
+    )

@@ -1,0 +1,136 @@
+"""The folder of a run: what it holds, who may write to it, and whether it is the same run.
+
+    config.yaml      resolved configuration      run.json     commit, versions, layout
+    log.txt          plain log                   metrics.jsonl  one object per logged step
+    status.json      where the run is            tensorboard/  event files
+    checkpoints/     see checkpoint/folder.py    evaluation.json
+"""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_eso.config.load import load_config, save_config
+from megatron_eso.config.schema import RunConfig
+from megatron_eso.errors import ConfigError
+
+# What may differ when a run continues: how it is computed and reported, not what.
+_FREE_SECTIONS = {"parallel", "precision", "checkpoint", "eval", "sample"}
+_FREE_KEYS = {
+    "name", "folder", "train.steps", "train.tokens", "train.micro_batch_rows",
+    "train.log_every_steps", "train.eval_every_steps", "train.save_every_steps",
+    "data.prefetch", "data.verify_hashes", "data.validation",
+}  # fmt: skip
+
+
+class RunFolder:
+    """Paths of a run and the files that are written once or replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    def create(self, config: RunConfig) -> None:
+        """Make the folder and write configuration and commit; refuse another run's folder.
+
+        Raises:
+            ConfigError: if it holds a run with other settings, or cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".write_test"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(f"folder={self.path} cannot be written: {error}") from None
+        stored = self.path / "config.yaml"
+        if stored.exists():
+            changed = _differences(asdict(load_config(stored)), asdict(config))
+            if changed:
+                raise ConfigError(
+                    f"{self.path} holds a run with other settings:\n  - "
+                    + "\n  - ".join(changed)
+                    + "\nchoose another folder=... (or name=...), or remove that one"
+                )
+        save_config(config, stored)
+        (self.path / "run.json").write_text(json.dumps(_provenance(), indent=1))
+
+    def open_log(self) -> None:
+        """Send log messages to log.txt and the terminal."""
+        handlers = [
+            logging.FileHandler(self.path / "log.txt"),
+            logging.StreamHandler(sys.stdout),
+        ]
+        logging.basicConfig(
+            level=logging.INFO,
+            format="%(asctime)s %(message)s",
+            datefmt="%H:%M:%S",
+            handlers=handlers,
+            force=True,
+        )
+        for noisy in ("megatron", "torch"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Replace a JSON file in one step."""
+        temporary = self.path / f"{name}.part"
+        temporary.write_text(json.dumps(content, indent=1))
+        temporary.replace(self.path / name)
+
+    def write_status(self, state: str, **facts: Any) -> None:
+        """Say where the run is: running, finished, stopped or failed."""
+        self.write_json("status.json", {"state": state, **facts, "updated": time.time()})
+
+
+def _differences(stored: dict, asked: dict) -> list[str]:
+    found = []
+    for section, value in asked.items():
+        if section in _FREE_SECTIONS or section in _FREE_KEYS:
+            continue
+        for key, new in value.items():
+            old = stored[section].get(key)
+            if old != new and f"{section}.{key}" not in _FREE_KEYS:
+                found.append(f"{section}.{key}: {old!r} there, {new!r} asked")
+    return found
+
+
+def _provenance() -> dict[str, Any]:
+    return {
+        "command": sys.argv,
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "versions": {name: _version(name) for name in ("megatron-core", "transformer-engine")},
+        "host": platform.node(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(("SLURM_JOB", "NCCL_"))},
+    }
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
