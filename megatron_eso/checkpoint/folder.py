@@ -76,9 +76,7 @@ class CheckpointFolder:
     def commit(self) -> None:
         """Write the manifest of everything in the folder, then the marker."""
         files = sorted(p for p in self.path.iterdir() if p.name not in (MANIFEST, MARKER))
-        entries = {
-            p.name: {"bytes": p.stat().st_size, "xxh3_128": hash_file(p)} for p in files
-        }
+        entries = {p.name: {"bytes": p.stat().st_size, "xxh3_128": hash_file(p)} for p in files}
         write_durably(self.path / MANIFEST, json.dumps({"files": entries}, indent=1))
         write_durably(self.path / MARKER, "")
 

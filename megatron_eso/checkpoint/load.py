@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_eso.checkpoint.folder import CheckpointFolder, list_folders
 from megatron_eso.checkpoint.state import (
@@ -110,7 +111,7 @@ def require_same_model(folder: CheckpointFolder, model: dict[str, Any]) -> None:
 def _load(state: dict[str, Any], folder: CheckpointFolder) -> dict[str, Any]:
     keys = list(state)
     try:
-        loaded = dist_checkpointing.load(state, str(folder.path))
-    except (CheckpointingException, OSError, RuntimeError, KeyError) as error:
+        loaded: Any = dist_checkpointing.load(state, str(folder.path))
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint {folder.path} cannot be loaded: {error}") from error
     return {key: loaded[key] for key in keys}

@@ -14,7 +14,8 @@ app = typer.Typer(
 @app.command()
 def prepare(
     sources: Annotated[
-        list[str], typer.Argument(help="Text or jsonl files, folders, or 'stdlib' (this Python's own)")
+        list[str],
+        typer.Argument(help="Text or jsonl files, folders, or 'stdlib' (this Python's own)"),
     ],
     out: Annotated[Path, typer.Option(help="Folder for tokenizer.json, train/ and validation/")],
     sequence_length: Annotated[int, typer.Option(help="Tokens of a row")] = 512,
@@ -25,7 +26,9 @@ def prepare(
         str | None, typer.Option(help="Use this tokenizer.json instead of training one")
     ] = None,
     validation_fraction: Annotated[float, typer.Option(help="Share of documents held out")] = 0.05,
-    overwrite: Annotated[bool, typer.Option(help="Replace a folder made with other settings")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace a folder made with other settings")
+    ] = False,
 ) -> None:
     """Tokenize text into MDS shards, split by document into train and validation.
 
@@ -46,7 +49,9 @@ def prepare(
 
 
 @app.command()
-def inspect(folder: Annotated[Path, typer.Argument(help="A split: .../train or .../validation")]) -> None:
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A split: .../train or .../validation")],
+) -> None:
     """Print a split's manifest and the text of its first sample."""
     import dataclasses
 
@@ -58,12 +63,16 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A split: .../train or .
     shards = ShardedTokens(folder, verify_hashes=True)
     for name, value in dataclasses.asdict(shards.manifest).items():
         typer.echo(f"{name:20} {value}")
-    text = decode(load_tokenizer(folder.parent / "tokenizer.json"), shards.read(np.array([0]))[0].tolist())
+    text = decode(
+        load_tokenizer(folder.parent / "tokenizer.json"), shards.read(np.array([0]))[0].tolist()
+    )
     typer.echo(f"\nfirst sample:\n{text}")
 
 
 @app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="A split: .../train or .../validation")]) -> None:
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A split: .../train or .../validation")],
+) -> None:
     """Read every shard of a split and compare its size, hash and token ids."""
     import numpy as np
 

@@ -6,8 +6,8 @@ never import torch.
 
 import importlib
 import sys
+from typing import Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -27,21 +27,24 @@ COMMANDS = {
 class LazyGroup(TyperGroup):
     """A command group that imports a subcommand's module when it is named."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         """Return the command names in the order of the table."""
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return the command, importing its module."""
         if cmd_name not in COMMANDS:
             return None
         module_name, summary = COMMANDS[cmd_name]
         module = importlib.import_module(f"megatron_eso.cli.{module_name}")
-        command = typer.main.get_command(module.app)
+        command: Any = typer.main.get_command(module.app)
+        for documented in (command, *getattr(command, "commands", {}).values()):
+            # \b keeps the lines of an example apart in the help text.
+            documented.help = (documented.help or "").replace("Examples:", "\b\nExamples:")
         command.name, command.short_help = cmd_name, summary
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Print the overview from the table, without importing anything."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])

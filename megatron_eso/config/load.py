@@ -123,5 +123,7 @@ def _elsewhere(key: str, schema: Any) -> list[str]:
 
 def _first_lines(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
-    keep = [line for line in lines if line and not line.startswith(("object_type", "reference_type"))]
+    keep = [
+        line for line in lines if line and not line.startswith(("object_type", "reference_type"))
+    ]
     return "; ".join(keep)

@@ -10,7 +10,10 @@ from pathlib import Path
 from megatron_eso.errors import DataError
 
 STANDARD_LIBRARY = "stdlib"
-_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "lib2to3", "__pycache__", "idlelib"}
+_LEFT_OUT = {
+    "test", "tests", "idle_test", "site-packages", "lib2to3", "__pycache__", "idlelib",
+    "encodings", "pydoc_data",  # tables, not code
+}  # fmt: skip
 _SPLITS = 10_000
 
 

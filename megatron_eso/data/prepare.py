@@ -158,7 +158,9 @@ def _is_complete(request: Request, out: Path, overwrite: bool) -> bool:
         return False  # interrupted between the splits
     if not overwrite:
         old, new = json.loads(stored[0]), json.loads(request.text())
-        changed = [f"{k}: {old.get(k)!r} there, {new[k]!r} asked" for k in new if old.get(k) != new[k]]
+        changed = [
+            f"{k}: {old.get(k)!r} there, {new[k]!r} asked" for k in new if old.get(k) != new[k]
+        ]
         raise DataError(
             f"{out} was prepared with other settings ({'; '.join(changed)}); choose another --out or "
             "add --overwrite"

@@ -87,7 +87,9 @@ class RowReader:
 
     def fingerprint(self) -> dict:
         """Return what must be the same when a run continues: data, mixture and order."""
-        order = [o.samples(np.arange(min(_FINGERPRINT, int(o.shard_sizes.sum())))) for o in self._orders]
+        order = [
+            o.samples(np.arange(min(_FINGERPRINT, int(o.shard_sizes.sum())))) for o in self._orders
+        ]
         digest = hashlib.sha256(b"".join(part.astype("<i8").tobytes() for part in order))
         digest.update(self._mixture.pattern.astype("<i8").tobytes())
         return {

@@ -67,12 +67,14 @@ class ShardedTokens:
             raise DataError(f"shard {path} has {len(raw)} bytes instead of {expected}")
         if self._verify:
             stored = entry["raw_data"]["hashes"].get("xxh64")
-            if stored and xxhash.xxh64(raw).hexdigest() != stored:
+            if stored and xxhash.xxh64(raw.data).hexdigest() != stored:
                 raise DataError(f"shard {path} is damaged: its hash is not the index's")
         count = int(raw[:4].view(np.uint32)[0])
         begin = int(raw[4:8].view(np.uint32)[0])
         width = self.manifest.sequence_length + 1
         tokens = raw[begin:].view(self.manifest.dtype)
         if count != entry["samples"] or tokens.size != count * width:
-            raise DataError(f"shard {path} does not hold {entry['samples']} samples of {width} tokens")
+            raise DataError(
+                f"shard {path} does not hold {entry['samples']} samples of {width} tokens"
+            )
         return tokens.reshape(count, width)

@@ -39,7 +39,9 @@ def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise DataError(f"{error}; the data layer needs: {_INSTALL}, and megatron-eso[train]") from None
+        raise DataError(
+            f"{error}; the data layer needs: {_INSTALL}, and megatron-eso[train]"
+        ) from None
 
 
 def _place_bare_packages() -> None:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from types import FrameType
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -80,7 +81,7 @@ def _end_others(ranks: list[subprocess.Popen]) -> int:
     return _exit_code([first])
 
 
-def _exit_code(failed: list[int | None]) -> int:
+def _exit_code(failed: Sequence[int | None]) -> int:
     if not failed:
         return 0
     code = failed[0] or 0

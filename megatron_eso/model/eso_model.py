@@ -72,7 +72,7 @@ class EsoModel(LanguageModule):
                 config.hidden_size,
                 padded_vocab,
                 config=config,
-                init_method=config.init_method,
+                init_method=config.init_method,  # type: ignore[arg-type]
                 bias=model.head_bias,
                 skip_bias_add=False,
                 gather_output=False,
@@ -89,7 +89,7 @@ class EsoModel(LanguageModule):
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Receive the previous stage's output; called by Megatron's schedules."""
-        self.decoder.set_input_tensor(input_tensor[0])
+        self.decoder.set_input_tensor(input_tensor[0])  # type: ignore[arg-type]
 
     def forward(self, rows: StackRows) -> Tensor:
         """Return log-probabilities [N] on the last stage, hidden states [L, R, H] on the others."""

@@ -42,7 +42,9 @@ class AttentionProjection(RowParallelLinear):
         super().__init__(*args, **kwargs)
 
 
-def block_spec(model: ModelConfig, *, num_layers: int, attention: str) -> TransformerBlockSubmodules:
+def block_spec(
+    model: ModelConfig, *, num_layers: int, attention: str
+) -> TransformerBlockSubmodules:
     """Return the spec of the layers of one pipeline stage.
 
     Args:
@@ -50,7 +52,9 @@ def block_spec(model: ModelConfig, *, num_layers: int, attention: str) -> Transf
         num_layers: layers of this stage.
         attention: kernel, ``split`` or ``dense``.
     """
-    norm = RMSNorm if model.norm == "rmsnorm" else LayerNorm
+    # Megatron's annotations are narrower than what its spec builder takes.
+    add_residual: Any = get_bias_dropout_add
+    norm: Any = RMSNorm if model.norm == "rmsnorm" else LayerNorm
     head_norm = norm if model.qk_norm else IdentityOp
     layer = ModuleSpec(
         module=TransformerLayer,
@@ -70,7 +74,7 @@ def block_spec(model: ModelConfig, *, num_layers: int, attention: str) -> Transf
                     k_layernorm=head_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add_residual,
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 module=MLP,
@@ -78,7 +82,7 @@ def block_spec(model: ModelConfig, *, num_layers: int, attention: str) -> Transf
                     linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
                 ),
             ),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add_residual,
             sharded_state_dict_keys_map=_FUSED_NAMES,
         ),
     )

@@ -80,7 +80,12 @@ def _eso(
     if split:
         parts.append(
             _eso_diffusion(
-                tokens[:split], is_valid[:split], micro_batch.diffusion_rows, objective, draw, mask_id
+                tokens[:split],
+                is_valid[:split],
+                micro_batch.diffusion_rows,
+                objective,
+                draw,
+                mask_id,
             )
         )
     if micro_batch.sequential_rows:
@@ -196,7 +201,5 @@ def _masks_and_weights(
 def _masked(
     rows: list[int], is_valid: Bool[Tensor, "B L"], keep: Float[Tensor, " B"], draw: Draw
 ) -> Bool[Tensor, "B L"]:
-    u = uniform_rows(
-        draw.seed, draw.step, rows, Stream.MASK, is_valid.shape[1], draw=draw.repeat
-    )
+    u = uniform_rows(draw.seed, draw.step, rows, Stream.MASK, is_valid.shape[1], draw=draw.repeat)
     return (u >= keep[:, None]) & is_valid

@@ -7,6 +7,7 @@ from datetime import timedelta
 import psutil
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from megatron_eso.parallel.megatron_patches import apply_cpu_patches, silence_megatron_messages
 
@@ -71,7 +72,7 @@ def start_process_group(ranks: Ranks, device: Device, *, timeout_seconds: float 
         return
     timeout = timedelta(seconds=timeout_seconds)
     if "MASTER_ADDR" not in os.environ and ranks.world_size == 1:
-        store = dist.HashStore()
+        store = HashStore()
         dist.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
     dist.init_process_group(

@@ -1,6 +1,7 @@
 """Process groups of the layout, built and held by Megatron's parallel_state."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
@@ -55,6 +56,9 @@ def build_groups(parallel: ParallelConfig, *, seed: int) -> Layout:
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    groups: Any = (
+        parallel_state  # its annotations admit what is not returned without extra arguments
+    )
     return Layout(
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
@@ -62,10 +66,10 @@ def build_groups(parallel: ParallelConfig, *, seed: int) -> Layout:
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        data_group=parallel_state.get_data_parallel_group(),
-        tensor_group=parallel_state.get_tensor_model_parallel_group(),
-        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
-        model_group=parallel_state.get_model_parallel_group(),
+        data_group=groups.get_data_parallel_group(),
+        tensor_group=groups.get_tensor_model_parallel_group(),
+        pipeline_group=groups.get_pipeline_model_parallel_group(),
+        model_group=groups.get_model_parallel_group(),
     )
 
 

@@ -35,7 +35,13 @@ _RUN_MESSAGES = (
     (".*grad attribute of a Tensor that is not a leaf.*", UserWarning),
     (".*reduce_scatter_tensor. is deprecated.*", FutureWarning),
     (".*all_gather_into_tensor. is deprecated.*", FutureWarning),
-    (".*it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS.*", UserWarning),
+    (".*load_state_dict. is deprecated.*", FutureWarning),
+    (".*use DTensor instead.*", FutureWarning),
+    (".*Apex is not installed.*", UserWarning),
+    (
+        ".*it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS.*",
+        UserWarning,
+    ),
 )
 
 _active_mode: "CudaNamesMeanCpu | None" = None
@@ -101,7 +107,6 @@ def _patch_torch_cuda() -> None:
     Reason: p2p communication and buffers pass ``torch.cuda.current_device()`` as a device and call
     ``torch.cuda.synchronize`` after exchanges; 0.19 also touches streams and events.
     """
-
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment]
     # One function object each: torch.compile keeps a table of torch's functions by identity.
     for name in ("synchronize", "set_device", "empty_cache"):

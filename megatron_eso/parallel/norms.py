@@ -35,5 +35,3 @@ def select_entries(hidden_LRH: Tensor, entries: Tensor) -> Tensor:
     length, num_rows = hidden_LRH.shape[:2]
     row, slot = entries // length, entries % length
     return hidden_LRH.reshape(length * num_rows, -1).index_select(0, slot * num_rows + row)
-
-

@@ -45,7 +45,7 @@ def wrap_for_training(
 
 
 def build_optimizer(
-    chunks: list[nn.Module], optimizer: OptimizerConfig, config: TransformerConfig
+    chunks: list[Any], optimizer: OptimizerConfig, config: TransformerConfig
 ) -> Any:
     """Return Megatron's optimizer for wrapped chunks."""
     settings = MegatronOptimizerConfig(

@@ -18,6 +18,7 @@ from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 with quiet_megatron_import():
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+    from megatron.core.distributed import DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Shard:
 def sharded_parameters(chunks: Iterable[nn.Module]) -> Iterator[Any]:
     """Yield Megatron's sharding description (tensor or factory) of every parameter."""
     for chunk in chunks:
-        for entry in chunk.sharded_state_dict().values():  # type: ignore[operator]
+        model = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+        for entry in model.sharded_state_dict().values():  # type: ignore[operator]
             if isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
                 yield entry
 

@@ -23,12 +23,13 @@ from megatron_eso.config.schema import RunConfig
 from megatron_eso.data.reader import RowReader, ValidationReader
 from megatron_eso.errors import CheckpointError, ConfigError, TrainingError
 from megatron_eso.eval.evaluate import evaluate
+from megatron_eso.eval.scores import Score
 from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.exchange import Rows, any_rank, raise_together
 from megatron_eso.resilience.signals import StopRequest
 from megatron_eso.train.metrics import Metrics, measured_peak
 from megatron_eso.train.run_folder import RunFolder
-from megatron_eso.train.session import Session, build_session
+from megatron_eso.train.session import build_session
 from megatron_eso.train.step import train_step
 
 log = logging.getLogger(__name__)
@@ -143,9 +144,7 @@ class Run:
         elif settings.init_from:
             folder = find_checkpoint(Path(settings.init_from), hashes=settings.verify_hashes)
             require_same_model(folder, asdict(session.config.model))
-            kind = load_weights(
-                folder, session.chunks, use_ema=True, device=session.torch_device
-            )
+            kind = load_weights(folder, session.chunks, use_ema=True, device=session.torch_device)
             session.optimizer.reload_model_params()
             log.info("weights (%s) from %s", kind, folder.path)
 
@@ -210,30 +209,29 @@ class Run:
         """Score every validation set; return the scores by set."""
         session, begin, results = self.session, time.perf_counter(), {}
         for name, reader in self.validation.items():
-
-            def read(rows: list[int], reader: ValidationReader = reader) -> Rows:
-                got = reader.read(rows)
-                return Rows(torch.from_numpy(got.tokens), torch.from_numpy(got.is_valid))
-
-            def run() -> list:
-                return evaluate(
-                    session.replica,
-                    read,
-                    num_rows=min(session.config.eval.num_rows, reader.num_rows),
-                    bytes_per_token=reader.bytes_per_token,
-                )
-
             if session.average is not None and session.config.eval.use_ema:
                 with session.average.applied(session.chunks):
-                    scores = run()
+                    scores = self._score(reader)
             else:
-                scores = run()
+                scores = self._score(reader)
             results[name] = [score.as_dict() for score in scores]
             if self.metrics is not None:
                 self.metrics.add_scores(session.state.step, name, scores)
         if self.metrics is not None:
             self.metrics.pause(begin)
         return results
+
+    def _score(self, reader: ValidationReader) -> list[Score]:
+        def read(rows: list[int]) -> Rows:
+            got = reader.read(rows)
+            return Rows(torch.from_numpy(got.tokens), torch.from_numpy(got.is_valid))
+
+        return evaluate(
+            self.session.replica,
+            read,
+            num_rows=min(self.session.config.eval.num_rows, reader.num_rows),
+            bytes_per_token=reader.bytes_per_token,
+        )
 
     def _stop_early(self) -> int:
         self._save()
@@ -271,7 +269,9 @@ class Run:
         config = self.session.config
         for line in self.session.derived.lines():
             log.info(line)
-        log.info("precision.dtype = %s, device %s", config.precision.dtype, self.session.torch_device)
+        log.info(
+            "precision.dtype = %s, device %s", config.precision.dtype, self.session.torch_device
+        )
         log.info("matmul peak of all ranks: %.1f GFLOP/s (measured)", peak / 1e9)
         epochs = self.session.derived.total_tokens / self.reader.tokens_per_epoch
         log.info("the run reads its data %.2f times", epochs)

@@ -38,7 +38,7 @@ class Metrics:
             rows=config.train.global_batch_rows,
         ).training
         self._board = SummaryWriter(str(folder / "tensorboard"))
-        self._lines = open(folder / "metrics.jsonl", "a")  # noqa: SIM115
+        self._lines = open(folder / "metrics.jsonl", "a")
         self._since, self._steps = time.perf_counter(), 0
         self._phases: dict[str, float] = {}
 

@@ -1,9 +1,9 @@
 """The folder of a run: what it holds, who may write to it, and whether it is the same run.
 
-    config.yaml      resolved configuration      run.json     commit, versions, layout
-    log.txt          plain log                   metrics.jsonl  one object per logged step
-    status.json      where the run is            tensorboard/  event files
-    checkpoints/     see checkpoint/folder.py    evaluation.json
+config.yaml      resolved configuration      run.json     commit, versions, layout
+log.txt          plain log                   metrics.jsonl  one object per logged step
+status.json      where the run is            tensorboard/  event files
+checkpoints/     see checkpoint/folder.py    evaluation.json
 """
 
 import json
@@ -114,7 +114,9 @@ def _provenance() -> dict[str, Any]:
         "versions": {name: _version(name) for name in ("megatron-core", "transformer-engine")},
         "host": platform.node(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "environment": {k: v for k, v in os.environ.items() if k.startswith(("SLURM_JOB", "NCCL_"))},
+        "environment": {
+            k: v for k, v in os.environ.items() if k.startswith(("SLURM_JOB", "NCCL_"))
+        },
     }
 
 

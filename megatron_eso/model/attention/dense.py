@@ -64,8 +64,6 @@ def copies_mask(length: int, pattern: Pattern, block_size: int, device: torch.de
     slot = torch.arange(length, device=device)
     if pattern is Pattern.BLOCK:
         block = slot // block_size
-        return torch.cat(
-            [block[:, None] > block[None, :], block[:, None] == block[None, :]], dim=1
-        )
+        return torch.cat([block[:, None] > block[None, :], block[:, None] == block[None, :]], dim=1)
     copy = (slot + 1) % length  # slot r holds copy r + 1, the last slot copy 0
     return torch.cat([copy[:, None] > slot[None, :], slot[:, None] == slot[None, :]], dim=1)

@@ -70,7 +70,9 @@ class _SplitAttention(torch.autograd.Function):
         if not ctx.num_pairs:
             return d_query, d_key, d_value, None, None
         merged = Forward(saved[2], saved[3], ctx.states[1])
-        own = _self_gradients(grad[z_rows], query[z_rows], key[z_rows], value[z_rows], merged, scale)
+        own = _self_gradients(
+            grad[z_rows], query[z_rows], key[z_rows], value[z_rows], merged, scale
+        )
         seen_grad = grad[z_rows].clone()
         seen_grad[:, :, -1] = 0  # the last slot saw none of X's keys
         seen = causal_backward(seen_grad, query[z_rows], key[x_rows], value[x_rows], merged, scale)

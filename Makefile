@@ -1,0 +1,51 @@
+# Two commands: `make pretrain` and `make test`. Both install what they need into .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+CONFIG ?= configs/run/quickstart.yaml
+ARGS ?=
+# A run's folder: folder=... or name=... in ARGS, else the quick start's.
+RUN = $(or $(patsubst folder=%,%,$(filter folder=%,$(ARGS))),runs/$(or $(patsubst name=%,%,$(filter name=%,$(ARGS))),quickstart))
+
+.PHONY: pretrain test check bench format venv docs clean
+
+pretrain: $(VENV)/ready ## prepare data, train, evaluate, sample
+	$(BIN)/megatron-eso data prepare stdlib --out runs/data/stdlib --sequence-length 256 --vocab-size 4096
+	$(BIN)/megatron-eso train $(CONFIG) $(ARGS)
+	$(BIN)/megatron-eso eval $(RUN) runs/data/stdlib/validation --rows 32 --orders 4
+	$(BIN)/megatron-eso sample $(RUN) --prompt "def " --num-samples 2
+	@echo "run folder: $(RUN)  (tensorboard --logdir $(RUN)/tensorboard shows the curves)"
+
+test: $(VENV)/ready ## all tests
+	$(BIN)/python -m pytest tests -q
+
+check: $(VENV)/ready ## format, lint, types, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest tests -q -m "not slow"
+
+bench: $(VENV)/ready ## speed and memory, ratios measured in one run
+	$(BIN)/python -m tools.bench
+
+format: $(VENV)/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/ready ## docs/config.md from the configuration's docstrings
+	$(BIN)/python -m tools.config_docs
+
+venv: $(VENV)/ready
+
+# torch is pinned first on a machine without a GPU: a looser request would bring the CUDA build.
+# mosaicml-streaming goes without its dependencies: it pins numpy < 2.2 and torchvision.
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "Python 3.11 or 3.12 is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	nvidia-smi >/dev/null 2>&1 || $(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q -e '.[train,plots,dev]'
+	$(BIN)/pip install -q --no-deps mosaicml-streaming==0.13.0
+	touch $@
+
+clean: ## remove the virtual environment and caches, not the runs
+	rm -rf $(VENV) .pytest_cache .ruff_cache

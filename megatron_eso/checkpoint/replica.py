@@ -1,0 +1,48 @@
+"""Build a model from a checkpoint alone, at the layout asked for, for evaluation and sampling."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from megatron_eso.checkpoint.folder import CheckpointFolder
+from megatron_eso.checkpoint.load import load_weights
+from megatron_eso.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, RunConfig
+from megatron_eso.model.build import build_chunks
+from megatron_eso.model.replica import Replica
+from megatron_eso.parallel.device import Device
+from megatron_eso.parallel.groups import Layout
+
+
+def run_config_of(folder: CheckpointFolder, parallel: ParallelConfig) -> RunConfig:
+    """Return a run configuration with the checkpoint's model and objective and a layout."""
+    sidecar = folder.sidecar()
+    config = RunConfig()
+    return replace(
+        config,
+        model=_section(ModelConfig, sidecar["model"]),
+        objective=_section(ObjectiveConfig, sidecar["objective"]),
+        train=replace(config.train, sequence_length=sidecar["sequence_length"], steps=1),
+        parallel=parallel,
+    )
+
+
+def load_replica(
+    folder: CheckpointFolder, config: RunConfig, layout: Layout, device: Device, *, use_ema: bool
+) -> tuple[Replica, str]:
+    """Return a model with the checkpoint's weights, and which weights they are (weights or ema)."""
+    chunks, _ = build_chunks(config, layout, device.torch_device)
+    kind = load_weights(folder, chunks, use_ema=use_ema, device=device.torch_device)
+    for chunk in chunks:
+        chunk.eval()
+    return Replica(config, layout, device.torch_device, list(chunks)), kind
+
+
+def tokenizer_path(folder: CheckpointFolder) -> Path:
+    """Return where the run's tokenizer stood."""
+    return Path(folder.sidecar()["tokenizer"])
+
+
+def _section(schema: type, values: dict) -> object:
+    """Return a section of the configuration from stored values; unknown ones are an error."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))

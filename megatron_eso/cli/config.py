@@ -1,0 +1,41 @@
+"""``megatron-eso config``: look at a configuration before running it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Show a resolved configuration.",
+)  # fmt: skip
+
+
+@app.callback()
+def _group() -> None:
+    """Look at a configuration before running it."""
+
+
+@app.command()
+def show(
+    config: Annotated[Path, typer.Argument(help="Run configuration (YAML)")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Number of ranks [parallel.local_ranks]")
+    ] = None,
+) -> None:
+    """Print every setting after includes and overrides, check them, and print what follows.
+
+    Examples:
+        megatron-eso config show configs/run/quickstart.yaml parallel.tensor=2
+    """
+    from megatron_eso.config import check, load_config, to_yaml
+    from megatron_eso.config.derive import derive
+
+    run_config = load_config(config, overrides)
+    typer.echo(to_yaml(run_config))
+    number = ranks or run_config.parallel.local_ranks
+    check(run_config, number)
+    typer.echo(f"# derived, on {number} rank(s):")
+    for line in derive(run_config, number).lines():
+        typer.echo(f"#   {line}")

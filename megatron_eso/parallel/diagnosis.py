@@ -1,0 +1,84 @@
+"""What this machine has, and what the ``auto`` settings would make of it."""
+
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import psutil
+import torch
+
+from megatron_eso.parallel.matmul_speed import matmul_flops_per_second
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    what: str
+    found: str
+    consequence: str
+
+
+def diagnose() -> list[Finding]:
+    """Return findings about machine, packages and backends; measures for about a second."""
+    return [*_machine(), *_packages(), *_speed(), *_backends()]
+
+
+def _machine() -> list[Finding]:
+    memory = psutil.virtual_memory()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(gpus)) or "none"
+    return [
+        Finding("Python", platform.python_version(), "3.11 and 3.12 are tested"),
+        Finding("CPU", f"{os.cpu_count()} cores", f"torch uses {torch.get_num_threads()} threads"),
+        Finding(
+            "memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free", ""
+        ),
+        Finding("GPU", names, "NCCL, one rank a GPU" if gpus else "gloo ranks on the CPU"),
+    ]
+
+
+def _packages() -> list[Finding]:
+    needed = {
+        "torch": "required",
+        "megatron-core": "required",
+        "omegaconf": "required",
+        "mosaicml-streaming": "writes and shuffles shards",
+        "tokenizers": "text in and out",
+        "tensorboard": "training curves",
+        "transformer-engine": "FP8 and fused layers (GPU only)",
+        "apex": "optional: fused weight gradient of the head",
+        "transformers": "optional: Hugging Face export",
+    }
+    return [Finding(name, _version(name), use) for name, use in needed.items()]
+
+
+def _speed() -> list[Finding]:
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    fp32 = matmul_flops_per_second(torch.float32, device) / 1e9
+    bf16 = matmul_flops_per_second(torch.bfloat16, device) / 1e9
+    better = "bf16" if device.type == "cuda" or bf16 > 1.5 * fp32 else "fp32"
+    return [
+        Finding("matmul fp32", f"{fp32:,.0f} GFLOP/s", ""),
+        Finding("matmul bf16", f"{bf16:,.0f} GFLOP/s", f"precision.dtype=auto chooses {better}"),
+    ]
+
+
+def _backends() -> list[Finding]:
+    has_te = importlib.util.find_spec("transformer_engine") is not None
+    te = "installed" if has_te else "not installed"
+    return [
+        Finding("attention split", "fused causal kernel and analytic self term", "auto chooses it"),
+        Finding("attention dense", "explicit mask", "the oracle of tests; slow"),
+        Finding("layers torch", "Megatron-Core's own", "auto chooses them"),
+        Finding("layers te", f"Transformer Engine is {te}", "not supported by this version"),
+    ]
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "-"

@@ -1,0 +1,1 @@
+"""Generating rows: which position in which step, the key/value cache, the sampler."""

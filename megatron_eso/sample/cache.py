@@ -1,0 +1,39 @@
+"""Keys and values of the tokens decided so far: preallocated, only clean tokens are kept.
+
+A step feeds [tokens decided before; masks of this step]. Both are written behind the kept ones; the
+masks' are overwritten by the next step. Keys are stored rotated, with their true positions.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Cache:
+    """Per layer [T, R, g, d] buffers; implements ``model.attention.rows.KeyValueStore``."""
+
+    def __init__(self, capacity: int) -> None:
+        """Make an empty cache.
+
+        Args:
+            capacity: T, the most entries a step may see: all tokens of a row and one step's masks.
+        """
+        self.capacity = capacity
+        self.num_kept = 0
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the kept keys and values followed by a new segment's; see KeyValueStore."""
+        if layer not in self._keys:
+            shape = (self.capacity, *key.shape[1:])
+            self._keys[layer] = torch.empty(shape, dtype=key.dtype, device=key.device)
+            self._values[layer] = torch.empty(shape, dtype=value.dtype, device=value.device)
+        end = self.num_kept + key.shape[0]
+        keys, values = self._keys[layer], self._values[layer]
+        keys[self.num_kept : end] = key
+        values[self.num_kept : end] = value
+        return keys[:end], values[:end]
+
+    def keep(self, number: int) -> None:
+        """Keep the first ``number`` entries of the last segment: its clean tokens."""
+        self.num_kept += number
