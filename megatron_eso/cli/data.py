@@ -1,84 +1,75 @@
-"""``megatron-eso data``: prepare and inspect data sets."""
+"""``megatron-eso data``: prepare, inspect, verify and combine data sets."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from megatron_eso.cli.data_tools import inspect_command, verify_command
+
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
     help="Prepare, inspect and verify data sets.",
-)  # fmt: skip
+)
 
 
-@app.command()
-def prepare(
-    sources: Annotated[
-        list[str],
-        typer.Argument(help="Text or jsonl files, folders, or 'stdlib' (this Python's own)"),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for tokenizer.json, train/ and validation/")],
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a row")] = 512,
+@app.command("prepare")
+def prepare_command(
+    sources: Annotated[list[str], typer.Argument(help="Files, folders, 'stdlib' or 'hf:NAME'.")],
+    out: Annotated[Path, typer.Option(help="Folder that receives the data set.")],
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a row, L.")] = 512,
     vocab_size: Annotated[
-        int | None, typer.Option(help="Ids of the tokenizer to train, the mask included")
+        int | None, typer.Option(help="Tokens, mask included; needed to train a tokenizer.")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Use this tokenizer.json instead of training one")
+        str | None,
+        typer.Option(help="tokenizer.json, its folder or a hub name; default: train one."),
     ] = None,
-    validation_fraction: Annotated[float, typer.Option(help="Share of documents held out")] = 0.05,
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace a folder made with other settings")
-    ] = False,
+    text_key: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
+    packing: Annotated[
+        str, typer.Option(help="packed, or separate: a row per document.")
+    ] = "packed",
+    validation_fraction: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.05,
+    bad_documents: Annotated[str, typer.Option(help="error, or skip and count them.")] = "error",
+    shard_mib: Annotated[int, typer.Option(help="Largest shard, in MiB.")] = 64,
+    compress: Annotated[bool, typer.Option(help="zstd shards, for object stores.")] = False,
+    partition_mib: Annotated[int | None, typer.Option(help="Input per unit of work, MiB.")] = None,
+    tokenizer_mib: Annotated[int, typer.Option(help="Text to train the tokenizer on, MiB.")] = 256,
+    processes: Annotated[int | None, typer.Option(help="Worker processes; default: cores.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Remove what another request left.")] = False,
 ) -> None:
-    """Tokenize text into MDS shards, split by document into train and validation.
+    """Turn raw text into a tokenizer and train and validation shards.
+
+    Interrupted, it continues; complete, it does nothing.
 
     Examples:
-        megatron-eso data prepare stdlib --out runs/data/stdlib --vocab-size 4096
-        megatron-eso data prepare books/ more.jsonl --out data/books --tokenizer gpt2/tokenizer.json
+      megatron-eso data prepare stdlib --out runs/data/stdlib --sequence-length 256 --vocab-size 4096
+
+      megatron-eso data prepare a.jsonl.gz b/ --out data/mine --sequence-length 1024 --vocab-size 32768
     """
-    from megatron_eso.data.prepare import Request
-    from megatron_eso.data.prepare import prepare as run
-    from megatron_eso.errors import DataError
+    from megatron_eso.data.partition import PrepareOptions
+    from megatron_eso.data.prepare import prepare
+    from megatron_eso.data.progress import Progress
+    from megatron_eso.data.summary import summary_line
+    from megatron_eso.data.tokenizer import vocabulary_of
 
-    if (vocab_size is None) == (tokenizer is None):
-        raise DataError("give exactly one of --vocab-size and --tokenizer")
-    if not 0 < validation_fraction < 1:
-        raise DataError(f"--validation-fraction {validation_fraction} must be between 0 and 1")
-    request = Request(tuple(sources), sequence_length, vocab_size, tokenizer, validation_fraction)
-    run(request, out, say=typer.echo, overwrite=overwrite)
-
-
-@app.command()
-def inspect(
-    folder: Annotated[Path, typer.Argument(help="A split: .../train or .../validation")],
-) -> None:
-    """Print a split's manifest and the text of its first sample."""
-    import dataclasses
-
-    import numpy as np
-
-    from megatron_eso.data.shards import ShardedTokens
-    from megatron_eso.data.tokenizer import decode, load_tokenizer
-
-    shards = ShardedTokens(folder, verify_hashes=True)
-    for name, value in dataclasses.asdict(shards.manifest).items():
-        typer.echo(f"{name:20} {value}")
-    text = decode(
-        load_tokenizer(folder.parent / "tokenizer.json"), shards.read(np.array([0]))[0].tolist()
-    )
-    typer.echo(f"\nfirst sample:\n{text}")
+    if vocab_size is None:
+        vocab_size = vocabulary_of(tokenizer)
+    options = PrepareOptions(
+        sequence_length, vocab_size, text_key, packing, validation_fraction,
+        bad_documents, shard_mib, compress, partition_mib,
+    )  # fmt: skip
+    done = prepare(
+        sources, out, options, tokenizer=tokenizer, tokenizer_bytes=tokenizer_mib << 20,
+        num_processes=processes, overwrite=overwrite, progress=Progress(),
+    )  # fmt: skip
+    state = "already prepared, nothing to do" if done.was_complete else "prepared"
+    print(f"{out}: {state}")
+    for split in ("train", "validation"):
+        print(f"  {summary_line(done.manifests[split])}")
 
 
-@app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(help="A split: .../train or .../validation")],
-) -> None:
-    """Read every shard of a split and compare its size, hash and token ids."""
-    import numpy as np
-
-    from megatron_eso.data.shards import ShardedTokens
-
-    shards = ShardedTokens(folder, verify_hashes=True)
-    for first in range(0, len(shards), 1024):
-        shards.read(np.arange(first, min(first + 1024, len(shards))))
-    typer.echo(f"{folder}: {len(shards)} samples in {len(shards.shard_sizes)} shards are whole")
+app.command("inspect")(inspect_command)
+app.command("verify")(verify_command)

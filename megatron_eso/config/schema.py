@@ -91,7 +91,7 @@ class DataSourceConfig:
     """One data set of a mixture."""
 
     path: str = ""
-    """Folder of one split written by ``megatron-eso data prepare``."""
+    """Folder or object-store address of one split written by ``megatron-eso data prepare``."""
     weight: float = 1.0
     """Share of the mixture, relative to the other sources' weights."""
 
@@ -103,7 +103,11 @@ class DataConfig:
     sources: list[DataSourceConfig] = field(default_factory=list)
     """Training data; several sources are mixed by weight."""
     validation: dict[str, str] = field(default_factory=dict)
-    """Held-out data sets: name -> folder."""
+    """Held-out data sets: name -> folder or address."""
+    cache_dir: str | None = None
+    """Local folder for shards of remote data sets; null: a folder under the system's cache folder."""
+    cache_limit_gib: float | None = None
+    """Bound on that folder, in GiB; null: none. The shards used longest ago are dropped first."""
     shuffle: bool = True
     """Permute the samples of every epoch; false: the order in which they were written."""
     shuffle_block_size: int = 262144
@@ -111,10 +115,16 @@ class DataConfig:
     shuffle_canonical_nodes: int = 1
     """Number of independent shard sequences the epoch's order is cut into; fixed for a run, whatever
     the number of nodes it runs on."""
-    prefetch: bool = True
-    """Read the next step's rows in a thread while this step computes."""
+    prefetch_shards: int = 2
+    """Shards fetched ahead of the current place."""
+    num_workers: int = 1
+    """Reader threads ahead of the training loop; 0: read in the loop."""
     verify_hashes: bool = True
-    """Check each shard's hash when a process first opens it."""
+    """Check each shard's hash when a process first opens it; its size is always checked."""
+    retries: int = 5
+    """Attempts for one remote shard before the run stops with an error that names it."""
+    timeout_seconds: float = 60.0
+    """Limit for one attempt to fetch a shard, in seconds."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,1 @@
-"""Data: from text to MDS shards with a manifest, and from shards to the rows of a step.
-
-The format is mosaicml-streaming's; order and reading are ours: the rows of a step are a pure function
-of (seed, step), so resume, layout and number of workers cannot change them.
-"""
+"""Data: from raw text to tokens on every rank, in an order that is a pure function of the place."""

@@ -1,82 +1,137 @@
-"""What a folder of shards holds: the contract between preparation and training.
+"""What a prepared split says about itself: vocabulary, row length, counts and hashes.
 
-The tokenizer does not know the mask token: ``vocab_size`` counts its ids and the mask, whose id is
-``vocab_size - 1``.
+A split is a folder (or object-store prefix) with shards, streaming's ``index.json`` and our
+``manifest.json``, which is written last: a split without it is not complete. The vocabulary counts
+the mask token, which the tokenizer does not know: ``vocab_size`` is the tokenizer's vocabulary + 1 and
+the mask id is ``vocab_size - 1``. Shards use that id for padding (the end of a partition's last row).
 """
 
-import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+import os
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from megatron_eso.errors import DataError
 
-FILE = "manifest.json"
+MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index.json"
+FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Description of one split."""
+    """Facts of one split; rows are blocks of ``sequence_length + 1`` tokens at a stride of L."""
 
-    sequence_length: int
-    """L: samples are blocks of L + 1 tokens with stride L."""
+    split: str
+    """Name of the split: train, validation."""
+    tokenizer_file: str
+    """Tokenizer file, relative to the split's folder."""
+    tokenizer_sha256: str
+    """Hash of that file."""
     vocab_size: int
     """Token ids including the mask token."""
+    sequence_length: int
+    """L: tokens between the starts of two rows of a packed document stream."""
     dtype: str
-    """uint16 or uint32."""
-    tokenizer_sha256: str
-    """Hash of tokenizer.json beside the split's folder."""
+    """uint16 or uint32, the type of the stored tokens."""
+    packing: str
+    """packed: documents follow each other through rows; separate: every document starts a row."""
     end_of_document_id: int
-    """Token between documents."""
-    num_documents: int
-    num_tokens: int
-    """Tokens of the packed documents, separators included."""
+    """Token that ends every document."""
     num_samples: int
+    """Rows."""
+    num_tokens: int
+    """Tokens of the document stream, end-of-document tokens included, padding not."""
+    num_documents: int
+    """Documents."""
     text_bytes: int
-    """UTF-8 bytes of the documents: for bits per byte."""
+    """UTF-8 bytes of the documents, the measure behind bits per byte."""
+    num_skipped: int
+    """Documents left out on request (not UTF-8, empty)."""
+    num_shards: int
+    """Shard files."""
     index_sha256: str
-    """Hash of the shards' index.json."""
-    request: str
-    """The settings the split was made with."""
+    """Hash of index.json, which carries the hash of every shard."""
+    format_version: int = FORMAT_VERSION
+    """Version of this file's layout."""
+
+    @property
+    def mask_id(self) -> int:
+        """Return the id of the mask token, which also marks padding in the shards."""
+        return self.vocab_size - 1
+
+    @property
+    def row_tokens(self) -> int:
+        """Return the tokens of one stored row, L + 1."""
+        return self.sequence_length + 1
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Return the bytes of text that one token stands for, on average."""
+        return self.text_bytes / self.num_tokens
 
     def save(self, folder: Path) -> None:
-        """Write manifest.json; it is written last, so a folder with one is complete."""
-        (folder / FILE).write_text(json.dumps(dataclasses.asdict(self), indent=1))
+        """Write the manifest so that it is either whole or absent."""
+        write_whole(folder / MANIFEST_NAME, self.to_json())
 
-    @staticmethod
-    def load(folder: Path) -> "Manifest":
-        """Read and check a split's manifest.
+    def to_json(self) -> str:
+        """Return the manifest as it stands in its file."""
+        return json.dumps(asdict(self), indent=2) + "\n"
 
-        Raises:
-            DataError: if the folder or the manifest is missing or does not belong to the shards.
-        """
-        if not folder.is_dir():
-            raise DataError(
-                f"data folder {folder} does not exist; make it with 'megatron-eso data prepare' or "
-                "change data.sources / data.validation"
-            )
-        try:
-            manifest = Manifest(**json.loads((folder / FILE).read_text()))
-        except OSError:
-            raise DataError(
-                f"data folder {folder} has no {FILE}: it is empty or was not finished; run 'megatron-eso"
-                " data prepare' again"
-            ) from None
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{folder / FILE} is damaged: {error}") from None
-        if sha256_of(folder / "index.json") != manifest.index_sha256:
-            raise DataError(f"{folder}/index.json is not the one its {FILE} was written for")
-        return manifest
+
+def parse_manifest(text: bytes | str, where: str) -> Manifest:
+    """Return the manifest of a file's content.
+
+    Raises:
+        DataError: naming ``where``, for content that is no manifest of this version.
+    """
+    try:
+        content = json.loads(text)
+        version = content.get("format_version")
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{where} is not a manifest ({error}); prepare the data again") from None
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{where} has format_version {version}, this version reads {FORMAT_VERSION}; prepare the "
+            "data again"
+        )
+    known = {field.name for field in fields(Manifest)}
+    if set(content) != known:
+        wrong = ", ".join(sorted(set(content) ^ known))
+        raise DataError(f"{where} lacks or adds the keys {wrong}; prepare the data again")
+    return Manifest(**content)
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a local split.
+
+    Raises:
+        DataError: if the folder or the manifest is missing or damaged.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            f"data folder {folder} does not exist; make it with `megatron-eso data prepare`"
+        )
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        inside = sorted(entry.name for entry in folder.iterdir())[:5]
+        hint = f" (it holds {', '.join(inside)}; name one split, such as {folder}/train)"
+        raise DataError(
+            f"data folder {folder} has no {MANIFEST_NAME}: it is no prepared split, or its "
+            f"preparation did not finish{hint if inside else ' (it is empty)'}"
+        )
+    return parse_manifest(path.read_bytes(), str(path))
 
 
 def sha256_of(path: Path) -> str:
-    """Return the hash of a file.
+    """Return the SHA-256 of a file as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    Raises:
-        DataError: if it cannot be read.
-    """
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file by renaming a finished temporary one, so that readers never see a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

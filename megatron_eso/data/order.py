@@ -1,89 +1,162 @@
-"""Which sample of which source is the i-th of a run: a pure function, so resume needs only i.
+"""Which sample stands at each place of a data set's endless order: a pure function, without a table.
 
-A mixture repeats a pattern of slots in which every source has its share, evenly spread; the n-th slot of
-a source reads the n-th sample of that source's own endless sequence of shuffled epochs.
+An epoch is streaming's ``py1e`` permutation of the shards' samples. That permutation is made for the
+whole epoch at once, which costs seconds and gigabytes at 50 million samples; so larger data sets are
+cut into *groups* of about GROUP_SAMPLES samples: the epoch's shuffled shards, dealt out in order,
+each group permuted by ``py1e`` on its own. A data set of one group has exactly streaming's order.
+Epochs follow each other without a gap, so every sample is used once an epoch whatever the batch.
 """
 
-from dataclasses import dataclass, field
+import hashlib
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megatron_eso.data.streaming_shim import shuffled_order
+from megatron_eso.data import streaming_shim
 from megatron_eso.errors import DataError
 
-_PATTERN = 1000  # slots; weights are exact to a thousandth
+# About 0.1 s and 12 MB for each group; shards of 64 MiB are far smaller than that.
+GROUP_SAMPLES = 1 << 20
+GROUPS_KEPT = 3
+FINGERPRINT_SAMPLES = 4096
+_EPOCH_STREAM = 0x5EED  # keeps the deal of shards apart from other uses of (seed, epoch)
 
 
-@dataclass
-class EpochOrder:
-    """One source's endless sequence of samples."""
+class SampleOrder:
+    """The order of one data set's samples, for all epochs."""
 
-    shard_sizes: np.ndarray
-    seed: int
-    shuffle: bool
-    block_size: int
-    canonical_nodes: int
-    _epochs: dict[int, np.ndarray] = field(default_factory=dict)
+    def __init__(
+        self,
+        shard_sizes: Sequence[int],
+        *,
+        seed: int,
+        shuffle: bool = True,
+        block_size: int = 1 << 18,
+        nodes: int = 1,
+        group_samples: int = GROUP_SAMPLES,
+    ) -> None:
+        """Describe the order; nothing is computed yet.
 
-    def samples(self, places: np.ndarray) -> np.ndarray:
-        """Return the sample at each place of the sequence."""
-        size = int(self.shard_sizes.sum())
-        if not self.shuffle:
-            return places % size
-        out = np.empty_like(places)
-        for epoch in np.unique(places // size):
-            here = places // size == epoch
-            out[here] = self._epoch(int(epoch))[places[here] % size]
-        return out
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        if epoch not in self._epochs:
-            for old in [e for e in self._epochs if e < epoch - 1]:
-                del self._epochs[old]
-            self._epochs[epoch] = shuffled_order(
-                self.shard_sizes,
-                canonical_nodes=self.canonical_nodes,
-                seed=self.seed,
-                epoch=epoch,
-                block_size=self.block_size,
-            )
-        return self._epochs[epoch]
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Which source each place of the run reads, and which place of that source."""
-
-    pattern: np.ndarray
-    """Source of each slot of the pattern."""
-    rank: np.ndarray
-    """How many earlier slots of the pattern have the same source."""
-    counts: np.ndarray
-    """Slots of each source in the pattern."""
-
-    @staticmethod
-    def from_weights(weights: list[float]) -> "Mixture":
-        """Return the mixture of sources with these relative weights.
+        Args:
+            shard_sizes: samples of each shard, in written order.
+            seed: seed of the run's data order.
+            shuffle: False: the written order, every epoch.
+            block_size: samples of neighbouring shards that are shuffled together.
+            nodes: independent shard sequences of ``py1e`` (canonical nodes).
+            group_samples: samples permuted at once.
 
         Raises:
-            DataError: if a weight is not positive or too small to get a slot.
+            DataError: for no samples, or more canonical nodes than samples of a group.
         """
-        if not weights or min(weights) <= 0:
-            raise DataError(f"data.sources weights must be positive, not {weights}")
-        length = _PATTERN if len(weights) > 1 else 1
-        exact = np.array(weights) / sum(weights) * length
-        counts = np.floor(exact).astype(np.int64)
-        for index in np.argsort(counts - exact, kind="stable")[: length - counts.sum()]:
-            counts[index] += 1
-        if counts.min() == 0:
-            raise DataError(f"a data source has less than 1/{length} of the mixture: {weights}")
-        spread = [((k + 0.5) / n, s) for s, n in enumerate(counts) for k in range(n)]
-        pattern = np.array([source for _, source in sorted(spread)])
-        rank = np.array([(pattern[:i] == s).sum() for i, s in enumerate(pattern)])
-        return Mixture(pattern, rank, counts)
+        self.num_samples = int(sum(shard_sizes))
+        self._sizes = np.array(shard_sizes, np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
+        self._seed, self._shuffle = seed, shuffle
+        self._block_size, self._nodes, self._group_samples = block_size, nodes, group_samples
+        self._lock = threading.Lock()
+        self._deals: OrderedDict[int, _Deal] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], NDArray[np.uint32]] = OrderedDict()
+        if self.num_samples == 0:
+            raise DataError("a data set without samples has no order")
+        if nodes > min(self.num_samples, group_samples):
+            raise DataError(
+                f"data.shuffle_canonical_nodes={nodes} is more than the {self.num_samples} samples of "
+                "a data set; lower it"
+            )
+        if shuffle and len(shard_sizes) > 1 and int(0.75 * block_size) < max(shard_sizes):
+            warnings.warn(
+                f"data.shuffle_block_size={block_size} is too small to mix shards of "
+                f"{max(shard_sizes)} samples; raise it to {2 * max(shard_sizes)}",
+                stacklevel=2,
+            )
 
-    def place(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (source, place in that source) of each sample of the run."""
-        slot, round_ = indices % len(self.pattern), indices // len(self.pattern)
-        source = self.pattern[slot]
-        return source, round_ * self.counts[source] + self.rank[slot]
+    def samples_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the sample numbers at places 0, 1, ... of the endless order.
+
+        Args:
+            places: any places, any epochs.
+        """
+        epochs, within = np.divmod(np.asarray(places, np.int64), self.num_samples)
+        if not self._shuffle:
+            return within
+        samples = np.empty_like(within)
+        for epoch in np.unique(epochs):
+            deal = self._deal(int(epoch))
+            in_epoch = epochs == epoch
+            groups = np.searchsorted(deal.starts, within, side="right") - 1
+            for group in np.unique(groups[in_epoch]):
+                chosen = in_epoch & (groups == group)
+                offsets = within[chosen] - deal.starts[group]
+                samples[chosen] = self._group(int(epoch), int(group))[offsets]
+        return samples
+
+    def shards_ahead(self, place: int, num_shards: int) -> list[int]:
+        """Return the shards that places from ``place`` on touch first, at most ``num_shards``."""
+        ahead = self.samples_at(np.arange(place, place + min(self.num_samples, 4096)))
+        shards = np.searchsorted(self._starts, ahead, side="right") - 1
+        _, first = np.unique(shards, return_index=True)
+        return [int(shards[index]) for index in sorted(first)[:num_shards]]
+
+    def fingerprint(self) -> str:
+        """Return a hash of the first samples of the first epoch and of the data set's size."""
+        first = self.samples_at(np.arange(min(FINGERPRINT_SAMPLES, self.num_samples)))
+        text = f"{self.num_samples} ".encode() + first.astype("<i8").tobytes()
+        return hashlib.sha256(text).hexdigest()
+
+    def _deal(self, epoch: int) -> "_Deal":
+        with self._lock:
+            if epoch not in self._deals:
+                self._deals[epoch] = _deal_shards(
+                    self._sizes, self._seed, epoch, self._group_samples
+                )
+                while len(self._deals) > GROUPS_KEPT:
+                    self._deals.popitem(last=False)
+            return self._deals[epoch]
+
+    def _group(self, epoch: int, group: int) -> NDArray[np.uint32]:
+        with self._lock:
+            if (epoch, group) in self._groups:
+                self._groups.move_to_end((epoch, group))
+                return self._groups[epoch, group]
+        shards = self._deal(epoch).shards[group]
+        sizes = self._sizes[shards]
+        # The group's number joins the seed, or groups of equal shards would be permuted alike.
+        seed = self._seed + group * 7919
+        places = streaming_shim.epoch_permutation(
+            sizes, nodes=self._nodes, seed=seed, epoch=epoch, block_size=self._block_size
+        )
+        # From samples counted inside the group to samples of the data set, shard by shard.
+        shift = self._starts[shards] - np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        samples = (places + np.repeat(shift, sizes)[places]).astype(self._sample_dtype)
+        with self._lock:
+            self._groups[epoch, group] = samples
+            while len(self._groups) > GROUPS_KEPT:
+                self._groups.popitem(last=False)
+        return samples
+
+    @property
+    def _sample_dtype(self) -> type:
+        return np.uint32 if self.num_samples < 1 << 32 else np.int64
+
+
+class _Deal:
+    """The shards of each group of one epoch, and the place in the epoch where each group starts."""
+
+    def __init__(self, shards: list[NDArray[np.int64]], sizes: NDArray[np.int64]) -> None:
+        self.shards = shards
+        counts = [int(sizes[group].sum()) for group in shards]
+        self.starts = np.concatenate([[0], np.cumsum(counts)])[:-1]
+
+
+def _deal_shards(sizes: NDArray[np.int64], seed: int, epoch: int, group_samples: int) -> _Deal:
+    if int(sizes.sum()) <= group_samples:
+        return _Deal([np.arange(len(sizes))], sizes)
+    shuffled = np.random.default_rng([_EPOCH_STREAM, seed, epoch]).permutation(len(sizes))
+    # A shard belongs to the group in which its first sample falls; groups are never empty.
+    first = np.cumsum(sizes[shuffled]) - sizes[shuffled]
+    cuts = np.flatnonzero(np.diff(first // group_samples)) + 1
+    return _Deal([np.sort(group) for group in np.split(shuffled, cuts)], sizes)

@@ -1,170 +1,214 @@
-"""Turn text into two splits of MDS shards, a tokenizer and manifests.
+"""``data prepare``: raw text to a tokenizer and two splits of shards, by many processes.
 
-Documents are packed one after another with a separator between them and cut into samples of L + 1
-tokens with stride L. A folder under its final name is always complete: shards are written to
-``<split>.part`` and the manifest last, before the rename.
+The account of what was asked (``prepare.json``) is written first and compared by a later run: the same
+request continues or, when complete, does nothing; another one is refused. Partitions that were
+finished are kept; the manifest of the train split is written last of all.
 """
 
-import hashlib
 import json
+import multiprocessing
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from tokenizers import Tokenizer
-
-from megatron_eso.data.corpora import Document, documents, is_validation
-from megatron_eso.data.manifest import FILE, Manifest, sha256_of
-from megatron_eso.data.streaming_shim import mds_writer
-from megatron_eso.data.tokenizer import end_of_document_id, load_tokenizer, train_tokenizer
+from megatron_eso.data.documents import documents_of
+from megatron_eso.data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    load_manifest,
+    sha256_of,
+    write_whole,
+)
+from megatron_eso.data.merge import merge_partitions
+from megatron_eso.data.partition import PrepareOptions, describe_write_error, split_of
+from megatron_eso.data.progress import Progress
+from megatron_eso.data.sources import Partition, Piece, find_files, partitions_of
+from megatron_eso.data.tokenizer import Tokenizer, resolve_tokenizer, train_tokenizer
+from megatron_eso.data.workers import write_partitions
 from megatron_eso.errors import DataError
 
-TOKENIZER = "tokenizer.json"
-SPLITS = ("train", "validation")
-_BATCH = 64  # documents tokenized at once (the tokenizer runs them on all cores)
+REQUEST_NAME = "prepare.json"
+TOKENIZER_NAME = "tokenizer.json"
+WORK_NAME = "work"
+MERGE_ORDER = ("validation", "train")  # train last: its manifest says that everything is there
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to prepare; two equal requests give the same shards."""
+class Prepared:
+    """What a preparation left."""
 
-    sources: tuple[str, ...]
-    sequence_length: int
-    vocab_size: int | None
-    """Size of the tokenizer to train, mask included; None with ``tokenizer``."""
-    tokenizer: str | None
-    """An existing tokenizer.json."""
-    validation_fraction: float
-    shard_bytes: int = 1 << 26
-
-    def text(self) -> str:
-        """Return the request as JSON, for the manifest."""
-        return json.dumps(self.__dict__, sort_keys=True, default=list)
+    manifests: dict[str, Manifest]
+    """Split name -> manifest."""
+    was_complete: bool
+    """True if an earlier run had done everything."""
 
 
-def prepare(request: Request, out: Path, *, say: Callable[[str], None], overwrite: bool = False):
-    """Write tokenizer.json, train/ and validation/ under ``out``.
+def prepare(
+    sources: list[str],
+    out: Path,
+    options: PrepareOptions,
+    *,
+    tokenizer: str | None = None,
+    tokenizer_bytes: int = 256 << 20,
+    num_processes: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Prepare ``out/train``, ``out/validation`` and ``out/tokenizer.json`` from the sources.
 
     Args:
-        request: what to prepare.
-        out: output folder; a complete one made by the same request is left alone.
-        say: receives progress lines.
-        overwrite: replace a folder made by another request.
+        sources: files, folders, ``stdlib``, ``hf:NAME``.
+        out: local folder.
+        options: what decides the rows.
+        tokenizer: file, folder or published name; None: train one on the text.
+        tokenizer_bytes: bytes of text to train it on, at most.
+        num_processes: worker processes; None: one per core. It does not change the result.
+        overwrite: remove what another request left in ``out``.
+        progress: where to show progress.
 
     Raises:
-        DataError: for bad input, or an output folder made by another request.
+        DataError: for wrong inputs, another request's output in ``out``, bad documents, no space.
     """
-    if _is_complete(request, out, overwrite):
-        say(f"{out} is complete; nothing to do")
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    texts = [d for source in request.sources for d in documents(source)]
-    held_out = [is_validation(d, request.validation_fraction) for d in texts]
-    splits = {
-        "train": [d for d, held in zip(texts, held_out, strict=True) if not held],
-        "validation": [d for d, held in zip(texts, held_out, strict=True) if held],
-    }
-    say(f"{len(texts)} documents, {sum(len(d.text) for d in texts) / 1e6:.1f} M characters")
-    tokenizer = _tokenizer(request, splits["train"], out, say)
-    for split in SPLITS:
-        manifest = write_split(request, splits[split], tokenizer, out, split)
-        say(f"{split}: {manifest.num_tokens:,} tokens in {manifest.num_samples:,} samples")
+    check_options(options)
+    pieces = find_files(sources)
+    request = _request(sources, pieces, options, tokenizer, tokenizer_bytes)
+    try:
+        _claim(out, request, overwrite)
+        if (out / "train" / MANIFEST_NAME).is_file():
+            return Prepared({split: load_manifest(out / split) for split in MERGE_ORDER}, True)
+        path = out / TOKENIZER_NAME
+        if not path.is_file():
+            _make_tokenizer(tokenizer, pieces, path, options, tokenizer_bytes, progress)
+        loaded = Tokenizer(path)
+        loaded.check_vocabulary(options.vocab_size, "--vocab-size")
+        partitions = partitions_of(pieces, options.partition_mib and options.partition_mib << 20)
+        work = out / WORK_NAME
+        count = num_processes or multiprocessing.cpu_count()
+        write_partitions(partitions, work, path, options, num_processes=count, progress=progress)
+        return Prepared(_merge(work, out, partitions, loaded, options), False)
+    except OSError as error:
+        raise DataError(describe_write_error(error, out)) from error
 
 
-def write_split(
-    request: Request, texts: list[Document], tokenizer: Tokenizer, out: Path, split: str
-) -> Manifest:
-    """Write one split and return its manifest."""
-    length, vocab_size = request.sequence_length, tokenizer.get_vocab_size() + 1
-    dtype = "uint16" if vocab_size <= 65536 else "uint32"
-    part, final = out / f"{split}.part", out / split
-    shutil.rmtree(part, ignore_errors=True)
-    separator = end_of_document_id(tokenizer)
-    stream = _token_stream(texts, tokenizer, separator)
-    num_tokens = num_samples = 0
-    rest = np.zeros(0, dtype=dtype)
-    with mds_writer(
-        columns={"tokens": f"ndarray:{dtype}:{length + 1}"},
-        out=str(part),
-        hashes=["xxh64"],
-        size_limit=request.shard_bytes,
-    ) as writer:
-        for ids in stream:
-            num_tokens += len(ids)
-            rest = np.concatenate([rest, ids.astype(dtype)])
-            first = 0
-            while first + length + 1 <= len(rest):
-                writer.write({"tokens": rest[first : first + length + 1]})
-                first += length
-                num_samples += 1
-            rest = rest[first:]
-    if num_samples == 0:
-        shutil.rmtree(part, ignore_errors=True)
+def check_options(options: PrepareOptions) -> None:
+    """Refuse options without a meaning.
+
+    Raises:
+        DataError: naming the option.
+    """
+    if options.sequence_length < 1:
+        raise DataError(f"--sequence-length {options.sequence_length} must be at least 1")
+    if not 0 < options.validation_fraction < 1:
         raise DataError(
-            f"the {split} split has {num_tokens} tokens, fewer than one sample of {length + 1}; give "
-            "more text, a shorter --sequence-length, or another --validation-fraction"
+            f"--validation-fraction {options.validation_fraction} must lie between 0 and 1"
         )
-    manifest = Manifest(
-        sequence_length=length,
-        vocab_size=vocab_size,
-        dtype=dtype,
-        tokenizer_sha256=sha256_of(out / TOKENIZER),
-        end_of_document_id=separator,
-        num_documents=len(texts),
-        num_tokens=num_tokens,
-        num_samples=num_samples,
-        text_bytes=sum(len(d.text.encode()) for d in texts),
-        index_sha256=hashlib.sha256((part / "index.json").read_bytes()).hexdigest(),
-        request=request.text(),
+    if options.packing not in ("packed", "separate"):
+        raise DataError(f"--packing {options.packing} must be packed or separate")
+    if options.bad_documents not in ("error", "skip"):
+        raise DataError(f"--bad-documents {options.bad_documents} must be error or skip")
+    if not 1 <= options.shard_mib < 4096:
+        raise DataError(f"--shard-mib {options.shard_mib} must lie between 1 and 4095")
+
+
+def _request(
+    sources: list[str],
+    pieces: list[Piece],
+    options: PrepareOptions,
+    tokenizer: str | None,
+    tokenizer_bytes: int,
+) -> dict[str, Any]:
+    listing = "\n".join(f"{piece.key} {piece.num_bytes}" for piece in pieces)
+    given = (
+        Path(tokenizer) / TOKENIZER_NAME if tokenizer and Path(tokenizer).is_dir() else tokenizer
     )
-    manifest.save(part)
-    shutil.rmtree(final, ignore_errors=True)
-    part.rename(final)
-    return manifest
+    known = sha256_of(Path(given)) if given and Path(given).is_file() else given
+    return {
+        "sources": sources,
+        "files (names and sizes)": sha256(listing.encode()).hexdigest(),
+        "tokenizer": known or f"trained on {tokenizer_bytes} bytes",
+        **asdict(options),
+    }
 
 
-def _token_stream(
-    texts: list[Document], tokenizer: Tokenizer, separator: int
-) -> Iterable[np.ndarray]:
-    for first in range(0, len(texts), _BATCH):
-        batch = [d.text for d in texts[first : first + _BATCH]]
-        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            yield np.array([*encoding.ids, separator], dtype=np.int64)
-
-
-def _tokenizer(
-    request: Request, train: list[Document], out: Path, say: Callable[[str], None]
-) -> Tokenizer:
-    if request.tokenizer is not None:
-        tokenizer = load_tokenizer(Path(request.tokenizer))
-    else:
-        say(f"training a byte-level BPE with {request.vocab_size} ids (mask included)")
-        tokenizer = train_tokenizer((d.text for d in train), request.vocab_size or 0)
-    tokenizer.save(str(out / TOKENIZER))
-    return tokenizer
-
-
-def _is_complete(request: Request, out: Path, overwrite: bool) -> bool:
-    """Return whether ``out`` holds this request's result; refuse or clear another's."""
-    present = [split for split in SPLITS if (out / split / FILE).is_file()]
-    if not present:
-        return False
-    stored = [Manifest.load(out / split).request for split in present]
-    if len(present) == len(SPLITS) and all(text == request.text() for text in stored):
-        return True
-    if all(text == request.text() for text in stored):
-        return False  # interrupted between the splits
-    if not overwrite:
-        old, new = json.loads(stored[0]), json.loads(request.text())
-        changed = [
-            f"{k}: {old.get(k)!r} there, {new[k]!r} asked" for k in new if old.get(k) != new[k]
-        ]
+def _claim(out: Path, request: dict[str, Any], overwrite: bool) -> None:
+    """Note the request in ``out``, or refuse it if another one's output stands there."""
+    path = out / REQUEST_NAME
+    if path.is_file():
+        earlier = json.loads(path.read_text())
+        keys = [key for key in request | earlier if request.get(key) != earlier.get(key)]
+        if keys and not overwrite:
+            changes = "; ".join(f"{k}: {earlier.get(k)} -> {request.get(k)}" for k in keys)
+            raise DataError(
+                f"{out} was prepared from another request ({changes}); choose another --out, or add "
+                "--overwrite to remove what is there"
+            )
+        if keys:
+            _remove_prepared(out)
+    elif out.is_dir() and any(out.iterdir()):
         raise DataError(
-            f"{out} was prepared with other settings ({'; '.join(changed)}); choose another --out or "
-            "add --overwrite"
+            f"{out} is not empty and was not made by data prepare; choose another --out"
         )
-    for split in present:
-        shutil.rmtree(out / split)
-    return False
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(request, indent=2) + "\n")
+
+
+def _remove_prepared(out: Path) -> None:
+    (out / REQUEST_NAME).unlink()
+    (out / TOKENIZER_NAME).unlink(missing_ok=True)
+    for name in (*MERGE_ORDER, WORK_NAME):
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+
+
+def _make_tokenizer(
+    name: str | None,
+    pieces: list[Piece],
+    path: Path,
+    options: PrepareOptions,
+    num_bytes: int,
+    progress: Progress | None,
+) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    if name is not None:
+        resolve_tokenizer(name, temporary)
+    else:
+        if progress is not None:
+            progress.say(f"training a tokenizer of {options.vocab_size - 1} tokens")
+        texts = _training_texts(pieces, options, num_bytes)
+        train_tokenizer(texts, vocab_size=options.vocab_size, path=temporary)
+    temporary.replace(path)
+
+
+def _training_texts(pieces: list[Piece], options: PrepareOptions, num_bytes: int) -> Iterator[str]:
+    """Yield training documents, evenly from all files, of at most ``num_bytes`` in all."""
+    share = min(1.0, num_bytes / sum(piece.num_bytes for piece in pieces))
+    for piece in pieces:
+        left = piece.num_bytes * share
+        for document in documents_of(piece, text_key=options.text_key):
+            if left <= 0:
+                break
+            if (
+                document.problem is None
+                and split_of(document, options.validation_fraction) == "train"
+            ):
+                text = document.text[: int(left) + 1]
+                left -= len(text)
+                yield text
+
+
+def _merge(
+    work: Path,
+    out: Path,
+    partitions: list[Partition],
+    tokenizer: Tokenizer,
+    options: PrepareOptions,
+) -> dict[str, Manifest]:
+    manifests = {
+        split: merge_partitions(work, out, split, len(partitions), tokenizer, options)
+        for split in MERGE_ORDER
+    }
+    shutil.rmtree(work)
+    return manifests

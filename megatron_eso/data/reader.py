@@ -1,37 +1,44 @@
-"""The rows of a step, for any rank, by their numbers in the global batch.
+"""Rows of any step, for any rank: the reader that the training loop and the evaluation use.
 
-Nothing here knows ranks or keeps a place: row r of step g is sample g * global_batch_rows + r of the
-run's order. With ``data.prefetch`` a thread reads the same rows of the next step meanwhile.
+Row r of step s is place ``s * global_batch_rows + r`` of the run's endless order, whatever the world
+size, layout or number of reader threads; so a run resumes from its step alone, and ranks share rows
+as they like. Ranks do not talk to each other here: the loop reads on some and hands the rows on.
 """
 
-import hashlib
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_eso.config.schema import DataConfig
-from megatron_eso.data.order import EpochOrder, Mixture
-from megatron_eso.data.shards import ShardedTokens
+from megatron_eso.data.manifest import Manifest
+from megatron_eso.data.mixture import Mixture
+from megatron_eso.data.open_split import open_split
+from megatron_eso.data.order import SampleOrder
+from megatron_eso.data.shards import ShardedRows
 from megatron_eso.errors import DataError
 
-_FINGERPRINT = 4096  # entries of the order that the fingerprint covers
+# Places whose shards are fetched ahead are looked up once per this many reads.
+READS_PER_WARMING = 16
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Samples of L + 1 tokens."""
+    """Rows of tokens; at padding ``is_valid`` is False and the token is the end-of-document token."""
 
-    tokens: np.ndarray
-    """[n, L + 1] int64."""
-    is_valid: np.ndarray
-    """[n, L + 1] bool; False for padding. Packed samples have none."""
+    tokens: NDArray[np.int64]
+    """Token ids [n, L + 1]."""
+    is_valid: NDArray[np.bool_]
+    """False at padding [n, L + 1]."""
 
 
 class RowReader:
-    """Training data of a run."""
+    """Training rows by step and global row number, from one source or a weighted mixture."""
 
     def __init__(
         self,
@@ -42,128 +49,220 @@ class RowReader:
         global_batch_rows: int,
         seed: int,
     ) -> None:
+        """Open the sources; no shard is read yet.
+
+        Args:
+            data: the run's data section.
+            sequence_length: L of the run; every source must have it.
+            vocab_size: vocabulary of the model, mask token included; every source must have it.
+            global_batch_rows: rows of one step over all ranks.
+            seed: seed of the order.
+
+        Raises:
+            DataError: for missing, empty or unfitting sources.
+        """
         if not data.sources:
-            raise DataError("data.sources is empty: name at least one prepared folder")
-        self._sources = [
-            open_split(Path(source.path), sequence_length, vocab_size, data.verify_hashes)
-            for source in data.sources
-        ]
-        _require_one_tokenizer(self._sources)
-        self._mixture = Mixture.from_weights([source.weight for source in data.sources])
+            raise DataError("data.sources is empty: name at least one prepared split")
+        self._data, self._seed, self._batch_rows = data, seed, global_batch_rows
+        self._splits = [open_split(source.path, data) for source in data.sources]
+        for source, split in zip(data.sources, self._splits, strict=True):
+            check_fits(split.manifest, source.path, sequence_length, vocab_size)
+        _check_one_tokenizer(data, self.manifests)
+        self._mixture = Mixture([source.weight for source in data.sources], seed=seed)
         self._orders = [
-            EpochOrder(
-                source.shard_sizes,
-                seed,
-                data.shuffle,
-                data.shuffle_block_size,
-                data.shuffle_canonical_nodes,
+            SampleOrder(
+                split.shard_sizes,
+                seed=seed + 104729 * number,  # one data set named twice must not repeat itself
+                shuffle=data.shuffle,
+                block_size=data.shuffle_block_size,
+                nodes=data.shuffle_canonical_nodes,
             )
-            for source in self._sources
+            for number, split in enumerate(self._splits)
         ]
-        self._rows_per_step = global_batch_rows
-        self._pool = ThreadPoolExecutor(1) if data.prefetch else None
-        self._ahead: tuple[int, tuple[int, ...], Future] | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
+        self._ahead: dict[tuple[int, tuple[int, ...]], Future[TokenRows]] = {}
+        self._num_reads = 0
+
+    @property
+    def manifests(self) -> list[Manifest]:
+        """Return the manifests of the sources, in the configuration's order."""
+        return [split.manifest for split in self._splits]
+
+    def read(self, step: int, rows: Sequence[int]) -> TokenRows:
+        """Return rows of a step, and start reading the same rows of the next one.
+
+        Args:
+            step: optimizer step, from 0.
+            rows: global row numbers, each in [0, global_batch_rows).
+
+        Raises:
+            DataError: for a shard that cannot be had whole, naming it.
+        """
+        wanted = tuple(int(row) for row in rows)
+        if step < 0 or any(not 0 <= row < self._batch_rows for row in wanted):
+            raise ValueError(f"step {step}, rows {wanted}: rows are 0 to {self._batch_rows - 1}")
+        if self._data.num_workers == 0:
+            return self._read(step, wanted)
+        threads = self._thread_pool()
+        future = self._ahead.pop((step, wanted), None)
+        for key in [key for key in self._ahead if key[0] < step]:
+            self._ahead.pop(key).cancel()
+        result = future.result() if future is not None else self._read(step, wanted)
+        self._ahead[step + 1, wanted] = threads.submit(self._read, step + 1, wanted)
+        if self._num_reads % READS_PER_WARMING == 0 and self._data.prefetch_shards:
+            threads.submit(self._warm, step)
+        self._num_reads += 1
+        return result
 
     @property
     def tokens_per_epoch(self) -> int:
-        """Tokens of all sources, each once."""
-        return sum(len(s) * s.manifest.sequence_length for s in self._sources)
+        """Return the tokens of all sources, each once."""
+        return sum(manifest.num_tokens for manifest in self.manifests)
 
-    def read(self, step: int, rows: Sequence[int]) -> TokenRows:
-        """Return the rows of a step.
-
-        Raises:
-            DataError: if a shard is missing or damaged.
-        """
-        wanted = (step, tuple(rows))
-        if self._ahead is not None and self._ahead[:2] == wanted:
-            result = self._ahead[2].result()
-        else:
-            result = self._read(step, tuple(rows))
-        if self._pool is not None:
-            following = self._pool.submit(self._read, step + 1, tuple(rows))
-            self._ahead = (step + 1, tuple(rows), following)
-        return result
-
-    def fingerprint(self) -> dict:
-        """Return what must be the same when a run continues: data, mixture and order."""
-        order = [
-            o.samples(np.arange(min(_FINGERPRINT, int(o.shard_sizes.sum())))) for o in self._orders
-        ]
-        digest = hashlib.sha256(b"".join(part.astype("<i8").tobytes() for part in order))
-        digest.update(self._mixture.pattern.astype("<i8").tobytes())
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what must be the same when a run continues: data, mixture, order and batch."""
         return {
-            "indexes": [source.manifest.index_sha256 for source in self._sources],
-            "tokenizer": self._sources[0].manifest.tokenizer_sha256,
-            "order": digest.hexdigest(),
-            "global_batch_rows": self._rows_per_step,
+            "data.sources": [manifest.index_sha256 for manifest in self.manifests],
+            "tokenizer": self.manifests[0].tokenizer_sha256,
+            "mixture": [*self._mixture.shares, self._mixture.period],
+            "order": [order.fingerprint() for order in self._orders],
+            "train.global_batch_rows": self._batch_rows,
         }
 
+    def samples_of(self, step: int, rows: Sequence[int]) -> list[tuple[int, int]]:
+        """Return (source, sample number) of rows of a step, without reading them."""
+        sources, samples = self._samples(step, rows)
+        return list(zip(sources.tolist(), samples.tolist(), strict=True))
+
     def close(self) -> None:
-        """Stop reading ahead."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        """Stop the reader threads and close the files."""
+        if self._threads is not None and self._process == os.getpid():
+            self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads = None
+        self._ahead.clear()
+        for split in self._splits:
+            split.close()
+
+    def _samples(
+        self, step: int, rows: Sequence[int]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        places = step * self._batch_rows + np.array(rows, np.int64)
+        sources, in_source = self._mixture.split(places)
+        samples = np.empty_like(places)
+        for number, order in enumerate(self._orders):
+            chosen = sources == number
+            if chosen.any():
+                samples[chosen] = order.samples_at(in_source[chosen])
+        return sources, samples
 
     def _read(self, step: int, rows: tuple[int, ...]) -> TokenRows:
-        indices = step * self._rows_per_step + np.asarray(rows, dtype=np.int64)
-        source, place = self._mixture.place(indices)
-        width = self._sources[0].manifest.sequence_length + 1
-        tokens = np.empty((len(rows), width), dtype=np.int64)
-        for number, (shards, order) in enumerate(zip(self._sources, self._orders, strict=True)):
-            here = source == number
-            if here.any():
-                tokens[here] = shards.read(order.samples(place[here]))
-        return TokenRows(tokens, np.ones(tokens.shape, dtype=bool))
+        sources, samples = self._samples(step, rows)
+        if len(self._splits) == 1:
+            return token_rows(self._splits[0], samples)
+        row_tokens = self.manifests[0].row_tokens
+        tokens = np.empty((len(rows), row_tokens), np.int64)
+        valid = np.empty((len(rows), row_tokens), np.bool_)
+        for number, split in enumerate(self._splits):
+            chosen = sources == number
+            if chosen.any():
+                part = token_rows(split, samples[chosen])
+                tokens[chosen], valid[chosen] = part.tokens, part.is_valid
+        return TokenRows(tokens, valid)
+
+    def _warm(self, step: int) -> None:
+        place = np.array([(step + 1) * self._batch_rows])
+        for number, (order, split) in enumerate(zip(self._orders, self._splits, strict=True)):
+            start = self._mixture.consumed(int(place[0]))[number]
+            split.warm(order.shards_ahead(start, self._data.prefetch_shards))
+
+    def _thread_pool(self) -> ThreadPoolExecutor:
+        if self._threads is None or self._process != os.getpid():  # threads do not survive a fork
+            self._ahead.clear()
+            self._process = os.getpid()
+            self._threads = ThreadPoolExecutor(self._data.num_workers, "rows")
+        return self._threads
 
 
 class ValidationReader:
-    """A held-out split in written order."""
+    """Rows of a held-out split in the order in which they were written."""
 
-    def __init__(self, path: Path, *, sequence_length: int, vocab_size: int) -> None:
-        self._shards = open_split(path, sequence_length, vocab_size, True)
+    def __init__(
+        self,
+        path: str | Path,
+        data: DataConfig | None = None,
+        *,
+        sequence_length: int,
+        vocab_size: int,
+    ) -> None:
+        """Open a split; ``data`` gives cache and retry settings of remote ones."""
+        self._split = open_split(str(path), data or DataConfig())
+        check_fits(self._split.manifest, str(path), sequence_length, vocab_size)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Return the split's manifest."""
+        return self._split.manifest
 
     @property
     def num_rows(self) -> int:
-        """Number of samples."""
-        return len(self._shards)
+        """Return the number of rows."""
+        return self._split.num_samples
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token, for bits per byte."""
-        manifest = self._shards.manifest
-        return manifest.text_bytes / manifest.num_tokens
+        """Return UTF-8 bytes of text per token: nats per token / (this x ln 2) is bits per byte."""
+        return self.manifest.bytes_per_token
 
     def read(self, rows: Sequence[int]) -> TokenRows:
-        """Return numbered samples."""
-        tokens = self._shards.read(np.asarray(rows, dtype=np.int64))
-        return TokenRows(tokens, np.ones(tokens.shape, dtype=bool))
+        """Return rows by number.
+
+        Raises:
+            DataError: for a shard that cannot be had whole, naming it.
+        """
+        wanted = np.array(rows, np.int64)
+        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < self.num_rows:
+            raise ValueError(f"rows {list(rows)}: the split has rows 0 to {self.num_rows - 1}")
+        return token_rows(self._split, wanted)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._split.close()
 
 
-def open_split(
-    folder: Path, sequence_length: int, vocab_size: int, verify_hashes: bool
-) -> ShardedTokens:
-    """Open a split and compare it with the run's settings.
+def token_rows(split: ShardedRows, samples: NDArray[np.int64]) -> TokenRows:
+    """Return the rows of some samples, with padding marked and replaced by the end token."""
+    stored = split.read(samples)
+    valid = stored != split.manifest.mask_id
+    tokens = stored.astype(np.int64)
+    if not valid.all():
+        tokens[~valid] = split.manifest.end_of_document_id
+    return TokenRows(tokens, valid)
+
+
+def check_fits(manifest: Manifest, path: str, sequence_length: int, vocab_size: int) -> None:
+    """Refuse a split whose rows or vocabulary are not the run's.
 
     Raises:
-        DataError: if row length or vocabulary differ.
+        DataError: naming the split, both numbers and the setting.
     """
-    shards = ShardedTokens(folder, verify_hashes=verify_hashes)
-    manifest = shards.manifest
     if manifest.sequence_length != sequence_length:
         raise DataError(
-            f"{folder} holds rows of {manifest.sequence_length} tokens, the run asks for "
-            f"train.sequence_length={sequence_length}"
+            f"{path} has rows of {manifest.sequence_length} tokens, the run asks for "
+            f"train.sequence_length={sequence_length}; set it to {manifest.sequence_length} or prepare "
+            f"the data with --sequence-length {sequence_length}"
         )
     if manifest.vocab_size != vocab_size:
         raise DataError(
-            f"{folder} was made with a vocabulary of {manifest.vocab_size} (tokenizer and mask), the run "
-            f"asks for model.vocab_size={vocab_size}"
+            f"{path} has a vocabulary of {manifest.vocab_size} (mask token included), the model "
+            f"model.vocab_size={vocab_size}; they must be equal"
         )
-    return shards
 
 
-def _require_one_tokenizer(sources: list[ShardedTokens]) -> None:
-    names = {source.manifest.tokenizer_sha256 for source in sources}
-    if len(names) > 1:
-        folders = ", ".join(str(source.folder) for source in sources)
-        raise DataError(f"the data sources were made with different tokenizers: {folders}")
+def _check_one_tokenizer(data: DataConfig, manifests: list[Manifest]) -> None:
+    for source, manifest in zip(data.sources, manifests, strict=True):
+        if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256:
+            raise DataError(
+                f"{source.path} was made with another tokenizer than {data.sources[0].path}; a "
+                "mixture needs one (data prepare --tokenizer FILE)"
+            )

@@ -1,80 +1,144 @@
-"""Read MDS shards of one fixed-size token column through a memory map.
+"""Rows out of one split's shard files, by sample number.
 
-An MDS shard is a uint32 sample count, that many plus one uint32 offsets, the column description, and
-the samples one after another. With one column of fixed size the samples are a plain array.
+All rows of a split have the same size, so a row is one positioned read; no index of offsets is kept,
+and a file that is cut short while it is open gives an error instead of a bus error, as a memory map
+would. A shard's size and hash are checked when the process first opens it.
 """
 
 import json
-from pathlib import Path
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import xxhash
+from numpy.typing import NDArray
 
-from megatron_eso.data.manifest import Manifest
+from megatron_eso.data.manifest import INDEX_NAME, Manifest
+from megatron_eso.data.store import ShardFile, Store
 from megatron_eso.errors import DataError
 
+OPEN_FILES = 256
+HEADER_BYTES = 8  # number of samples, offset of the first one: two uint32
 
-class ShardedTokens:
-    """The samples of one split by number, [num_samples, L + 1]."""
 
-    def __init__(self, folder: Path, *, verify_hashes: bool) -> None:
-        """Open a split; shards are opened and checked when first read."""
-        self.folder, self._verify = folder, verify_hashes
-        self.manifest = Manifest.load(folder)
-        index = json.loads((folder / "index.json").read_text())
-        self._entries = index["shards"]
-        self.shard_sizes = np.array([entry["samples"] for entry in self._entries], dtype=np.int64)
-        self._ends = self.shard_sizes.cumsum()
-        self._open: dict[int, np.ndarray] = {}
+@dataclass(frozen=True)
+class _OpenShard:
+    """An open file and where its rows start."""
 
-    def __len__(self) -> int:
-        """Number of samples."""
-        return int(self._ends[-1])
+    descriptor: int
+    first_byte: int
 
-    def read(self, samples: np.ndarray) -> np.ndarray:
-        """Return [n, L + 1] int64 tokens of the numbered samples.
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+class ShardedRows:
+    """The rows of one split."""
+
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._store = store
+        self._files = _shard_files(store, manifest)
+        self.shard_sizes = [file.num_samples for file in self._files]
+        self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self._dtype = np.dtype(manifest.dtype)
+        self._row_bytes = manifest.row_tokens * self._dtype.itemsize
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def num_samples(self) -> int:
+        """Return the number of rows."""
+        return int(self._starts[-1])
+
+    @property
+    def shard_hashes(self) -> list[tuple[tuple[str, str], ...]]:
+        """Return each shard's (algorithm, hash) pairs."""
+        return [file.raw.hashes for file in self._files]
+
+    def name_of(self, shard: int) -> str:
+        """Return a shard's full address, for messages."""
+        return self._store.describe(self._files[shard])
+
+    def read(self, samples: NDArray[np.int64]) -> NDArray[Any]:
+        """Return rows [n, L + 1] in the shards' own type.
+
+        Args:
+            samples: sample numbers, in any order.
 
         Raises:
-            DataError: naming the shard that is missing or damaged.
+            DataError: for a shard that is missing, damaged or cannot be fetched, naming it.
         """
-        out = np.empty((len(samples), self.manifest.sequence_length + 1), dtype=np.int64)
-        shard_of = np.searchsorted(self._ends, samples, side="right")
-        for shard in np.unique(shard_of):
-            here = shard_of == shard
-            first = self._ends[shard] - self.shard_sizes[shard]
-            out[here] = self._shard(int(shard))[samples[here] - first]
-        highest = int(out.max(initial=0))
-        if highest >= self.manifest.vocab_size - 1:
-            raise DataError(
-                f"{self.folder} holds token id {highest}, beyond the tokenizer's "
-                f"{self.manifest.vocab_size - 1} ids"
-            )
-        return out
+        rows = np.empty((len(samples), self.manifest.row_tokens), self._dtype)
+        shards = np.searchsorted(self._starts, samples, side="right") - 1
+        for place, (sample, shard) in enumerate(
+            zip(samples.tolist(), shards.tolist(), strict=True)
+        ):
+            opened = self._shard(shard)
+            offset = opened.first_byte + (sample - int(self._starts[shard])) * self._row_bytes
+            got = os.preadv(opened.descriptor, [rows[place].data], offset)
+            if got != self._row_bytes:
+                where = self._store.describe(self._files[shard])
+                raise DataError(f"shard {where} was cut short while it was being read")
+        return rows
 
-    def _shard(self, shard: int) -> np.ndarray:
-        if shard not in self._open:
-            self._open[shard] = self._load(self._entries[shard])
-        return self._open[shard]
+    def warm(self, shards: Sequence[int]) -> None:
+        """Fetch and verify shards ahead of their use."""
+        for shard in shards:
+            self._shard(shard)
 
-    def _load(self, entry: dict) -> np.ndarray:
-        path = self.folder / entry["raw_data"]["basename"]
-        expected = entry["raw_data"]["bytes"]
-        try:
-            raw = np.memmap(path, dtype=np.uint8, mode="r")
-        except (OSError, ValueError) as error:
-            raise DataError(f"shard {path} cannot be read: {error}") from None
-        if len(raw) != expected:
-            raise DataError(f"shard {path} has {len(raw)} bytes instead of {expected}")
-        if self._verify:
-            stored = entry["raw_data"]["hashes"].get("xxh64")
-            if stored and xxhash.xxh64(raw.data).hexdigest() != stored:
-                raise DataError(f"shard {path} is damaged: its hash is not the index's")
-        count = int(raw[:4].view(np.uint32)[0])
-        begin = int(raw[4:8].view(np.uint32)[0])
-        width = self.manifest.sequence_length + 1
-        tokens = raw[begin:].view(self.manifest.dtype)
-        if count != entry["samples"] or tokens.size != count * width:
+    def close(self) -> None:
+        """Forget the open files; they close when the last read of them ends."""
+        with self._lock:
+            self._open.clear()
+
+    def _shard(self, shard: int) -> _OpenShard:
+        with self._lock:
+            opened = self._open.get(shard)
+            if opened is not None:
+                return opened
+        file = self._files[shard]
+        opened = self._checked(file, self._store.open(file))
+        with self._lock:
+            opened = self._open.setdefault(shard, opened)
+            while len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+            return opened
+
+    def _checked(self, file: ShardFile, descriptor: int) -> _OpenShard:
+        num_samples, first = np.frombuffer(
+            os.pread(descriptor, HEADER_BYTES, 0), np.uint32
+        ).tolist()
+        opened = _OpenShard(descriptor, first)
+        if (
+            num_samples != file.num_samples
+            or first + num_samples * self._row_bytes != file.num_bytes
+        ):
             raise DataError(
-                f"shard {path} does not hold {entry['samples']} samples of {width} tokens"
+                f"shard {self._store.describe(file)} holds {num_samples} samples of "
+                f"{(file.num_bytes - first) / max(num_samples, 1):g} bytes; its index says "
+                f"{file.num_samples} of {self._row_bytes}"
             )
-        return tokens.reshape(count, width)
+        return opened
+
+
+def _shard_files(store: Store, manifest: Manifest) -> list[ShardFile]:
+    content = store.read_small(INDEX_NAME, manifest.index_sha256)
+    encoding = f"ndarray:{manifest.dtype}:{manifest.row_tokens}"
+    files = []
+    for entry in json.loads(content)["shards"]:
+        if entry["column_names"] != ["tokens"] or entry["column_encodings"] != [encoding]:
+            raise DataError(
+                f"{store.address}/{INDEX_NAME} describes columns {entry['column_encodings']}, its "
+                f"manifest rows of {encoding}"
+            )
+        files.append(ShardFile.from_index(entry))
+    total = sum(file.num_samples for file in files)
+    if total != manifest.num_samples or not files:
+        raise DataError(
+            f"{store.address}/{INDEX_NAME} has {total} samples, its manifest {manifest.num_samples}"
+        )
+    return files

@@ -1,62 +1,117 @@
-"""The only module that touches mosaicml-streaming's internals (0.13.0).
+"""The only door to mosaicml-streaming: its MDS writer, compression, hashes, shuffle and downloads.
 
-``import streaming`` pulls in torchvision, which fails beside a CPU build of torch, and a training loop
-we do not use. Its writer and its shuffle are self-contained: with bare package modules placed first,
-they are imported alone. tests/test_data.py pins what is used.
+``import streaming`` pulls in torchvision, transformers and its own dataset class, whose wheel pins
+old numpy and whose fault handling this package replaces. So bare modules are placed for ``streaming``
+and ``streaming.base`` first; their submodules then import on their own. The package is installed
+without its dependencies; a contract test pins the version these internals belong to.
 """
 
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
-import types
+import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_eso.errors import DataError
 
-VERSION = "0.13.0"
-_INSTALL = f"pip install --no-deps mosaicml-streaming=={VERSION}"
+SUPPORTED_VERSION = "0.13"
+INSTALL_COMMAND = (
+    "pip install --no-deps mosaicml-streaming==0.13.0 && pip install numpy brotli python-snappy "
+    "zstd xxhash tqdm catalogue filelock pillow requests"
+)
+HASH_ALGORITHM = "xxh64"
 
 
-def mds_writer(**settings: Any) -> Any:
-    """Return streaming's MDSWriter with these settings."""
-    return _module("streaming.base.format.mds.writer").MDSWriter(**settings)
+def load(submodule: str) -> ModuleType:
+    """Return ``streaming.base.<submodule>`` without running the packages' own ``__init__``.
 
-
-def shuffled_order(
-    shard_sizes: np.ndarray, *, canonical_nodes: int, seed: int, epoch: int, block_size: int
-) -> np.ndarray:
-    """Return streaming's py1e permutation of an epoch's samples, a pure function of its arguments."""
-    shuffle = _module("streaming.base.shuffle.py1e").get_shuffle_py1e
-    return shuffle(shard_sizes, canonical_nodes, seed, epoch, block_size)
-
-
-def _module(name: str) -> Any:
-    if "streaming" not in sys.modules:
-        _place_bare_packages()
+    Raises:
+        DataError: if the package or one of the modules it needs is missing, or its version is not
+            the one these internals belong to.
+    """
+    _place_bare_packages()
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(f"streaming.base.{submodule}")
     except ImportError as error:
         raise DataError(
-            f"{error}; the data layer needs: {_INSTALL}, and megatron-eso[train]"
-        ) from None
+            f"mosaicml-streaming cannot be imported ({error}); install it with: {INSTALL_COMMAND}"
+        ) from error
+
+
+def mds_writer(folder: Path, *, dtype: str, row_tokens: int, shard_bytes: int, zstd: bool) -> Any:
+    """Return an MDSWriter of rows ``{"tokens": ndarray[row_tokens]}`` into a local folder.
+
+    Leaving its ``with`` block by an exception still writes an index that looks complete: a caller
+    must write into a temporary folder and rename it when the block ended normally.
+    """
+    return load("format.mds.writer").MDSWriter(
+        out=str(folder),
+        columns={"tokens": f"ndarray:{dtype}:{row_tokens}"},
+        compression="zstd" if zstd else None,
+        hashes=[HASH_ALGORITHM],
+        size_limit=shard_bytes,
+        max_workers=1,
+    )
+
+
+def epoch_permutation(
+    shard_sizes: NDArray[np.int64], *, nodes: int, seed: int, epoch: int, block_size: int
+) -> NDArray[np.int64]:
+    """Return streaming's ``py1e`` order of one epoch: sample number at each place of the epoch."""
+    with warnings.catch_warnings():
+        # Said once, naming our setting, by SampleOrder; streaming says it for every call.
+        warnings.filterwarnings("ignore", message="Shuffle block size was smaller")
+        shuffle = load("shuffle").get_shuffle
+        return shuffle("py1e", shard_sizes, nodes, seed, epoch, block_size)
+
+
+def file_hash(data: bytes) -> str:
+    """Return the hash that shard indexes carry."""
+    return load("hashing").get_hash(HASH_ALGORITHM, data)
+
+
+def known_hash(algorithm: str, data: bytes) -> str:
+    """Return the hash of ``data`` by a named algorithm of streaming's index files."""
+    return load("hashing").get_hash(algorithm, data)
+
+
+def decompress(compression: str, data: bytes) -> bytes:
+    """Return the bytes of a compressed shard file."""
+    return load("compression").decompress(compression, data)
+
+
+def download(remote: str, local: Path, timeout_seconds: float) -> None:
+    """Fetch one object through streaming's downloader of its scheme (gs, azure, oci, hf, ...)."""
+    downloader = load("storage.download").CloudDownloader.get(remote)
+    downloader.download(remote, str(local), timeout_seconds)
+
+
+def upload(local_folder: Path, remote: str, name: str) -> None:
+    """Send one file of a local folder through streaming's uploader of the address's scheme."""
+    uploader = load("storage.upload").CloudUploader.get((str(local_folder), remote), True)
+    uploader.upload_file(name)
 
 
 def _place_bare_packages() -> None:
-    spec = importlib.util.find_spec("streaming")
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"mosaicml-streaming is not installed: {_INSTALL}")
-    root = Path(next(iter(spec.submodule_search_locations)))
-    places = {
-        "streaming": root,
-        "streaming.base": root / "base",
-        "streaming.base.format": root / "base/format",
-        "streaming.base.format.mds": root / "base/format/mds",
-        "streaming.base.shuffle": root / "base/shuffle",
-    }
-    for name, path in places.items():
-        package = types.ModuleType(name)
-        package.__path__ = [str(path)]
-        sys.modules[name] = package
+    if "streaming" in sys.modules:
+        return
+    found = importlib.util.find_spec("streaming")
+    if found is None or not found.submodule_search_locations:
+        raise DataError(f"mosaicml-streaming is not installed; install it with: {INSTALL_COMMAND}")
+    version = importlib.metadata.version("mosaicml-streaming")
+    if not version.startswith(f"{SUPPORTED_VERSION}."):
+        raise DataError(
+            f"mosaicml-streaming {version} is installed, this package reads the internals of "
+            f"{SUPPORTED_VERSION}; install it with: {INSTALL_COMMAND}"
+        )
+    root = Path(next(iter(found.submodule_search_locations)))
+    for name, folder in (("streaming", root), ("streaming.base", root / "base")):
+        module = ModuleType(name)
+        module.__path__ = [str(folder)]
+        sys.modules[name] = module

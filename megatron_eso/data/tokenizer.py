@@ -1,78 +1,194 @@
-"""Tokenizers: train a byte-level BPE, load one, encode and decode."""
+"""Text to token ids and back: a ``tokenizer.json`` file, given or trained on the spot.
 
-from collections.abc import Iterable
+The tokenizer knows ordinary tokens and the end-of-document token. The mask token of the model is one
+more id, ``vocab_size - 1``, that no text encodes to.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import numpy as np
+from numpy.typing import NDArray
 
+from megatron_eso.data.manifest import sha256_of
 from megatron_eso.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 MASK_MARK = "\u2591"  # how an undecided token is shown
+# Names under which published tokenizers keep their end-of-document token, in order of preference.
+END_NAMES = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "[SEP]")
+# A text is encoded in pieces of at most this many characters, cut after a line end: the encoder's
+# memory is tens of times its input, and one document may be a gigabyte.
+PIECE_CHARACTERS = 1 << 20
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Return a byte-level BPE with ``vocab_size - 1`` ids (the last id is the mask token).
+class Tokenizer:
+    """A loaded ``tokenizer.json``; ``vocab_size`` includes the model's mask token."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tokenizer = load_tokenizer(path)
+        known = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not known:
+            raise DataError(f"tokenizer {path} has an empty vocabulary")
+        self.vocab_size = max(known.values()) + 2
+        self.mask_id = self.vocab_size - 1
+        end = next((known[name] for name in END_NAMES if name in known), None)
+        if end is None:
+            raise DataError(
+                f"tokenizer {path} has no end-of-document token; it needs one of "
+                f"{', '.join(END_NAMES)}"
+            )
+        self.end_of_document_id: int = end
+        self.sha256 = sha256_of(path)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, without special tokens around it."""
+        if len(text) <= PIECE_CHARACTERS:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return [token for piece in pieces_of(text) for token in self.encode(piece)]
+
+    def encode_pieces(self, pieces: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """Return the token ids of several short texts (see :func:`pieces_of`) at once."""
+        encoded = self._tokenizer.encode_batch_fast(list(pieces), add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of token ids; each mask token shows as one visible character."""
+        return decode(self._tokenizer, ids)
+
+    def check_vocabulary(self, vocab_size: int, setting: str) -> None:
+        """Refuse a vocabulary size that is not this tokenizer's plus the mask token.
+
+        Raises:
+            DataError: naming ``setting`` and both numbers.
+        """
+        if vocab_size != self.vocab_size:
+            raise DataError(
+                f"{setting}={vocab_size}, but tokenizer {self.path} has {self.vocab_size - 1} tokens "
+                f"and the mask token makes {self.vocab_size}; set {setting}={self.vocab_size}"
+            )
+
+
+def train_tokenizer(texts: Iterator[str], *, vocab_size: int, path: Path) -> None:
+    """Train a byte-level BPE tokenizer and write it to ``path``.
+
+    Args:
+        texts: documents to train on.
+        vocab_size: size of the model's vocabulary, mask token included; the tokenizer gets one less.
+        path: file to write.
 
     Raises:
-        DataError: if the text is too small for that many tokens.
+        DataError: if the vocabulary cannot hold the 256 bytes, the end token and the mask token, or
+            the texts are too few to fill it.
     """
+    from tokenizers import Tokenizer as Core
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
     if vocab_size < 258:
         raise DataError(
-            f"--vocab-size {vocab_size} is too small: 256 bytes, a separator and the mask need 258"
+            f"--vocab-size {vocab_size} is too small: 256 bytes, the end-of-document token and the "
+            "mask token need 258"
         )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    core = Core(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         special_tokens=[END_OF_DOCUMENT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() != vocab_size - 1:
+    core.train_from_iterator(texts, trainer)
+    if core.get_vocab_size() != vocab_size - 1:
         raise DataError(
-            f"the text gives only {tokenizer.get_vocab_size() + 1} tokens; lower --vocab-size "
-            f"{vocab_size}"
+            f"--vocab-size {vocab_size} is more than the text can fill: training found "
+            f"{core.get_vocab_size()} tokens; set --vocab-size {core.get_vocab_size() + 1} or give "
+            "more text"
         )
-    return tokenizer
+    core.save(str(path))
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Return the tokenizer of a tokenizer.json.
+def load_tokenizer(path: Path) -> Any:
+    """Return the ``tokenizers.Tokenizer`` of a tokenizer.json, without truncation and padding.
 
     Raises:
-        DataError: if it cannot be read.
+        DataError: if it is missing or damaged.
     """
+    from tokenizers import Tokenizer as Core
+
     if not path.is_file():
-        raise DataError(f"tokenizer {path} does not exist")
+        raise DataError(f"tokenizer file {path} does not exist")
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{path} is not a tokenizer.json: {error}") from None
+        core = Core.from_file(str(path))
+    except Exception as error:  # the Rust side raises bare Exception for anything
+        raise DataError(f"{path} is not a tokenizer.json file: {error}") from None
+    core.no_truncation()
+    core.no_padding()
+    return core
 
 
-def end_of_document_id(tokenizer: Tokenizer) -> int:
-    """Return the id of the separator between documents.
-
-    Raises:
-        DataError: if the tokenizer has none that we know.
-    """
-    for name in (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>"):
-        found = tokenizer.token_to_id(name)
-        if found is not None:
-            return found
-    raise DataError(f"the tokenizer has no end-of-document token ({END_OF_DOCUMENT} or </s>)")
-
-
-def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
+def decode(tokenizer: Any, ids: Iterable[int]) -> str:
     """Return the text of token ids; ids beyond the tokenizer's (the mask) show as a grey block."""
-    parts, run = [], []
+    parts: list[str] = []
+    run: list[int] = []
+    known = tokenizer.get_vocab_size(with_added_tokens=True)
     for token in ids:
-        if token < tokenizer.get_vocab_size():
-            run.append(token)
+        if token < known:
+            run.append(int(token))
             continue
         parts += [tokenizer.decode(run, skip_special_tokens=False), MASK_MARK]
         run = []
     return "".join([*parts, tokenizer.decode(run, skip_special_tokens=False)])
+
+
+def pieces_of(text: str) -> Iterator[str]:
+    """Yield a text in pieces of at most PIECE_CHARACTERS, cut after a line end where there is one."""
+    begin = 0
+    while begin < len(text):
+        end = begin + PIECE_CHARACTERS
+        if end < len(text):
+            line_end = text.rfind("\n", begin, end)
+            end = line_end + 1 if line_end >= begin else end
+        yield text[begin:end]
+        begin = end
+
+
+def resolve_tokenizer(name: str, path: Path) -> None:
+    """Copy a tokenizer file, or one published on the Hugging Face hub, to ``path``.
+
+    Raises:
+        DataError: if ``name`` is neither a file, a folder with a tokenizer.json, nor a known name.
+    """
+    given = Path(name)
+    file = given / "tokenizer.json" if given.is_dir() else given
+    if file.is_file():
+        load_tokenizer(file)
+        shutil.copyfile(file, path)
+        return
+    from tokenizers import Tokenizer as Core
+
+    try:
+        Core.from_pretrained(name).save(str(path))
+    except Exception as error:  # the Rust side raises bare Exception for anything
+        raise DataError(
+            f"--tokenizer {name} is no file, no folder with a tokenizer.json, and could not be "
+            f"fetched by name: {error}"
+        ) from None
+
+
+def vocabulary_of(name: str | None) -> int:
+    """Return the vocabulary size, mask token included, of a tokenizer given by file or name.
+
+    Raises:
+        DataError: if no tokenizer is given: one to be trained needs a size.
+    """
+    if name is None:
+        raise DataError("give --vocab-size to train a tokenizer of that size, or --tokenizer")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        resolve_tokenizer(name, path)
+        return Tokenizer(path).vocab_size

@@ -29,7 +29,8 @@ _FREE_SECTIONS = {"parallel", "precision", "checkpoint", "eval", "sample"}
 _FREE_KEYS = {
     "name", "folder", "train.steps", "train.tokens", "train.micro_batch_rows",
     "train.log_every_steps", "train.eval_every_steps", "train.save_every_steps",
-    "data.prefetch", "data.verify_hashes", "data.validation",
+    "data.num_workers", "data.prefetch_shards", "data.cache_dir", "data.cache_limit_gib",
+    "data.retries", "data.timeout_seconds", "data.verify_hashes", "data.validation",
 }  # fmt: skip
 
 

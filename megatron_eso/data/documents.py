@@ -1,0 +1,184 @@
+"""Documents of one piece of input: text files, jsonl (.gz, .zst), parquet and arrow files.
+
+A document that cannot be used (not UTF-8, empty, no text under the key) comes with its ``problem``
+and the file and line it stands in; the caller raises it or counts it.
+"""
+
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_eso.data.sources import Piece
+from megatron_eso.errors import DataError
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document, or the reason why there is none."""
+
+    text: str
+    """The text; empty when there is a problem."""
+    where: str
+    """File and line or row, for messages."""
+    split_key: str
+    """What decides its split: the file's name inside the source, or the text itself."""
+    problem: str | None = None
+    """Why it cannot be used."""
+
+
+def documents_of(piece: Piece, *, text_key: str) -> Iterator[Document]:
+    """Yield the documents of a piece, in order.
+
+    Args:
+        piece: file or part of it.
+        text_key: key (jsonl) or column (parquet, arrow) that holds the text.
+
+    Raises:
+        DataError: if the file cannot be opened, is damaged, or lacks the column.
+    """
+    read = {"text": _text, "lines": _lines, "parquet": _parquet, "arrow": _arrow}[piece.kind]
+    try:
+        yield from read(piece, text_key)
+    except (OSError, EOFError) as error:
+        raise DataError(f"cannot read {piece.path}: {error}") from error
+
+
+def row_group_bytes(path: str) -> list[int]:
+    """Return the uncompressed size of each row group of a parquet file."""
+    metadata = _pyarrow("parquet").ParquetFile(path).metadata
+    return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+
+
+def _text(piece: Piece, text_key: str) -> Iterator[Document]:
+    del text_key
+    with _open(piece.path) as file:
+        data = file.read()
+    yield _document(data, piece.path, split_key=piece.key)
+
+
+def _lines(piece: Piece, text_key: str) -> Iterator[Document]:
+    with _open(piece.path) as file:
+        if piece.begin:  # a line belongs to the range in which it starts
+            file.seek(piece.begin - 1)
+            file.readline()
+        first, number = file.tell(), 0
+        while piece.end is None or file.tell() < piece.end:
+            line = file.readline()
+            if not line:
+                return
+            number += 1
+            if not line.strip():
+                continue
+            document = _json_document(line, text_key)
+            if document.problem is not None:
+                before = _lines_before(piece.path, first) if piece.begin else 0
+                where = f"{piece.path}, line {before + number}"
+                yield Document("", where, "", document.problem)
+            else:
+                yield document
+
+
+def _json_document(line: bytes, text_key: str) -> Document:
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        return Document("", "", "", f"is not UTF-8 (byte {error.start} of the line)")
+    except ValueError as error:
+        return Document("", "", "", f"is not JSON ({error})")
+    text = record.get(text_key) if isinstance(record, dict) else None
+    return _checked(text, "", text_key)
+
+
+def _checked(text: Any, where: str, text_key: str) -> Document:
+    if not isinstance(text, str):
+        return Document("", where, "", f"has no text under the key '{text_key}' (set --text-key)")
+    if not text:
+        return Document("", where, "", "is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return Document("", where, "", f"is not Unicode text (character {error.start})")
+    return Document(text, where, text)
+
+
+def _document(data: bytes, where: str, split_key: str) -> Document:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        problem = f"is not UTF-8 (line {line}, byte {error.start})"
+        return Document("", where, split_key, problem)
+    return Document(text, where, split_key, None if text else "is empty")
+
+
+def _parquet(piece: Piece, text_key: str) -> Iterator[Document]:
+    arrow = _pyarrow("lib")
+    try:
+        file = _pyarrow("parquet").ParquetFile(piece.path)
+        _check_column(file.schema_arrow.names, text_key, piece.path)
+        groups = range(piece.begin, file.num_row_groups if piece.end is None else piece.end)
+        for group in groups:
+            batches = file.iter_batches(row_groups=[group], columns=[text_key], batch_size=256)
+            yield from _rows(batches, text_key, f"{piece.path}, row group {group}")
+    except arrow.ArrowException as error:
+        raise DataError(f"{piece.path} is not a readable parquet file: {error}") from error
+
+
+def _arrow(piece: Piece, text_key: str) -> Iterator[Document]:
+    arrow = _pyarrow("lib")
+    try:
+        with open(piece.path, "rb") as file:
+            batches = _pyarrow("ipc").open_stream(file)
+            _check_column(batches.schema.names, text_key, piece.path)
+            yield from _rows(batches, text_key, piece.path)
+    except arrow.ArrowException as error:
+        raise DataError(f"{piece.path} is not a readable arrow stream: {error}") from error
+
+
+def _rows(batches: Any, text_key: str, where: str) -> Iterator[Document]:
+    row = 0
+    for batch in batches:
+        for value in batch.column(batch.schema.get_field_index(text_key)).to_pylist():
+            yield _checked(value, f"{where}, row {row}", text_key)
+            row += 1
+
+
+def _check_column(names: list[str], text_key: str, path: str) -> None:
+    if text_key not in names:
+        raise DataError(
+            f"{path} has no column '{text_key}', only {', '.join(names)}: set --text-key"
+        )
+
+
+def _open(path: str) -> BinaryIO:
+    if path.endswith(".gz"):
+        return gzip.open(path, "rb")  # pyright: ignore[reportReturnType]
+    if path.endswith(".zst"):
+        try:
+            import zstandard
+        except ImportError:
+            raise DataError(f"{path} needs the zstandard package: pip install zstandard") from None
+        stream = zstandard.ZstdDecompressor().stream_reader(
+            Path(path).open("rb"), read_across_frames=True, closefd=True
+        )
+        return io.BufferedReader(stream, 1 << 20)  # pyright: ignore
+    return open(path, "rb")
+
+
+def _lines_before(path: str, position: int) -> int:
+    with open(path, "rb") as file:
+        blocks = iter(lambda: file.read(min(1 << 20, position - file.tell())), b"")
+        return sum(block.count(b"\n") for block in blocks)
+
+
+def _pyarrow(module: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(f"pyarrow.{module}")
+    except ImportError:
+        raise DataError("parquet and arrow files need pyarrow: pip install pyarrow") from None

@@ -1,0 +1,85 @@
+"""Finished partitions to one split: shards renamed in order, one index, the manifest last.
+
+Stricter than streaming's ``merge_index``, which skips unfinished partitions and cannot run twice: the
+number of partitions must be the planned one, and a merge that was interrupted is simply run again.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_eso.data.manifest import (
+    INDEX_NAME,
+    Manifest,
+    sha256_of,
+    write_whole,
+)
+from megatron_eso.data.partition import PART_NAME, PrepareOptions, SplitCounts
+from megatron_eso.data.tokenizer import Tokenizer
+from megatron_eso.errors import DataError
+
+
+def merge_partitions(
+    work: Path,
+    out: Path,
+    split: str,
+    num_partitions: int,
+    tokenizer: Tokenizer,
+    options: PrepareOptions,
+) -> Manifest:
+    """Move all partitions' shards of a split to ``out/split`` and write index and manifest.
+
+    Raises:
+        DataError: if a partition is missing or the split has no rows.
+    """
+    target = out / split
+    target.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Any]] = []
+    total = SplitCounts()
+    for number in range(num_partitions):
+        part = work / f"part-{number:05d}"
+        if not (part / PART_NAME).is_file():
+            raise DataError(f"partition {number} of {num_partitions} is missing under {work}")
+        counts = json.loads((part / PART_NAME).read_text())[split]
+        for name, value in counts.items():
+            setattr(total, name, getattr(total, name) + value)
+        for entry in json.loads((part / split / INDEX_NAME).read_text())["shards"]:
+            shards.append(_moved(entry, part / split, target, len(shards)))
+    if not shards:
+        raise DataError(
+            f"the {split} split got no documents; "
+            + ("change --validation-fraction" if split == "validation" else "give more text")
+        )
+    write_whole(target / INDEX_NAME, json.dumps({"version": 2, "shards": shards}, sort_keys=True))
+    manifest = Manifest(
+        split=split,
+        tokenizer_file="../tokenizer.json",
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=options.vocab_size,
+        sequence_length=options.sequence_length,
+        dtype=options.dtype,
+        packing=options.packing,
+        end_of_document_id=tokenizer.end_of_document_id,
+        num_shards=len(shards),
+        index_sha256=sha256_of(target / INDEX_NAME),
+        **vars(total),
+    )
+    manifest.save(target)
+    return manifest
+
+
+def _moved(entry: dict[str, Any], source: Path, target: Path, number: int) -> dict[str, Any]:
+    """Rename one shard's file to its place in the whole and return its index entry."""
+    renamed = dict(entry)
+    for kind in ("raw_data", "zip_data"):
+        if entry[kind]:
+            suffix = entry[kind]["basename"].split(".", 2)[2]
+            renamed[kind] = {**entry[kind], "basename": f"shard.{number:05d}.{suffix}"}
+    stored = "zip_data" if entry["zip_data"] else "raw_data"
+    before, after = source / entry[stored]["basename"], target / renamed[stored]["basename"]
+    if before.exists():
+        os.replace(before, after)
+    elif not after.exists():
+        raise DataError(f"shard {before} is missing; remove {source.parent} and run again")
+    return renamed

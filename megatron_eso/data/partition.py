@@ -1,0 +1,231 @@
+"""One worker's part of preparing data: read, split, tokenize, pack and write one partition.
+
+A partition is written into ``part-xxxxx.tmp`` and renamed when it is whole, with ``part.json`` as its
+account; one that was interrupted is simply done again.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_eso.data import streaming_shim
+from megatron_eso.data.documents import Document, documents_of
+from megatron_eso.data.pack import RowPacker
+from megatron_eso.data.sources import Partition
+from megatron_eso.data.tokenizer import Tokenizer, pieces_of
+from megatron_eso.errors import DataError
+
+SPLITS = ("train", "validation")
+PART_NAME = "part.json"
+# Characters encoded in one call: enough to keep the encoder busy, little enough to hold in memory.
+BATCH_CHARACTERS = 1 << 20
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What decides the content of the prepared rows; stored beside them and compared by later runs."""
+
+    sequence_length: int
+    """L: tokens between the starts of two rows."""
+    vocab_size: int
+    """Token ids including the mask token."""
+    text_key: str = "text"
+    """Key or column of the text in jsonl, parquet and arrow files."""
+    packing: str = "packed"
+    """packed or separate."""
+    validation_fraction: float = 0.05
+    """Share of the documents held out, chosen by hash."""
+    bad_documents: str = "error"
+    """error or skip."""
+    shard_mib: int = 64
+    """Largest shard, in MiB."""
+    compress: bool = False
+    """Write zstd shards (for object stores)."""
+    partition_mib: int | None = None
+    """Input per partition, in MiB; None: by the size of the inputs."""
+
+    @property
+    def dtype(self) -> str:
+        """Return the type of the stored tokens: the smallest that holds the vocabulary."""
+        return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+
+
+@dataclass
+class SplitCounts:
+    """What one partition added to one split."""
+
+    num_samples: int = 0
+    """Rows."""
+    num_tokens: int = 0
+    """Tokens without padding."""
+    num_documents: int = 0
+    """Documents."""
+    text_bytes: int = 0
+    """Bytes of their text."""
+    num_skipped: int = 0
+    """Documents left out."""
+
+
+@dataclass
+class _Output:
+    """A split being written: its packer, writer and counts."""
+
+    packer: RowPacker
+    writer: Any
+    dtype: str
+    counts: SplitCounts = field(default_factory=SplitCounts)
+
+    def write(self, rows: Iterator[NDArray[np.uint32]]) -> None:
+        for row in rows:
+            self.writer.write({"tokens": row.astype(self.dtype)})
+            self.counts.num_samples += 1
+
+
+def split_of(document: Document, validation_fraction: float) -> str:
+    """Return the split of a document: a hash of its key, so that equal documents stay together."""
+    digest = blake2b(document.split_key.encode(errors="surrogatepass"), digest_size=8).digest()
+    is_held_out = int.from_bytes(digest, "big") < validation_fraction * 2**64
+    return SPLITS[int(is_held_out)]
+
+
+def write_partition(
+    partition: Partition,
+    folder: Path,
+    tokenizer_path: Path,
+    options: PrepareOptions,
+    report: Callable[[int, int], None],
+) -> None:
+    """Turn a partition into shards under ``folder/part-xxxxx``.
+
+    Args:
+        partition: what to read.
+        folder: work folder of the preparation.
+        tokenizer_path: tokenizer.json.
+        options: what decides the rows.
+        report: called with (bytes of text, tokens) done since the last call.
+
+    Raises:
+        DataError: for a document that cannot be used, no space, no permission.
+    """
+    done = folder / f"part-{partition.number:05d}"
+    temporary = done.with_suffix(".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        counts = _write_splits(partition, temporary, Tokenizer(tokenizer_path), options, report)
+        account = {split: asdict(count) for split, count in counts.items()}
+        (temporary / PART_NAME).write_text(json.dumps(account))
+        os.replace(temporary, done)
+    except OSError as error:
+        raise DataError(describe_write_error(error, folder)) from error
+
+
+def describe_write_error(error: OSError, folder: Path) -> str:
+    """Return what to do about a failed write."""
+    advice = {
+        errno.ENOSPC: "the disk is full; free space and run the same command again: it continues",
+        errno.EDQUOT: "the disk quota is used up; free space and run the same command again",
+        errno.EACCES: "no permission; choose another --out or change its owner",
+        errno.EROFS: "the file system is read-only; choose another --out",
+    }.get(error.errno or 0, "run the same command again: it continues")
+    return f"cannot write {error.filename or folder} ({error.strerror or error}): {advice}"
+
+
+def _write_splits(
+    partition: Partition,
+    folder: Path,
+    tokenizer: Tokenizer,
+    options: PrepareOptions,
+    report: Callable[[int, int], None],
+) -> dict[str, SplitCounts]:
+    with ExitStack() as stack:
+        outputs = {
+            split: _open_output(stack, folder / split, tokenizer, options) for split in SPLITS
+        }
+        batch: list[tuple[_Output, str, bool]] = []
+        characters = 0
+        for output, document in _routed(partition, outputs, options):
+            for piece in pieces_of(document.text):
+                batch.append((output, piece, False))
+                characters += len(piece)
+                if characters >= BATCH_CHARACTERS:
+                    _encode(batch, tokenizer, options, report)
+                    batch, characters = [], 0
+            batch.append((output, "", True))
+        _encode(batch, tokenizer, options, report)
+        for output in outputs.values():
+            output.write(output.packer.finish())
+            output.counts.num_tokens = output.packer.num_tokens
+    return {split: output.counts for split, output in outputs.items()}
+
+
+def _routed(
+    partition: Partition, outputs: dict[str, _Output], options: PrepareOptions
+) -> Iterator[tuple[_Output, Document]]:
+    for piece in partition.pieces:
+        for document in documents_of(piece, text_key=options.text_key):
+            output = outputs[split_of(document, options.validation_fraction)]
+            if document.problem is None:
+                output.counts.num_documents += 1
+                output.counts.text_bytes += len(document.text.encode())
+                yield output, document
+            elif options.bad_documents == "skip":
+                output.counts.num_skipped += 1
+            else:
+                raise DataError(
+                    f"{document.where}: the document {document.problem}; repair it, or leave such "
+                    "documents out and count them with --bad-documents skip"
+                )
+
+
+def _open_output(
+    stack: ExitStack, folder: Path, tokenizer: Tokenizer, options: PrepareOptions
+) -> _Output:
+    writer = streaming_shim.mds_writer(
+        folder,
+        dtype=options.dtype,
+        row_tokens=options.sequence_length + 1,
+        shard_bytes=options.shard_mib << 20,
+        zstd=options.compress,
+    )
+    packer = RowPacker(
+        sequence_length=options.sequence_length,
+        mask_id=options.vocab_size - 1,
+        end_of_document_id=tokenizer.end_of_document_id,
+        separate=options.packing == "separate",
+    )
+    return _Output(packer, stack.enter_context(writer), options.dtype)
+
+
+def _encode(
+    batch: list[tuple[_Output, str, bool]],
+    tokenizer: Tokenizer,
+    options: PrepareOptions,
+    report: Callable[[int, int], None],
+) -> None:
+    encoded = iter(tokenizer.encode_pieces([piece for _, piece, ends in batch if not ends]))
+    num_bytes = num_tokens = 0
+    for output, piece, ends in batch:
+        if ends:
+            output.write(output.packer.end_document())
+            continue
+        tokens = next(encoded)
+        if len(tokens) and int(tokens.max()) >= options.vocab_size - 1:
+            raise DataError(
+                f"the tokenizer made token {int(tokens.max())}, beyond the vocabulary of "
+                f"{options.vocab_size - 1} tokens that {tokenizer.path} states"
+            )
+        output.write(output.packer.add(tokens))
+        num_bytes += len(piece.encode())
+        num_tokens += len(tokens)
+    report(num_bytes, num_tokens)

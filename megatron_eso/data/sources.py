@@ -1,0 +1,191 @@
+"""Where documents come from: a list of input files, cut into partitions that are worked on alone.
+
+The cut depends on the inputs alone, never on the number of processes, so the prepared rows are the
+same however many work on them. A partition is a list of pieces; a piece is a file, or a range of one
+(bytes of an uncompressed jsonl file, row groups of a parquet file).
+"""
+
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_eso.errors import DataError
+
+STDLIB = "stdlib"
+HUB_PREFIX = "hf:"
+COMPRESSIONS = (".gz", ".zst")
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+# Tests and tables of characters: text of little use for learning to write Python.
+STDLIB_LEFT_OUT = frozenset(
+    {
+        *("test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "pydoc_data"),
+        *("site-packages", "dist-packages", "__pycache__"),
+    }
+)
+SMALLEST_PARTITION_BYTES = 2 << 20
+LARGEST_PARTITION_BYTES = 512 << 20
+PARTITIONS_AIMED_AT = 64
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A file, or the part of it from ``begin`` to ``end`` (bytes or row groups; None: to the end)."""
+
+    path: str
+    kind: str
+    """text (one document), lines (jsonl), parquet or arrow."""
+    key: str
+    """Name of the file inside its source; decides the split of a text document."""
+    num_bytes: int
+    """Size of the piece, for progress and for the cut."""
+    begin: int = 0
+    """First byte or row group."""
+    end: int | None = None
+    """End of the range, exclusive."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The pieces one worker turns into shards in one go."""
+
+    number: int
+    """Place among the partitions; also the order of the finished shards."""
+    pieces: tuple[Piece, ...]
+    """What to read, in order."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the size of the inputs."""
+        return sum(piece.num_bytes for piece in self.pieces)
+
+
+def find_files(sources: list[str]) -> list[Piece]:
+    """Return one piece per input file, sorted within each source.
+
+    Args:
+        sources: files, folders, ``stdlib``, or ``hf:NAME`` for a data set of the Hugging Face hub.
+
+    Raises:
+        DataError: for a source that does not exist or holds nothing.
+    """
+    pieces = [piece for source in sources for piece in _files_of(source)]
+    if not sum(piece.num_bytes for piece in pieces):
+        raise DataError(f"the sources {', '.join(sources)} hold no text (0 bytes)")
+    return pieces
+
+
+def partitions_of(pieces: list[Piece], partition_bytes: int | None = None) -> list[Partition]:
+    """Return the partitions of the inputs, in order.
+
+    Args:
+        pieces: whole files.
+        partition_bytes: size to aim at; None: a 64th of the inputs, between 2 MiB and 512 MiB.
+    """
+    total = sum(piece.num_bytes for piece in pieces)
+    aim = partition_bytes or min(
+        max(total // PARTITIONS_AIMED_AT, SMALLEST_PARTITION_BYTES), LARGEST_PARTITION_BYTES
+    )
+    groups: list[list[Piece]] = [[]]
+    filled = 0
+    for piece in (part for whole in pieces for part in _cut(whole, aim)):
+        if groups[-1] and filled + piece.num_bytes > aim:
+            groups.append([])
+            filled = 0
+        groups[-1].append(piece)
+        filled += piece.num_bytes
+    return [Partition(number, tuple(group)) for number, group in enumerate(groups)]
+
+
+def kind_of(path: Path) -> str:
+    """Return how a file is read, by its name: text, lines, parquet or arrow."""
+    name = path.name
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    if name.endswith(LINE_SUFFIXES):
+        return "lines"
+    suffix = Path(name).suffix
+    return {".parquet": "parquet", ".arrow": "arrow"}.get(suffix, "text")
+
+
+def _files_of(source: str) -> list[Piece]:
+    if source == STDLIB:
+        return _stdlib_files(Path(sysconfig.get_paths()["stdlib"]))
+    if source.startswith(HUB_PREFIX):
+        return _hub_files(source)
+    path = Path(source)
+    if path.is_file():
+        return [_whole(path, path.name)]
+    if not path.is_dir():
+        raise DataError(
+            f"source {source} does not exist (give a file, a folder, '{STDLIB}', or "
+            f"'{HUB_PREFIX}NAME' for a data set of the Hugging Face hub)"
+        )
+    pieces = [_whole(file, file.relative_to(path).as_posix()) for file in _walk(path)]
+    if any(piece.kind == "arrow" for piece in pieces):  # a saved data set carries JSON beside it
+        pieces = [piece for piece in pieces if piece.kind == "arrow"]
+    if not pieces:
+        raise DataError(f"source folder {source} holds no files")
+    return pieces
+
+
+def _stdlib_files(root: Path) -> list[Piece]:
+    pieces = []
+    for file in _walk(root):
+        relative = file.relative_to(root)
+        if file.suffix == ".py" and not STDLIB_LEFT_OUT.intersection(relative.parts):
+            pieces.append(_whole(file, relative.as_posix()))
+    pieces = [piece for piece in pieces if piece.num_bytes]  # empty __init__.py files
+    if not pieces:
+        raise DataError(f"the standard library of this Python has no source files under {root}")
+    return pieces
+
+
+def _hub_files(source: str) -> list[Piece]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError(
+            f"source {source} needs the datasets package: pip install datasets"
+        ) from None
+    name, _, split = source.removeprefix(HUB_PREFIX).partition(":")
+    try:
+        cached = load_dataset(name, split=split or "train").cache_files  # pyright: ignore
+    except Exception as error:
+        raise DataError(f"data set {name} could not be fetched: {error}") from error
+    return [_whole(Path(entry["filename"]), Path(entry["filename"]).name) for entry in cached]
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(folder) / name for name in sorted(names) if not name.startswith("."))
+
+
+def _whole(path: Path, key: str) -> Piece:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    return Piece(str(path.resolve()), kind_of(path), key, size)
+
+
+def _cut(piece: Piece, aim: int) -> Iterator[Piece]:
+    is_compressed = piece.path.endswith(COMPRESSIONS)
+    if piece.num_bytes <= aim or piece.kind in ("text", "arrow") or is_compressed:
+        yield piece
+    elif piece.kind == "lines":
+        for begin in range(0, piece.num_bytes, aim):
+            end = min(begin + aim, piece.num_bytes)
+            yield Piece(piece.path, piece.kind, piece.key, end - begin, begin, end)
+    else:
+        from megatron_eso.data.documents import row_group_bytes
+
+        begin, filled = 0, 0
+        sizes = row_group_bytes(piece.path)
+        for group, size in enumerate(sizes):
+            filled += size
+            if filled >= aim or group == len(sizes) - 1:
+                yield Piece(piece.path, piece.kind, piece.key, filled, begin, group + 1)
+                begin, filled = group + 1, 0

@@ -1,0 +1,72 @@
+"""``data verify``: every hash, size and token of a split, and every fault found, not just the first."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from megatron_eso.config.schema import DataConfig
+from megatron_eso.data.open_split import open_split
+from megatron_eso.data.shards import ShardedRows
+from megatron_eso.errors import DataError
+
+ROWS_AT_ONCE = 4096
+
+
+def verify_split(address: str, data: DataConfig, say: Callable[[str], None]) -> int:
+    """Read every shard of a split and return the number of rows.
+
+    Args:
+        address: the split.
+        data: cache and retry settings; hashes are checked whatever it says.
+        say: receives a line per fault.
+
+    Raises:
+        DataError: if anything is wrong, after all shards were looked at.
+    """
+    split = open_split(address, data, verify_hashes=True)
+    faults = _duplicates(split)
+    num_tokens = 0
+    for shard, size in enumerate(split.shard_sizes):
+        try:
+            num_tokens += _verify_shard(split, shard, size)
+        except DataError as error:
+            faults.append(str(error))
+    if not faults and num_tokens != split.manifest.num_tokens:
+        faults.append(
+            f"{address} holds {num_tokens} tokens, its manifest {split.manifest.num_tokens}"
+        )
+    for fault in faults:
+        say(fault)
+    if faults:
+        raise DataError(
+            f"{address} has {len(faults)} faults; restore its files or prepare it again"
+        )
+    return split.num_samples
+
+
+def _verify_shard(split: ShardedRows, shard: int, size: int) -> int:
+    """Return the tokens of a shard that are not padding and no row's overlap with the next."""
+    first = sum(split.shard_sizes[:shard])
+    num_tokens = 0
+    for begin in range(first, first + size, ROWS_AT_ONCE):
+        rows = split.read(np.arange(begin, min(begin + ROWS_AT_ONCE, first + size)))
+        if int(rows.max()) > split.manifest.mask_id:
+            raise DataError(
+                f"shard {split.name_of(shard)} holds token {int(rows.max())}, beyond the vocabulary of "
+                f"{split.manifest.vocab_size}"
+            )
+        num_tokens += int((rows[:, :-1] != split.manifest.mask_id).sum())
+    return num_tokens
+
+
+def _duplicates(split: ShardedRows) -> list[str]:
+    names: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for shard, hashes in enumerate(split.shard_hashes):
+        names.setdefault(hashes, []).append(split.name_of(shard))
+    counts = Counter({hashes: len(same) for hashes, same in names.items() if hashes})
+    return [
+        f"shards {', '.join(names[hashes])} have the same content"
+        for hashes, count in counts.items()
+        if count > 1
+    ]

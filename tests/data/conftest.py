@@ -1,0 +1,51 @@
+"""A small corpus and a prepared data set, shared by the data tests."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from megatron_eso.data.partition import PrepareOptions
+from megatron_eso.data.prepare import prepare
+
+SEQUENCE_LENGTH = 16
+VOCAB_SIZE = 300
+
+
+def write_corpus(path: Path, num_documents: int = 400, seed: int = 0) -> list[str]:
+    """Write a jsonl file of random sentences and return its documents."""
+    choose = random.Random(seed)
+    words = ["".join(choose.choices("abcdefghij", k=choose.randint(2, 7))) for _ in range(80)]
+    texts = [
+        f"{number}: " + " ".join(choose.choices(words, k=choose.randint(3, 60)))
+        for number in range(num_documents)
+    ]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return texts
+
+
+def options(**changes) -> PrepareOptions:
+    """Return options that make several small partitions possible."""
+    settings = {
+        "sequence_length": SEQUENCE_LENGTH,
+        "vocab_size": VOCAB_SIZE,
+        "validation_fraction": 0.1,
+        **changes,
+    }
+    return PrepareOptions(**settings)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    write_corpus(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared(corpus, tmp_path_factory) -> Path:
+    """Return a data set that tests must not change."""
+    out = tmp_path_factory.mktemp("prepared") / "set"
+    prepare([str(corpus)], out, options(), num_processes=1)
+    return out

@@ -1,0 +1,103 @@
+"""Preparing data: every document's tokens are there once, and asking twice is safe."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from megatron_eso.data.documents import Document
+from megatron_eso.data.manifest import load_manifest
+from megatron_eso.data.partition import split_of
+from megatron_eso.data.prepare import prepare
+from megatron_eso.data.reader import ValidationReader
+from megatron_eso.data.tokenizer import Tokenizer
+from megatron_eso.errors import DataError
+from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE, options, write_corpus
+
+
+def documents_in(out, split: str) -> list[str]:
+    """Return the texts that a split's rows hold, put together again."""
+    reader = ValidationReader(
+        str(out / split), sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE
+    )
+    rows = reader.read(range(reader.num_rows))
+    tokens = rows.tokens[:, :-1][rows.is_valid[:, :-1]]
+    manifest = reader.manifest
+    assert len(tokens) == manifest.num_tokens
+    ends = np.flatnonzero(tokens == manifest.end_of_document_id)
+    assert len(ends) == manifest.num_documents
+    tokenizer = Tokenizer(out / "tokenizer.json")
+    return [
+        tokenizer.decode(part) for part in np.split(tokens, ends + 1)[:-1] for part in [part[:-1]]
+    ]
+
+
+def test_every_document_comes_out_once_and_whole(corpus, prepared):
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    for split in ("train", "validation"):
+        expected = [text for text in texts if split_of(Document(text, "", text), 0.1) == split]
+        assert expected
+        assert documents_in(prepared, split) == expected
+
+
+def test_rows_overlap_by_one_token_so_that_every_next_token_is_a_target(prepared):
+    reader = ValidationReader(
+        str(prepared / "validation"), sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE
+    )
+    rows = reader.read(range(reader.num_rows)).tokens
+    assert np.array_equal(rows[:-1, -1], rows[1:, 0])
+
+
+def test_separate_packing_starts_every_document_at_a_row(corpus, tmp_path):
+    prepare([str(corpus)], tmp_path / "set", options(packing="separate"), num_processes=1)
+    assert documents_in(tmp_path / "set", "train") == documents_in_order(corpus, "train")
+    reader = ValidationReader(
+        str(tmp_path / "set" / "train"), sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE
+    )
+    rows = reader.read(range(reader.num_rows))
+    end = reader.manifest.end_of_document_id
+    last = [int(np.flatnonzero(valid)[-1]) for valid in rows.is_valid]
+    ends_inside = [
+        (row[: stop + 1] == end).sum() for row, stop in zip(rows.tokens, last, strict=True)
+    ]
+    assert max(ends_inside) == 1
+
+
+def documents_in_order(corpus, split: str) -> list[str]:
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    return [text for text in texts if split_of(Document(text, "", text), 0.1) == split]
+
+
+def test_a_second_run_with_the_same_request_does_nothing(corpus, prepared):
+    before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*.*")}
+    again = prepare([str(corpus)], prepared, options(), num_processes=1)
+    assert again.was_complete
+    after = {path: path.stat().st_mtime_ns for path in prepared.rglob("*.*")}
+    before.pop(prepared / "prepare.json"), after.pop(prepared / "prepare.json")
+    assert before == after
+
+
+def test_another_request_is_refused_naming_the_difference(corpus, prepared):
+    with pytest.raises(DataError, match=r"sequence_length: 16 -> 32.*--overwrite"):
+        prepare([str(corpus)], prepared, options(sequence_length=32), num_processes=1)
+
+
+def test_overwrite_replaces_what_another_request_left(corpus, prepared, tmp_path):
+    out = tmp_path / "set"
+    shutil.copytree(prepared, out)
+    prepare([str(corpus)], out, options(sequence_length=32), num_processes=1, overwrite=True)
+    assert load_manifest(out / "train").sequence_length == 32
+
+
+def test_a_folder_that_data_prepare_did_not_make_is_left_alone(corpus, tmp_path):
+    (tmp_path / "precious.txt").write_text("keep")
+    with pytest.raises(DataError, match="not made by data prepare"):
+        prepare([str(corpus)], tmp_path, options(), num_processes=1, overwrite=True)
+    assert (tmp_path / "precious.txt").read_text() == "keep"
+
+
+def test_more_vocabulary_than_the_text_can_fill_is_refused(tmp_path):
+    write_corpus(tmp_path / "small.jsonl", num_documents=3)
+    with pytest.raises(DataError, match=r"--vocab-size 5000 is more than .* set --vocab-size \d+"):
+        prepare([str(tmp_path / "small.jsonl")], tmp_path / "set", options(vocab_size=5000))

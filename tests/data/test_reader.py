@@ -1,0 +1,120 @@
+"""The reader: rows by (step, row) alone, whoever reads which and with how many threads."""
+
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from megatron_eso.config.schema import DataConfig, DataSourceConfig
+from megatron_eso.data.reader import RowReader, ValidationReader
+from megatron_eso.errors import DataError
+from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE
+
+BATCH = 8
+
+
+def reader(*paths, num_workers=0, batch=BATCH, seed=3, length=SEQUENCE_LENGTH, vocab=VOCAB_SIZE):
+    sources = [DataSourceConfig(str(path), weight) for path, weight in paths]
+    data = DataConfig(sources=sources, num_workers=num_workers)
+    return RowReader(
+        data, sequence_length=length, vocab_size=vocab, global_batch_rows=batch, seed=seed
+    )
+
+
+def test_an_epoch_reads_every_row_once_across_step_boundaries(prepared):
+    rows = reader((prepared / "train", 1))
+    total = rows.manifests[0].num_samples
+    samples = [pair[1] for step in range(total) for pair in rows.samples_of(step, range(BATCH))]
+    assert set(Counter(samples).values()) == {BATCH}
+    assert sorted(samples[:total]) == list(range(total))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_every_world_size_and_worker_count_reads_the_same_rows(prepared, world, num_workers):
+    whole = reader((prepared / "train", 1))
+    ranks = [reader((prepared / "train", 1), num_workers=num_workers) for _ in range(world)]
+    share = BATCH // world
+    for step in [*range(4), 300, 301]:
+        expected = whole.read(step, range(BATCH))
+        for rank, own in enumerate(ranks):
+            mine = range(rank * share, (rank + 1) * share)
+            got = own.read(step, mine)
+            assert np.array_equal(got.tokens, expected.tokens[list(mine)])
+            assert np.array_equal(got.is_valid, expected.is_valid[list(mine)])
+    for own in ranks:
+        own.close()
+
+
+def test_reading_starts_anywhere_with_the_step_alone(prepared):
+    first = reader((prepared / "train", 1))
+    passed = [first.read(step, range(BATCH)).tokens for step in range(12)]
+    resumed = reader((prepared / "train", 1), num_workers=1)
+    for step in range(7, 12):
+        assert np.array_equal(resumed.read(step, range(BATCH)).tokens, passed[step])
+    resumed.close()
+
+
+def test_padding_is_marked_and_never_shows_the_mask_token(prepared):
+    rows = reader((prepared / "train", 1))
+    total = rows.manifests[0].num_samples
+    padded = [rows.read(step, range(BATCH)) for step in range(total // BATCH + 1)]
+    tokens = np.concatenate([read.tokens for read in padded])
+    valid = np.concatenate([read.is_valid for read in padded])
+    assert not valid.all()
+    assert tokens.max() < VOCAB_SIZE - 1
+    assert (tokens[~valid] == rows.manifests[0].end_of_document_id).all()
+
+
+def test_a_mixture_reads_each_source_by_its_weight(prepared):
+    rows = reader((prepared / "train", 3), (prepared / "validation", 1))
+    pairs = [pair for step in range(100) for pair in rows.samples_of(step, range(BATCH))]
+    counts = Counter(source for source, _ in pairs)
+    assert abs(counts[0] - 600) <= 1
+    read = rows.read(5, range(BATCH)).tokens
+    train = ValidationReader(
+        str(prepared / "train"), sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE
+    )
+    for row, (source, sample) in enumerate(rows.samples_of(5, range(BATCH))):
+        if source == 0:
+            assert np.array_equal(read[row], train.read([sample]).tokens[0])
+
+
+def test_the_fingerprint_tells_data_mixture_seed_and_batch_apart(prepared):
+    alone = reader((prepared / "train", 1)).fingerprint()
+    assert alone == reader((prepared / "train", 2)).fingerprint()
+    others = [
+        reader((prepared / "validation", 1)),
+        reader((prepared / "train", 1), (prepared / "validation", 1)),
+        reader((prepared / "train", 1), seed=4),
+        reader((prepared / "train", 1), batch=4),
+    ]
+    assert all(other.fingerprint() != alone for other in others)
+
+
+def test_a_wrong_row_length_names_both_numbers_and_the_setting(prepared):
+    with pytest.raises(DataError, match=r"rows of 16 .*train\.sequence_length=32"):
+        reader((prepared / "train", 1), length=32)
+
+
+def test_a_wrong_vocabulary_names_both_numbers_and_the_setting(prepared):
+    with pytest.raises(DataError, match=r"vocabulary of 300 .*model\.vocab_size=512"):
+        reader((prepared / "train", 1), vocab=512)
+
+
+def test_a_missing_or_empty_folder_is_refused(prepared, tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        reader((tmp_path / "nothing", 1))
+    with pytest.raises(DataError, match="it is empty"):
+        reader((tmp_path, 1))
+    with pytest.raises(DataError, match=r"name one split, such as .*/train"):
+        reader((prepared, 1))
+
+
+def test_a_replaced_tokenizer_is_refused(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "set")
+    with (tmp_path / "set" / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(DataError, match="is not the one that made"):
+        reader((tmp_path / "set" / "train", 1))
