@@ -1,0 +1,26 @@
+"""Fixtures: pools of ranks for the session, and a single rank in the test process itself."""
+
+import pytest
+
+from tests.rank_pool import RankPool
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks():
+    pool = RankPool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def one_rank():
+    pool = RankPool(1)
+    yield pool
+    pool.close()

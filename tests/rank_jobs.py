@@ -1,0 +1,168 @@
+"""What the ranks of a test do: small runs at any layout, returning plain numbers and arrays."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_eso.checkpoint.load import find_checkpoint, load_training_state
+from megatron_eso.checkpoint.save import Saver
+from megatron_eso.checkpoint.state import collect
+from megatron_eso.config import load_config
+from megatron_eso.config.schema import RunConfig
+from megatron_eso.eval.evaluate import evaluate
+from megatron_eso.parallel.device import Ranks
+from megatron_eso.parallel.exchange import Rows, read_together
+from megatron_eso.parallel.parameters import gather_full, pieces, pieces_of, shards
+from megatron_eso.parallel.parameters import sharded_parameters
+from megatron_eso.train.session import Session, build_session
+from megatron_eso.train.step import (
+    forward_backward,
+    global_counts,
+    micro_batches_of_rank,
+    stack_rows_of_step,
+    train_step,
+)
+
+VOCAB, LENGTH = 61, 16
+SMALL = [
+    "model.hidden_size=32", "model.num_layers=4", "model.num_heads=4", "model.num_kv_heads=2",
+    f"model.vocab_size={VOCAB}", "model.vocab_padding_multiple=64", f"train.sequence_length={LENGTH}",
+    "train.steps=20", "train.global_batch_rows=16", "train.micro_batch_rows=4", "train.seed=3",
+    "precision.dtype=fp32", "objective.alpha_0=0.5", "optimizer.ema_decay=0.9",
+    "optimizer.learning_rate=0.01", "model.init_std=0.1",
+]  # fmt: skip
+
+
+def small_config(overrides: list[str]) -> RunConfig:
+    """Return the configuration of the tests' small model."""
+    return load_config(None, [*SMALL, *overrides])
+
+
+def make_session(overrides: list[str]) -> Session:
+    """Return a session of the small model on this process's ranks."""
+    return build_session(small_config(overrides), Ranks.from_environment(dict(os.environ)))
+
+
+def read_rows(step: int, rows: list[int]) -> Rows:
+    """Return made-up rows, a function of step and row; every third row ends in padding."""
+    tokens, valid = [], []
+    for row in rows:
+        generator = torch.Generator().manual_seed(1000 * step + row)
+        tokens.append(torch.randint(0, VOCAB - 1, (LENGTH + 1,), generator=generator))
+        valid.append(torch.arange(LENGTH + 1) < (LENGTH - 3 if row % 3 == 2 else LENGTH + 1))
+    return Rows(torch.stack(tokens), torch.stack(valid))
+
+
+def loss_and_gradients(overrides: list[str]) -> dict[str, Any]:
+    """Return the two sums of nats and this rank's gradient pieces of the first step."""
+    session = make_session(overrides)
+    batches = micro_batches_of_rank(session)
+    numbers = [row for batch in batches for row in batch.rows]
+    rows = read_together(
+        lambda: read_rows(0, numbers),
+        session.layout,
+        session.torch_device,
+        shape=(len(numbers), LENGTH + 1),
+    )
+    stack = stack_rows_of_step(session, rows, batches)
+    counts = global_counts(stack, session)
+    sums = forward_backward(session, stack, counts)
+    return {"sums": sums, "counts": counts, "gradients": _gradients(session)}
+
+
+def _gradients(session: Session) -> list[tuple[str, tuple, tuple, np.ndarray]]:
+    owned, found = shards(session.optimizer), []
+    for entry in sharded_parameters(session.chunks):
+        shard = owned.get(entry.data)
+        part = entry.data.main_grad.view(-1)[shard.start : shard.end] if shard else None
+        start = shard.start if shard else 0
+        full = gather_full(entry.data, start, part, session.layout.data_group)
+        for piece in pieces_of(entry, full):
+            found.append(
+                (piece.full_name, piece.global_shape, piece.slices, piece.data.numpy().copy())
+            )
+    return found
+
+
+def weights(overrides: list[str]) -> list[tuple[str, tuple, tuple, np.ndarray]]:
+    """Return this rank's pieces of the initial weights."""
+    return _weights(make_session(overrides))
+
+
+def _weights(session: Session) -> list[tuple[str, tuple, tuple, np.ndarray]]:
+    return [
+        (p.full_name, p.global_shape, p.slices, p.data.detach().numpy().copy())
+        for p in pieces(session.chunks)
+    ]
+
+
+def train(
+    overrides: list[str],
+    num_steps: int,
+    folder: str | None = None,
+    save_at: int | None = None,
+    load: bool = False,
+) -> dict[str, Any]:
+    """Train some steps, saving or loading a checkpoint; return losses and final weights."""
+    session = make_session(overrides)
+    if load:
+        found = find_checkpoint(Path(str(folder)), hashes=True)
+        session.state.step = load_training_state(
+            found, session.chunks, session.optimizer, session.average, device=session.torch_device
+        )
+    saver = Saver(Path(str(folder)), session.config.checkpoint) if folder else None
+    losses = []
+    while session.state.step < num_steps:
+        losses.append(train_step(session, read_rows).loss)
+        if saver and session.state.step == save_at:
+            state = collect(
+                session.chunks, session.optimizer, session.average, session.layout.data_group
+            )
+            saver.save(session.state.step, state, {"step": session.state.step, "has_ema": True})
+    if saver:
+        saver.finish()
+    final = collect(session.chunks, session.optimizer, session.average, session.layout.data_group)
+    state = {
+        f"{entry.key}{index}": entry.data.detach().numpy().copy()
+        for index, entry in enumerate(final.values())
+    }
+    return {"losses": losses, "weights": _weights(session), "state": state}
+
+
+def scores(overrides: list[str], num_rows: int) -> list[tuple[str, float, float]]:
+    """Return (metric, nats per token, tokens) of made-up held-out rows."""
+    session = make_session(overrides)
+    found = evaluate(
+        session.replica, lambda rows: read_rows(99, rows), num_rows=num_rows, bytes_per_token=2.0
+    )
+    return [(s.metric, s.nats_per_token, s.num_tokens) for s in found]
+
+
+def read_with_failure(failing_rank: int) -> str:
+    """Return the message every rank gets when one cannot read its data."""
+    from megatron_eso.errors import DataError
+
+    session = make_session([])
+
+    def read() -> Rows:
+        if session.ranks.rank == failing_rank:
+            raise DataError("shard x is gone")
+        return read_rows(0, [0])
+
+    try:
+        read_together(read, session.layout, session.torch_device, shape=(1, LENGTH + 1))
+    except DataError as error:
+        return str(error)
+    return "no error"
+
+
+def assemble(parts: list[list[tuple[str, tuple, tuple, np.ndarray]]]) -> dict[str, np.ndarray]:
+    """Return whole tensors from the pieces of all ranks."""
+    whole: dict[str, np.ndarray] = {}
+    for rank_parts in parts:
+        for name, shape, slices, data in rank_parts:
+            whole.setdefault(name, np.full(shape, np.nan, dtype=np.float32))[slices] = data
+    return whole

@@ -1,0 +1,91 @@
+"""Checkpoints: bitwise on the same layout, equal at any other, and damage is noticed."""
+
+import json
+
+import numpy as np
+import pytest
+
+from megatron_eso.checkpoint.folder import CheckpointFolder, folder_of_step, list_folders, prune
+from megatron_eso.checkpoint.load import newest_valid
+from tests.rank_jobs import assemble
+
+pytestmark = pytest.mark.slow
+
+LAYOUTS = {
+    "tensor": ["parallel.tensor=2"],
+    "pipeline": ["parallel.pipeline=2"],
+    "interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    "data": [],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_ten_steps_equal_five_and_a_resume_bitwise(two_ranks, tmp_path, layout, dtype):
+    settings = [*LAYOUTS[layout], f"precision.dtype={dtype}", "model.dropout=0.1"]
+    whole = two_ranks.run("train", settings, 10, str(tmp_path), 5)
+    again = two_ranks.run("train", settings, 10, str(tmp_path), None, True)
+    for first, second in zip(whole, again, strict=True):
+        assert first["losses"][5:] == second["losses"]
+        assert first["state"].keys() == second["state"].keys()
+        for name, value in first["state"].items():
+            assert np.array_equal(value, second["state"][name]), name
+
+
+def test_a_checkpoint_continues_at_any_layout(one_rank, two_ranks, tmp_path):
+    whole = two_ranks.run("train", LAYOUTS["tensor"], 10, str(tmp_path), 5)
+    expected = assemble([reply["weights"] for reply in whole])
+    for name in ("pipeline", "data", "interleaved"):
+        replies = two_ranks.run("train", LAYOUTS[name], 10, str(tmp_path), None, True)
+        np.testing.assert_allclose(replies[0]["losses"], whole[0]["losses"][5:], rtol=1e-6)
+        found = assemble([reply["weights"] for reply in replies])
+        for key, value in expected.items():
+            np.testing.assert_allclose(found[key], value, atol=2e-4, err_msg=key)
+    alone = one_rank.run("train", ["train.micro_batch_rows=2"], 10, str(tmp_path), None, True)
+    np.testing.assert_allclose(alone[0]["losses"], whole[0]["losses"][5:], rtol=1e-6)
+
+
+def test_damage_is_found_and_the_older_checkpoint_used(one_rank, tmp_path):
+    one_rank.run("train", [], 2, str(tmp_path), 2)
+    one_rank.run("train", ["checkpoint.asynchronous=false"], 4, str(tmp_path), 4)
+    old, new = list_folders(tmp_path)
+    assert newest_valid(tmp_path, hashes=True) == new
+    shard = next(new.path.glob("*.distcp"))
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    shard.write_bytes(raw)
+    assert new.damage(hashes=False) == ""  # only the hash can tell
+    assert "another hash" in new.damage(hashes=True)
+    assert newest_valid(tmp_path, hashes=True) == old
+    shard.write_bytes(raw[:-1])
+    assert "bytes instead of" in new.damage(hashes=False)
+    shard.unlink()
+    assert "is missing" in new.damage(hashes=False)
+    (new.path / "COMMITTED").unlink()
+    assert "never committed" in new.damage(hashes=False)
+    assert newest_valid(tmp_path, hashes=False) == old
+
+
+def make(root, step, *, committed=True):
+    folder = folder_of_step(root, step)
+    folder.path.mkdir(parents=True)
+    (folder.path / "esolm.json").write_text(json.dumps({"step": step, "format_version": 1}))
+    if committed:
+        folder.commit()
+    return folder
+
+
+def test_retention_keeps_the_newest_and_the_milestones(tmp_path):
+    for step in range(10, 80, 10):
+        make(tmp_path, step, committed=step != 40)
+    make(tmp_path, 90, committed=False)
+    prune(tmp_path, keep_last=2, keep_every_steps=30)
+    left = [(f.step, f.is_committed) for f in list_folders(tmp_path)]
+    assert left == [(30, True), (60, True), (70, True), (90, False)]
+
+
+def test_a_newer_format_is_refused_with_advice(tmp_path):
+    folder = make(tmp_path, 1)
+    (folder.path / "esolm.json").write_text(json.dumps({"format_version": 99}))
+    with pytest.raises(Exception, match="update megatron-eso"):
+        CheckpointFolder(folder.path).sidecar()
