@@ -15,8 +15,13 @@ from megatron_eso.config.schema import RunConfig
 from megatron_eso.eval.evaluate import evaluate
 from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.exchange import Rows, read_together
-from megatron_eso.parallel.parameters import gather_full, pieces, pieces_of, shards
-from megatron_eso.parallel.parameters import sharded_parameters
+from megatron_eso.parallel.parameters import (
+    gather_full,
+    pieces,
+    pieces_of,
+    sharded_parameters,
+    shards,
+)
 from megatron_eso.train.session import Session, build_session
 from megatron_eso.train.step import (
     forward_backward,

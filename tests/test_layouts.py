@@ -41,7 +41,9 @@ def assert_same(reference, replies):
     assert whole.keys() == expected.keys()
     for name, gradient in expected.items():
         scale = np.abs(gradient).max()
-        np.testing.assert_allclose(whole[name], gradient, rtol=0, atol=2e-5 * scale + 1e-9, err_msg=name)
+        np.testing.assert_allclose(
+            whole[name], gradient, rtol=0, atol=2e-5 * scale + 1e-9, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("layout", TWO)

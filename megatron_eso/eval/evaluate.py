@@ -141,49 +141,49 @@ def row_nats(
     limit = replica.config.eval.micro_batch_rows or train.micro_batch_rows
     per_batch = max(limit // stack_rows_per_row, 1)
     layout = replica.layout
-    batches = [list(range(b, b + per_batch)) for b in range(0, num_rows, per_batch)]
+    # A pipeline is filled with as many micro-batches as it has stages; interleaving needs that.
+    per_round = per_batch * layout.pipeline_size
+    rounds = -(-num_rows // (per_round * layout.data_size))
     result = torch.zeros(2, num_rows, dtype=torch.float64, device=replica.device)
-    rounds = -(-len(batches) // layout.data_size)
     for index in range(rounds):
         # Every data-parallel rank reads in every round, since reading agrees over all ranks.
-        number = index * layout.data_size + layout.data_rank
-        mine = batches[number] if number < len(batches) else []
-        rows = _read_padded(replica, read, mine, num_rows, per_batch)
-        stack = to_device(build(rows, mine or [0] * per_batch), replica.device)
-        for nats in _forward(replica, stack, per_batch, len(stack.tokens)):
-            for local, row in enumerate(r for r in mine if r < num_rows):
-                result[0, row] = nats[local]
-        if layout.is_last_stage and layout.tensor_rank == 0:
-            for local, row in enumerate(r for r in mine if r < num_rows):
-                result[1, row] = rows.is_valid[local, :-1].sum()
+        first = (index * layout.data_size + layout.data_rank) * per_round
+        numbers = list(range(first, first + per_round))
+        rows = _read_padded(replica, read, numbers, num_rows)
+        stack = []
+        for begin in range(0, per_round, per_batch):
+            part = slice(begin, begin + per_batch)
+            built = build(Rows(rows.tokens[part], rows.is_valid[part]), numbers[part])
+            stack.append(to_device(built, replica.device))
+        nats = _forward(replica, stack, per_batch)
+        here = max(min(num_rows - first, per_round), 0)
+        if nats is not None and here:
+            result[0, first : first + here] = nats[:here]
+            result[1, first : first + here] = rows.is_valid[:here, :-1].sum(dim=1)
     torch.distributed.all_reduce(result)
     return result[0].cpu(), result[1].cpu()
 
 
 def _read_padded(
-    replica: Replica,
-    read: Callable[[list[int]], Rows],
-    numbers: list[int],
-    num_rows: int,
-    per_batch: int,
+    replica: Replica, read: Callable[[list[int]], Rows], numbers: list[int], num_rows: int
 ) -> Rows:
     """Read rows; those beyond the last become empty rows, so that all batches have one shape."""
-    width = replica.config.train.sequence_length + 1
+    shape = (len(numbers), replica.config.train.sequence_length + 1)
 
     def padded() -> Rows:
         wanted = [n for n in numbers if n < num_rows]
-        tokens = torch.zeros(per_batch, width, dtype=torch.int64)
-        is_valid = torch.zeros(per_batch, width, dtype=torch.bool)
+        tokens = torch.zeros(shape, dtype=torch.int64)
+        is_valid = torch.zeros(shape, dtype=torch.bool)
         if wanted:
             rows = read(wanted)
             tokens[: len(wanted)], is_valid[: len(wanted)] = rows.tokens, rows.is_valid
         return Rows(tokens, is_valid)
 
-    return read_together(padded, replica.layout, replica.device, shape=(per_batch, width))
+    return read_together(padded, replica.layout, replica.device, shape=shape)
 
 
-def _forward(replica: Replica, stack: StackRows, num_data: int, stack_rows: int) -> list[Tensor]:
-    """Return [num_data] nats of one micro-batch on the last stage's first tensor rank."""
+def _forward(replica: Replica, stack: list[StackRows], num_data: int) -> Tensor | None:
+    """Return the nats of every data row, on the last stage's first tensor rank alone."""
 
     def forward_step(batches: Iterator[StackRows], model: nn.Module) -> Any:
         rows = next(batches)
@@ -197,12 +197,12 @@ def _forward(replica: Replica, stack: StackRows, num_data: int, stack_rows: int)
 
     reports = run_micro_batches(
         forward_step,
-        [stack],
+        stack,
         replica.chunks,
         sequence_length=replica.config.train.sequence_length,
-        stack_rows=stack_rows,
+        stack_rows=len(stack[0].tokens),
         forward_only=True,
     )
     if not (replica.layout.is_last_stage and replica.layout.tensor_rank == 0):
-        return []
-    return [r["nats"] for r in reports]
+        return None
+    return torch.cat([r["nats"] for r in reports])

@@ -1,0 +1,91 @@
+"""Split attention against the dense mask, and the dense mask against the definition of the passes."""
+
+import pytest
+import torch
+
+from megatron_eso.model.attention.core import segment_attention
+from megatron_eso.model.attention.dense import copies_mask, dense_attention, plain_mask
+from megatron_eso.model.attention.split import split_attention
+from megatron_eso.objective.rows import Pattern
+
+
+def random_inputs(rows, heads, groups, length, size, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(rows, h, length, size, generator=generator, dtype=dtype).requires_grad_()
+        for h in (heads, groups, groups)
+    ]
+
+
+def outputs_and_gradients(function, inputs, **settings):
+    copies = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*copies, **settings)
+    generator = torch.Generator().manual_seed(9)
+    weight = torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out.dtype)
+    (out * weight).sum().backward()
+    return [out.detach(), *(x.grad for x in copies)]
+
+
+@pytest.mark.parametrize("length", [1, 2, 13, 64, 130])
+@pytest.mark.parametrize(("rows", "pairs"), [(3, 0), (2, 1), (5, 2), (4, 2)])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1)])
+def test_split_equals_dense_forward_and_backward(length, rows, pairs, heads, groups):
+    inputs = random_inputs(rows, heads, groups, length, 8)
+    settings = {"num_pairs": pairs, "scale": 0.3}
+    split = outputs_and_gradients(split_attention, inputs, **settings)
+    dense = outputs_and_gradients(dense_attention, inputs, **settings)
+    for a, b in zip(split, dense, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+def test_split_is_accurate_in_low_precision(dtype, bound):
+    inputs = random_inputs(4, 2, 2, 64, 16)
+    exact = outputs_and_gradients(dense_attention, inputs, num_pairs=2, scale=0.25)
+    low = outputs_and_gradients(
+        split_attention, [x.detach().to(dtype) for x in inputs], num_pairs=2, scale=0.25
+    )
+    for a, b in zip(low, exact, strict=True):
+        assert (a.double() - b).abs().max() < bound * b.abs().max()
+
+
+def test_a_copy_sees_itself_and_the_true_tokens_before_it():
+    """The official 2L mask: z_i sees x_j for j < i and z_i; slot r holds copy r + 1, the last copy 0."""
+    length = 7
+    mask = copies_mask(length, Pattern.CAUSAL, 0, torch.device("cpu"))
+    for slot in range(length):
+        copy = (slot + 1) % length
+        assert mask[slot, :length].tolist() == [x < copy for x in range(length)]
+        assert mask[slot, length:].nonzero()[:, 0].tolist() == [slot]
+
+
+def test_blocks_of_one_are_the_sequential_pass():
+    """BD3-LM with block size 1: a copy sees the earlier true tokens and itself (not shifted)."""
+    length = 6
+    blocks = copies_mask(length, Pattern.BLOCK, 1, torch.device("cpu"))
+    ours = copies_mask(length, Pattern.CAUSAL, 0, torch.device("cpu"))
+    assert torch.equal(blocks[:, :length].roll(-1, 0), ours[:, :length])
+    plain = plain_mask(length, Pattern.BLOCK, 1, None, torch.device("cpu"))
+    assert torch.equal(plain, torch.ones(length, length, dtype=torch.bool).tril())
+
+
+def test_an_entry_never_depends_on_what_it_may_not_see():
+    inputs = random_inputs(3, 2, 2, 12, 4)
+    settings = {"num_pairs": 1, "scale": 0.5}
+    before = split_attention(*inputs, **settings)
+    q, k, v = (x.detach().clone() for x in inputs)
+    k[1, :, 7:], v[1, :, 7:] = 5.0, 5.0  # X's entries from slot 7 on
+    after = split_attention(q, k, v, **settings)
+    assert torch.equal(after[0], before[0])  # the D row
+    assert torch.equal(after[1, :, :7], before[1, :, :7])
+    assert torch.equal(after[2, :, :7], before[2, :, :7])  # copies 1..7 see x_0..x_6
+    assert torch.equal(after[2, :, -1], before[2, :, -1])  # copy 0 sees itself alone
+    assert not torch.allclose(after[2, :, 7:-1], before[2, :, 7:-1])
+
+
+@pytest.mark.parametrize(("kept", "new"), [(0, 5), (6, 1), (4, 3)])
+def test_a_segment_sees_what_is_kept_and_is_causal_within_itself(kept, new):
+    q, k, v = (x.detach() for x in random_inputs(2, 4, 2, kept + new, 8))
+    whole = dense_attention(q, k, v, num_pairs=0, scale=0.4)
+    segment = segment_attention(q[:, :, kept:], k, v, 0.4)
+    torch.testing.assert_close(segment, whole[:, :, kept:], rtol=1e-10, atol=1e-10)

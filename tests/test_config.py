@@ -1,0 +1,138 @@
+"""Configuration: includes, overrides, helpful errors, rules and derived numbers."""
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_eso.config import (
+    RunConfig,
+    check,
+    derive,
+    load_config,
+    save_config,
+    schema,
+    violations,
+)
+from megatron_eso.errors import ConfigError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def config(*overrides):
+    return load_config(None, ["train.steps=10", *overrides])
+
+
+def test_files_include_each_other_and_later_ones_win(tmp_path):
+    (tmp_path / "base.yaml").write_text("model: {hidden_size: 64, num_layers: 2}\n")
+    (tmp_path / "run.yaml").write_text("include: [base.yaml]\nmodel: {num_layers: 3}\n")
+    loaded = load_config(tmp_path / "run.yaml", ["model.num_heads=2"])
+    assert (loaded.model.hidden_size, loaded.model.num_layers, loaded.model.num_heads) == (64, 3, 2)
+
+
+def test_a_circle_of_includes_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("include: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("include: a.yaml\n")
+    with pytest.raises(ConfigError, match="in a circle"):
+        load_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.hiden_size=3", "did you mean hidden_size"),
+        ("train.hidden_size=3", "did you mean model.hidden_size"),
+        ("modle.hidden_size=3", "did you mean model"),
+        ("objective.name=foo", "expected one of"),
+        ("train.steps=many", "could not be converted to Integer"),
+        ("train.steps", "section.key=value"),
+    ],
+)
+def test_a_wrong_setting_names_the_right_ones_and_where_it_stands(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(None, [override])
+    assert override.split("=")[0] in str(caught.value)
+
+
+def test_an_unknown_key_in_a_file_names_the_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("trian: {steps: 1}\n")
+    with pytest.raises(ConfigError, match=r"run.yaml: unknown key 'trian'; did you mean train"):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_the_resolved_configuration_loads_back_unchanged(tmp_path):
+    original = load_config(CONFIGS / "run/quickstart.yaml", ["objective.alpha_0=0.125"])
+    save_config(original, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == original
+
+
+def test_all_violations_are_reported_at_once():
+    broken = config(
+        "model.hidden_size=250", "parallel.tensor=3", "objective.alpha_0=0.5", "optimizer.beta1=1"
+    )
+    with pytest.raises(ConfigError) as caught:
+        check(broken, 4)
+    message = str(caught.value)
+    for part in ("model.hidden_size=250", "parallel.tensor=3", "optimizer.beta1=1", "4 rank(s)"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective.alpha_0=0.5", "objective.loss_weight=constant"], "balance of the two losses"),
+        (["objective.alpha_0=1", "objective.diffusion_fraction=0.5"], "must be 1"),
+        (["objective.alpha_0=0.5", "objective.diffusion_fraction=1"], "strictly between"),
+        (["objective.alpha_0=0.5", "train.global_batch_rows=6"], "must be even"),
+        (["objective.alpha_0=0.5", "train.micro_batch_rows=3"], "must be even"),
+        (["objective.alpha_0=1.5"], "must be in"),
+        (["train.sequence_length=2048"], "rotary table"),
+        (["parallel.pipeline=3"], "not divisible by pipeline"),
+        (["parallel.virtual_pipeline=2"], "needs parallel.pipeline"),
+        (["parallel.context=2"], "not supported"),
+        (["precision.fp8_attention=true"], "head size of exactly 128"),
+        (["train.tokens=100"], "exactly one of"),
+        (["objective.name=bd3lm", "objective.block_size=7"], "does not divide"),
+        (["model.num_kv_heads=3"], "not a multiple"),
+    ],
+)
+def test_a_broken_rule_says_what_to_change(overrides, message):
+    found = violations(config(*overrides))
+    assert any(message in line for line in found), found
+
+
+def test_a_token_budget_must_be_whole_batches():
+    loaded = load_config(None, ["train.tokens=1000000"])
+    assert any("nearest below is 999424" in line for line in violations(loaded))
+    exact = load_config(None, ["train.tokens=999424"])
+    assert not violations(exact)
+    assert derive.total_steps(exact) == 61
+
+
+def test_stack_rows_count_sequential_rows_twice():
+    numbers = derive.derive(config("objective.alpha_0=0.25"), 2)
+    assert (numbers.num_diffusion_rows, numbers.num_sequential_rows) == (16, 16)
+    assert numbers.num_stack_rows == 48
+    assert numbers.num_micro_batches == 6
+    assert derive.derive(config("objective.name=ar"), 1).num_stack_rows == 32
+    assert derive.derive(config("objective.name=bd3lm"), 1).num_stack_rows == 64
+
+
+def test_every_shipped_run_is_valid():
+    for path in sorted((CONFIGS / "run").glob("*.yaml")):
+        loaded = load_config(path)
+        assert not violations(loaded, loaded.parallel.local_ranks), path
+
+
+def test_every_field_is_documented():
+    source = Path(schema.__file__).read_text()
+    for section in vars(schema).values():
+        if is_dataclass(section) and section.__module__ == schema.__name__:
+            for field in fields(section):
+                after = source.split(f"class {section.__name__}")[1].split(f"    {field.name}:")[1]
+                assert after.split("\n", 1)[1].lstrip().startswith('"""'), (section, field.name)
+
+
+def test_the_configuration_is_frozen():
+    with pytest.raises(AttributeError):
+        RunConfig().name = "other"  # type: ignore[misc]

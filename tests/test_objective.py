@@ -1,0 +1,216 @@
+"""The objective as pure tensors: randomness, noise, orders, rows and sums, against obvious oracles."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_eso.config.schema import ObjectiveConfig
+from megatron_eso.objective.build import Draw, build_rows
+from megatron_eso.objective.deal import MicroBatch, deal
+from megatron_eso.objective.losses import TokenCounts, loss_sums, mean_loss
+from megatron_eso.objective.noise import keep_probability, loss_weight, stratified_times
+from megatron_eso.objective.order import invert, likelihood_order, prediction_order
+from megatron_eso.objective.randomness import Stream, uniform
+from megatron_eso.objective.rows import sequential_rows
+
+MASK = 50
+
+
+def tokens_of(num_rows, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, MASK, (num_rows, length + 1), generator=generator)
+
+
+def everything_valid(tokens):
+    return torch.ones_like(tokens, dtype=torch.bool)
+
+
+def build(objective, rows=4, length=32, step=0, tokens=None, valid=None):
+    tokens = tokens_of(rows, length) if tokens is None else tokens
+    valid = everything_valid(tokens) if valid is None else valid
+    numbers = list(range(rows))
+    split = rows if objective.name != "eso" or objective.alpha_0 == 1 else rows // 2
+    if objective.name == "eso" and objective.alpha_0 == 0:
+        split = 0
+    batch = MicroBatch(numbers[:split], numbers[split:])
+    return build_rows(tokens, valid, batch, objective, Draw(7, step, max(split, 1)), mask_id=MASK)
+
+
+def test_random_numbers_are_a_function_of_seed_step_row_stream_and_draw():
+    first = uniform(1, 2, 3, Stream.MASK, 100)
+    assert torch.equal(first, uniform(1, 2, 3, Stream.MASK, 100))
+    others = [
+        uniform(2, 2, 3, Stream.MASK, 100), uniform(1, 3, 3, Stream.MASK, 100),
+        uniform(1, 2, 4, Stream.MASK, 100), uniform(1, 2, 3, Stream.ORDER, 100),
+        uniform(1, 2, 3, Stream.MASK, 100, draw=1),
+    ]  # fmt: skip
+    assert not any(torch.equal(first, other) for other in others)
+
+
+def test_random_numbers_are_uniform():
+    numbers = uniform(5, 0, 0, Stream.ORDER, 100_000).sort().values
+    expected = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    assert (numbers - expected).abs().max() < 0.006  # Kolmogorov-Smirnov at about 0.1 %
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 16, 512])
+def test_times_fill_every_stratum_once(num_rows):
+    times = stratified_times(3, 5, list(range(num_rows)), num_rows=num_rows, eps=0.0)
+    strata = (times * num_rows).floor().long().sort().values
+    assert torch.equal(strata, torch.arange(num_rows))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
+def test_every_rank_gets_times_from_the_whole_interval(num_ranks):
+    times = stratified_times(3, 5, list(range(96)), num_rows=96, eps=0.0)
+    means = [float(times[rank::num_ranks].mean()) for rank in range(num_ranks)]
+    assert max(means) - min(means) < 0.13  # the official dealing: 1 - 1 / num_ranks
+
+
+def test_a_time_does_not_depend_on_which_rows_are_asked_together():
+    whole = stratified_times(3, 5, list(range(12)), num_rows=12, eps=1e-3)
+    assert torch.equal(whole[5:7], stratified_times(3, 5, [5, 6], num_rows=12, eps=1e-3))
+    assert float(whole.min()) >= 1e-3
+
+
+def test_the_weight_is_one_over_t_for_pure_diffusion():
+    t = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
+    assert torch.allclose(loss_weight(t, alpha_0=1.0, eps=0.0), 1 / t)
+    derivative = (
+        keep_probability(t + 1e-6, alpha_0=0.3, eps=0.1) - keep_probability(t, alpha_0=0.3, eps=0.1)
+    ) / 1e-6
+    expected = -derivative / (1 - keep_probability(t, alpha_0=0.3, eps=0.1))
+    assert torch.allclose(loss_weight(t, alpha_0=0.3, eps=0.1), expected, atol=1e-5)
+
+
+def test_orders_put_clean_before_masked_before_padding():
+    masked = torch.tensor([[True, False, True, False, False, True]])
+    valid = torch.tensor([[True, True, True, True, False, False]])
+    key = torch.rand(1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    order = prediction_order(masked & valid, valid, key, masked_in_reading_order=True)
+    assert set(order[0, :2].tolist()) == {1, 3}
+    assert order[0, 2:4].tolist() == [0, 2]
+    assert set(order[0, 4:].tolist()) == {4, 5}
+    assert torch.equal(invert(order).gather(1, order), torch.arange(6)[None])
+
+
+def test_the_order_at_alpha_zero_is_reading_order_and_at_one_is_random():
+    valid = torch.ones(2, 40, dtype=torch.bool)
+    key = torch.rand(2, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(likelihood_order(~valid, valid, key), torch.arange(40).expand(2, 40))
+    assert torch.equal(likelihood_order(valid, valid, key), key.argsort(dim=1))
+
+
+def test_a_diffusion_row_predicts_its_masked_tokens_in_place():
+    objective = ObjectiveConfig(alpha_0=1.0)
+    tokens = tokens_of(4, 32)
+    rows = build(objective, tokens=tokens)
+    assert (rows.num_diffusion, rows.num_pairs) == (4, 0)
+    row, slot = rows.loss_entries // 32, rows.loss_entries % 32
+    assert (rows.tokens[row, slot] == MASK).all()
+    assert torch.equal(rows.loss_targets, tokens[row, rows.positions[row, slot]])
+    is_mask = rows.tokens == MASK
+    assert int(is_mask.sum()) == len(rows.loss_entries)
+    assert torch.equal(is_mask, is_mask.sort(dim=1).values)  # clean first
+
+
+def test_the_shifted_copies_hold_the_next_entry_and_the_first_one_last():
+    tokens = tokens_of(1, 6)[:, :-1]
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    masked = torch.tensor([[False, True, True, False, True, False]])
+    order = torch.tensor([[3, 0, 5, 1, 2, 4]])
+    rows = sequential_rows(tokens, valid, masked, order, mask_id=MASK)
+    assert rows.tokens[0].tolist() == tokens[0, order[0]].tolist()
+    assert (rows.tokens[1] == MASK).all()
+    assert rows.positions[1].tolist() == [0, 5, 1, 2, 4, 3]
+    assert rows.loss_positions.tolist() == [1, 2, 4]
+    assert rows.loss_targets.tolist() == tokens[0, [1, 2, 4]].tolist()
+    assert (rows.loss_entries - 6).tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("alpha_0", [0.0, 0.25, 0.5, 1.0])
+def test_masks_come_at_the_rate_of_alpha_0(alpha_0):
+    length = 4000
+    rows = build(ObjectiveConfig(alpha_0=alpha_0, noise_eps=0.0), rows=8, length=length)
+    if alpha_0 < 1:
+        sequential = int(rows.loss_is_sequential.sum()) / (8 - rows.num_diffusion) / length
+        assert abs(sequential - (1 - alpha_0)) < 0.02
+    if alpha_0 > 0:
+        diffusion = int((~rows.loss_is_sequential).sum()) / rows.num_diffusion / length
+        assert abs(diffusion - (1 - alpha_0 / 2)) < 0.1
+
+
+def test_padding_never_carries_loss_and_is_not_counted():
+    tokens = tokens_of(4, 32)
+    valid = everything_valid(tokens)
+    valid[:, 20:] = False
+    for objective in (
+        ObjectiveConfig(alpha_0=0.5), ObjectiveConfig(name="mdlm"), ObjectiveConfig(name="ar"),
+        ObjectiveConfig(name="bd3lm", block_size=4),
+    ):  # fmt: skip
+        rows = build(objective, tokens=tokens, valid=valid)
+        assert int(rows.loss_positions.max()) < 20
+        assert rows.num_diffusion_tokens + rows.num_sequential_tokens == 80
+
+
+def test_the_loss_at_a_uniform_model_is_the_log_of_the_vocabulary():
+    """E[sum of weights] of the diffusion term is alpha_0 and of the sequential term 1 - alpha_0."""
+    for alpha_0 in (0.0, 0.3, 1.0):
+        totals = []
+        for step in range(40):
+            rows = build(
+                ObjectiveConfig(alpha_0=alpha_0, noise_eps=1e-3), rows=16, length=64, step=step
+            )
+            log_probs = torch.full((len(rows.loss_entries),), -math.log(MASK))
+            counts = TokenCounts(rows.num_diffusion_tokens, rows.num_sequential_tokens)
+            totals.append(float(mean_loss(loss_sums(log_probs, rows), counts)))
+        assert abs(sum(totals) / 40 / math.log(MASK) - 1) < 0.03
+
+
+def test_sums_do_not_depend_on_how_rows_are_split():
+    objective = ObjectiveConfig(alpha_0=0.5)
+    tokens = tokens_of(8, 32)
+    whole = build_rows(
+        tokens, everything_valid(tokens), MicroBatch([0, 1, 2, 3], [4, 5, 6, 7]), objective,
+        Draw(7, 0, 4), mask_id=MASK,
+    )  # fmt: skip
+    total = loss_sums(-whole.loss_targets.float(), whole)
+    parts = torch.zeros(2)
+    for diffusion, sequential in (([0, 1], [4]), ([2, 3], [5]), ([], [6, 7])):
+        numbers = diffusion + sequential
+        part = build_rows(
+            tokens[numbers], everything_valid(tokens[numbers]), MicroBatch(diffusion, sequential),
+            objective, Draw(7, 0, 4), mask_id=MASK,
+        )  # fmt: skip
+        parts += loss_sums(-part.loss_targets.float(), part)
+    assert torch.allclose(parts, total)
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "sequential", "micro", "ranks"),
+    [(8, 8, 4, 2), (8, 12, 2, 4), (16, 0, 1, 4), (0, 8, 8, 1)],
+)
+def test_every_row_is_dealt_once_and_evenly(diffusion, sequential, micro, ranks):
+    seen, sizes = [], set()
+    for rank in range(ranks):
+        for batch in deal(
+            num_diffusion_rows=diffusion, num_sequential_rows=sequential,
+            micro_batch_rows=micro, rank=rank, num_ranks=ranks,
+        ):  # fmt: skip
+            seen += batch.rows
+            sizes.add(len(batch.diffusion_rows) + 2 * len(batch.sequential_rows))
+            assert all(row < diffusion for row in batch.diffusion_rows)
+            assert all(row >= diffusion for row in batch.sequential_rows)
+    assert sorted(seen) == list(range(diffusion + sequential))
+    assert sizes == {micro}
+
+
+def test_autoregressive_rows_with_a_leading_mask_predict_the_whole_row():
+    tokens = tokens_of(2, 8)
+    rows = build(ObjectiveConfig(name="ar"), rows=2, tokens=tokens)
+    assert (rows.tokens[:, 0] == MASK).all()
+    assert torch.equal(rows.tokens[:, 1:], tokens[:, :7])
+    assert torch.equal(rows.loss_targets.view(2, 8), tokens[:, :8])
+    plain = build(ObjectiveConfig(name="ar", leading_mask=False), rows=2, tokens=tokens)
+    assert torch.equal(plain.loss_targets.view(2, 8), tokens[:, 1:])
