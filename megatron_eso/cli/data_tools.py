@@ -29,13 +29,13 @@ def inspect_command(
     from megatron_eso.data.inspect import decoded_rows, document_lengths, draw_lengths
     from megatron_eso.data.open_split import open_split, tokenizer_of
 
-    opened = open_split(split, DataConfig())
+    data = DataConfig()
+    opened = open_split(split, data)
+    tokenizer = tokenizer_of(split, opened.manifest, data)
     for name, value in asdict(opened.manifest).items():
         typer.echo(f"{name:20} {value}")
     numbers = rows or [0]
-    for number, text in zip(
-        numbers, decoded_rows(opened, tokenizer_of(split, opened), numbers), strict=True
-    ):
+    for number, text in zip(numbers, decoded_rows(opened, tokenizer, numbers), strict=True):
         typer.echo(f"\n--- row {number} ---\n{text}")
     if picture is not None:
         draw_lengths(document_lengths(opened, max_rows), opened.manifest, picture)

@@ -1,11 +1,18 @@
-"""From the address of a split to its rows: a local folder in place."""
+"""From the address of a split to its rows: a local folder in place, anything else by the cache."""
 
+import json
+import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import urlparse
 
 from megatron_eso.config.schema import DataConfig
+from megatron_eso.data.cache import CachedStore, CacheSettings
+from megatron_eso.data.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, parse_manifest
 from megatron_eso.data.shards import ShardedRows
 from megatron_eso.data.store import LocalStore, local_split
 from megatron_eso.data.tokenizer import Tokenizer
+from megatron_eso.data.transports import transport_for
 from megatron_eso.errors import DataError
 
 
@@ -13,7 +20,7 @@ def open_split(address: str, data: DataConfig, *, verify_hashes: bool | None = N
     """Return the rows of a split.
 
     Args:
-        address: local folder.
+        address: local folder or object-store address (s3://, gs://, ...).
         data: cache, retry and verification settings.
         verify_hashes: overrides the setting.
 
@@ -22,13 +29,54 @@ def open_split(address: str, data: DataConfig, *, verify_hashes: bool | None = N
     """
     if not address:
         raise DataError("a data source has no path: set data.sources[].path")
-    folder = Path(address)
-    store = LocalStore(
-        folder, verify_hashes=data.verify_hashes if verify_hashes is None else verify_hashes
-    )
-    return ShardedRows(store, local_split(folder))
+    verify = data.verify_hashes if verify_hashes is None else verify_hashes
+    if is_remote(address):
+        store = _cached_store(address, data, verify)
+        content = store.read_small(MANIFEST_NAME, None)
+        return ShardedRows(store, parse_manifest(content, f"{address}/{MANIFEST_NAME}"))
+    manifest = local_split(Path(address))
+    if _is_compressed(Path(address)):
+        return ShardedRows(_cached_store(str(Path(address).resolve()), data, verify), manifest)
+    return ShardedRows(LocalStore(Path(address), verify_hashes=verify), manifest)
 
 
-def tokenizer_of(address: str, split: ShardedRows) -> Tokenizer:
+def tokenizer_of(address: str, manifest: Manifest, data: DataConfig) -> Tokenizer:
     """Return the tokenizer that made a split."""
-    return Tokenizer(Path(address) / split.manifest.tokenizer_file)
+    if not is_remote(address):
+        return Tokenizer(Path(address) / manifest.tokenizer_file)
+    store = _cached_store(os.path.dirname(address.rstrip("/")), data, True)
+    content = store.read_small(Path(manifest.tokenizer_file).name, manifest.tokenizer_sha256)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        path.write_bytes(content)
+        return Tokenizer(path)
+
+
+def is_remote(address: str) -> bool:
+    """Return whether an address is of an object store."""
+    return urlparse(address).scheme != ""
+
+
+def _is_compressed(folder: Path) -> bool:
+    try:
+        entries = json.loads((folder / INDEX_NAME).read_bytes())["shards"]
+    except (OSError, ValueError, KeyError):
+        return False  # reported where the index is read and checked
+    return any(entry.get("zip_data") for entry in entries)
+
+
+def _cached_store(address: str, data: DataConfig, verify_hashes: bool) -> CachedStore:
+    limit = data.cache_limit_gib
+    settings = CacheSettings(
+        root=Path(data.cache_dir) if data.cache_dir else _default_cache(),
+        limit_bytes=None if limit is None else int(limit * 2**30),
+        retries=data.retries,
+        verify_hashes=verify_hashes,
+    )
+    transport = transport_for(address, timeout_seconds=data.timeout_seconds)
+    return CachedStore(address, transport, settings)
+
+
+def _default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "megatron_eso"

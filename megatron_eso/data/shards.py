@@ -74,14 +74,15 @@ class ShardedRows:
         """
         rows = np.empty((len(samples), self.manifest.row_tokens), self._dtype)
         shards = np.searchsorted(self._starts, samples, side="right") - 1
-        for place, (sample, shard) in enumerate(
-            zip(samples.tolist(), shards.tolist(), strict=True)
-        ):
-            opened = self._shard(shard)
-            offset = opened.first_byte + (sample - int(self._starts[shard])) * self._row_bytes
-            got = os.preadv(opened.descriptor, [rows[place].data], offset)
-            if got != self._row_bytes:
-                where = self._store.describe(self._files[shard])
+        offsets = (samples - self._starts[shards]) * self._row_bytes
+        opened, current = None, -1
+        for place in np.argsort(shards, kind="stable").tolist():  # each shard is opened once
+            if opened is None or shards[place] != current:
+                current = int(shards[place])
+                opened = self._shard(current)
+            offset = opened.first_byte + int(offsets[place])
+            if os.preadv(opened.descriptor, [rows[place].data], offset) != self._row_bytes:
+                where = self.name_of(current)
                 raise DataError(f"shard {where} was cut short while it was being read")
         return rows
 
@@ -103,10 +104,17 @@ class ShardedRows:
         file = self._files[shard]
         opened = self._checked(file, self._store.open(file))
         with self._lock:
+            self._forget_evicted()
             opened = self._open.setdefault(shard, opened)
             while len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)
             return opened
+
+    def _forget_evicted(self) -> None:
+        """Close files that a full cache removed, so that the disk gets their space back."""
+        gone = [n for n, one in self._open.items() if os.fstat(one.descriptor).st_nlink == 0]
+        for number in gone:
+            del self._open[number]
 
     def _checked(self, file: ShardFile, descriptor: int) -> _OpenShard:
         num_samples, first = np.frombuffer(
