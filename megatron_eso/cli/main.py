@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ("train", "Train a model from a run configuration."),
     "eval": ("evaluate", "Score held-out data: NELBO, likelihood bound, perplexity."),
     "sample": ("sample", "Generate text from a checkpoint."),
+    "plan": ("plan", "Memory, speed, best layout, cost and goodput before booking a GPU."),
     "config": ("config", "Show a resolved configuration."),
     "doctor": ("doctor", "What this machine can do and which backends would be chosen."),
 }

@@ -114,6 +114,7 @@ def _provenance() -> dict[str, Any]:
         "torch": torch.__version__,
         "versions": {name: _version(name) for name in ("megatron-core", "transformer-engine")},
         "host": platform.node(),
+        "num_ranks": int(os.environ.get("WORLD_SIZE", "1")),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "environment": {
             k: v for k, v in os.environ.items() if k.startswith(("SLURM_JOB", "NCCL_"))

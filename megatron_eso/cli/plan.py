@@ -1,0 +1,62 @@
+"""``megatron-eso plan``: memory, speed, layout, cost and goodput, without torch or a GPU."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path | None, typer.Argument(help="Run configuration (YAML)")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
+    cluster: Annotated[str, typer.Option(help="Hardware profile: name or YAML")] = "h100",
+    gpus: Annotated[int, typer.Option(help="Number of GPUs")] = 8,
+    search: Annotated[bool, typer.Option("--search", help="Rank all layouts")] = False,
+    by: Annotated[
+        str, typer.Option(help="With --search: time or cost (GPU counts up to --gpus)")
+    ] = "time",
+    fp8: Annotated[bool, typer.Option("--fp8", help="With --search: try FP8 products too")] = False,
+    max_context: Annotated[int, typer.Option(help="With --search: context ranks to try")] = 1,
+    goodput: Annotated[
+        bool, typer.Option("--goodput", help="Training time under failures")
+    ] = False,
+    sampling: Annotated[int | None, typer.Option(help="Sampling cost at this length")] = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(help="Fit the constants to run folders or tables; repeatable"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    chart: Annotated[Path | None, typer.Option(help="Write a chart: .png, .svg or .html")] = None,
+) -> None:
+    """Say whether a run fits, how fast it goes, what it costs, and which layout is best.
+
+    Examples:
+        megatron-eso plan configs/run/quickstart.yaml --cluster h100 --gpus 8 --chart plan.html
+        megatron-eso plan RUN.yaml --gpus 1024 --search
+        megatron-eso plan RUN.yaml --gpus 16384 --goodput
+        megatron-eso plan RUN.yaml --sampling 8192
+        megatron-eso plan --calibrate configs/calibration/h100_published.yaml
+    """
+    from megatron_eso.plan import commands
+    from megatron_eso.plan.hardware import load_hardware
+
+    hardware = load_hardware(cluster)
+    if calibrate:
+        result = commands.calibrate_command(calibrate, hardware)
+    else:
+        run = commands.load_run(config, overrides)
+        if search:
+            result = commands.search_command(
+                run, gpus, hardware, by=by, allow_fp8=fp8, max_context=max_context
+            )
+        elif goodput:
+            result = commands.goodput_command(gpus, hardware)
+        elif sampling:
+            result = commands.sampling_command(run, hardware, sampling)
+        else:
+            result = commands.plan_command(run, gpus, hardware, chart)
+    typer.echo(json.dumps(result.data, indent=1) if as_json else result.text)

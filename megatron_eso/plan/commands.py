@@ -1,0 +1,156 @@
+"""What ``megatron-eso plan`` does: one function per kind of question, text and data together."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_eso.config.load import load_config
+from megatron_eso.config.schema import RunConfig
+from megatron_eso.errors import ConfigError
+from megatron_eso.plan import report
+from megatron_eso.plan.calibrate import calibrate
+from megatron_eso.plan.estimate import make_plan
+from megatron_eso.plan.goodput import (
+    Failures,
+    best_interval,
+    expected_share,
+    simulate,
+    what_it_is_worth,
+)
+from megatron_eso.plan.hardware import Hardware, constants_dict
+from megatron_eso.plan.job import Job
+from megatron_eso.plan.measured import read_measured
+from megatron_eso.plan.sampling import sampling_costs
+from megatron_eso.plan.search import Candidate, explain, search
+
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer for people and for programs."""
+
+    text: str
+    data: Any
+
+
+def load_run(path: Path | None, overrides: list[str] | None) -> RunConfig:
+    """Return the run configuration.
+
+    Raises:
+        ConfigError: if no file was named.
+    """
+    if path is None:
+        raise ConfigError("name a run configuration, e.g. configs/run/quickstart.yaml")
+    return load_config(path, overrides)
+
+
+def plan_command(run: RunConfig, gpus: int, hardware: Hardware, chart: Path | None) -> Answer:
+    """Return memory, time and cost of the run as configured."""
+    plan = make_plan(Job(run, gpus), hardware)
+    text = report.plan_text(plan)
+    if chart:
+        report.write_chart(plan, chart)
+        text += f"\nchart: {chart}"
+    return Answer(text, plan.as_dict())
+
+
+def search_command(
+    run: RunConfig, gpus: int, hardware: Hardware, *, by: str, allow_fp8: bool, max_context: int
+) -> Answer:
+    """Return the best layouts by time on all GPUs, or by cost over smaller numbers of GPUs too."""
+    if by not in ("time", "cost"):
+        raise ConfigError(f"--by {by}: choose time or cost")
+    numbers = [gpus]
+    while by == "cost" and numbers[-1] % 2 == 0 and numbers[-1] > 1:
+        numbers.append(numbers[-1] // 2)
+    found: list[Candidate] = []
+    for number in numbers:
+        try:
+            found += search(run, number, hardware, max_context=max_context, allow_fp8=allow_fp8)
+        except ConfigError:
+            if number == gpus:
+                raise
+    limit = hardware.memory_gb * 1e9
+    fitting = [c for c in found if c.memory_bytes <= limit]
+    overflowing = sorted((c for c in found if c.memory_bytes > limit), key=lambda c: c.memory_bytes)
+    if not fitting:
+        need = overflowing[0]
+        raise ConfigError(
+            f"none of {len(found)} layouts fits in {hardware.memory_gb:g} GB on {gpus} GPUs; the "
+            f"smallest ({need.name}) needs {need.memory_bytes / 1e9:.0f} GB: use more GPUs"
+        )
+    fitting.sort(key=lambda c: _cost(c) if by == "cost" else c.time.total)
+    best = fitting[0]
+    lines = [f"{len(found)} layouts, {len(fitting)} fit; best by {by}:"]
+    for candidate in fitting[:SHOWN]:
+        why = "best" if candidate is best else explain(best, candidate, hardware)
+        lines.append(
+            f"  {candidate.job.num_gpus:>6} GPUs  {candidate.time.total:9.4g} s  "
+            f"{candidate.memory_bytes / 1e9:5.1f} GB  {candidate.name:<58} {why}"
+        )
+    # Layouts that would be faster if they fitted are what a user asks about.
+    faster = [c for c in overflowing if c.time.total < best.time.total]
+    for candidate in sorted(faster, key=lambda c: c.time.total)[:3]:
+        lines.append(
+            f"  {candidate.job.num_gpus:>6} GPUs  {candidate.time.total:9.4g} s  "
+            f"{candidate.memory_bytes / 1e9:5.1f} GB  {candidate.name:<58} "
+            f"faster, but {explain(best, candidate, hardware)}"
+        )
+    lines.append("use: " + " ".join(best.settings()))
+    return Answer("\n".join(lines), [_candidate_dict(c) for c in fitting[:SHOWN]])
+
+
+def goodput_command(gpus: int, hardware: Hardware) -> Answer:
+    """Return training time under failures at this size and over growing sizes."""
+    failures = Failures(num_gpus=gpus, gpus_per_node=hardware.gpus_per_node)
+    worth = what_it_is_worth(failures)
+    result = simulate(failures)
+    text = [
+        f"{gpus} GPUs: best time between saves {best_interval(failures):.0f} s, effective training time "
+        f"{expected_share(failures):.1%} by formula, {result.share:.1%} simulated",
+        "worth in points of training time: "
+        + ", ".join(f"{name} {points:+.2f}" for name, points in worth.items()),
+        "",
+        report.goodput_text(failures),
+    ]
+    data = {
+        "assumptions": asdict(failures),
+        "best_interval_seconds": best_interval(failures),
+        "formula": expected_share(failures),
+        "simulated": asdict(result),
+        "worth_points": worth,
+    }
+    return Answer("\n".join(text), data)
+
+
+def sampling_command(run: RunConfig, hardware: Hardware, length: int) -> Answer:
+    """Return sampling costs of every objective at a length."""
+    costs = sampling_costs(run, hardware, length=length)
+    return Answer(report.sampling_text(costs), [asdict(cost) for cost in costs])
+
+
+def calibrate_command(paths: list[Path], hardware: Hardware) -> Answer:
+    """Return constants fitted to measured runs with their errors."""
+    runs = [run for path in paths for run in read_measured(path)]
+    result = calibrate(runs, hardware)
+    data = {
+        "constants": constants_dict(result.constants),
+        "mean_error": result.mean_error,
+        "worst_error": result.worst_error,
+        "left_out": {row.name: row.error for row in result.left_out},
+    }
+    return Answer(report.calibration_text(result), data)
+
+
+def _cost(candidate: Candidate) -> float:
+    return candidate.time.total * candidate.job.num_gpus
+
+
+def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "num_gpus": candidate.job.num_gpus,
+        "settings": candidate.settings(),
+        "step_seconds": asdict(candidate.time) | {"total": candidate.time.total},
+        "memory_bytes": candidate.memory_bytes,
+    }

@@ -1,0 +1,150 @@
+"""The whole plan of a run on a cluster: memory, time, speed, cost, and warnings with what to change."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_eso.config.derive import head_size, total_steps
+from megatron_eso.plan.flops import Flops, model_flops_per_step
+from megatron_eso.plan.goodput import Failures, expected_share
+from megatron_eso.plan.hardware import Hardware
+from megatron_eso.plan.job import Job, require_placeable
+from megatron_eso.plan.memory import StageMemory, stage_memory
+from megatron_eso.plan.parameters import num_parameters
+from megatron_eso.plan.step_time import StepTime, step_time
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs and gives."""
+
+    job: Job
+    hardware: Hardware
+    memory: list[StageMemory]
+    time: StepTime
+    flops: Flops
+    goodput: float
+    warnings: list[str]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Data tokens a second over all GPUs."""
+        train = self.job.config.train
+        return train.global_batch_rows * train.sequence_length / self.time.total
+
+    @property
+    def mfu(self) -> float:
+        """Share of the 16-bit peak, causal attention counted as computed (NeMo's convention)."""
+        return self.flops.training / self.time.total / self._peak
+
+    @property
+    def mfu_full_attention(self) -> float:
+        """The same with every pair of a row counted (Megatron's convention)."""
+        return self.flops.training_full_attention / self.time.total / self._peak
+
+    @property
+    def days(self) -> float:
+        """Wall time to the run's token budget, failures included."""
+        return total_steps(self.job.config) * self.time.total / 86400 / self.goodput
+
+    @property
+    def dollars(self) -> float:
+        """Price of all GPUs for that time."""
+        return self.days * 24 * self.job.num_gpus * self.hardware.dollars_per_gpu_hour
+
+    @property
+    def _peak(self) -> float:
+        return self.hardware.bf16_tflops * 1e12 * self.job.num_gpus
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all figures for programs: bytes, seconds, shares."""
+        return {
+            "run": self.job.config.name,
+            "num_gpus": self.job.num_gpus,
+            "hardware": self.hardware.name,
+            "parallel": asdict(self.job.config.parallel),
+            "num_parameters": num_parameters(self.job.config.model),
+            "memory_bytes": [asdict(stage) | {"total": stage.total} for stage in self.memory],
+            "step_seconds": asdict(self.time) | {"total": self.time.total},
+            "tokens_per_second": self.tokens_per_second,
+            "model_flops_per_step": asdict(self.flops) | {"training": self.flops.training},
+            "mfu": self.mfu,
+            "mfu_full_attention": self.mfu_full_attention,
+            "goodput": self.goodput,
+            "days": self.days,
+            "dollars": self.dollars,
+            "warnings": self.warnings,
+        }
+
+
+def make_plan(job: Job, hardware: Hardware, *, failures: Failures | None = None) -> Plan:
+    """Return the plan of a job.
+
+    Raises:
+        ConfigError: if ranks, rows or layers do not divide.
+    """
+    require_placeable(job)
+    config = job.config
+    # 14 bytes a weight (16-bit weights, fp32 master, two moments), one copy of the model over all GPUs.
+    copied = 14.0 * num_parameters(config.model) / job.num_gpus
+    stall = copied / (hardware.host_copy_gb_per_second * 1e9)
+    failures = failures or Failures(
+        num_gpus=job.num_gpus, gpus_per_node=hardware.gpus_per_node, save_stall_seconds=stall
+    )
+    memory = stage_memory(job, hardware)
+    return Plan(
+        job=job,
+        hardware=hardware,
+        memory=memory,
+        time=step_time(job, hardware, checkpoint_stall_seconds=failures.save_stall_seconds),
+        flops=model_flops_per_step(
+            config.model,
+            config.objective,
+            sequence_length=config.train.sequence_length,
+            rows=config.train.global_batch_rows,
+        ),
+        goodput=expected_share(failures),
+        warnings=list(_warnings(job, hardware, memory)),
+    )
+
+
+def _warnings(job: Job, hardware: Hardware, memory: list[StageMemory]) -> Iterator[str]:
+    config, parallel = job.config, job.config.parallel
+    fullest = max(range(len(memory)), key=lambda s: memory[s].total)
+    total, limit = memory[fullest].total / 1e9, hardware.memory_gb
+    if total > limit:
+        states = memory[fullest].total - memory[fullest].activations - memory[fullest].logits
+        what = (
+            "raise parallel.tensor or parallel.pipeline, or use more GPUs"
+            if states / 1e9 > limit
+            else "lower train.micro_batch_rows, set parallel.recompute=full or raise parallel.tensor"
+        )
+        yield f"stage {fullest} needs {total:.0f} GB of {limit:g} GB: {what}"
+    elif total > 0.92 * limit:
+        yield f"stage {fullest} fills {total:.0f} GB of {limit:g} GB; fragmentation may overflow it"
+    size = head_size(config.model)
+    if config.precision.fp8 != "off" and size != 128:
+        yield f"head size {size} under FP8: FP8 attention needs 128 (model.head_size)"
+    if config.model.vocab_size % (128 * parallel.tensor):
+        yield (
+            f"model.vocab_size={config.model.vocab_size} is no multiple of 128 x parallel.tensor="
+            f"{parallel.tensor}: the head is padded (model.vocab_padding_multiple)"
+        )
+    if parallel.tensor > hardware.gpus_per_node:
+        yield (
+            f"parallel.tensor={parallel.tensor} crosses nodes of {hardware.gpus_per_node} GPUs: its "
+            "traffic leaves the fast links; use parallel.pipeline"
+        )
+    bubble = step_time(job, hardware)
+    if bubble.pipeline_bubble > 0.15 * bubble.total:
+        yield (
+            f"the pipeline idles {bubble.pipeline_bubble / bubble.total:.0%} of the step: raise "
+            "parallel.virtual_pipeline or train.global_batch_rows"
+        )
+    if parallel.context > 1:
+        yield "parallel.context > 1 is planned only: this trainer does not run it yet"
+    if len(set(job.stage_layers)) > 1:
+        yield (
+            f"model.num_layers={config.model.num_layers} is uneven over parallel.pipeline="
+            f"{parallel.pipeline}: this trainer needs it to divide"
+        )

@@ -1,0 +1,108 @@
+"""Memory of every pipeline stage by kind, in bytes per GPU.
+
+Formulas: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models"
+(activations), Megatron-Core's distributed optimizer (states: 6 + 12 / d bytes a weight in bf16).
+"""
+
+from dataclasses import dataclass, fields
+
+from megatron_eso.config.derive import ffn_size, padded_vocab_size
+from megatron_eso.plan.hardware import Hardware
+from megatron_eso.plan.job import Job
+from megatron_eso.plan.parameters import embedding_parameters, head_parameters, layer_parameters
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one GPU of a pipeline stage."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    workspace: float
+
+    @property
+    def total(self) -> float:
+        """Sum of all kinds."""
+        return sum(getattr(self, item.name) for item in fields(self))
+
+
+def stage_memory(job: Job, hardware: Hardware) -> list[StageMemory]:
+    """Return the memory of each pipeline stage, first to last."""
+    return [_one_stage(job, hardware, stage) for stage in range(job.config.parallel.pipeline)]
+
+
+def local_parameters(job: Job, stage: int) -> float:
+    """Return the weights one GPU of a stage holds."""
+    model, parallel = job.config.model, job.config.parallel
+    count = job.stage_layers[stage] * layer_parameters(model)
+    is_last = stage == parallel.pipeline - 1
+    if stage == 0:
+        count += embedding_parameters(model)
+    if is_last:
+        count += head_parameters(model)
+        if model.tie_embeddings and stage > 0:  # the last stage keeps its own copy
+            count += embedding_parameters(model)
+    return count / parallel.tensor
+
+
+def layer_activation_bytes(job: Job) -> float:
+    """Return what one layer keeps of one micro-batch.
+
+    s b h (18 + 4 f / h) / t with sequence parallelism and a fused attention kernel (34 s b h / t at
+    f = 4 h), for 16-bit activations; norms' inputs and residuals (10 s b h) are not split without
+    sequence parallelism.
+    """
+    model, parallel = job.config.model, job.config.parallel
+    elements = job.tokens_per_micro_batch * model.hidden_size
+    # A gated MLP keeps both halves before the product and the product.
+    kept_by_mlp = (6.0 if model.activation == "swiglu" else 4.0) * ffn_size(model)
+    # 4 of the 18 are keys and values; grouped heads keep fewer.
+    full = 14.0 + 4.0 * job.kv_width / model.hidden_size + kept_by_mlp / model.hidden_size
+    whole = 0.0 if parallel.sequence or parallel.tensor == 1 else 10.0
+    if parallel.recompute == "attention":
+        full -= 2.0  # the kernel's output
+    return elements * (whole + (full - whole) / parallel.tensor) * _element_bytes(job) / 2
+
+
+def _one_stage(job: Job, hardware: Hardware, stage: int) -> StageMemory:
+    config = job.config
+    parameters, copies = local_parameters(job, stage), job.data_parallel * config.parallel.context
+    # Transformer Engine keeps an FP8 weight and its transpose: as much as one 16-bit weight.
+    weights = parameters * _element_bytes(job)
+    average = 4.0 if config.optimizer.ema_decay else 0.0
+    return StageMemory(
+        weights=weights,
+        gradients=4.0 * parameters,
+        optimizer=(12.0 + average) * parameters / copies,
+        activations=_activations(job, stage),
+        logits=_logits(job) if stage == config.parallel.pipeline - 1 else 0.0,
+        workspace=hardware.workspace_gb * 1e9,
+    )
+
+
+def _activations(job: Job, stage: int) -> float:
+    model, parallel = job.config.model, job.config.parallel
+    layers, layer = job.stage_layers[stage], layer_activation_bytes(job)
+    stages, chunks = parallel.pipeline, parallel.virtual_pipeline
+    in_flight = min(job.num_micro_batches, stages - stage)  # 1F1B: the first stage holds most
+    if chunks > 1:  # interleaved: (2 (p - r - 1) + (v - 1) p + 1) chunks of 1 / v of the layers
+        held = 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
+        in_flight = min(job.num_micro_batches, held / chunks)
+    boundary = job.tokens_per_micro_batch * model.hidden_size * _element_bytes(job)
+    boundary /= parallel.tensor if parallel.sequence else 1
+    if parallel.recompute == "full":
+        return layers * boundary * in_flight + layer
+    return layers * layer * in_flight + boundary
+
+
+def _logits(job: Job) -> float:
+    """Return the fp32 logits of the entries with loss on the last stage: 4 s b V / t."""
+    entries = job.tokens_per_micro_batch * job.head_share
+    return 4.0 * entries * padded_vocab_size(job.config.model) / job.config.parallel.tensor
+
+
+def _element_bytes(job: Job) -> float:
+    return 4.0 if job.config.precision.dtype == "fp32" else 2.0

@@ -1,0 +1,125 @@
+"""Published memory, and properties that any honest planner has."""
+
+import pytest
+from tests.plan.jobs import job, with_model
+
+from megatron_eso.config.schema import ModelConfig
+from megatron_eso.errors import ConfigError
+from megatron_eso.plan.estimate import make_plan
+from megatron_eso.plan.hardware import load_hardware
+from megatron_eso.plan.memory import layer_activation_bytes, stage_memory
+from megatron_eso.plan.parameters import num_parameters
+from megatron_eso.plan.step_time import step_time
+
+H100 = load_hardware("h100")
+LAYOUTS = [
+    pytest.param({}, id="data"),
+    pytest.param({"tensor": 2}, id="tensor"),
+    pytest.param({"pipeline": 4}, id="pipeline"),
+    pytest.param({"pipeline": 4, "virtual_pipeline": 4}, id="interleaved"),
+    pytest.param({"tensor": 4, "pipeline": 2, "recompute": "full"}, id="recompute"),
+]
+
+
+def fullest(case) -> float:
+    return max(stage.total for stage in stage_memory(case, H100))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts_add_up_to_the_total(layout):
+    time = step_time(job(**layout), H100, checkpoint_stall_seconds=1.0)
+    assert time.total == pytest.approx(sum(vars(time).values()))
+    for stage in stage_memory(job(**layout), H100):
+        assert stage.total == pytest.approx(sum(vars(stage).values()))
+
+
+def test_activations_follow_korthikanti():
+    # 34 s b h / t bytes at f = 4 h with sequence parallelism and a fused attention kernel.
+    assert layer_activation_bytes(job(tensor=2)) == pytest.approx(34 * 4096 * 4096 / 2)
+    full = stage_memory(job(tensor=2, recompute="full"), H100)[0].activations
+    assert full == pytest.approx(32 * 2 * 4096 * 4096 / 2 + 34 * 4096 * 4096 / 2)
+
+
+def test_states_take_six_plus_twelve_over_d_bytes_a_weight():
+    case = job(gpus=16)
+    memory = stage_memory(case, H100)[0]
+    states = memory.weights + memory.gradients + memory.optimizer
+    weights = num_parameters(case.config.model, padded=True)
+    assert states == pytest.approx(weights * (6 + 12 / 16))
+
+
+def test_memory_falls_with_every_way_of_splitting():
+    base = fullest(job(gpus=64))
+    assert fullest(job(gpus=64, tensor=2)) < base
+    assert fullest(job(gpus=64, pipeline=2)) < base
+    assert fullest(job(gpus=128)) < base
+
+
+def test_more_gpus_never_cost_more_time():
+    times = [step_time(job(gpus=n), H100).total for n in (8, 16, 32, 64, 128, 256, 512)]
+    assert times == sorted(times, reverse=True)
+
+
+def test_where_communication_makes_more_ranks_slower_the_parts_say_so():
+    # Tensor parallelism across nodes on the same GPUs only adds traffic.
+    inside = step_time(job(gpus=64, tensor=8), H100)
+    across = step_time(job(gpus=64, tensor=16), H100)
+    assert across.total > inside.total
+    assert across.tensor_parallel > inside.tensor_parallel
+    assert any("crosses nodes" in w for w in make_plan(job(gpus=64, tensor=16), H100).warnings)
+
+
+def test_the_bubble_shrinks_with_interleaving():
+    plain = step_time(job(pipeline=4), H100).pipeline_bubble
+    assert step_time(job(pipeline=4, virtual_pipeline=4), H100).pipeline_bubble == pytest.approx(
+        plain / 4
+    )
+
+
+@pytest.mark.parametrize(("alpha_0", "ratio"), [(1.0, 1.0), (0.25, 1.5), (0.0, 2.0)])
+def test_an_eso_lm_step_takes_the_stack_rows_of_its_alpha(alpha_0, ratio):
+    eso = step_time(job(objective="eso", alpha_0=alpha_0, micro=2), H100)
+    assert eso.gemm == pytest.approx(ratio * step_time(job(micro=2), H100).gemm)
+
+
+def test_mdlm_computes_all_pairs_and_half_the_head():
+    mdlm, ar = step_time(job(objective="mdlm"), H100), step_time(job(), H100)
+    assert mdlm.attention == pytest.approx(2 * ar.attention)
+    assert mdlm.head == pytest.approx(ar.head / 2)
+
+
+def test_the_parameter_count_agrees_with_a_published_model():
+    llama_8b = ModelConfig(
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        ffn_size=14336,
+        vocab_size=128256,
+    )
+    assert num_parameters(llama_8b) == 8_030_261_248
+
+
+def test_overflow_names_the_setting_to_change():
+    warnings = make_plan(job(gpus=8), H100).warnings
+    assert any("GB of 80 GB" in w and "parallel.tensor" in w for w in warnings)
+    assert any("head size" not in w for w in warnings)
+
+
+def test_an_odd_vocabulary_is_mentioned():
+    odd = with_model(job(tensor=2), vocab_size=50257)
+    assert any("vocab_padding_multiple" in w for w in make_plan(odd, H100).warnings)
+
+
+def test_what_does_not_divide_is_refused_with_the_numbers():
+    with pytest.raises(ConfigError, match="multiple of"):
+        make_plan(job(gpus=96), H100)
+    with pytest.raises(ConfigError, match="num_layers=32"):
+        make_plan(job(gpus=60, pipeline=5), H100)
+    with pytest.raises(ConfigError, match="cannot hold"):
+        make_plan(job(gpus=6, tensor=4), H100)
+
+
+def test_an_unknown_profile_names_the_known_ones():
+    with pytest.raises(ConfigError, match="h100"):
+        load_hardware("h1000")
