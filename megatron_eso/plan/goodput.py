@@ -148,9 +148,11 @@ class _Simulation:
     def _train(self, wall: float) -> None:
         """Train for ``wall`` seconds, stalls included, from a fresh (re)start."""
         stall = self.settings.save_stall_seconds
-        cycles = 0 if math.isinf(self.interval) else int(wall // (self.interval + stall))
-        rest = wall - cycles * (self.interval + stall) if cycles else wall
-        gained = cycles * self.interval + min(rest, self.interval)
+        cycles, gained = 0, wall
+        if not math.isinf(self.interval):
+            cycles = int(wall // (self.interval + stall))
+            rest = wall - cycles * (self.interval + stall)
+            gained = cycles * self.interval + min(rest, self.interval)
         self.progress += gained
         self.now += wall
         self.unsaved = gained - self._durable(wall, cycles)

@@ -1,7 +1,6 @@
 """Published memory, and properties that any honest planner has."""
 
 import pytest
-from tests.plan.jobs import job, with_model
 
 from megatron_eso.config.schema import ModelConfig
 from megatron_eso.errors import ConfigError
@@ -10,6 +9,7 @@ from megatron_eso.plan.hardware import load_hardware
 from megatron_eso.plan.memory import layer_activation_bytes, stage_memory
 from megatron_eso.plan.parameters import num_parameters
 from megatron_eso.plan.step_time import step_time
+from tests.plan.jobs import job, with_model
 
 H100 = load_hardware("h100")
 LAYOUTS = [
@@ -103,7 +103,6 @@ def test_the_parameter_count_agrees_with_a_published_model():
 def test_overflow_names_the_setting_to_change():
     warnings = make_plan(job(gpus=8), H100).warnings
     assert any("GB of 80 GB" in w and "parallel.tensor" in w for w in warnings)
-    assert any("head size" not in w for w in warnings)
 
 
 def test_an_odd_vocabulary_is_mentioned():
@@ -115,7 +114,7 @@ def test_what_does_not_divide_is_refused_with_the_numbers():
     with pytest.raises(ConfigError, match="multiple of"):
         make_plan(job(gpus=96), H100)
     with pytest.raises(ConfigError, match="num_layers=32"):
-        make_plan(job(gpus=60, pipeline=5), H100)
+        make_plan(job(gpus=40, pipeline=5), H100)
     with pytest.raises(ConfigError, match="cannot hold"):
         make_plan(job(gpus=6, tensor=4), H100)
 
