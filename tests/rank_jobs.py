@@ -171,3 +171,74 @@ def assemble(parts: list[list[tuple[str, tuple, tuple, np.ndarray]]]) -> dict[st
         for name, shape, slices, data in rank_parts:
             whole.setdefault(name, np.full(shape, np.nan, dtype=np.float32))[slices] = data
     return whole
+
+
+def model_pass(overrides: list[str], dtype: str) -> dict[str, Any]:
+    """Return log-probabilities of the first step's entries with the rows they belong to."""
+    session = _replica_session(overrides, dtype)
+    batches = micro_batches_of_rank(session)
+    numbers = [row for batch in batches for row in batch.rows]
+    stack = stack_rows_of_step(session, read_rows(0, numbers), batches)
+    with torch.no_grad():
+        log_probs = [session.chunks[0](rows).double().numpy() for rows in stack]
+    fields = ("tokens", "positions", "loss_entries", "loss_targets", "num_diffusion", "num_pairs")
+    described = [
+        {f: v.numpy() if isinstance(v := getattr(rows, f), torch.Tensor) else v for f in fields}
+        for rows in stack
+    ]
+    return {"log_probs": log_probs, "rows": described, "weights": _weights(session)}
+
+
+def sequence_log_probs(
+    overrides: list[str], tokens: np.ndarray, orders: np.ndarray, dtype: str
+) -> np.ndarray:
+    """Return [B] exact log-probabilities of rows under given orders by the single pass."""
+    from megatron_eso.objective.rows import sequential_rows
+
+    session = _replica_session(overrides, dtype)
+    ids = torch.from_numpy(tokens)
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    rows = sequential_rows(
+        ids, valid, valid, torch.from_numpy(orders), mask_id=session.config.model.vocab_size - 1
+    )
+    with torch.no_grad():
+        log_probs = session.chunks[0](rows).double()
+    total = torch.zeros(len(ids), dtype=torch.float64).index_add_(0, rows.loss_rows, log_probs)
+    return total.numpy()
+
+
+def sample_rows(
+    overrides: list[str],
+    dtype: str,
+    given: np.ndarray,
+    rows: np.ndarray,
+    settings: dict[str, Any],
+    choice: dict[str, Any],
+) -> dict[str, Any]:
+    """Return what the sampler fills in, its plan and the weights."""
+    from megatron_eso.sample.plan import make_plan
+    from megatron_eso.sample.sampler import Choice, fill_rows
+
+    session = _replica_session([*overrides, "parallel.sequence=false"], dtype)
+    plan = make_plan(torch.from_numpy(given), **settings)
+    if "forced" in choice:
+        choice = {**choice, "forced": torch.from_numpy(choice["forced"])}
+    result = fill_rows(session.replica, torch.from_numpy(rows), plan, Choice(**choice))
+    return {
+        "tokens": result.tokens.numpy(),
+        "log_probs": result.log_probs.numpy(),
+        "order": plan.order.numpy(),
+        "counts": plan.counts,
+        "num_given": plan.num_given,
+        "weights": _weights(session),
+    }
+
+
+def _replica_session(overrides: list[str], dtype: str) -> Session:
+    """Return a session without optimizer; fp64 is for tests alone."""
+    from dataclasses import replace
+
+    config = small_config(overrides)
+    config = replace(config, precision=replace(config.precision, dtype=dtype))  # type: ignore[arg-type]
+    ranks = Ranks.from_environment(dict(os.environ))
+    return build_session(config, ranks, for_training=False)

@@ -89,3 +89,19 @@ def test_a_segment_sees_what_is_kept_and_is_causal_within_itself(kept, new):
     whole = dense_attention(q, k, v, num_pairs=0, scale=0.4)
     segment = segment_attention(q[:, :, kept:], k, v, 0.4)
     torch.testing.assert_close(segment, whole[:, :, kept:], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_large_scores_in_the_slot_that_sees_only_itself_do_no_harm(dtype):
+    """Copy 0's score with the tokens it must not see can exceed its own by any amount."""
+    q, k, v = (x.detach().to(dtype) for x in random_inputs(2, 1, 1, 16, 8))
+    q[1, :, -1] = 30.0
+    k[0] = k[0].abs() * 20
+    k[1, :, -1] = -30.0
+    settings = {"num_pairs": 1, "scale": 1.0}
+    split = outputs_and_gradients(split_attention, [q, k, v], **settings)
+    dense = outputs_and_gradients(dense_attention, [x.double() for x in (q, k, v)], **settings)
+    for a, b in zip(split, dense, strict=True):
+        assert torch.isfinite(a).all()
+        bound = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 6e-2}[dtype]
+        assert (a.double() - b).abs().max() <= bound * b.abs().max()

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_eso.config import derive
 from megatron_eso.config.schema import ModelConfig
 from megatron_eso.model.attention.rows import AttentionRows
-from megatron_eso.model.rotary import gather_angles, rotary_table
+from megatron_eso.model.rotary import gather_angles, rotary_tables
 from megatron_eso.model.specs import block_spec
 from megatron_eso.objective.rows import StackRows
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
@@ -82,9 +82,9 @@ class EsoModel(LanguageModule):
             )
             # The entries with loss are gathered before the head, so it never splits the row.
             self.output_layer.sequence_parallel = False
-        table = rotary_table(model.max_length, derive.head_size(model), model.rotary_base)
-        # Not a buffer: it follows from the configuration and does not belong in a checkpoint.
-        self._rotary_table = table.to(_device(config))
+        tables = rotary_tables(model.max_length, derive.head_size(model), model.rotary_base)
+        # Not buffers: they follow from the configuration and do not belong in a checkpoint.
+        self._cos, self._sin = (t.to(_device(config), config.params_dtype) for t in tables)
         self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
@@ -114,7 +114,7 @@ class EsoModel(LanguageModule):
 
     def attention_rows(self, positions: Tensor, **rows: Any) -> AttentionRows:
         """Return what attention must know, with the rotary angles of ``positions`` [R, L]."""
-        cos, sin = gather_angles(self._rotary_table, positions, self.config.params_dtype)
+        cos, sin = gather_angles(self._cos, positions), gather_angles(self._sin, positions)
         return AttentionRows(cos=cos, sin=sin, **rows)
 
     def hidden_states(self, tokens: Tensor, rows: AttentionRows) -> Tensor:

@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 
-def rotary_table(max_length: int, head_size: int, base: float) -> Tensor:
-    """Return [max_length, head_size / 2] float32 angles (arXiv 2104.09864, eq. 15)."""
+def rotary_tables(max_length: int, head_size: int, base: float) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines [max_length, head_size / 2] in float64 (arXiv 2104.09864, eq. 15)."""
     exponent = torch.arange(0, head_size, 2, dtype=torch.float64) / head_size
-    positions = torch.arange(max_length, dtype=torch.float64)
-    return torch.outer(positions, base**-exponent).float()
+    angles = torch.outer(torch.arange(max_length, dtype=torch.float64), base**-exponent)
+    return angles.cos(), angles.sin()
 
 
-def gather_angles(table: Tensor, positions_RL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines [L, R, 1, d/2] of each entry's position."""
-    angles = table[positions_RL.t()].unsqueeze(2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+def gather_angles(table: Tensor, positions_RL: Tensor) -> Tensor:
+    """Return [L, R, 1, d/2]: a table's rows at each entry's position."""
+    return table[positions_RL.t()].unsqueeze(2)
 
 
 def rotate(x_LRhd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

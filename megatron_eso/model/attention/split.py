@@ -18,6 +18,8 @@ from torch import Tensor
 
 from megatron_eso.model.attention.kernels import Forward, causal_backward, causal_forward
 
+_BEYOND_ANY_SCORE = 1e6
+
 
 def split_attention(
     query: Tensor, key: Tensor, value: Tensor, *, num_pairs: int, scale: float
@@ -73,9 +75,15 @@ class _SplitAttention(torch.autograd.Function):
         own = _self_gradients(
             grad[z_rows], query[z_rows], key[z_rows], value[z_rows], merged, scale
         )
-        seen_grad = grad[z_rows].clone()
-        seen_grad[:, :, -1] = 0  # the last slot saw none of X's keys
-        seen = causal_backward(seen_grad, query[z_rows], key[x_rows], value[x_rows], merged, scale)
+        # The last slot saw none of X's keys. The kernel recomputes probabilities as exp(score - lse), so
+        # an lse that no score reaches makes them 0. (Zeroing the gradient there is not enough: the
+        # probability may overflow, and infinity times 0 is not a number.)
+        lse = merged.lse.clone()
+        lse[:, :, -1] = _BEYOND_ANY_SCORE
+        seen_by = Forward(merged.out, lse, merged.state)
+        seen = causal_backward(
+            grad[z_rows], query[z_rows], key[x_rows], value[x_rows], seen_by, scale
+        )
         d_key[x_rows] += seen[1]
         d_value[x_rows] += seen[2]
         return (

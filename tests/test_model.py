@@ -1,0 +1,98 @@
+"""The model on Megatron against an independent forward pass with the official masks."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.rank_jobs import LENGTH, VOCAB, assemble, read_rows
+from tests.reference import ReferenceModel, diffusion_pass, sequential_pass
+
+pytestmark = pytest.mark.slow
+MASK = VOCAB - 1
+
+
+def reference(parts):
+    return ReferenceModel(assemble(parts), heads=4, groups=2, vocab=VOCAB)
+
+
+@pytest.mark.parametrize("alpha_0", ["0.5", "1", "0"])
+def test_both_passes_equal_the_official_scheme_in_float64(one_rank, alpha_0):
+    reply = one_rank.run("model_pass", [f"objective.alpha_0={alpha_0}"], "fp64")[0]
+    model = reference([reply["weights"]])
+    checked = 0
+    for rows, log_probs in zip(reply["rows"], reply["log_probs"], strict=True):
+        first_z = rows["num_diffusion"] + rows["num_pairs"]
+        expected = {}
+        for entry, target in zip(rows["loss_entries"], rows["loss_targets"], strict=True):
+            row, slot = divmod(int(entry), LENGTH)
+            if row not in expected:
+                expected[row] = expected_row(model, rows, row, first_z)
+            index = slot if row < first_z else (slot + 1) % LENGTH
+            expected_value = expected[row][index, target]
+            np.testing.assert_allclose(
+                log_probs[checked_index(rows, entry)], expected_value, atol=1e-9
+            )
+            checked += 1
+    assert checked > 50
+
+
+def checked_index(rows, entry):
+    return int(np.flatnonzero(rows["loss_entries"] == entry)[0])
+
+
+def expected_row(model, rows, row, first_z):
+    """Return the reference log-probabilities of a stack row, in prediction order."""
+    if row < rows["num_diffusion"]:
+        order = torch.from_numpy(rows["positions"][row])
+        inputs = torch.from_numpy(rows["tokens"][row])
+        in_place = torch.empty_like(inputs).scatter(0, order, inputs)
+        return diffusion_pass(model, in_place, in_place == MASK, order, MASK)
+    x_row = row - rows["num_pairs"]
+    order = torch.from_numpy(rows["positions"][x_row])
+    tokens = torch.empty_like(order).scatter(0, order, torch.from_numpy(rows["tokens"][x_row]))
+    # Which copies are masks does not matter to the others, so all are: only masked ones are compared.
+    return sequential_pass(model, tokens, torch.ones_like(tokens, dtype=torch.bool), order, MASK)
+
+
+def test_one_pass_gives_probabilities_that_sum_to_one_for_every_order(one_rank):
+    """All rows of length 3 over 4 tokens, under every order: the exact likelihood is a distribution."""
+    import itertools
+
+    small = ["model.vocab_size=5", "train.sequence_length=4", "model.init_std=0.5"]
+    rows = np.array(list(itertools.product(range(4), repeat=4)))
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 0, 3, 1]):
+        orders = np.tile(np.array(order), (len(rows), 1))
+        log_probs = one_rank.run("sequence_log_probs", small, rows, orders, "fp64")[0]
+        assert abs(np.exp(log_probs).sum() - 1) < 1e-9
+        assert np.exp(log_probs).std() > 1e-4  # not simply uniform
+
+
+def test_the_single_pass_is_the_chain_rule(one_rank):
+    """log p(x | order) = sum of next-token log-probabilities with one mask at a time."""
+    rows = read_rows(5, [0, 1]).tokens[:, :LENGTH]
+    generator = torch.Generator().manual_seed(0)
+    orders = torch.stack([torch.randperm(LENGTH, generator=generator) for _ in range(2)])
+    found = one_rank.run("sequence_log_probs", [], rows.numpy(), orders.numpy(), "fp64")[0]
+    model = reference(one_rank.run("weights", []))
+    for row, order, value in zip(rows, orders, found, strict=True):
+        total = 0.0
+        for place in range(LENGTH):
+            seen = order[: place + 1]
+            inputs = torch.cat([row[order[:place]], torch.tensor([MASK])])
+            visible = torch.ones(place + 1, place + 1, dtype=torch.bool).tril()
+            total += model.log_probs(inputs, seen, visible)[-1, row[order[place]]]
+        assert abs(float(total) - value) < 1e-8
+
+
+def test_the_bound_tightens_with_more_orders(one_rank):
+    found = [
+        one_rank.run("scores", [f"eval.likelihood_orders={k}", "objective.alpha_0=1"], 6)[0][1][1]
+        for k in (1, 4, 16)
+    ]
+    assert found[0] > found[1] > found[2]
+
+
+def test_at_alpha_zero_the_nelbo_is_the_exact_likelihood(one_rank):
+    found = one_rank.run("scores", ["objective.alpha_0=0", "eval.likelihood_orders=1"], 6)[0]
+    assert [name for name, _, _ in found] == ["likelihood", "likelihood"]
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-6)

@@ -1,0 +1,188 @@
+"""The cached sampler: equal to uncached passes, right in distribution, the same for a seed."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_eso.config.schema import ModelConfig
+from megatron_eso.errors import ConfigError
+from megatron_eso.sample.choose import choose_tokens
+from megatron_eso.sample.plan import make_plan
+from megatron_eso.sample.prompt import rows_with_prompt
+from tests.rank_jobs import LENGTH, VOCAB, assemble, read_rows
+from tests.reference import ReferenceModel
+
+MASK = VOCAB - 1
+
+
+def open_rows(num_rows, given=()):
+    is_given = torch.zeros(num_rows, LENGTH, dtype=torch.bool)
+    is_given[:, list(given)] = True
+    return is_given
+
+
+@pytest.mark.parametrize("alpha_0", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("given", [(), (0, 1, 2), (3, 9)])
+def test_a_plan_decides_every_open_position_once(alpha_0, given):
+    plan = make_plan(open_rows(3, given), alpha_0=alpha_0, num_steps=4, seed=1)
+    assert sum(plan.counts) == LENGTH - len(given)
+    assert plan.num_given == len(given)
+    for order in plan.order.tolist():
+        assert sorted(order) == list(range(LENGTH))
+        assert order[: len(given)] == list(given)
+    if alpha_0 == 0:
+        assert plan.order[0, len(given) :].tolist() == [p for p in range(LENGTH) if p not in given]
+    if alpha_0 == 1:
+        assert plan.num_evaluations <= 4
+
+
+def test_the_share_decided_by_diffusion_is_alpha_0():
+    is_given = torch.zeros(1, 4000, dtype=torch.bool)
+    plan = make_plan(is_given, alpha_0=0.3, num_steps=10, seed=3)
+    by_diffusion = sum(c for c in plan.counts if c > 1)
+    assert abs(by_diffusion / 4000 - 0.3) < 0.03
+
+
+def test_the_rest_after_diffusion_goes_left_to_right():
+    plan = make_plan(open_rows(2), alpha_0=0.5, num_steps=2, seed=0)
+    singles = plan.counts[::-1].index(next(c for c in plan.counts[::-1] if c > 1))
+    for order in plan.order.tolist():
+        assert order[LENGTH - singles :] == sorted(order[LENGTH - singles :])
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_tokens_are_chosen_with_their_probabilities(top_p):
+    logits = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    number = 40_000
+    u = (torch.arange(number, dtype=torch.float64) + 0.5) / number
+    picked = choose_tokens(logits.expand(number, 4), u, temperature=1.0, top_p=top_p)
+    shares = torch.bincount(picked, minlength=4) / number
+    expected = [0.4, 0.3, 0.2, 0.1] if top_p == 1 else [4 / 7, 3 / 7, 0, 0]
+    torch.testing.assert_close(shares, torch.tensor(expected), atol=1e-3, rtol=0)
+
+
+def test_the_entropy_of_a_large_vocabulary_is_not_lowered():
+    """Float32 Gumbel noise cannot reach the tail of 50,258 tokens; inversion in float64 can."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(50258, generator=generator, dtype=torch.float64)
+    probs = torch.softmax(logits, dim=0)
+    entropy = float(-(probs * probs.log()).sum())
+    u = torch.rand(20_000, generator=generator, dtype=torch.float64)
+    cumulative = choose_tokens(logits.expand(64, -1), u[:64], temperature=1.0, top_p=1.0)
+    assert len(set(cumulative.tolist())) > 55
+    surprise = []
+    for first in range(0, 4096, 64):
+        picked = choose_tokens(
+            logits.expand(64, -1), u[first : first + 64], temperature=1.0, top_p=1.0
+        )
+        surprise.append(-probs[picked].log())
+    assert abs(float(torch.cat(surprise).mean()) - entropy) < 0.06
+
+
+def test_temperature_zero_takes_the_most_likely_token():
+    logits = torch.tensor([[0.0, 2.0, 1.0]])
+    assert choose_tokens(logits, torch.zeros(1), temperature=0.0, top_p=1.0).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("ids", "length", "message"),
+    [(list(range(9)), 8, "leaves nothing"), ([127], 8, "mask token"), ([1], 5000, "rotary table")],
+)
+def test_a_prompt_that_does_not_fit_is_refused(ids, length, message):
+    model = ModelConfig(vocab_size=128, max_length=64)
+    with pytest.raises(ConfigError, match=message):
+        rows_with_prompt(ids, 1, length, model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alpha_0": 1.5, "num_steps": 2}, "alpha_0"),
+        ({"alpha_0": 0.5, "num_steps": 99}, "num_steps"),
+        ({"alpha_0": 0.5, "num_steps": 0}, "num_steps"),
+    ],
+)
+def test_a_wrong_plan_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(open_rows(1), seed=0, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alpha_0", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("given", [(), (2, 3, 11)])
+@pytest.mark.parametrize("ranks", ["one", "tensor"])
+def test_cached_equals_uncached(one_rank, two_ranks, alpha_0, given, ranks):
+    """Teacher-forced log-probabilities equal those of passes over [clean; masks of the step]."""
+    pool, layout = (one_rank, []) if ranks == "one" else (two_ranks, ["parallel.tensor=2"])
+    rows = read_rows(3, [0, 1]).tokens[:, :LENGTH]
+    settings = {"alpha_0": alpha_0, "num_steps": 3, "seed": 5}
+    replies = pool.run(
+        "sample_rows", layout, "fp64", open_rows(2, given).numpy(), rows.numpy(), settings,
+        {"forced": rows.numpy()},
+    )  # fmt: skip
+    reply = replies[0]
+    model = ReferenceModel(
+        assemble([r["weights"] for r in replies]), heads=4, groups=2, vocab=VOCAB
+    )
+    assert np.array_equal(reply["tokens"], rows.numpy())
+    for row, order, found in zip(rows, reply["order"], reply["log_probs"], strict=True):
+        done = reply["num_given"]
+        order = torch.from_numpy(order)
+        for count in reply["counts"]:
+            seen, new = order[:done], order[done : done + count]
+            inputs = torch.cat([row[seen], torch.full((count,), MASK)])
+            total = done + count
+            visible = torch.ones(total, total, dtype=torch.bool).tril()
+            expected = model.log_probs(inputs, torch.cat([seen, new]), visible)[done:]
+            np.testing.assert_allclose(
+                found[new], expected.gather(1, row[new][:, None])[:, 0], atol=1e-9
+            )
+            done = total
+
+
+@pytest.mark.slow
+def test_sampled_rows_have_the_model_s_probabilities(one_rank):
+    """Frequencies of all 27 rows of three tokens against exact probabilities: chi-squared."""
+    import itertools
+
+    small = ["model.vocab_size=4", "train.sequence_length=3", "model.init_std=0.5"]
+    number = 3000
+    given = np.zeros((number, 3), dtype=bool)
+    rows = np.zeros((number, 3), dtype=np.int64)
+    settings = {"alpha_0": 0.0, "num_steps": 1, "seed": 11}
+    reply = one_rank.run(
+        "sample_rows", small, "fp32", given, rows, settings, {"seed": 4, "top_p": 1.0}
+    )[0]
+    every = np.array(list(itertools.product(range(3), repeat=3)))
+    orders = np.tile(np.arange(3), (27, 1))
+    exact = np.exp(one_rank.run("sequence_log_probs", small, every, orders, "fp64")[0])
+    codes = reply["tokens"] @ np.array([9, 3, 1])
+    counts = np.bincount(codes, minlength=27)
+    chi_squared = ((counts - number * exact) ** 2 / (number * exact)).sum()
+    assert chi_squared < 54.1  # 0.1 % point of 26 degrees of freedom
+    assert counts.std() > 20  # the model is not uniform
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_rows_whatever_the_batch(one_rank):
+    rows = np.zeros((4, LENGTH), dtype=np.int64)
+    given = np.zeros((4, LENGTH), dtype=bool)
+    settings = {"alpha_0": 0.0, "num_steps": 1, "seed": 2}
+    whole = one_rank.run("sample_rows", [], "fp64", given, rows, settings, {"seed": 8})[0]
+    alone = one_rank.run(
+        "sample_rows", [], "fp64", given[:1], rows[:1], settings, {"seed": 8, "first_row": 2}
+    )[0]
+    assert np.array_equal(whole["tokens"][2], alone["tokens"][0])
+    other = one_rank.run("sample_rows", [], "fp64", given, rows, settings, {"seed": 9})[0]
+    assert not np.array_equal(whole["tokens"], other["tokens"])
+
+
+@pytest.mark.slow
+def test_an_objective_that_cannot_be_decoded_this_way_is_refused(one_rank):
+    rows = np.zeros((1, LENGTH), dtype=np.int64)
+    given = np.zeros((1, LENGTH), dtype=bool)
+    with pytest.raises(AssertionError, match=r"objective\.name=ar"):
+        one_rank.run(
+            "sample_rows", ["objective.name=ar"], "fp32", given, rows,
+            {"alpha_0": 0.0, "num_steps": 1, "seed": 2}, {},
+        )  # fmt: skip
