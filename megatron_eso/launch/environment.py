@@ -1,0 +1,81 @@
+"""Which rank a process is, from what its launcher left in the environment.
+
+torchrun sets RANK; under ``srun`` only SLURM_* exist. Pure functions of a mapping, so that every
+launcher's environment can be tested without it.
+"""
+
+import re
+from collections.abc import Mapping
+
+from megatron_eso.errors import ClusterError
+
+_PORT_FLOOR, _NUM_PORTS = 20000, 10000
+
+
+def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of this process.
+
+    Names that are set already win. Under ``srun`` the rest comes from SLURM_PROCID, SLURM_NTASKS,
+    SLURM_LOCALID, the first host of the (plain or bracketed) node list, and a port that differs
+    from attempt to attempt, so that a requeued job does not meet the old one's socket.
+    An empty result means: no launcher, one process.
+
+    Raises:
+        ClusterError: if a launcher set only a part of what is needed.
+    """
+    if "RANK" not in environ and not _is_srun_task(environ):
+        return {}
+    found = {name: environ[name] for name in _NAMES if name in environ}
+    if "RANK" not in environ:
+        found.setdefault("RANK", environ["SLURM_PROCID"])
+        found.setdefault("WORLD_SIZE", environ.get("SLURM_NTASKS") or environ["SLURM_NPROCS"])
+        found.setdefault("LOCAL_RANK", environ.get("SLURM_LOCALID", "0"))
+        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+        if nodes:
+            found.setdefault("MASTER_ADDR", first_host(nodes))
+        found.setdefault("MASTER_PORT", str(master_port(environ)))
+    missing = [name for name in _NAMES if name not in found]
+    if missing:
+        raise ClusterError(
+            f"RANK={found['RANK']} is set but {', '.join(missing)} not; start ranks with torchrun, "
+            "srun or `megatron-eso submit`, or unset RANK for a run on this machine"
+        )
+    return found
+
+
+def first_host(nodelist: str) -> str:
+    """Return the first host of a Slurm node list: ``n[03-05,9],m1`` -> ``n03``.
+
+    Slurm writes the list in its own (topology) order, and rank 0 is on the first.
+    """
+    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\]([^,]*))?", nodelist)
+    if not match:
+        raise ClusterError(f"SLURM_JOB_NODELIST={nodelist!r} names no host")
+    prefix, inner, suffix = match.groups()
+    if inner is None:
+        return prefix
+    return prefix + re.split(r"[-,]", inner)[0] + (suffix or "")
+
+
+def master_port(environ: Mapping[str, str]) -> int:
+    """Return the rendezvous port of this attempt of this job."""
+    job, restart = int(environ.get("SLURM_JOB_ID", 0)), int(environ.get("SLURM_RESTART_COUNT") or 0)
+    return _PORT_FLOOR + (job * 7 + restart) % _NUM_PORTS
+
+
+def attempt_name(environ: Mapping[str, str]) -> str:
+    """Return JOBID.RESTART_COUNT under Slurm, else an empty string."""
+    job = environ.get("SLURM_JOB_ID", "")
+    return f"{job}.{environ.get('SLURM_RESTART_COUNT') or 0}" if job else ""
+
+
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _is_srun_task(environ: Mapping[str, str]) -> bool:
+    """Tell a task of ``srun`` from the batch script, where SLURM_PROCID is 0 as well."""
+    return (
+        "SLURM_PROCID" in environ
+        and ("SLURM_NTASKS" in environ or "SLURM_NPROCS" in environ)
+        and environ.get("SLURM_STEP_ID", "") not in ("", str(0xFFFFFFFB))
+    )

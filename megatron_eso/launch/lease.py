@@ -1,0 +1,121 @@
+"""Who may publish checkpoints of a run: a lease file that every attempt takes at its start.
+
+Ranks on a node that was cut off the network live on while Slurm starts the same job elsewhere, on
+the same file system. The writer calls :func:`require_lease` just before it publishes; an attempt
+that lost the lease must not publish. Owners are ``JOBID.RESTART_COUNT`` under Slurm, else
+``HOST/PID/START``. The file system must show a rename to all nodes (NFS, Lustre and Filestore do).
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_eso.errors import CheckpointError
+from megatron_eso.launch.environment import attempt_name
+
+LEASE_FILE = "lease.json"
+QUIET_SECONDS = 600.0
+"""A lease of another host that was not renewed for this long may be taken."""
+
+
+def owner_name(environ: Mapping[str, str]) -> str:
+    """Return the name under which this process holds a lease."""
+    pid = os.getpid()
+    return attempt_name(environ) or f"{platform.node()}/{pid}/{_start_of(pid)}"
+
+
+def acquire(folder: Path, owner: str, *, now: float | None = None) -> None:
+    """Take the lease of the checkpoints in ``folder``, from an older attempt or a dead process.
+
+    Raises:
+        CheckpointError: if a newer attempt or a living process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    now = time.time() if now is None else now
+    held = read(folder)
+    if held and held["owner"] != owner:
+        reason = _why_not(held, owner, now)
+        if reason:
+            raise CheckpointError(
+                f"{folder / LEASE_FILE}: {owner} may not write here, {held['owner']} holds the lease "
+                f"({reason}); wait for that run to end or stop it, or remove the file if it is gone"
+            )
+    _write(folder, owner, now)
+    require_lease(folder, owner, renew=False)
+
+
+def require_lease(
+    folder: Path, owner: str, *, renew: bool = True, now: float | None = None
+) -> None:
+    """Return if ``owner`` still holds the lease (and renew it); call before publishing.
+
+    Raises:
+        CheckpointError: if another attempt took it or the file is gone.
+    """
+    held = read(folder)
+    if not held or held["owner"] != owner:
+        raise CheckpointError(
+            f"{folder / LEASE_FILE}: {owner} lost its lease to {held['owner'] if held else 'nobody'}: "
+            "a newer attempt of this run is at work, so this one publishes nothing and must end"
+        )
+    if renew:
+        _write(folder, owner, time.time() if now is None else now)
+
+
+def release(folder: Path, owner: str) -> None:
+    """Give the lease back if ``owner`` holds it."""
+    held = read(folder)
+    if held and held["owner"] == owner:
+        (folder / LEASE_FILE).unlink(missing_ok=True)
+
+
+def read(folder: Path) -> dict | None:
+    """Return the lease: owner and time of renewal; None if there is none or it is damaged."""
+    try:
+        held = json.loads((folder / LEASE_FILE).read_text())
+        return {"owner": str(held["owner"]), "updated": float(held["updated"])}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _why_not(held: dict, owner: str, now: float) -> str:
+    """Return why ``owner`` must not take the lease, or an empty string."""
+    theirs, mine = _attempt(held["owner"]), _attempt(owner)
+    if theirs and mine:
+        return f"attempt {held['owner']} is newer than {owner}" if theirs > mine else ""
+    if theirs or "/" not in held["owner"]:
+        return _recently(held, now)
+    host, pid, start = held["owner"].rsplit("/", 2)
+    if host == platform.node():
+        return "its process runs on this host" if _start_of(int(pid)) == start else ""
+    return _recently(held, now)
+
+
+def _recently(held: dict, now: float) -> str:
+    age = now - held["updated"]
+    return f"renewed {age:.0f} s ago" if age < QUIET_SECONDS else ""
+
+
+def _attempt(owner: str) -> tuple[int, int] | None:
+    job, dot, restart = owner.partition(".")
+    return (int(job), int(restart)) if dot and job.isdigit() and restart.isdigit() else None
+
+
+def _start_of(pid: int) -> str:
+    """Return the kernel's start time of a process, which tells a reused pid; '' if it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
+def _write(folder: Path, owner: str, now: float) -> None:
+    temporary = folder / f".{LEASE_FILE}.{os.getpid()}.{platform.node()}"
+    temporary.write_text(json.dumps({"owner": owner, "updated": now}))
+    temporary.replace(folder / LEASE_FILE)

@@ -1,0 +1,85 @@
+"""The lease: newer attempts take it, older ones lose it, living processes keep it."""
+
+import os
+import platform
+import subprocess
+
+import pytest
+
+from megatron_eso.errors import CheckpointError
+from megatron_eso.launch.lease import (
+    LEASE_FILE,
+    QUIET_SECONDS,
+    acquire,
+    owner_name,
+    read,
+    release,
+    require_lease,
+)
+
+
+def test_a_requeued_attempt_takes_the_lease_and_the_old_one_may_not_publish(tmp_path):
+    acquire(tmp_path, "7.0")
+    require_lease(tmp_path, "7.0")
+    acquire(tmp_path, "7.1")
+    with pytest.raises(CheckpointError, match=r"7\.0 lost its lease to 7\.1"):
+        require_lease(tmp_path, "7.0")
+    with pytest.raises(CheckpointError, match=r"7\.1 is newer"):
+        acquire(tmp_path, "7.0")
+    require_lease(tmp_path, "7.1")
+
+
+def test_attempts_compare_as_numbers_not_as_text(tmp_path):
+    acquire(tmp_path, "9.9")
+    acquire(tmp_path, "9.10")
+    acquire(tmp_path, "10.0")
+    with pytest.raises(CheckpointError):
+        acquire(tmp_path, "9.11")
+
+
+def test_a_living_process_of_this_host_keeps_its_lease(tmp_path):
+    mine = owner_name({})
+    acquire(tmp_path, mine)
+    with pytest.raises(CheckpointError, match="runs on this host"):
+        acquire(tmp_path, f"{platform.node()}/1/5")
+
+
+def test_a_dead_process_or_a_reused_pid_loses_it(tmp_path):
+    child = subprocess.Popen(["true"])
+    child.wait()
+    for holder in (f"{platform.node()}/{child.pid}/77", f"{platform.node()}/{os.getpid()}/1"):
+        acquire(tmp_path, holder)
+        acquire(tmp_path, owner_name({}))
+        assert read(tmp_path)["owner"] == owner_name({})
+        release(tmp_path, owner_name({}))
+
+
+def test_another_host_keeps_it_while_it_renews(tmp_path):
+    acquire(tmp_path, "elsewhere/4/1", now=1000.0)
+    with pytest.raises(CheckpointError, match="renewed 1 s ago"):
+        acquire(tmp_path, "here/4/1", now=1001.0)
+    require_lease(tmp_path, "elsewhere/4/1", now=1500.0)
+    with pytest.raises(CheckpointError):
+        acquire(tmp_path, "here/4/1", now=1001.0 + QUIET_SECONDS)
+    acquire(tmp_path, "here/4/1", now=1500.0 + QUIET_SECONDS)
+
+
+def test_a_missing_or_damaged_lease_publishes_nothing(tmp_path):
+    with pytest.raises(CheckpointError, match="nobody"):
+        require_lease(tmp_path, "1.0")
+    (tmp_path / LEASE_FILE).write_text("{")
+    with pytest.raises(CheckpointError):
+        require_lease(tmp_path, "1.0")
+
+
+def test_release_is_for_the_owner_only(tmp_path):
+    acquire(tmp_path, "1.0")
+    release(tmp_path, "2.0")
+    require_lease(tmp_path, "1.0")
+    release(tmp_path, "1.0")
+    assert read(tmp_path) is None
+
+
+def test_slurm_names_the_attempt():
+    assert owner_name({"SLURM_JOB_ID": "3"}) == "3.0"
+    assert owner_name({"SLURM_JOB_ID": "3", "SLURM_RESTART_COUNT": "2"}) == "3.2"
