@@ -1,0 +1,231 @@
+"""Inputs of every kind give the same rows, bad ones an error that names file and line."""
+
+import gzip
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from megatron_eso.data.documents import documents_of
+from megatron_eso.data.manifest import load_manifest
+from megatron_eso.data.prepare import prepare
+from megatron_eso.data.reader import ValidationReader
+from megatron_eso.data.sources import find_files, partitions_of
+from megatron_eso.data.tokenizer import PIECE_CHARACTERS, Tokenizer, pieces_of
+from megatron_eso.errors import DataError
+from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE, options, write_corpus
+
+
+def texts_of(path, text_key="text", partition_bytes=None) -> list[str]:
+    """Return the documents of a source, through its partitions."""
+    partitions = partitions_of(find_files([str(path)]), partition_bytes)
+    pieces = [piece for partition in partitions for piece in partition.pieces]
+    documents = [one for piece in pieces for one in documents_of(piece, text_key=text_key)]
+    assert all(document.problem is None for document in documents)
+    return [document.text for document in documents]
+
+
+def save_parquet(path, texts) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(arrow.table({"text": texts}), path, row_group_size=37)
+
+
+def save_arrow(path, texts) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.table({"text": texts})
+    with arrow.OSFile(str(path), "wb") as file, arrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=50)
+
+
+def save_zstandard(path, texts) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    path.write_bytes(zstandard.ZstdCompressor().compress(lines.encode()))
+
+
+def save_gzip(path, texts) -> None:
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("corpus.jsonl.gz", save_gzip),
+        ("corpus.jsonl.zst", save_zstandard),
+        ("corpus.parquet", save_parquet),
+        ("data-00000-of-00001.arrow", save_arrow),
+    ],
+)
+def test_every_format_gives_the_same_documents(tmp_path, name, save):
+    texts = write_corpus(tmp_path / "corpus.jsonl", num_documents=200)
+    (tmp_path / "other").mkdir()
+    save(tmp_path / "other" / name, texts)
+    assert texts_of(tmp_path / "other" / name) == texts
+
+
+@pytest.mark.parametrize("partition_bytes", [1, 100, 1000, 7919, 1 << 20])
+def test_ranges_of_a_jsonl_file_give_every_line_once(corpus, partition_bytes):
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    assert texts_of(corpus, partition_bytes=partition_bytes) == texts
+
+
+def test_row_groups_of_a_parquet_file_give_every_row_once(tmp_path):
+    texts = write_corpus(tmp_path / "corpus.jsonl", num_documents=200)
+    save_parquet(tmp_path / "corpus.parquet", texts)
+    assert texts_of(tmp_path / "corpus.parquet", partition_bytes=3000) == texts
+    assert len(partitions_of(find_files([str(tmp_path / "corpus.parquet")]), 3000)) > 1
+
+
+def test_a_folder_of_texts_is_a_document_a_file_sorted_by_name(tmp_path):
+    for name, text in {"b.txt": "second", "a.txt": "first", "c/d.md": "third"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert texts_of(tmp_path) == ["first", "second", "third"]
+
+
+def save_bad(path, lines: list[bytes]) -> None:
+    good = json.dumps({"text": "a good document " * 30}).encode()
+    path.write_bytes(b"\n".join([good, *lines, good]) + b"\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        pytest.param(b'{"text": "\xff\xfe"}', "is not UTF-8", id="not UTF-8"),
+        pytest.param(b'{"text": ""}', "is empty", id="empty"),
+        pytest.param(b'{"words": "x"}', "has no text under the key 'text'", id="no text"),
+        pytest.param(b'{"text": "x"', "is not JSON", id="not JSON"),
+        pytest.param(b'{"text": "\\ud800"}', "is not Unicode", id="half a surrogate pair"),
+    ],
+)
+def test_a_bad_document_is_an_error_with_file_and_line_or_skipped_and_counted(
+    prepared, tmp_path, line, message
+):
+    save_bad(tmp_path / "bad.jsonl", [line])
+    tokenizer = str(prepared / "tokenizer.json")
+    settings = {"tokenizer": tokenizer, "num_processes": 1}
+    changes = {"validation_fraction": 1e-9}
+    with pytest.raises(DataError, match=rf"bad\.jsonl, line 2: the document {message}"):
+        prepare([str(tmp_path / "bad.jsonl")], tmp_path / "set", options(**changes), **settings)
+    changes["validation_fraction"] = 0.5
+    save_bad(tmp_path / "bad.jsonl", [line] + [b'{"text": "other %d"}' % n for n in range(20)])
+    prepare([str(tmp_path / "bad.jsonl")], tmp_path / "skip",
+            options(bad_documents="skip", **changes), **settings)  # fmt: skip
+    splits = [load_manifest(tmp_path / "skip" / split) for split in ("train", "validation")]
+    assert sum(manifest.num_skipped for manifest in splits) == 1
+    assert sum(manifest.num_documents for manifest in splits) == 22
+
+
+def test_the_line_of_a_bad_document_is_right_in_a_later_partition(tmp_path):
+    save_bad(tmp_path / "bad.jsonl", [b'{"text": "fine"}'] * 500 + [b"oops"])
+    partitions = partitions_of(find_files([str(tmp_path / "bad.jsonl")]), 2000)
+    last = [doc for part in partitions for piece in part.pieces
+            for doc in documents_of(piece, text_key="text") if doc.problem]  # fmt: skip
+    assert [document.where.split(", ")[-1] for document in last] == ["line 502"]
+
+
+def test_a_file_that_is_not_text_is_named(prepared, tmp_path):
+    (tmp_path / "image.txt").write_bytes(b"line\n\x89PNG\xff")
+    with pytest.raises(DataError, match=r"image\.txt: the document is not UTF-8 \(line 2"):
+        prepare([str(tmp_path / "image.txt")], tmp_path / "set", options(),
+                tokenizer=str(prepared / "tokenizer.json"), num_processes=1)  # fmt: skip
+
+
+def test_sources_that_hold_nothing_are_refused(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        find_files([str(tmp_path / "nothing")])
+    with pytest.raises(DataError, match="holds no files"):
+        find_files([str(tmp_path)])
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(DataError, match="hold no text"):
+        find_files([str(tmp_path)])
+
+
+def test_a_wrong_column_names_those_there_are(tmp_path):
+    save_parquet(tmp_path / "a.parquet", ["x"])
+    with pytest.raises(DataError, match="no column 'body', only text"):
+        texts_of(tmp_path / "a.parquet", text_key="body")
+
+
+def test_a_long_document_is_encoded_in_pieces_to_the_same_tokens(prepared):
+    text = "".join(f"{number} {'abcdefghij'[number % 10]}\n" for number in range(200_000))
+    pieces = list(pieces_of(text))
+    assert len(pieces) > 1
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= PIECE_CHARACTERS
+    tokenizer = Tokenizer(prepared / "tokenizer.json")
+    together = np.concatenate(tokenizer.encode_pieces(pieces))
+    assert np.array_equal(together, tokenizer.encode_pieces([text])[0])
+
+
+def test_the_vocabulary_decides_the_stored_type():
+    assert options(vocab_size=65536).dtype == "uint16"  # its mask id is 65535
+    assert options(vocab_size=65537).dtype == "uint32"
+
+
+def rows(folder) -> np.ndarray:
+    reader = ValidationReader(folder, sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE)
+    return reader.read(range(reader.num_rows)).tokens
+
+
+def prepare_folder(source, out, tokenizer, num_processes) -> None:
+    settings = options(partition_mib=1)
+    prepare([source], out, settings, tokenizer=tokenizer, num_processes=num_processes)
+
+
+def write_many(folder) -> None:
+    folder.mkdir()
+    for number in range(4):
+        write_corpus(folder / f"{number}.jsonl", num_documents=5000, seed=number)
+
+
+@pytest.mark.slow
+def test_rows_do_not_depend_on_the_number_of_processes_nor_on_being_killed(prepared, tmp_path):
+    write_many(tmp_path / "texts")
+    source, tokenizer = str(tmp_path / "texts"), str(prepared / "tokenizer.json")
+    prepare_folder(source, tmp_path / "one", tokenizer, 1)
+    prepare_folder(source, tmp_path / "two", tokenizer, 2)
+    arguments = (source, tmp_path / "killed", tokenizer, 1)
+    process = multiprocessing.get_context("spawn").Process(target=prepare_folder, args=arguments)
+    process.start()
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "killed").glob("work/part-00001*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not (tmp_path / "killed" / "train").exists()
+    finished = {
+        path: path.stat().st_mtime_ns for path in tmp_path.glob("killed/work/part-*/part.json")
+    }
+    assert finished
+    prepare_folder(*arguments)
+    for split in ("train", "validation"):
+        expected = rows(tmp_path / "one" / split)
+        assert np.array_equal(rows(tmp_path / "two" / split), expected)
+        assert np.array_equal(rows(tmp_path / "killed" / split), expected)
+
+
+def test_an_output_without_permission_or_space_is_named(prepared, corpus, tmp_path, monkeypatch):
+    from megatron_eso.data import partition
+
+    def full(*arguments, **settings):
+        raise OSError(28, "No space left on device", str(tmp_path))
+
+    monkeypatch.setattr(partition.streaming_shim, "mds_writer", full)
+    with pytest.raises(DataError, match=r"No space left on device.*the disk is full"):
+        prepare([str(corpus)], tmp_path / "set", options(),
+                tokenizer=str(prepared / "tokenizer.json"), num_processes=1)  # fmt: skip
+
+
+def test_a_tokenizer_of_another_size_is_refused_with_both_numbers(prepared, corpus, tmp_path):
+    with pytest.raises(DataError, match=r"--vocab-size=512.* has 299 tokens .*--vocab-size=300"):
+        prepare([str(corpus)], tmp_path / "set", options(vocab_size=512),
+                tokenizer=str(prepared / "tokenizer.json"), num_processes=1)  # fmt: skip
