@@ -5,7 +5,13 @@ from typing import Annotated
 
 import typer
 
-from megatron_eso.cli.data_tools import inspect_command, verify_command
+from megatron_eso.cli.data_tools import (
+    convert_command,
+    inspect_command,
+    merge_command,
+    mix_command,
+    verify_command,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -73,3 +79,6 @@ def prepare_command(
 
 app.command("inspect")(inspect_command)
 app.command("verify")(verify_command)
+app.command("merge")(merge_command)
+app.command("mix")(mix_command)
+app.command("convert")(convert_command)

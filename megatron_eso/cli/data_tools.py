@@ -54,3 +54,71 @@ def verify_command(splits: Annotated[list[str], typer.Argument(help="Splits to r
     for split in splits:
         num_rows = verify_split(split, DataConfig(), typer.echo)
         typer.echo(f"{split}: {num_rows:,} rows are whole")
+
+
+def merge_command(
+    splits: Annotated[list[Path], typer.Argument(help="Local splits of one tokenizer.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new split.")],
+) -> None:
+    """Join splits into one; their shards are hard-linked, or copied to another file system.
+
+    Examples:
+      megatron-eso data merge data/a/train data/b/train --out data/both/train
+    """
+    from megatron_eso.data.combine import merge_splits
+    from megatron_eso.data.summary import summary_line
+
+    typer.echo(f"{out}: {summary_line(merge_splits(splits, out))}")
+
+
+def mix_command(
+    config: Annotated[Path, typer.Argument(help="Run configuration.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+) -> None:
+    """Print what a run will take from each of its sources, without reading any row.
+
+    Examples:
+      megatron-eso data mix configs/run/quickstart.yaml train.steps=1000
+    """
+    from megatron_eso.config.load import load_config
+    from megatron_eso.data.combine import mixture_use
+    from megatron_eso.errors import ConfigError
+
+    run = load_config(config, overrides or [])
+    steps, tokens = run.train.steps, run.train.tokens
+    if steps is None and tokens is None:
+        raise ConfigError("set train.steps or train.tokens to say how long the run is")
+    rows = (
+        tokens // run.train.sequence_length
+        if steps is None
+        else steps * run.train.global_batch_rows
+    )
+    typer.echo(f"{rows:,} rows, {rows * run.train.sequence_length:,} tokens")
+    for use in mixture_use(run.data, rows, seed=run.train.seed):
+        typer.echo(
+            f"{use.share:8.3%}  {use.num_samples:>12,} rows  {use.epochs:8.2f} epochs  {use.path}"
+        )
+
+
+def convert_command(
+    source: Annotated[Path, typer.Argument(help="Common name of the .bin and .idx files.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new split.")],
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer.json that made the tokens.")],
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a row, L.")] = 512,
+    format_name: Annotated[
+        str, typer.Option("--from", help="megatron-indexed")
+    ] = "megatron-indexed",
+) -> None:
+    """Turn another framework's token files into a split.
+
+    Examples:
+      megatron-eso data convert old/gpt_text_document --out data/new/train --tokenizer t.json
+    """
+    from megatron_eso.data.megatron_indexed import convert_indexed
+    from megatron_eso.data.summary import summary_line
+    from megatron_eso.errors import DataError
+
+    if format_name != "megatron-indexed":
+        raise DataError(f"--from {format_name} is not known; it must be megatron-indexed")
+    manifest = convert_indexed(source, out, tokenizer, sequence_length)
+    typer.echo(f"{out}: {summary_line(manifest)}")

@@ -1,11 +1,18 @@
 """The data commands as a person types them."""
 
 import shutil
+import struct
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from megatron_eso.cli.data import app
+from megatron_eso.config.schema import DataConfig, DataSourceConfig
+from megatron_eso.data.manifest import load_manifest
+from megatron_eso.data.megatron_indexed import open_indexed
+from megatron_eso.data.reader import RowReader, ValidationReader
+from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import DataError
 from tests.data.conftest import write_corpus
 
@@ -51,3 +58,104 @@ def test_verify_names_every_damaged_shard(prepared, tmp_path):
     shard.write_bytes(content)
     with pytest.raises(DataError, match="has 1 faults"):
         run("verify", tmp_path / "set" / "train")
+
+
+def all_rows(folder) -> np.ndarray:
+    manifest = load_manifest(folder)
+    reader = ValidationReader(
+        folder, sequence_length=manifest.sequence_length, vocab_size=manifest.vocab_size
+    )
+    return reader.read(range(reader.num_rows)).tokens
+
+
+def test_merge_joins_rows_and_counts(prepared, tmp_path):
+    splits = [prepared / "train", prepared / "validation"]
+    run("merge", *splits, "--out", tmp_path / "both")
+    expected = np.concatenate([all_rows(split) for split in splits])
+    assert np.array_equal(all_rows(tmp_path / "both"), expected)
+    run("verify", tmp_path / "both")
+
+
+def test_merging_a_split_with_itself_is_refused(prepared, tmp_path):
+    with pytest.raises(DataError, match="hold the same shard"):
+        run("merge", prepared / "train", prepared / "train", "--out", tmp_path / "both")
+
+
+def test_merging_splits_that_do_not_fit_names_the_difference(prepared, corpus, tmp_path):
+    run("prepare", corpus, "--out", tmp_path / "set", "--sequence-length", 32,
+        "--tokenizer", prepared / "tokenizer.json", "--processes", 1)  # fmt: skip
+    with pytest.raises(DataError, match=r"sequence_length=32, .* has 16"):
+        run("merge", prepared / "train", tmp_path / "set" / "train", "--out", tmp_path / "both")
+
+
+def test_mix_counts_exactly_what_the_reader_reads(prepared, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"data:\n  sources:\n    - {{path: {prepared}/train, weight: 3}}\n"
+        f"    - {{path: {prepared}/validation, weight: 1}}\ntrain: {{global_batch_rows: 8}}\n"
+    )
+    output = run("mix", config, "train.steps=100").splitlines()
+    sources = [DataSourceConfig(f"{prepared}/{split}", weight)
+               for split, weight in (("train", 3), ("validation", 1))]  # fmt: skip
+    reader = RowReader(
+        DataConfig(sources=sources), sequence_length=16, vocab_size=300, global_batch_rows=8, seed=1
+    )
+    pairs = [pair for step in range(100) for pair in reader.samples_of(step, range(8))]
+    for number in (0, 1):
+        count = sum(source == number for source, _ in pairs)
+        assert f" {count:,} rows" in output[1 + number]
+
+
+def write_indexed(prefix, documents: list[np.ndarray]) -> None:
+    """Write a Megatron data set by its own description of the layout."""
+    lengths = np.array([len(document) for document in documents], np.int32)
+    offsets = (np.cumsum(lengths) - lengths).astype(np.int64) * 2
+    bounds = np.arange(len(documents) + 1, dtype=np.int64)
+    header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, len(documents), len(bounds))
+    index = header + lengths.tobytes() + offsets.tobytes() + bounds.tobytes()
+    prefix.with_suffix(".idx").write_bytes(index)
+    prefix.with_suffix(".bin").write_bytes(np.concatenate(documents).astype("<u2").tobytes())
+
+
+def test_converting_megatrons_files_keeps_every_document(prepared, tmp_path):
+    tokenizer = Tokenizer(prepared / "tokenizer.json")
+    texts = ["first text", "second one, longer than the first " * 3, "third"]
+    end = tokenizer.end_of_document_id
+    write_indexed(tmp_path / "old", [np.array([*tokenizer.encode(text), end]) for text in texts])
+    run("convert", tmp_path / "old", "--out", tmp_path / "new", "--sequence-length", 16,
+        "--tokenizer", prepared / "tokenizer.json")  # fmt: skip
+    run("verify", tmp_path / "new")
+    manifest = load_manifest(tmp_path / "new")
+    assert manifest.num_documents == 3
+    assert manifest.text_bytes == sum(len(text) for text in texts)
+    reader = ValidationReader(tmp_path / "new", sequence_length=16, vocab_size=300)
+    rows = reader.read(range(reader.num_rows))
+    stream = rows.tokens[:, :-1][rows.is_valid[:, :-1]]
+    expected = [token for text in texts for token in [*tokenizer.encode(text), end]]
+    assert stream.tolist() == expected
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+def test_megatrons_own_builder_writes_what_convert_reads(prepared, tmp_path):
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    import torch
+
+    tokenizer = Tokenizer(prepared / "tokenizer.json")
+    builder = indexed.IndexedDatasetBuilder(str(tmp_path / "old.bin"), dtype=np.uint16)
+    for text in ("one document", "and another"):
+        builder.add_document(torch.tensor(tokenizer.encode(text)), [len(tokenizer.encode(text))])
+    builder.finalize(str(tmp_path / "old.idx"))
+    documents = list(open_indexed(tmp_path / "old").documents())
+    assert [tokenizer.decode(one.tolist()) for one in documents] == ["one document", "and another"]
+
+
+def test_converting_with_too_small_a_tokenizer_names_the_document(prepared, tmp_path):
+    write_indexed(tmp_path / "old", [np.array([5, 6]), np.array([5, 299])])
+    with pytest.raises(DataError, match=r"document 1 holds tokens 5 to 299; .* has 0 to 298"):
+        run("convert", tmp_path / "old", "--out", tmp_path / "new",
+            "--tokenizer", prepared / "tokenizer.json")  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["prepare", "inspect", "verify", "merge", "mix", "convert"])
+def test_every_command_has_help_with_an_example(command):
+    assert "megatron-eso data" in run(command, "--help")
