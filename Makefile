@@ -10,7 +10,7 @@ RUN = $(or $(patsubst folder=%,%,$(filter folder=%,$(ARGS))),runs/$(or $(patsubs
 .PHONY: pretrain test check bench format venv docs clean
 
 pretrain: $(VENV)/ready ## prepare data, train, evaluate, sample
-	$(BIN)/megatron-eso data prepare stdlib --out runs/data/stdlib --sequence-length 256 --vocab-size 4096
+	$(BIN)/megatron-eso data prepare stdlib --out runs/data/stdlib --sequence-length 128 --vocab-size 2048
 	$(BIN)/megatron-eso train $(CONFIG) $(ARGS)
 	$(BIN)/megatron-eso eval $(RUN) runs/data/stdlib/validation --rows 32 --orders 4
 	$(BIN)/megatron-eso sample $(RUN) --prompt "def " --num-samples 2

@@ -93,13 +93,15 @@ def test_every_file_says_what_it_is():
     assert not [path for path in FILES if not ast.get_docstring(ast.parse(path.read_text()))]
 
 
+def module_name(path):
+    inner = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(("megatron_eso", *inner)).removesuffix(".__init__")
+
+
 @pytest.mark.parametrize("package", sorted(TORCH_FREE))
 def test_the_top_runs_without_torch(package):
     """Modules of these packages import on a machine that has no torch, megatron or tokenizers."""
-    modules = [
-        ".".join(("megatron_eso", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
-        for path in FILES if package_of(path) == package
-    ]  # fmt: skip
+    modules = [module_name(path) for path in FILES if package_of(path) == package]
     script = (
         "import sys\n"
         "for name in ('torch', 'megatron', 'tokenizers', 'transformer_engine'): sys.modules[name] = None\n"

@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -24,6 +25,7 @@ from megatron_eso.data.reader import RowReader, ValidationReader
 from megatron_eso.errors import CheckpointError, ConfigError, TrainingError
 from megatron_eso.eval.evaluate import evaluate
 from megatron_eso.eval.scores import Score
+from megatron_eso.eval.unigram import unigram_score
 from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.exchange import Rows, any_rank, raise_together
 from megatron_eso.resilience.signals import StopRequest
@@ -33,6 +35,7 @@ from megatron_eso.train.session import build_session
 from megatron_eso.train.step import train_step
 
 log = logging.getLogger(__name__)
+_UNIGRAM_ROWS = 2048  # training rows that the unigram comparison counts
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: run the same command again
 
 
@@ -94,7 +97,11 @@ class Run:
         self._save()
         scores = self._evaluate()
         self.saver.finish()
-        if self.is_first:
+        if self.metrics is not None:
+            for name, score in self._unigram().items():
+                self.metrics.add_scores(session.state.step, name, [score])
+                scores[name].append(score.as_dict())
+            self.metrics.close()
             self.folder.write_json("evaluation.json", scores)
             self._write_status("finished")
             log.info("finished; everything is in %s", self.folder.path)
@@ -220,6 +227,23 @@ class Run:
         if self.metrics is not None:
             self.metrics.pause(begin)
         return results
+
+    def _unigram(self) -> dict[str, Score]:
+        """Score the validation sets with token frequencies of (some of) the training data."""
+        config = self.session.config
+        per_step = list(range(config.train.global_batch_rows))
+        steps = range(-(-_UNIGRAM_ROWS // len(per_step)))
+        train = torch.from_numpy(np.stack([self.reader.read(s, per_step).tokens for s in steps]))
+        scores = {}
+        for name, reader in self.validation.items():
+            rows = list(range(min(config.eval.num_rows, reader.num_rows)))
+            scores[name] = unigram_score(
+                train,
+                torch.from_numpy(reader.read(rows).tokens)[:, :-1],
+                vocab_size=config.model.vocab_size,
+                bytes_per_token=reader.bytes_per_token,
+            )
+        return scores
 
     def _score(self, reader: ValidationReader) -> list[Score]:
         def read(rows: list[int]) -> Rows:

@@ -1,0 +1,174 @@
+"""Every command as a user runs it: real processes, real ranks, a small text of its own."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+SETTINGS = [
+    "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.vocab_size=300",
+    "train.sequence_length=32", "train.steps=6", "train.global_batch_rows=8", "train.micro_batch_rows=2",
+    "train.log_every_steps=1", "objective.alpha_0=0.5", "optimizer.ema_decay=0.9", "eval.num_rows=4",
+    "precision.dtype=fp32", "train.eval_every_steps=3",
+]  # fmt: skip
+
+
+def start(*arguments, folder):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("RANK", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_eso", *map(str, arguments)],
+        cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def run(*arguments, folder, code=0):
+    process = start(*arguments, folder=folder)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out + err
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a prepared data set, a configuration, and a finished run of six steps."""
+    folder = tmp_path_factory.mktemp("user")
+    text = folder / "text"
+    text.mkdir()
+    for number in range(40):
+        words = " ".join(f"word{(number * i) % 97} is {i % 7}" for i in range(1, 80))
+        (text / f"{number}.txt").write_text(f"document {number}\n{words}\n")
+    run("data", "prepare", text, "--out", "data", "--sequence-length", 32, "--vocab-size", 300,
+        "--validation-fraction", 0.2, folder=folder)  # fmt: skip
+    (folder / "run.yaml").write_text(
+        "data:\n  sources: [{path: data/train}]\n  validation: {text: data/validation}\n"
+    )
+    run("train", "run.yaml", "name=first", "parallel.local_ranks=2", *SETTINGS, folder=folder)
+    return folder
+
+
+def test_a_run_leaves_everything_needed_to_run_it_again(place):
+    folder = place / "runs/first"
+    for name in ("config.yaml", "run.json", "log.txt", "metrics.jsonl", "status.json"):
+        assert (folder / name).stat().st_size > 0
+    assert list((folder / "tensorboard").glob("events*"))
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    metrics = {s["metric"] for s in json.loads((folder / "evaluation.json").read_text())["text"]}
+    assert metrics == {"nelbo", "likelihood bound, K = 1", "unigram of the training data"}
+
+
+def test_a_finished_run_is_not_trained_again(place):
+    before = (place / "runs/first/metrics.jsonl").read_text()
+    out = run(
+        "train", "run.yaml", "name=first", *SETTINGS, "train.micro_batch_rows=2", folder=place
+    )
+    assert "continuing from" in out
+    after = [json.loads(s) for s in (place / "runs/first/metrics.jsonl").read_text().splitlines()]
+    assert len([line for line in after if "loss" in line]) == before.count('"loss"')
+
+
+def test_a_longer_run_continues_where_the_shorter_ended(place):
+    shutil.copytree(place / "runs/first", place / "runs/longer")
+    run("train", "run.yaml", "name=longer", *SETTINGS, "train.steps=8", folder=place)
+    lines = [json.loads(s) for s in (place / "runs/longer/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_eval_prints_a_table_and_writes_json(place):
+    out = run("eval", "runs/first", "data/validation", "--rows", 4, "--orders", 2, "--json", "s.json",
+              folder=place)  # fmt: skip
+    assert "nelbo" in out
+    scores = json.loads((place / "s.json").read_text())
+    trained = json.loads((place / "runs/first/evaluation.json").read_text())["text"]
+    assert scores[0]["nats_per_token"] == pytest.approx(trained[0]["nats_per_token"], rel=1e-5)
+
+
+def test_sample_prints_the_prompt_and_text_and_repeats_itself(place):
+    arguments = ("sample", "runs/first", "--prompt", "document", "--num-samples", 1, "--seed", 3)
+    first = run(*arguments, folder=place)
+    assert first.split("---\n")[1].startswith("document")
+    assert first.split("--- ")[:2] == run(*arguments, folder=place).split("--- ")[:2]
+
+
+def test_config_show_and_doctor_explain_themselves(place):
+    out = run("config", "show", "run.yaml", *SETTINGS, "--ranks", 2, folder=place)
+    assert "num_stack_rows = 12" in out
+    assert "matmul bf16" in run("doctor", folder=place)
+
+
+@pytest.mark.parametrize(
+    "command", ["", "data", "data prepare", "train", "eval", "sample", "config show", "doctor"]
+)
+def test_every_command_has_help_with_examples(command, tmp_path):
+    out = run(*command.split(), "--help", folder=tmp_path)
+    assert "megatron-eso" in out
+    if command and " " in command:
+        assert "Examples:" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_saves_and_the_same_command_continues(place, number):
+    name = f"stopped{int(number)}"
+    arguments = (
+        "train",
+        "run.yaml",
+        f"name={name}",
+        "parallel.local_ranks=2",
+        *SETTINGS,
+        "train.steps=4000",
+    )
+    process = start(*arguments, folder=place)
+    metrics = place / f"runs/{name}/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size > 0):
+        time.sleep(0.2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, out + err
+    status = json.loads((place / f"runs/{name}/status.json").read_text())
+    assert status["state"] == "stopped"
+    stopped_at = status["step"]
+    out = run(*arguments[:-1], f"train.steps={stopped_at + 2}", folder=place)
+    assert f"step {stopped_at + 1}/{stopped_at + 2}" in out
+    assert "finished" in out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "message"),
+    [
+        (["data.sources=[{path: nowhere}]"], 3, "data prepare"),
+        (["train.sequence_length=16"], 3, "rows of 32 tokens"),
+        (["model.vocab_size=400"], 3, "vocabulary of 300"),
+        (["model.hidden=3"], 2, "did you mean hidden_size"),
+        (["parallel.tensor=3"], 2, "parallel.tensor=3"),
+        (["name=first", "model.num_layers=3"], 2, "model.num_layers: 2 there, 3 asked"),
+        (["optimizer.learning_rate=1e30", "optimizer.clip_grad_norm=0"], 5, "not finite"),
+    ],
+    ids=["no-data", "length", "vocabulary", "unknown-key", "layout", "other-run", "nan"],
+)
+def test_bad_input_is_a_message_that_says_what_to_change(place, overrides, code, message):
+    out = run(
+        "train",
+        "run.yaml",
+        f"name=bad{code}{len(message)}",
+        *SETTINGS,
+        *overrides,
+        folder=place,
+        code=code,
+    )
+    assert message in out
+    assert "Traceback" not in out
+
+
+def test_a_missing_checkpoint_is_a_message(place):
+    assert "does not exist" in run("sample", "runs/none", folder=place, code=4)

@@ -1,0 +1,1 @@
+"""Tools of the developers: benchmarks and generated documentation."""
