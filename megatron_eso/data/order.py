@@ -80,9 +80,18 @@ class SampleOrder:
         Args:
             places: any places, any epochs.
         """
-        epochs, within = np.divmod(np.asarray(places, np.int64), self.num_samples)
-        if not self._shuffle:
+        places = np.asarray(places, np.int64)
+        epochs, within = np.divmod(places, self.num_samples)
+        if not self._shuffle or not len(places):
             return within
+        first, last = int(places.min()), int(places.max())
+        if first // self.num_samples == last // self.num_samples:  # a step, nearly always
+            epoch, offset = divmod(first, self.num_samples)
+            deal = self._deal(epoch)
+            group = int(deal.starts.searchsorted(offset, side="right")) - 1
+            if group == len(deal.starts) - 1 or last % self.num_samples < deal.starts[group + 1]:
+                chosen = within - deal.starts[group]
+                return self._group(epoch, group)[chosen].astype(np.int64)
         samples = np.empty_like(within)
         for epoch in np.unique(epochs):
             deal = self._deal(int(epoch))

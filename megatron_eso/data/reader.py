@@ -149,6 +149,8 @@ class RowReader:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         places = step * self._batch_rows + np.array(rows, np.int64)
         sources, in_source = self._mixture.split(places)
+        if len(self._orders) == 1:
+            return sources, self._orders[0].samples_at(in_source)
         samples = np.empty_like(places)
         for number, order in enumerate(self._orders):
             chosen = sources == number

@@ -74,15 +74,19 @@ class ShardedRows:
         """
         rows = np.empty((len(samples), self.manifest.row_tokens), self._dtype)
         shards = np.searchsorted(self._starts, samples, side="right") - 1
-        offsets = (samples - self._starts[shards]) * self._row_bytes
-        opened, current = None, -1
-        for place in np.argsort(shards, kind="stable").tolist():  # each shard is opened once
-            if opened is None or shards[place] != current:
-                current = int(shards[place])
-                opened = self._shard(current)
-            offset = opened.first_byte + int(offsets[place])
-            if os.preadv(opened.descriptor, [rows[place].data], offset) != self._row_bytes:
-                where = self.name_of(current)
+        row_bytes = self._row_bytes
+        offsets = (samples - self._starts[shards]) * row_bytes
+        places = np.argsort(shards, kind="stable")  # each shard is opened once
+        current, opened = -1, None
+        plan = zip(places.tolist(), shards[places].tolist(), offsets[places].tolist(), strict=True)
+        for place, shard, offset in plan:
+            if opened is None or shard != current:
+                current, opened = shard, self._shard(shard)
+            if (
+                os.preadv(opened.descriptor, (rows[place],), opened.first_byte + offset)
+                != row_bytes
+            ):
+                where = self.name_of(shard)
                 raise DataError(f"shard {where} was cut short while it was being read")
         return rows
 

@@ -1,0 +1,194 @@
+"""Speed of the data layer, as ratios measured side by side in one run: ``python -m tools.bench_data``.
+
+Reading: rows in shuffled order through our reader without worker threads, np.memmap over one flat file
+of the same tokens in the same order, and streaming's own StreamingDataset. Preparing: `data prepare`
+against the tokenizer alone on as many processes. Order: time and memory until the first row of a
+resumed run of 10 and 50 million samples. Rounds alternate, the best of each counts.
+"""
+
+import json
+import multiprocessing
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from megatron_eso.config.schema import DataConfig, DataSourceConfig
+from megatron_eso.data import streaming_shim
+from megatron_eso.data.manifest import Manifest, sha256_of
+from megatron_eso.data.order import SampleOrder
+from megatron_eso.data.partition import PrepareOptions
+from megatron_eso.data.prepare import prepare
+from megatron_eso.data.reader import RowReader
+from megatron_eso.data.sources import STDLIB, find_files
+from megatron_eso.data.tokenizer import Tokenizer
+
+LENGTH, BATCH, NUM_ROWS, ROUNDS = 2048, 8, 24_000, 3
+VOCAB_SIZE = 32768
+SAMPLES_OF_A_SHARD = 16384
+
+
+def main() -> None:
+    """Run the three benchmarks and print their ratios."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench_reading(Path(folder))
+        bench_preparing(Path(folder))
+    for num_samples in (10_000_000, 50_000_000):
+        command = [sys.executable, "-m", "tools.bench_data", str(num_samples)]
+        print(subprocess.run(command, check=True, capture_output=True, text=True).stdout, end="")
+
+
+def bench_reading(folder: Path) -> None:
+    """Print million tokens per second of the three readers."""
+    split, flat = write_rows(folder)
+    data = DataConfig(sources=[DataSourceConfig(str(split))], num_workers=0)
+    reader = RowReader(
+        data, sequence_length=LENGTH, vocab_size=VOCAB_SIZE, global_batch_rows=BATCH, seed=1
+    )
+    steps = NUM_ROWS // BATCH
+    order = [
+        [sample for _, sample in reader.samples_of(step, range(BATCH))] for step in range(steps)
+    ]
+    mapped = np.memmap(flat, np.uint16, mode="r").reshape(-1, LENGTH + 1)
+
+    def ours() -> None:
+        for step in range(steps):
+            reader.read(step, range(BATCH))
+
+    def memmap() -> None:
+        for samples in order:
+            mapped[samples].astype(np.int64)
+
+    speeds = best_of({"our reader": ours, "np.memmap": memmap}, NUM_ROWS * (LENGTH + 1))
+    speeds["StreamingDataset"] = streaming_speed(split)
+    for name, speed in speeds.items():
+        print(f"reading, {name}: {speed / 1e6:.1f} M tokens/s")
+    print(f"reading, ours / np.memmap: {speeds['our reader'] / speeds['np.memmap']:.2f} (aim 0.5)")
+    ratio = speeds["our reader"] / speeds["StreamingDataset"]
+    print(f"reading, ours / StreamingDataset: {ratio:.1f} (aim 10)")
+
+
+def bench_preparing(folder: Path) -> None:
+    """Print tokens per second of `data prepare` and of the tokenizer alone."""
+    prepare([STDLIB], folder / "small", PrepareOptions(256, 4096))
+    tokenizer = folder / "small" / "tokenizer.json"
+    texts = [Path(piece.path).read_text(errors="replace") for piece in find_files([STDLIB])] * 2
+    lines = folder / "texts.jsonl"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    processes = multiprocessing.cpu_count()
+
+    def ours() -> None:
+        shutil.rmtree(folder / "set", ignore_errors=True)
+        options = PrepareOptions(256, 4096, validation_fraction=0.01)
+        prepare([str(lines)], folder / "set", options, tokenizer=str(tokenizer))
+
+    def alone() -> None:
+        parts = [texts[number::processes] for number in range(processes)]
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            pool.starmap(tokenize, [(str(tokenizer), part) for part in parts])
+
+    num_tokens = 2 * sum(manifest_tokens(folder / "small"))
+    speeds = best_of({"data prepare": ours, "tokenizer alone": alone}, num_tokens)
+    for name, speed in speeds.items():
+        print(f"preparing, {name}, {processes} processes: {speed / 1e6:.2f} M tokens/s")
+    ratio = speeds["data prepare"] / speeds["tokenizer alone"]
+    print(f"preparing, data prepare / tokenizer alone: {ratio:.2f} (aim 0.9)")
+
+
+def bench_order(num_samples: int) -> None:
+    """Print the time to the first rows of a resumed run and the process's memory."""
+    begin = time.perf_counter()
+    shards = num_samples // SAMPLES_OF_A_SHARD
+    order = SampleOrder([SAMPLES_OF_A_SHARD] * shards, seed=1)
+    order.samples_at(np.arange(num_samples // 2, num_samples // 2 + 32))
+    seconds = time.perf_counter() - begin
+    for place in range(0, 8 << 20, 1 << 18):
+        order.samples_at(np.arange(place, place + 32))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(
+        f"order of {num_samples / 1e6:.0f} M samples: resumed in {seconds:.2f} s (aim 1), "
+        f"{memory:.0f} MiB in the process (aim 200)"
+    )
+
+
+def best_of(rounds: dict[str, Callable[[], None]], num_tokens: int) -> dict[str, float]:
+    """Return the best tokens per second of each, alternating between them."""
+    best = dict.fromkeys(rounds, float("inf"))
+    for _ in range(ROUNDS):
+        for name, run in rounds.items():
+            begin = time.perf_counter()
+            run()
+            best[name] = min(best[name], time.perf_counter() - begin)
+    return {name: num_tokens / seconds for name, seconds in best.items()}
+
+
+def write_rows(folder: Path) -> tuple[Path, Path]:
+    """Write random tokens as a split and as one flat file."""
+    split, flat = folder / "train", folder / "flat.bin"
+    random = np.random.default_rng(0)
+    with (
+        flat.open("wb") as file,
+        streaming_shim.mds_writer(
+            split, dtype="uint16", row_tokens=LENGTH + 1, shard_bytes=64 << 20, zstd=False
+        ) as writer,
+    ):
+        for _ in range(NUM_ROWS):
+            row = random.integers(0, VOCAB_SIZE - 1, LENGTH + 1).astype(np.uint16)
+            file.write(row.tobytes())
+            writer.write({"tokens": row})
+    num_shards = len(list(split.glob("*.mds")))
+    Manifest(
+        "train", "tokenizer.json", "", VOCAB_SIZE, LENGTH, "uint16", "packed", 0, NUM_ROWS,
+        NUM_ROWS * LENGTH, NUM_ROWS, 1, 0, num_shards, sha256_of(split / "index.json"),
+    ).save(split)  # fmt: skip
+    return split, flat
+
+
+STREAMING = """
+import sys, time
+from megatron_eso.data import streaming_shim
+dataset = streaming_shim.load("dataset").StreamingDataset(
+    local=sys.argv[1], shuffle=True, batch_size=8, num_canonical_nodes=1)
+rows, begin = 0, time.perf_counter()
+for sample in dataset:
+    rows += len(sample["tokens"])
+    if time.perf_counter() - begin > 4:
+        break
+print(rows / (time.perf_counter() - begin))
+"""
+
+
+def streaming_speed(split: Path) -> float:
+    """Return tokens per second of streaming's own iteration, in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-c", STREAMING, str(split)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(output.split()[-1])
+
+
+def tokenize(path: str, texts: list[str]) -> int:
+    """Return the number of tokens of some texts (the work of one process of the comparison)."""
+    import os
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = Tokenizer(Path(path))
+    return sum(len(tokens) for text in texts for tokens in tokenizer.encode_pieces([text]))
+
+
+def manifest_tokens(folder: Path) -> list[int]:
+    """Return the tokens of the splits of a prepared folder."""
+    manifests = [json.loads((folder / split / "manifest.json").read_text())
+                 for split in ("train", "validation")]  # fmt: skip
+    return [manifest["num_tokens"] for manifest in manifests]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        bench_order(int(sys.argv[1]))
+    else:
+        main()
