@@ -1,0 +1,58 @@
+"""``megatron-eso submit``: hand a run to Slurm."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(help="Run configuration (YAML)")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, cluster.key=value ...")
+    ] = None,
+    cluster: Annotated[str, typer.Option(help="Profile in configs/cluster, or a file")] = "generic",
+    nodes: Annotated[int | None, typer.Option(help="Nodes that train [cluster.nodes]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script only")] = False,
+    test_only: Annotated[
+        bool, typer.Option("--test-only", help="Ask Slurm whether and when it could start")
+    ] = False,
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="One array task: 'key=value key=value'; repeat")
+    ] = None,
+    throttle: Annotated[int, typer.Option(help="Array tasks at a time; 0: no limit")] = 0,
+) -> None:
+    """Submit a run to Slurm; submitting the same run again continues it.
+
+    The job saves before its time limit and requeues itself until the run has finished.
+
+    Examples:
+        megatron-eso submit RUN.yaml --cluster gcp-a3-mega --nodes 4
+        megatron-eso submit RUN.yaml --cluster local --dry-run
+        megatron-eso submit RUN.yaml cluster.time_limit=4:00:00 train.steps=1000
+        megatron-eso submit RUN.yaml --sweep train.seed=1 --sweep train.seed=2 --throttle 1
+    """
+    import shlex
+
+    from megatron_eso.launch import submit as launcher
+    from megatron_eso.launch.profile import load_profile
+
+    given = overrides or []
+    own = [o.removeprefix("cluster.") for o in given if o.startswith("cluster.")]
+    own += [f"nodes={nodes}"] if nodes else []
+    rest = [o for o in given if not o.startswith("cluster.")]
+    tasks = [shlex.split(task) for task in sweep] if sweep else None
+    plan = launcher.prepare(config, rest, load_profile(cluster, own), tasks)
+    if dry_run:
+        typer.echo(plan.script)
+        return
+    if test_only:
+        typer.echo(launcher.test_only(plan))
+        return
+    job = launcher.submit(plan, throttle=throttle)
+    typer.echo(f"job {job} submitted; run folder {plan.job.run}")
+    folder = shlex.quote(str(plan.job.run))
+    typer.echo(f"next: megatron-eso status {folder}   |   megatron-eso logs -f {folder}")

@@ -1,0 +1,197 @@
+"""The decisions of a job, called by the batch script: ``python -m megatron_eso.launch.attempt VERB``.
+
+begin    is there anything to do? take the lease, note nodes that went down    -> go | done
+choose   which healthy nodes train                       -> run NODES | requeue NODES | hold NODES
+launching, chained   notes
+end      what now?                               -> done | leave | requeue [NODES] | hold [NODES]
+
+Answers go to stdout, explanations to stderr, that is to the job's log. Standard library only.
+"""
+
+import argparse
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_eso.launch import lease
+from megatron_eso.launch.records import Records, read_json, write_json
+
+_DOWN = ("down", "drain", "fail", "error", "unknown", "power")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended."""
+
+    status: dict
+    """status.json if this attempt wrote it, else empty."""
+    has_progress: bool
+    """A newer checkpoint than at the attempt's start is committed."""
+    is_term: bool
+    """Slurm sent TERM to the batch script."""
+    is_usr1: bool
+    """The walltime signal (or `cancel --after-checkpoint`) came."""
+    is_stop_asked: bool
+    """The user asked for no further attempt."""
+    num_without_progress: int
+    """Attempts in a row without progress before this one."""
+
+
+def decide(ending: Ending, max_attempts: int) -> tuple[str, int, str]:
+    """Return what to do, the new count of attempts without progress, and why.
+
+    srun's exit code takes no part: it is the largest of the ranks', and 143 hides the first failure.
+    """
+    state = ending.status.get("state", "")
+    count = 0 if ending.has_progress else ending.num_without_progress
+    if state == "finished":
+        return "done", 0, "the run has finished"
+    if ending.is_term:
+        return "leave", count, "Slurm ended the job (cancelled, preempted, time limit or node failure)"
+    if ending.is_stop_asked:
+        return "done", count, "stopped as asked by `megatron-eso cancel`"
+    is_preempted = state == "stopped" and not ending.is_usr1
+    if not ending.has_progress and not is_preempted:
+        count += 1
+    why = _reason(ending, state)
+    if count >= max_attempts:
+        return "hold", count, f"{count} attempts in a row without a new checkpoint; the last: {why}"
+    return "requeue", count, why
+
+
+def _reason(ending: Ending, state: str) -> str:
+    if state == "stopped":
+        return f"stopped by {ending.status.get('reason') or 'a signal'} with a checkpoint"
+    if state == "failed":
+        return f"training failed: {ending.status.get('reason', 'no reason given')}"
+    if ending.is_usr1:
+        return "the walltime signal came before the ranks could save"
+    return "the ranks ended without a word (crash, out of memory, or a lost node)"
+
+
+def begin(records: Records, attempt: str, nodes: list[str]) -> str:
+    """Return ``go``, or ``done`` if the run has finished; see the module's text."""
+    status = records.status()
+    if status.get("state") == "finished":
+        print("the run has finished already", file=sys.stderr)
+        return "done"
+    lease.acquire(records.run / "checkpoints", attempt)
+    (records.folder / "held.json").unlink(missing_ok=True)
+    before = [e for e in records.events() if e["event"] == "begin"]
+    open_nodes = set(before[-1]["nodes"]) if before and not _has_ended(records) else set()
+    lost = {n: why for n, why in node_troubles().items() if n in open_nodes}
+    records.add_bad_nodes(lost, records.state().get("bad_node_hours", 24.0))
+    for node, why in lost.items():
+        print(f"bad node {node}: {why}", file=sys.stderr)
+    step = records.checkpoint_step()
+    records.set_state(status_before=status.get("updated"), step_before=step)
+    records.add_event(attempt, "begin", nodes=nodes, step=step)
+    return "go"
+
+
+def choose(records: Records, attempt: str, nodes: list[str], need: int, checked: bool) -> str:
+    """Return the nodes that train, in Slurm's order, or what to do if too few are healthy."""
+    sick: dict[str, str] = {}
+    if checked:
+        for node in nodes:
+            report = read_json(records.folder / "health" / attempt / f"{node}.json")
+            problems = report.get("problems", ["gave no answer to the health check"])
+            if problems:
+                sick[node] = "; ".join(problems)
+                print(f"bad node {node}: {sick[node]}", file=sys.stderr)
+    state = records.state()
+    records.add_bad_nodes(sick, state.get("bad_node_hours", 24.0))
+    listed = records.bad_nodes()
+    # Nodes of the list that pass today are a last resort, not a reason to wait.
+    good = [n for n in nodes if n not in listed] + [n for n in nodes if n in listed and n not in sick]
+    if len(good) >= need:
+        taken = set(good[:need])
+        return "run " + ",".join(n for n in nodes if n in taken)
+    count = state.get("without_progress", 0) + 1
+    records.set_state(without_progress=count)
+    verb = "hold" if count >= state.get("max_attempts", 3) else "requeue"
+    why = f"{len(good)} of {len(nodes)} nodes are healthy, {need} are needed: {sick}"
+    _note(records, attempt, verb, why)
+    return f"{verb} {','.join(sorted(listed))}"
+
+
+def end(records: Records, attempt: str, options: argparse.Namespace) -> str:
+    """Return what the batch script does now."""
+    state, status = records.state(), records.status()
+    troubles = {n: w for n, w in node_troubles().items() if n in options.nodes.split(",")}
+    reported = read_json(records.folder / "node_faults.json")
+    records.add_bad_nodes({**troubles, **reported}, options.bad_node_hours)
+    (records.folder / "node_faults.json").unlink(missing_ok=True)
+    ending = Ending(
+        status=status if status.get("updated") != state.get("status_before") else {},
+        has_progress=records.checkpoint_step() > state.get("step_before", -1),
+        is_term=bool(options.term),
+        is_usr1=bool(options.usr1),
+        is_stop_asked=(records.folder / "stop").exists(),
+        num_without_progress=state.get("without_progress", 0),
+    )
+    verb, count, why = decide(ending, options.max_attempts)
+    records.set_state(without_progress=count)
+    _note(records, attempt, verb, why, code=options.code)
+    if verb == "done" and ending.is_stop_asked:
+        lease.release(records.run / "checkpoints", attempt)
+    bad = ",".join(sorted(records.bad_nodes())) if verb in ("requeue", "hold") else ""
+    return f"{verb} {bad}".strip()
+
+
+def node_troubles() -> dict[str, str]:
+    """Return the nodes that Slurm calls down or drained, with its reason."""
+    done = subprocess.run(["sinfo", "-hN", "-o", "%N|%T|%E"], capture_output=True, text=True)
+    found = {}
+    for line in done.stdout.splitlines():
+        node, state, reason = line.split("|", 2)
+        if state.startswith(_DOWN) or state.endswith("*"):
+            found[node] = f"Slurm says {state} ({reason})"
+    return found
+
+
+def _has_ended(records: Records) -> bool:
+    events = [e["event"] for e in records.events() if e["event"] in ("begin", "end")]
+    return bool(events) and events[-1] == "end"
+
+
+def _note(records: Records, attempt: str, verb: str, why: str, **facts: object) -> None:
+    print(f"{verb}: {why}", file=sys.stderr)
+    records.add_event(
+        attempt, "end", decision=verb, why=why, step=records.checkpoint_step(), **facts
+    )
+    if verb == "hold":
+        write_json(records.folder / "held.json", {"attempt": attempt, "why": why})
+
+
+def main() -> None:
+    """Run one verb of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("verb", choices=("begin", "choose", "launching", "chained", "end"))
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--attempt", required=True)
+    parser.add_argument("--nodes", default="")
+    parser.add_argument("--job", default="")
+    for name in ("need", "checked", "code", "term", "usr1", "max-attempts"):
+        parser.add_argument(f"--{name}", type=int, default=0)
+    parser.add_argument("--bad-node-hours", type=float, default=24.0)
+    options = parser.parse_args()
+    records, nodes = Records(options.run), options.nodes.split(",")
+    if options.verb == "begin":
+        print(begin(records, options.attempt, nodes))
+    elif options.verb == "choose":
+        print(choose(records, options.attempt, nodes, options.need, bool(options.checked)))
+    elif options.verb == "launching":
+        records.add_event(options.attempt, "launching", nodes=nodes)
+    elif options.verb == "chained":
+        write_json(
+            records.folder / "job.json",
+            {**read_json(records.folder / "job.json"), "job": options.job},
+        )
+    else:
+        print(end(records, options.attempt, options))
+
+
+if __name__ == "__main__":
+    main()

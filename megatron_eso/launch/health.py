@@ -1,0 +1,79 @@
+"""Is this node fit to train? One process per node, before step 0; writes RUN/slurm/health/ATTEMPT/NODE.json.
+
+Looked at: device files, a file written to the run folder and read back, the clock, a command of the
+site. Standard library only, as the node's own Python runs it. A node that writes nothing counts as sick.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+from megatron_eso.launch.records import write_json
+
+
+def problems(
+    folder: Path, node: str, *, num_devices: int, device_folder: Path, command: str, max_skew: float
+) -> list[str]:
+    """Return what is wrong with this node; empty if it is fit.
+
+    Args:
+        folder: folder on the shared file system to write a probe into.
+        node: name of the node.
+        num_devices: nvidiaN files that must exist in ``device_folder``; 0: do not look.
+        device_folder: where the device files are.
+        command: command of the site for bash; empty: none.
+        max_skew: largest difference, in seconds, to the file system's clock.
+    """
+    found = []
+    if num_devices:
+        devices = [p for p in device_folder.glob("nvidia*") if p.name[6:].isdigit()]
+        if len(devices) < num_devices:
+            found.append(f"{len(devices)} of {num_devices} GPUs in {device_folder}")
+    probe, content = folder / f"{node}.probe", os.urandom(1 << 16)
+    try:
+        probe.write_bytes(content)
+        if probe.read_bytes() != content:
+            found.append(f"{folder} gives back other bytes than were written")
+        skew = abs(probe.stat().st_mtime - time.time())
+        if skew > max_skew:
+            found.append(f"clock is {skew:.0f} s off the file system's")
+        probe.unlink()
+    except OSError as error:
+        found.append(f"cannot write to {folder}: {error.strerror}")
+    if command:
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stderr or done.stdout).strip().splitlines()
+            found.append(f"health.command exited {done.returncode}" + f": {said[-1]}" * bool(said))
+    return found
+
+
+def main() -> None:
+    """Check this node and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--attempt", required=True)
+    parser.add_argument("--num-devices", type=int, default=0)
+    parser.add_argument("--device-folder", type=Path, default=Path("/dev"))
+    parser.add_argument("--command", default="")
+    parser.add_argument("--max-skew", type=float, default=30.0)
+    options = parser.parse_args()
+    node = os.environ.get("SLURMD_NODENAME") or platform.node()
+    folder = options.run / "slurm" / "health" / options.attempt
+    folder.mkdir(parents=True, exist_ok=True)
+    found = problems(
+        folder,
+        node,
+        num_devices=options.num_devices,
+        device_folder=options.device_folder,
+        command=options.command,
+        max_skew=options.max_skew,
+    )
+    write_json(folder / f"{node}.json", {"problems": found})
+
+
+if __name__ == "__main__":
+    main()

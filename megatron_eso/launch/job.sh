@@ -1,0 +1,101 @@
+# ----- below this line every job is the same text: megatron_eso/launch/job.sh -----
+# No `set -e`: the script must live to decide about the requeue.
+set -uo pipefail
+ATTEMPT="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+export MEGATRON_ESO_ATTEMPT="$ATTEMPT" PYTHONPATH="$CODE" PYTHONSAFEPATH=1
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+say() { echo "[job $ATTEMPT $(date +%H:%M:%S)] $*"; }
+helper() { "$HOST_PYTHON" -m megatron_eso.launch.attempt "$@" --run "$RUN" --attempt "$ATTEMPT"; }
+
+# TERM to this script means that Slurm has decided (scancel, limit, preemption's end, node failure):
+# requeueing here would bring a cancelled job back. In a preemption's grace only the ranks get TERM.
+# USR1 comes before the time limit and goes on to srun. Never send srun TERM: it kills the ranks at once.
+term=0 usr1=0 srun_pid=
+trap 'term=1; say "TERM: the rest is up to Slurm"' TERM
+trap 'usr1=1; say "USR1: save and stop"; [ -n "$srun_pid" ] && kill -USR1 "$srun_pid"' USR1
+
+requeue() { # $1: requeue or requeuehold; $2: nodes to exclude
+    trap '' TERM # the children ignore it too: Slurm ends this script while they run
+    if [ "$REQUEUE" = chain ] && [ "$1" = requeue ]; then
+        successor=$(sbatch --parsable --dependency="afterany:$SLURM_JOB_ID" --chdir="$RUN" \
+            ${2:+--exclude="$2"} "$RUN/slurm/job.sbatch") || { say "sbatch refused the successor"; exit 1; }
+        helper chained --job "$successor"
+        say "successor: job $successor"
+        exit 0
+    fi
+    [ "$REQUEUE" = requeue ] || { say "no requeue on this cluster; submit again to continue"; exit 1; }
+    scontrol "$1" "$SLURM_JOB_ID" || { say "Slurm refused to requeue; submit again to continue"; exit 1; }
+    [ -z "${2:-}" ] || scontrol update jobid="$SLURM_JOB_ID" excnodelist="$2"
+    sleep 300 & # Slurm ends this script now
+    wait $!
+    exit 1
+}
+act() { # a decision of the helper: done | leave | requeue [NODES] | hold [NODES]
+    say "decision: $*"
+    case ${1:-} in
+    done) exit 0 ;;
+    requeue) requeue requeue "${2:-}" ;;
+    hold) requeue requeuehold "${2:-}" ;;
+    *) exit 1 ;;
+    esac
+}
+
+cd "$SUBMIT_FOLDER" || { say "the node cannot see $SUBMIT_FOLDER"; exit 1; }
+mapfile -t hosts < <(if [ -n "${SLURM_HOSTFILE:-}" ]; then sort -u "$SLURM_HOSTFILE"; else scontrol show hostnames "$SLURM_JOB_NODELIST"; fi)
+all_hosts=$(IFS=,; echo "${hosts[*]}")
+say "nodes $all_hosts"
+begun=$(helper begin --nodes "$all_hosts") || { say "cannot begin"; exit 1; }
+[ "$begun" = go ] || act "$begun"
+
+chosen=$all_hosts
+if [ "$HEALTH" = 1 ]; then
+    timeout --kill-after=10 "$HEALTH_TIMEOUT" srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" \
+        --ntasks-per-node=1 --kill-on-bad-exit=0 \
+        "$HOST_PYTHON" -m megatron_eso.launch.health --run "$RUN" --attempt "$ATTEMPT" "${HEALTH_ARGUMENTS[@]}"
+fi
+choice=$(helper choose --nodes "$all_hosts" --need "$TRAIN_NODES" --checked "$HEALTH") || { say "cannot choose nodes"; exit 1; }
+read -r verb chosen <<<"$choice"
+# shellcheck disable=SC2086
+[ "$verb" = run ] || { [ "$term" = 1 ] && exit 1; act $choice; }
+
+rank_0_host=${chosen%%,*}
+MASTER_ADDR=$rank_0_host # a name that does not resolve: the address that Slurm knows
+getent hosts "$MASTER_ADDR" >/dev/null ||
+    MASTER_ADDR=$(scontrol show node -o "$rank_0_host" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+export MASTER_ADDR MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000))
+set_network
+set_container
+
+# One rank. Exit code 75 (stopped with a checkpoint) becomes 0: srun would take it for a failure and
+# kill the ranks that are still saving.
+# shellcheck disable=SC2016
+rank_script='
+export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+[ -z "${RANK_LIBRARY_PATH:-}" ] || export LD_LIBRARY_PATH=$RANK_LIBRARY_PATH${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+"$@" & pid=$!
+trap "kill -TERM $pid" TERM; trap "kill -USR1 $pid" USR1; trap "kill -INT $pid" INT
+if [ "${POLL_METADATA:-0}" = 1 ] && [ "$LOCAL_RANK" = 0 ]; then
+    "$RANK_PYTHON" -m megatron_eso.launch.metadata --pid "$pid" &
+fi
+while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done
+wait "$pid"; code=$?
+[ "$code" = 75 ] && code=0
+exit "$code"'
+export POLL_METADATA RANK_PYTHON="$PYTHON"
+code=1
+if [ "$usr1" = 0 ] && [ "$term" = 0 ]; then
+    helper launching --nodes "$chosen"
+    srun --nodes="$TRAIN_NODES" --ntasks="$((TRAIN_NODES * TASKS_PER_NODE))" --ntasks-per-node="$TASKS_PER_NODE" \
+        --nodelist="$chosen" --kill-on-bad-exit=1 --wait=120 \
+        "${SRUN_ARGUMENTS[@]}" "${CONTAINER[@]}" bash -c "$rank_script" rank "${TRAIN[@]}" &
+    srun_pid=$!
+    while kill -0 "$srun_pid" 2>/dev/null; do wait "$srun_pid"; done # a trapped signal ends `wait` early
+    wait "$srun_pid"
+    code=$?
+    for _ in 1 2 3; do sleep 1; done # a TERM that is on its way shall arrive
+fi
+say "ranks ended, srun's code $code"
+decision=$(helper end --nodes "$chosen" --code "$code" --term "$term" --usr1 "$usr1" \
+    --max-attempts "$MAX_ATTEMPTS" --bad-node-hours "$BAD_NODE_HOURS") || decision=leave
+# shellcheck disable=SC2086
+act $decision

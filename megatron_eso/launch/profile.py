@@ -1,0 +1,180 @@
+"""A cluster in one YAML file: partition, nodes, limits, network, container, and how to survive.
+
+``configs/cluster/NAME.yaml`` holds a profile; ``--cluster`` takes a name or a path, and
+``cluster.key=value`` overrides on the command line.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_eso.config.load import load_config
+from megatron_eso.errors import ClusterError
+
+PROFILES = Path(__file__).parents[2] / "configs" / "cluster"
+
+
+@dataclass(frozen=True)
+class ContainerConfig:
+    """The container the ranks run in."""
+
+    runtime: Literal["none", "pyxis", "apptainer"] = "none"
+    """none: the host's Python; pyxis: srun's --container options (enroot); apptainer: exec."""
+    image: str = ""
+    """A .sqsh file on the shared file system (pyxis), or a .sif file (apptainer)."""
+    mounts: list[str] = field(default_factory=list)
+    """host:container pairs; the run folder, the submit folder and the network plugin are added."""
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """What every node must pass before step 0."""
+
+    enabled: bool = True
+    """Check every node at the start of each attempt; a sick one is remembered and excluded."""
+    num_devices: int = 0
+    """/dev/nvidiaN files a node must have; 0: do not look."""
+    device_folder: str = "/dev"
+    """Where the device files are."""
+    command: str = ""
+    """A command of the site, run by bash on each node; a non-zero exit means sick."""
+    max_clock_skew_seconds: float = 30.0
+    """Largest difference between a node's clock and the shared file system's; above it, sick."""
+    timeout_seconds: int = 120
+    """Limit for the check of all nodes; a node that has not answered by then is sick."""
+
+
+@dataclass(frozen=True)
+class SurvivalConfig:
+    """What the job does about walltime, preemption and failures."""
+
+    requeue: Literal["requeue", "chain", "never"] = "requeue"
+    """requeue: `scontrol requeue`; chain: submit a successor (where the site forbids requeue); never."""
+    signal_seconds: int = 600
+    """Time before the limit at which the job is told to save (Slurm may be up to 60 s early)."""
+    max_attempts_without_progress: int = 3
+    """After so many attempts in a row without a newer checkpoint the job is held."""
+    bad_node_hours: float = 24.0
+    """How long a node stays on the run's bad-node list."""
+    spare_nodes: int = 0
+    """Nodes to allocate beyond those that train; used where a health check fails."""
+    poll_metadata: bool = False
+    """Ask the cloud's metadata server for spot preemption and maintenance; no signal tells the job."""
+
+
+@dataclass(frozen=True)
+class ClusterProfile:
+    """Everything `submit` must know about a cluster."""
+
+    name: str = "cluster"
+    """Name of the profile."""
+    partition: str = ""
+    """Partition; empty: Slurm's default."""
+    account: str = ""
+    """Account to charge; empty: the user's default."""
+    qos: str = ""
+    """Quality of service; empty: default."""
+    nodes: int = 1
+    """Nodes that train."""
+    tasks_per_node: int = 1
+    """Ranks of a node; one per GPU."""
+    gpus_per_node: int = 0
+    """GPUs of a node to ask for; 0: none."""
+    gpu_type: str = ""
+    """Type in --gpus-per-node=TYPE:N; empty: any."""
+    cpus_per_task: int = 1
+    """CPUs of a rank."""
+    memory: str = "0"
+    """--mem of a node; 0: all of it."""
+    exclusive: bool = True
+    """Take whole nodes."""
+    time_limit: str = "1-00:00:00"
+    """Walltime of one attempt: minutes, [D-]HH:MM:SS or D-HH."""
+    switches: str = ""
+    """--switches value (count[@max-wait]) to ask for nearby nodes; empty: none."""
+    directives: list[str] = field(default_factory=list)
+    """Further sbatch options, each written as `--name=value`."""
+    srun_arguments: list[str] = field(default_factory=list)
+    """Further srun options."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the job."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines of the site, run as they are before training (module load, source venv)."""
+    python: str = "python3"
+    """Python of the ranks (inside the container, if there is one)."""
+    host_python: str = "python3"
+    """Python 3.11+ of the batch script's helpers on the nodes; standard library only."""
+    network: Literal["plain", "tcpx", "tcpxo", "gib"] = "plain"
+    """plain: NCCL as it is; tcpx: A3 High; tcpxo: A3 Mega; gib: A3 Ultra."""
+    shared_folders: list[str] = field(default_factory=list)
+    """Folders that login and compute nodes share; runs elsewhere are refused. Empty: not checked."""
+    boot_minutes: int = 0
+    """Time that a dynamic node may take to boot; `status` is not alarmed before."""
+    container: ContainerConfig = field(default_factory=ContainerConfig)
+    """Container runtime and image."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """Node checks."""
+    survival: SurvivalConfig = field(default_factory=SurvivalConfig)
+    """Requeue policy."""
+
+
+def load_profile(name: str, overrides: list[str] | None = None) -> ClusterProfile:
+    """Return the profile of a name in configs/cluster or of a YAML file.
+
+    Raises:
+        ClusterError: if there is no such profile, or its values cannot work.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
+        raise ClusterError(f"--cluster {name}: no file {path}; known profiles: {known}")
+    profile = load_config(path, overrides, ClusterProfile)
+    problems = list(_problems(profile))
+    if problems:
+        raise ClusterError(f"cluster profile {path.name}:\n  - " + "\n  - ".join(problems))
+    return profile
+
+
+def minutes_of(limit: str) -> float:
+    """Return a Slurm time limit in minutes: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
+
+    Raises:
+        ClusterError: if it is none of these.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if not match:
+        raise ClusterError(f"time_limit={limit} is no Slurm time; write minutes, H:M:S or D-H:M:S")
+    days, *rest = match.groups()
+    first, second, third = (int(x) if x else 0 for x in rest)
+    if days is not None:
+        return int(days) * 1440 + first * 60 + second + third / 60
+    if rest[2] is not None:
+        return first * 60 + second + third / 60
+    return first + second / 60
+
+
+def _problems(profile: ClusterProfile):
+    survival = profile.survival
+    for name in ("nodes", "tasks_per_node", "cpus_per_task"):
+        if getattr(profile, name) < 1:
+            yield f"{name}={getattr(profile, name)} must be at least 1"
+    if survival.spare_nodes < 0 or profile.gpus_per_node < 0:
+        yield "spare_nodes and gpus_per_node must not be negative"
+    if profile.container.runtime != "none" and not profile.container.image:
+        yield f"container.runtime={profile.container.runtime} needs container.image"
+    limit = minutes_of(profile.time_limit)
+    if limit * 60 <= survival.signal_seconds + 120:
+        yield (
+            f"time_limit={profile.time_limit} ({limit:g} min) leaves no time to train before "
+            f"survival.signal_seconds={survival.signal_seconds}; use a longer limit"
+        )
+    for option in (*profile.directives, *profile.srun_arguments):
+        if not re.fullmatch(r"--?[A-Za-z][\w-]*(=[^\x00-\x1f\x7f]*)?", option):
+            yield f"option {option!r} must be of the form --name=value, on one line"
+    for name in ("partition", "account", "qos", "gpu_type", "memory", "switches"):
+        if not re.fullmatch(r"[\w.,:@+/-]*", getattr(profile, name)):
+            yield f"{name}={getattr(profile, name)!r} has characters that Slurm names do not have"
+    for key in profile.environment:
+        if not re.fullmatch(r"[A-Za-z_]\w*", key):
+            yield f"environment: {key!r} is no variable name"

