@@ -17,6 +17,12 @@ from megatron_eso.errors import UserError
 COMMANDS = {
     "data": ("data", "Prepare, inspect and verify data sets."),
     "train": ("train", "Train a model from a run configuration."),
+    "submit": ("submit", "Submit a run to Slurm; it requeues itself until it is done."),
+    "status": ("status", "Where submitted runs are, and where their time went."),
+    "logs": ("logs", "The output of a submitted run."),
+    "cancel": ("cancel", "End the job of a run, at once or after a checkpoint."),
+    "requeue": ("requeue", "Let a held or failed job try again."),
+    "watch": ("watch", "Start requeued jobs without the credential wait."),
     "eval": ("evaluate", "Score held-out data: NELBO, likelihood bound, perplexity."),
     "sample": ("sample", "Generate text from a checkpoint."),
     "plan": ("plan", "Memory, speed, best layout, cost and goodput before booking a GPU."),

@@ -48,7 +48,11 @@ def decide(ending: Ending, max_attempts: int) -> tuple[str, int, str]:
     if state == "finished":
         return "done", 0, "the run has finished"
     if ending.is_term:
-        return "leave", count, "Slurm ended the job (cancelled, preempted, time limit or node failure)"
+        return (
+            "leave",
+            count,
+            "Slurm ended the job (cancelled, preempted, time limit or node failure)",
+        )
     if ending.is_stop_asked:
         return "done", count, "stopped as asked by `megatron-eso cancel`"
     is_preempted = state == "stopped" and not ending.is_usr1
@@ -104,7 +108,9 @@ def choose(records: Records, attempt: str, nodes: list[str], need: int, checked:
     records.add_bad_nodes(sick, state.get("bad_node_hours", 24.0))
     listed = records.bad_nodes()
     # Nodes of the list that pass today are a last resort, not a reason to wait.
-    good = [n for n in nodes if n not in listed] + [n for n in nodes if n in listed and n not in sick]
+    good = [n for n in nodes if n not in listed] + [
+        n for n in nodes if n in listed and n not in sick
+    ]
     if len(good) >= need:
         taken = set(good[:need])
         return "run " + ",".join(n for n in nodes if n in taken)

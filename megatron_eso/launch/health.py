@@ -1,4 +1,4 @@
-"""Is this node fit to train? One process per node, before step 0; writes RUN/slurm/health/ATTEMPT/NODE.json.
+"""Is this node fit to train? One process per node, before step 0, writes RUN/slurm/health.
 
 Looked at: device files, a file written to the run folder and read back, the clock, a command of the
 site. Standard library only, as the node's own Python runs it. A node that writes nothing counts as sick.

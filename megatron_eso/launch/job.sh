@@ -67,13 +67,15 @@ set_network
 set_container
 
 # One rank. Exit code 75 (stopped with a checkpoint) becomes 0: srun would take it for a failure and
-# kill the ranks that are still saving.
+# kill the ranks that are still saving. Signals are ignored until the trainer catches them (it would
+# die of them), and repeated, so that one that came too early is not lost.
 # shellcheck disable=SC2016
 rank_script='
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
 [ -z "${RANK_LIBRARY_PATH:-}" ] || export LD_LIBRARY_PATH=$RANK_LIBRARY_PATH${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
-"$@" & pid=$!
-trap "kill -TERM $pid" TERM; trap "kill -USR1 $pid" USR1; trap "kill -INT $pid" INT
+(trap "" TERM USR1; exec "$@") & pid=$!
+pass_on() { while kill -s "$1" "$pid" 2>/dev/null; do sleep 5; done & }
+trap "pass_on TERM" TERM; trap "pass_on USR1" USR1
 if [ "${POLL_METADATA:-0}" = 1 ] && [ "$LOCAL_RANK" = 0 ]; then
     "$RANK_PYTHON" -m megatron_eso.launch.metadata --pid "$pid" &
 fi

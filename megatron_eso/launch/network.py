@@ -1,3 +1,4 @@
+# ruff: noqa: E501 -- shell text whose lines cannot be broken
 """Shell text that sets up NCCL for a machine type.
 
 The plugins' own profiles are sourced, never copied: their tuning values change with the plugin and

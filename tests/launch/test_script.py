@@ -16,7 +16,16 @@ from megatron_eso.launch.script import Job, directives, job_name, render
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in PROFILES.glob("*.yaml"))
 JOB = Job("pretrain", Path("/shared/runs/pretrain"), Path("/shared/work"))
-HOSTILE = ["a b", "it's", 'say "hi"', "$(touch pwned)", "`touch pwned`", "a;touch pwned", "-x", "%j\\"]
+HOSTILE = [
+    "a b",
+    "it's",
+    'say "hi"',
+    "$(touch pwned)",
+    "`touch pwned`",
+    "a;touch pwned",
+    "-x",
+    "%j\\",
+]
 
 
 def shellcheck():

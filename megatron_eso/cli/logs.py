@@ -1,0 +1,30 @@
+"""``megatron-eso logs``: the output of a submitted run."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def logs(
+    run: Annotated[Path, typer.Argument(help="Run folder")],
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as it grows")] = False,
+    lines: Annotated[int, typer.Option("-n", help="Lines from the end")] = 50,
+) -> None:
+    """Print the newest job output of a run, all attempts in one file.
+
+    Examples:
+        megatron-eso logs runs/quickstart
+        megatron-eso logs -f runs/quickstart
+    """
+    from megatron_eso.errors import ClusterError
+
+    files = sorted(run.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise ClusterError(f"{run} has no slurm-JOB.out yet; `megatron-eso status {run}` says why")
+    tail = ["tail", f"--lines={lines}", *(["--follow"] if follow else []), "--", str(files[-1])]
+    os.execvp(tail[0], tail)

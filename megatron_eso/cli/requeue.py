@@ -1,0 +1,20 @@
+"""``megatron-eso requeue``: let a held or failed job try again."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def requeue(run: Annotated[Path, typer.Argument(help="Run folder")]) -> None:
+    """Release the held job of a run, or requeue a failed one; failures are forgotten.
+
+    Examples:
+        megatron-eso requeue runs/quickstart
+    """
+    from megatron_eso.launch import control
+
+    typer.echo(control.requeue(run))

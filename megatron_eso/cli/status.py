@@ -1,0 +1,42 @@
+"""``megatron-eso status``: where submitted runs are."""
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def status(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Run folders; none: all of your jobs in the queue")
+    ] = None,
+) -> None:
+    """Show job, step, loss, speed, last checkpoint, bad nodes and where the time went.
+
+    Examples:
+        megatron-eso status
+        megatron-eso status runs/quickstart
+    """
+    from megatron_eso.errors import ClusterError
+    from megatron_eso.launch import report, slurm
+
+    jobs = slurm.queue()
+    by_folder = {os.path.realpath(job.folder): job for job in jobs}
+    folders = runs or [Path(job.folder) for job in jobs if job.comment == "megatron-eso"]
+    missing = [str(folder) for folder in folders if not folder.is_dir()]
+    if missing:
+        raise ClusterError(f"no run folder {', '.join(missing)}")
+    now = time.time()
+    if len(folders) == 1:
+        folder = Path(folders[0])
+        typer.echo("\n".join(report.describe(folder, by_folder.get(os.path.realpath(folder)), now)))
+        return
+    for folder in folders:
+        typer.echo(report.one_line(folder, by_folder.get(os.path.realpath(folder)), now))
+    if not folders:
+        typer.echo("no jobs of yours in the queue; `megatron-eso status RUN` shows a run folder")

@@ -1,0 +1,24 @@
+"""``megatron-eso watch``: shorten the wait of requeued jobs from the login node."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def watch(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders; none: all")] = None,
+    every: Annotated[float, typer.Option(help="Seconds between looks")] = 5.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once")] = False,
+) -> None:
+    """Start requeued jobs at once instead of after Slurm's credential wait (2-10 minutes).
+
+    Examples:
+        megatron-eso watch runs/quickstart
+    """
+    from megatron_eso.launch import control
+
+    control.watch(runs, every_seconds=every, once=once, say=typer.echo)

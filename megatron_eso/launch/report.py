@@ -1,0 +1,147 @@
+"""What `megatron-eso status` says: the job, the run, its attempts and its bad nodes.
+
+One Slurm query serves any number of runs; everything else is read from the run folders.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_eso.launch import slurm
+from megatron_eso.launch.records import Records, read_json
+
+_TAIL_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """Where a run's time went, in seconds."""
+
+    elapsed: float
+    """First begin to the last event (or now, while the job runs)."""
+    in_job: float
+    """Sum over attempts."""
+    training: float
+    """From the ranks' start to the attempt's end."""
+    num_attempts: int
+    steps_kept: int
+    """Step of the newest checkpoint."""
+
+    def lines(self) -> list[str]:
+        """Return the report."""
+        whole = max(self.elapsed, 1e-9)
+        return [
+            f"attempts {self.num_attempts}, steps kept {self.steps_kept}",
+            f"time {_clock(self.elapsed)}: ranks running {_clock(self.training)} "
+            f"({self.training / whole:.0%}), start-up and checks "
+            f"{_clock(self.in_job - self.training)} ({(self.in_job - self.training) / whole:.0%}), "
+            f"waiting for nodes {_clock(whole - self.in_job)} ({1 - self.in_job / whole:.0%})",
+        ]
+
+
+def goodput(events: list[dict], *, step: int, is_running: bool, now: float) -> Goodput | None:
+    """Return the times of all attempts from RUN/slurm/attempts.jsonl; None before the first.
+
+    An attempt that was cut off (node failure, KILL) has no end; its last event counts as the end,
+    so its time is a lower bound.
+    """
+    attempts: dict[str, list[dict]] = {}
+    for event in events:
+        attempts.setdefault(event["attempt"], []).append(event)
+    if not attempts:
+        return None
+    in_job = training = 0.0
+    last = list(attempts)[-1]
+    for name, own in attempts.items():
+        stop = now if is_running and name == last else own[-1]["time"]
+        launch = [e["time"] for e in own if e["event"] == "launching"]
+        in_job += stop - own[0]["time"]
+        training += stop - launch[0] if launch else 0.0
+    finish = now if is_running else events[-1]["time"]
+    return Goodput(finish - events[0]["time"], in_job, training, len(attempts), step)
+
+
+def one_line(run: Path, job: slurm.QueuedJob | None, now: float) -> str:
+    """Return the overview line of a run."""
+    status = read_json(run / "status.json")
+    state = job.state if job else status.get("state", "no job")
+    text = f"{run.name:24.24}  {job.job if job else '-':>8}  {state:12}  {_progress(run, status)}"
+    why = slurm.explain(job) if job and job.state != "RUNNING" else ""
+    return f"{text}  {why}".rstrip()
+
+
+def describe(run: Path, job: slurm.QueuedJob | None, now: float) -> list[str]:
+    """Return everything known of a run."""
+    records = Records(run)
+    status, submitted = records.status(), read_json(run / "slurm" / "job.json")
+    lines = [f"run       {run}"]
+    number = job.job if job else submitted.get("job", "")
+    if job:
+        where = f"on {job.nodes}, for {job.elapsed}" if job.state == "RUNNING" else ""
+        lines.append(f"job       {number} {job.state} {where}".rstrip())
+        why = slurm.explain(job) if job.state != "RUNNING" else ""
+        if job.state == "CONFIGURING" and submitted.get("boot_minutes"):
+            why += f"; up to {submitted['boot_minutes']} min is normal here"
+        lines += [f"          {why}"] if why else []
+    elif number:
+        lines.append(f"job       {number} {slurm.final_state(number) or 'has left the queue'}")
+    lines.append(f"progress  {_progress(run, status)}")
+    if "updated" in status:
+        lines.append(f"updated   {_clock(now - status['updated'])} ago, state {status['state']}")
+    kept = records.checkpoint_step()
+    lines.append(f"saved     step {kept}" if kept >= 0 else "saved     no checkpoint yet")
+    for node, entry in records.bad_nodes(now).items():
+        left = _clock(entry["until"] - now)
+        lines.append(f"bad node  {node}: {entry['reason']} (for {left} more)")
+    held = read_json(run / "slurm" / "held.json")
+    if held:
+        lines.append(f"held      {held['why']}; `megatron-eso requeue` tries again")
+    ends = [event for event in records.events() if event["event"] == "end"]
+    lines += [f"ended     {e['attempt']}: {e['decision']}, {e['why']}" for e in ends[-3:]]
+    spent = goodput(
+        records.events(), step=kept, is_running=bool(job and job.state == "RUNNING"), now=now
+    )
+    return lines + ([f"goodput   {line}" for line in spent.lines()] if spent else [])
+
+
+def _progress(run: Path, status: dict) -> str:
+    if "step" not in status:
+        return "has not started"
+    total, step = status.get("total_steps"), status["step"]
+    text = f"step {step}/{total}" if total else f"step {step}"
+    last = _last_metrics(run)
+    loss = last.get("loss", status.get("loss"))
+    speed = last.get("tokens_per_second", status.get("tokens_per_second"))
+    text += f"  loss {loss:.4f}" if isinstance(loss, (int, float)) else ""
+    if isinstance(speed, (int, float)) and speed > 0:
+        text += f"  {speed:,.0f} tokens/s"
+        tokens, done = last.get("tokens"), last.get("step")
+        if total and tokens and done:
+            text += f"  ETA {_clock((total - step) * tokens / done / speed)}"
+    return text
+
+
+def _last_metrics(run: Path) -> dict:
+    """Return the last whole line of metrics.jsonl, reading only its end."""
+    try:
+        with open(run / "metrics.jsonl", "rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and "loss" in entry:
+            return entry
+    return {}
+
+
+def _clock(seconds: float) -> str:
+    seconds = max(int(seconds), 0)
+    days, rest = divmod(seconds, 86400)
+    return f"{days}d " * bool(days) + time.strftime("%H:%M:%S", time.gmtime(rest))

@@ -1,0 +1,123 @@
+"""What a job decides at its end, and which nodes it takes: pure decisions and the files behind them."""
+
+import argparse
+import json
+
+import pytest
+
+from megatron_eso.launch import attempt
+from megatron_eso.launch.attempt import Ending, decide
+from megatron_eso.launch.records import Records, write_json
+
+PLAIN = Ending(
+    status={}, has_progress=False, is_term=False, is_usr1=False, is_stop_asked=False,
+    num_without_progress=0,
+)  # fmt: skip
+
+
+def ending(**changes):
+    return Ending(**{**PLAIN.__dict__, **changes})
+
+
+SAVED = {"state": "stopped", "reason": "SIGTERM"}
+
+
+@pytest.mark.parametrize(
+    "end, expected",
+    [
+        pytest.param(ending(status={"state": "finished"}), ("done", 0), id="finished"),
+        pytest.param(
+            ending(status={"state": "finished"}, is_term=True), ("done", 0), id="finished+TERM"
+        ),
+        pytest.param(ending(status=SAVED, is_term=True, has_progress=True), ("leave", 0), id="cancel"),
+        pytest.param(ending(status=SAVED, has_progress=True), ("requeue", 0), id="grace"),
+        pytest.param(ending(status=SAVED), ("requeue", 0), id="preempted before any step"),
+        pytest.param(ending(status=SAVED, is_usr1=True), ("requeue", 1), id="limit, nothing done"),
+        pytest.param(ending(), ("requeue", 1), id="crash"),
+        pytest.param(ending(num_without_progress=2), ("hold", 3), id="crash loop"),
+        pytest.param(
+            ending(num_without_progress=2, has_progress=True), ("requeue", 0), id="crash after work"
+        ),
+        pytest.param(
+            ending(status=SAVED, is_usr1=True, is_stop_asked=True), ("done", 0), id="asked to stop"
+        ),
+        pytest.param(ending(is_term=True, is_stop_asked=True), ("leave", 0), id="cancelled twice"),
+    ],
+)
+def test_the_status_file_and_the_signals_decide(end, expected):
+    assert decide(end, 3)[:2] == expected
+
+
+def test_a_stale_status_is_not_taken_for_this_attempts(tmp_path, monkeypatch):
+    monkeypatch.setattr(attempt, "node_troubles", dict)
+    records = Records(tmp_path)
+    write_json(tmp_path / "status.json", {"state": "stopped", "updated": 5.0})
+    assert attempt.begin(records, "1.0", ["a"]) == "go"
+    options = argparse.Namespace(
+        nodes="a", bad_node_hours=1.0, term=0, usr1=0, max_attempts=3, code=1
+    )
+    assert attempt.end(records, "1.0", options) == "requeue"
+    assert records.state()["without_progress"] == 1
+    assert "without a word" in records.events()[-1]["why"]
+
+
+def test_a_finished_run_is_not_started_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(attempt, "node_troubles", dict)
+    write_json(tmp_path / "status.json", {"state": "finished", "updated": 5.0})
+    assert attempt.begin(Records(tmp_path), "1.1", ["a"]) == "done"
+
+
+def test_nodes_lost_since_the_last_attempt_are_remembered(tmp_path, monkeypatch):
+    records = Records(tmp_path)
+    monkeypatch.setattr(attempt, "node_troubles", dict)
+    attempt.begin(records, "1.0", ["a", "b"])
+    monkeypatch.setattr(attempt, "node_troubles", lambda: {"b": "down*", "z": "drained"})
+    attempt.begin(records, "1.1", ["a", "c"])
+    assert set(records.bad_nodes()) == {"b"}
+
+
+def health(records, name, node, *problems):
+    folder = records.folder / "health" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{node}.json").write_text(json.dumps({"problems": problems}))
+
+
+def test_healthy_nodes_are_taken_in_slurms_order(tmp_path):
+    records = Records(tmp_path)
+    health(records, "1.0", "n2")
+    health(records, "1.0", "n1", "no GPU")
+    health(records, "1.0", "n0")
+    assert attempt.choose(records, "1.0", ["n2", "n1", "n0"], 2, True) == "run n2,n0"
+    assert records.bad_nodes()["n1"]["reason"] == "no GPU"
+
+
+def test_a_silent_node_is_sick_and_too_few_nodes_are_asked_anew(tmp_path):
+    records = Records(tmp_path)
+    records.set_state(max_attempts=2)
+    health(records, "1.0", "n0")
+    assert attempt.choose(records, "1.0", ["n0", "n1"], 2, True) == "requeue n1"
+    assert attempt.choose(records, "1.0", ["n0", "n1"], 2, True) == "hold n1"
+
+
+def test_a_remembered_node_that_is_well_again_is_the_last_choice(tmp_path):
+    records = Records(tmp_path)
+    records.add_bad_nodes({"n0": "was down"}, hours=1)
+    assert attempt.choose(records, "1.0", ["n0", "n1", "n2"], 2, False) == "run n1,n2"
+    assert attempt.choose(records, "1.0", ["n0", "n1"], 2, False) == "run n0,n1"
+
+
+def test_bad_nodes_expire(tmp_path):
+    records = Records(tmp_path)
+    records.add_bad_nodes({"n0": "x"}, hours=1)
+    until = records.bad_nodes()["n0"]["until"]
+    assert records.bad_nodes(now=until - 1) and not records.bad_nodes(now=until)
+
+
+def test_progress_is_a_committed_checkpoint(tmp_path):
+    records = Records(tmp_path)
+    for step, committed in ((5, True), (10, False)):
+        folder = tmp_path / "checkpoints" / f"step_{step:010d}"
+        folder.mkdir(parents=True)
+        if committed:
+            (folder / "COMMITTED").touch()
+    assert records.checkpoint_step() == 5

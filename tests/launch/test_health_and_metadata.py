@@ -1,0 +1,93 @@
+"""A node's health check, and the metadata server that announces a machine's end."""
+
+import http.server
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from megatron_eso.launch import metadata
+from megatron_eso.launch.health import problems
+
+
+def check(folder, **changes):
+    settings = {"num_devices": 0, "device_folder": folder, "command": "", "max_skew": 3600.0}
+    return problems(folder, "n0", **{**settings, **changes})
+
+
+def test_a_healthy_node_has_no_problems_and_leaves_nothing(tmp_path):
+    for i in range(8):
+        (tmp_path / f"nvidia{i}").touch()
+    (tmp_path / "nvidiactl").touch()
+    assert check(tmp_path, num_devices=8, command="true") == []
+    assert not (tmp_path / "n0.probe").exists()
+
+
+def test_every_problem_is_named(tmp_path):
+    (tmp_path / "nvidia0").touch()
+    found = check(tmp_path, num_devices=8, command="echo link down >&2; exit 3", max_skew=-1.0)
+    assert found[0].startswith("1 of 8 GPUs") and "clock" in found[1]
+    assert found[2] == "health.command exited 3: link down"
+
+
+def test_a_folder_that_cannot_be_written_is_a_problem():
+    assert "cannot write" in check(Path("/proc"))[0]
+
+
+@pytest.fixture
+def server():
+    values = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.rsplit("/", 1)[1]
+            known = name in values and self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            self.wfile.write(values.get(name, "").encode() if known else b"")
+
+        def log_message(self, *words):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}", values
+        running.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ({}, ""),
+        ({"preempted": "FALSE", "maintenance-event": "NONE"}, ""),
+        ({"preempted": "TRUE\n"}, "preempted=TRUE"),
+        (
+            {"preempted": "FALSE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"},
+            "maintenance-event=TERMINATE_ON_HOST_MAINTENANCE",
+        ),
+    ],
+)
+def test_the_server_announces_the_end_of_a_machine(server, values, expected):
+    address, served = server
+    served.update(values)
+    assert metadata.warning(address) == expected
+
+
+def test_the_rank_is_told_once(server):
+    address, served = server
+    served["preempted"] = "TRUE"
+    rank = subprocess.Popen(["sleep", "60"])
+    metadata.watch(rank.pid, address, 0.01)
+    assert rank.wait() == -signal.SIGTERM
+
+
+def test_the_watcher_ends_with_its_rank_and_survives_a_silent_server(capsys):
+    rank = subprocess.Popen(["true"])
+    rank.wait()
+    metadata.watch(rank.pid, "http://127.0.0.1:9", 0.01)
+    with pytest.raises(OSError):
+        metadata.warning("http://127.0.0.1:9", 0.5)

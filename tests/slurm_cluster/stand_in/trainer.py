@@ -1,0 +1,109 @@
+"""Stands for the trainer in tests of the job's survival: same contract, no torch.
+
+Counts steps, commits a checkpoint every 5, saves on a signal and exits 75, obeys the lease, writes
+status.json. RUN/fault.json asks for faults: {"crash": {"restart": [0], "rank": 1, "step": 7}},
+{"save_nothing": true}, {"ignore_peers": true}; "steps" is the length of the run.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from megatron_eso.errors import CheckpointError
+from megatron_eso.launch import lease
+
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+attempt = os.environ["MEGATRON_ESO_ATTEMPT"]
+overrides = [o.partition("=")[2].strip("'") for o in sys.argv[3:] if o.startswith("folder=")]
+run = Path(overrides[0]) if overrides else Path(sys.argv[2]).parents[1]
+fault = json.loads((run / "fault.json").read_text()) if (run / "fault.json").exists() else {}
+total = fault.get("steps", 20)
+flag = ""
+
+
+def remember(number, frame):
+    global flag
+    flag = signal.Signals(number).name
+
+
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, remember)
+
+
+def say(text):
+    with open(run / "trainer.log", "a") as file:
+        file.write(f"{attempt} {os.environ['SLURMD_NODENAME']} rank {rank}/{size} {text}\n")
+
+
+def write(name, content):
+    part = run / f"{name}.{attempt}.{rank}.part"
+    part.write_text(json.dumps(content))
+    part.replace(run / name)
+
+
+def save(step):
+    if fault.get("save_nothing"):
+        return
+    try:
+        lease.require_lease(run / "checkpoints", attempt)
+    except CheckpointError as error:
+        say(f"FENCED {error}")
+        os._exit(9)
+    folder = run / "checkpoints" / f"step_{step:010d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "COMMITTED").touch()
+
+
+def status(state, step, **facts):
+    write("status.json", {"state": state, "step": step, "total_steps": total, "loss": 1.0,
+                          "updated": time.time(), **facts})  # fmt: skip
+
+
+def first_step():
+    found = (run / "checkpoints").glob("step_*/COMMITTED")
+    return max((int(p.parent.name[5:]) for p in found), default=0)
+
+
+step = first_step()
+say(f"start at {step}")
+mine, ending = f"beat.{rank}", run / f"ending.{attempt}"
+began = time.time()
+while step < total:
+    time.sleep(0.2)
+    step += 1
+    write(mine, time.time())
+    crash = fault.get("crash", {})
+    if rank == crash.get("rank") and step == crash["step"]:
+        if int(attempt.split(".")[1]) in crash["restart"]:
+            say("CRASH")
+            os._exit(3)
+    if flag and not ending.exists():
+        ending.write_text(flag)
+    if rank:
+        if ending.exists():
+            say(f"stops on {ending.read_text()}")
+            os._exit(75)
+        continue
+    if not fault.get("ignore_peers"):
+        for peer in range(1, size):
+            beat = run / f"beat.{peer}"
+            seen = max(began, json.loads(beat.read_text()) if beat.exists() else 0)
+            if time.time() - seen > 20:
+                say("lost a peer")
+                os._exit(13)
+    if ending.exists():
+        time.sleep(1)  # the other ranks exit first: srun must not end this one
+        save(step)
+        status("stopped", step, reason=ending.read_text())
+        say(f"saved at {step} on {ending.read_text()}")
+        os._exit(75)
+    if step % 5 == 0:
+        save(step)
+        status("running", step)
+if rank == 0:
+    save(step)
+    status("finished", step)
+    say(f"finished at {step}")
