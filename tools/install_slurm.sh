@@ -3,7 +3,7 @@
 # Ubuntu, as root; elsewhere it says why nothing was done and exits 0, and those tests skip.
 set -uo pipefail
 if [ -x /usr/sbin/slurmctld ] && [ -x /usr/sbin/slurmd ] && command -v sbatch ip >/dev/null; then
-    echo "Slurm is here: $(sbatch --version)"
+    echo "Slurm is here: $(dpkg-query -W -f '${Version}' slurmd 2>/dev/null)"
     exit 0
 fi
 if ! command -v apt-get >/dev/null || [ "$(id -u)" != 0 ]; then
@@ -20,6 +20,6 @@ fi
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq &&
     apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client iproute2 >/dev/null &&
-    echo "installed $(sbatch --version)" ||
+    echo "installed $(dpkg-query -W -f '${Version}' slurmd 2>/dev/null)" ||
     echo "NO SLURM: apt-get could not install it; the tests marked slurm will be skipped" >&2
 exit 0
