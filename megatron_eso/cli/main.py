@@ -26,6 +26,7 @@ COMMANDS = {
     "eval": ("evaluate", "Score held-out data: NELBO, likelihood bound, perplexity."),
     "sample": ("sample", "Generate text from a checkpoint."),
     "plan": ("plan", "Memory, speed, best layout, cost and goodput before booking a GPU."),
+    "sweep": ("sweep", "Scaling studies: plan, run, collect, fit, report."),
     "config": ("config", "Show a resolved configuration."),
     "doctor": ("doctor", "What this machine can do and which backends would be chosen."),
 }

@@ -1,0 +1,102 @@
+"""``megatron-eso sweep``: a scaling study from plan to plot."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Plan, run, collect, fit and report a scaling study.",
+)  # fmt: skip
+SweepFile = Annotated[Path, typer.Argument(help="Sweep configuration (YAML)")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ...")]
+
+
+@app.command()
+def plan(sweep: SweepFile, overrides: Overrides = None) -> None:
+    """Print the grid: sizes, steps, FLOPs in both conventions, cost, and what is not legal.
+
+    Examples:
+        megatron-eso sweep plan configs/sweep/laptop.yaml
+    """
+    from megatron_eso.scaling.grid import grid_table, make_grid
+
+    typer.echo(grid_table(make_grid(sweep, overrides)[1]))
+
+
+@app.command()
+def run(
+    sweep: SweepFile,
+    overrides: Overrides = None,
+    workers: Annotated[int, typer.Option(help="Cells at once on this machine")] = 1,
+    max_attempts: Annotated[int, typer.Option(help="Starts of a failing cell")] = 2,
+    cell: Annotated[int | None, typer.Option(help="Run this cell only (Slurm arrays)")] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit as an array")] = False,
+    throttle: Annotated[int, typer.Option(help="With --slurm: tasks at once")] = 8,
+    sbatch: Annotated[list[str] | None, typer.Option(help="With --slurm: #SBATCH option")] = None,
+) -> None:
+    """Run the cells that are not finished; the same command goes on after a kill.
+
+    Examples:
+        megatron-eso sweep run configs/sweep/laptop.yaml --workers 2
+        megatron-eso sweep run configs/sweep/paper.yaml --slurm --sbatch=--gpus-per-node=8
+    """
+    from megatron_eso.scaling import commands
+
+    if slurm:
+        typer.echo(commands.submit_array(sweep, overrides, throttle, sbatch or []))
+        return
+    ok = commands.run(sweep, overrides, workers, max_attempts, cell, say=typer.echo)
+    raise typer.Exit(0 if ok else 5)
+
+
+@app.command()
+def status(sweep: SweepFile, overrides: Overrides = None) -> None:
+    """Print where every cell stands."""
+    from megatron_eso.scaling import commands
+
+    typer.echo(commands.status(sweep, overrides))
+
+
+@app.command()
+def collect(
+    sweep: SweepFile,
+    overrides: Overrides = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Folder of another trainer's runs")
+    ] = None,
+    tag: Annotated[str, typer.Option(help="With --tensorboard: scalar to read")] = "lm loss",
+) -> None:
+    """Write cells.csv/.parquet (one row a cell) and steps.csv/.parquet (one row a logged step)."""
+    from megatron_eso.scaling import commands
+
+    typer.echo(commands.collect(sweep, overrides, tensorboard, tag))
+
+
+@app.command()
+def fit(
+    table: Annotated[Path, typer.Argument(help="cells.csv or cells.parquet")],
+    budget: Annotated[float | None, typer.Option(help="Extrapolate to these FLOPs")] = None,
+) -> None:
+    """Fit IsoFLOP parabolas, power laws and L = E + A/N^a + B/D^b; print them with intervals.
+
+    Examples:
+        megatron-eso sweep fit runs/sweep-laptop/cells.csv --budget 1e13
+    """
+    from megatron_eso.scaling import commands
+
+    typer.echo(commands.fit(table, budget))
+
+
+@app.command()
+def report(
+    table: Annotated[Path, typer.Argument(help="cells.csv or cells.parquet")],
+    out: Annotated[Path, typer.Option(help="HTML page; a PNG is written beside it")],
+    budget: Annotated[float | None, typer.Option(help="Extrapolate to these FLOPs")] = None,
+    note: Annotated[Path | None, typer.Option(help="Text to print on top")] = None,
+) -> None:
+    """Write one self-contained page: IsoFLOP curves, fits, residuals, frontier, tables."""
+    from megatron_eso.scaling import commands
+
+    typer.echo(commands.report(table, out, budget, note))

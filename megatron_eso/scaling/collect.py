@@ -1,0 +1,186 @@
+"""Finished and partial runs as two tables: one row a cell, one row a logged step."""
+
+import csv
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from megatron_eso.errors import DataError, UserError
+from megatron_eso.scaling.grid import Cell
+from megatron_eso.scaling.runner import cell_folder, read_metrics, read_state
+
+Row = dict[str, Any]
+DIVERGED_ABOVE_START = 1.02  # a final loss this much above the first logged one
+
+
+def collect(sweep_folder: Path, cells: list[Cell]) -> tuple[list[Row], list[Row]]:
+    """Return (rows of cells, rows of steps) of a study; illegal cells are left out."""
+    cell_rows, step_rows = [], []
+    for cell in cells:
+        if cell.problems:
+            continue
+        steps = [line for line in _metrics(sweep_folder, cell) if "loss" in line]
+        cell_rows.append(_cell_row(sweep_folder, cell, steps))
+        total = cell.run.train.steps or 1
+        step_rows += [
+            {
+                "cell": cell.name,
+                "step": line["step"],
+                "tokens": line.get("tokens"),
+                "flops": cell.flops * line["step"] / total,
+                "loss": line["loss"],
+                "learning_rate": line.get("learning_rate"),
+                "grad_norm": line.get("grad_norm"),
+                "tokens_per_second": line.get("tokens_per_second"),
+            }
+            for line in steps
+        ]
+    return cell_rows, step_rows
+
+
+def _metrics(sweep_folder: Path, cell: Cell) -> list[dict]:
+    return read_metrics(cell_folder(sweep_folder, cell) / "run")
+
+
+def _cell_row(sweep_folder: Path, cell: Cell, steps: list[dict]) -> Row:
+    run_folder = cell_folder(sweep_folder, cell) / "run"
+    state = read_state(sweep_folder, cell)
+    metric, value, error = _validation(run_folder / "evaluation.json")
+    losses = [line["loss"] for line in steps]
+    has_diverged = bool(losses) and losses[-1] > DIVERGED_ABOVE_START * losses[0]
+    parallel = cell.run.parallel
+    provenance = _json(run_folder / "run.json")
+    return {
+        "cell": cell.name,
+        "objective": cell.objective,
+        "size": cell.size,
+        "budget": cell.budget,
+        "parameters": cell.num_parameters,
+        "parameters_without_embeddings": cell.num_parameters_without_embeddings,
+        "tokens": cell.tokens,
+        "flops": cell.flops,
+        "flops_full_attention": cell.flops_full_attention,
+        "flops_published": cell.flops_published,
+        "steps_done": state.step,
+        "steps": cell.run.train.steps,
+        "state": "diverged" if has_diverged else state.state,
+        "train_loss": losses[-1] if losses else None,
+        "loss": value,
+        "loss_error": error,
+        "metric": metric,
+        "learning_rate": cell.run.optimizer.learning_rate,
+        "sequence_length": cell.run.train.sequence_length,
+        "vocab_size": cell.run.model.vocab_size,
+        "data": ";".join(source.path for source in cell.run.data.sources),
+        "layout": f"tp{parallel.tensor} pp{parallel.pipeline} ranks{provenance.get('num_ranks', 1)}",
+        "host": provenance.get("host", platform.node()),
+        "commit": provenance.get("commit", ""),
+        "seconds_per_step": steps[-1].get("seconds_per_step") if steps else None,
+    }
+
+
+def _validation(path: Path) -> tuple[str | None, float | None, float | None]:
+    """Return metric, mean nats per token and its error over validation sets.
+
+    ar has an exact likelihood; the others' bound is the NELBO.
+    """
+    scores = _json(path)
+    found = [entry for entries in scores.values() for entry in entries]
+    for prefix in ("nelbo", "exact", "likelihood", ""):
+        chosen = [entry for entry in found if entry["metric"].startswith(prefix)]
+        if chosen:
+            tokens = sum(entry["num_tokens"] for entry in chosen)
+            mean = sum(e["nats_per_token"] * e["num_tokens"] for e in chosen) / tokens
+            error = max(entry["standard_error"] for entry in chosen)
+            return chosen[0]["metric"], mean, error
+    return None, None, None
+
+
+def tensorboard_steps(folder: Path, tag: str) -> list[Row]:
+    """Return the points of one scalar in every TensorBoard folder below ``folder``.
+
+    Raises:
+        DataError: if no event file holds the tag, with the tags there are.
+    """
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError:
+        raise UserError("reading TensorBoard files needs: pip install tensorboard") from None
+    rows, known = [], set()
+    for run in sorted({path.parent for path in folder.rglob("events.out.tfevents.*")}):
+        events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+        events.Reload()
+        tags = events.Tags()["scalars"]
+        known.update(tags)
+        if tag in tags:
+            name = str(run.relative_to(folder))
+            rows += [
+                {"cell": name, "step": event.step, "loss": event.value}
+                for event in events.Scalars(tag)
+            ]
+    if not rows:
+        raise DataError(
+            f"{folder}: no scalar '{tag}'; there are: {', '.join(sorted(known)) or 'none'}"
+        )
+    return rows
+
+
+def write_table(rows: list[Row], stem: Path) -> list[Path]:
+    """Write rows as CSV, and as parquet where pyarrow is installed; return the paths.
+
+    Raises:
+        DataError: if there is no row.
+    """
+    if not rows:
+        raise DataError(f"nothing to write to {stem}.csv: no run has logged anything yet")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_suffix(".csv")]
+    with open(paths[0], "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        return paths
+    paths.append(stem.with_suffix(".parquet"))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), paths[1])
+    return paths
+
+
+def read_table(path: Path) -> list[Row]:
+    """Return the rows of a table written by :func:`write_table`.
+
+    Raises:
+        DataError: if it is missing or has no row.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; write it with `megatron-eso sweep collect`")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    else:
+        with open(path, newline="") as file:
+            rows = [{k: _value(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    if not rows:
+        raise DataError(f"{path} has no rows")
+    return rows
+
+
+def _value(text: str) -> Any:
+    if text == "":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}

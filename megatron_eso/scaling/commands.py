@@ -1,0 +1,96 @@
+"""What the subcommands of ``megatron-eso sweep`` do."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_eso.errors import ConfigError
+from megatron_eso.scaling import collect as collecting
+from megatron_eso.scaling.grid import make_grid
+from megatron_eso.scaling.runner import (
+    read_state,
+    run_cells,
+    slurm_array_script,
+    states_table,
+)
+from megatron_eso.scaling.runner import submit as submit_script
+
+
+def run(
+    sweep_file: Path,
+    overrides: list[str] | None,
+    workers: int,
+    max_attempts: int,
+    cell: int | None,
+    *,
+    say: Callable[[str], None],
+) -> bool:
+    """Run the study's cells; return whether all legal ones are finished."""
+    sweep, cells = make_grid(sweep_file, overrides)
+    if workers < 1:
+        raise ConfigError(f"--workers {workers} must be at least 1")
+    if cell is not None:
+        if not 0 <= cell < len(cells):
+            raise ConfigError(f"--cell {cell}: the grid has cells 0 to {len(cells) - 1}")
+        cells = [cells[cell]]
+    states = run_cells(
+        Path(sweep.folder), cells, workers=workers, max_attempts=max_attempts, say=say
+    )
+    say(states_table(states))
+    return all(state.state in ("finished", "illegal") for state in states)
+
+
+def submit_array(
+    sweep_file: Path, overrides: list[str] | None, throttle: int, options: list[str]
+) -> str:
+    """Write the Slurm array and submit it; return what sbatch says."""
+    if overrides:
+        raise ConfigError(
+            "with --slurm put overrides into the sweep file: every task reads it again"
+        )
+    sweep, cells = make_grid(sweep_file, overrides)
+    script = Path(sweep.folder) / "array.sbatch"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(
+        slurm_array_script(sweep_file.resolve(), cells, throttle=throttle, extra=options)
+    )
+    return f"{script}: {submit_script(script)}"
+
+
+def status(sweep_file: Path, overrides: list[str] | None) -> str:
+    """Return the table of cells."""
+    sweep, cells = make_grid(sweep_file, overrides)
+    return states_table([read_state(Path(sweep.folder), cell) for cell in cells])
+
+
+def collect(
+    sweep_file: Path, overrides: list[str] | None, tensorboard: Path | None, tag: str
+) -> str:
+    """Write the study's tables; return where they are."""
+    sweep, cells = make_grid(sweep_file, overrides)
+    folder = Path(sweep.folder)
+    if tensorboard is not None:
+        steps = collecting.tensorboard_steps(tensorboard, tag)
+        return _say(collecting.write_table(steps, folder / "tensorboard_steps"))
+    cell_rows, step_rows = collecting.collect(folder, cells)
+    written = collecting.write_table(cell_rows, folder / "cells")
+    return _say(written + collecting.write_table(step_rows, folder / "steps"))
+
+
+def fit(table: Path, budget: float | None) -> str:
+    """Return the fits of a table as text."""
+    from megatron_eso.scaling.study import fit_study, study_text
+
+    return study_text(fit_study(collecting.read_table(table), budget=budget))
+
+
+def report(table: Path, out: Path, budget: float | None, note: Path | None) -> str:
+    """Write the report; return where it is."""
+    from megatron_eso.scaling.report import write_report
+    from megatron_eso.scaling.study import fit_study
+
+    study = fit_study(collecting.read_table(table), budget=budget)
+    return _say(write_report(study, out, note=note.read_text() if note else ""))
+
+
+def _say(paths: list[Path]) -> str:
+    return "\n".join(f"wrote {path}" for path in paths)

@@ -1,0 +1,217 @@
+"""A sweep file becomes a grid of runs: objective x alpha_0 x size x budget.
+
+Every cell has its own resolved run configuration; what follows by a rule (steps, learning rate) keeps
+the rule beside the value. Illegal cells stay in the grid with the reason.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_eso.config.check import violations
+from megatron_eso.config.load import load_config, to_yaml
+from megatron_eso.config.schema import ObjectiveConfig, RunConfig
+from megatron_eso.errors import ConfigError
+from megatron_eso.plan.flops import model_flops_per_step
+from megatron_eso.plan.hardware import Hardware, load_hardware
+from megatron_eso.plan.job import Job
+from megatron_eso.plan.parameters import num_parameters
+from megatron_eso.plan.step_time import step_time
+from megatron_eso.scaling.conventions import published_forward_macs
+from megatron_eso.scaling.sweep_config import SweepConfig
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the study."""
+
+    name: str
+    run: RunConfig
+    objective: str
+    size: str
+    budget: float
+    num_parameters: int
+    num_parameters_without_embeddings: int
+    tokens: int
+    flops: float
+    flops_full_attention: float
+    flops_published: float
+    gpu_hours: float
+    dollars: float
+    rules: dict[str, str]
+    problems: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the settings that decide the result."""
+        text = to_yaml(replace(self.run, folder="", name=""))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def make_grid(path: Path, overrides: list[str] | None = None) -> tuple[SweepConfig, list[Cell]]:
+    """Return the sweep's settings and its cells, legal or not.
+
+    Raises:
+        ConfigError: for an empty grid, duplicate cells, or no legal cell at all.
+    """
+    sweep = load_config(path, overrides, schema=SweepConfig)
+    _check_axes(sweep, path)
+    hardware = load_hardware(sweep.hardware)
+    cells = [
+        _cell(
+            sweep,
+            _base_run(sweep, path.parent, model, objective),
+            Path(model).stem,
+            level,
+            hardware,
+        )
+        for objective in sweep.objectives
+        for model in sweep.models
+        for level in sweep.budgets or sweep.tokens_per_parameter
+    ]
+    names = [cell.name for cell in cells]
+    doubles = sorted({name for name in names if names.count(name) > 1})
+    if doubles:
+        raise ConfigError(f"{path}: duplicate cells {', '.join(doubles[:5])}; name each value once")
+    if all(cell.problems for cell in cells):
+        raise ConfigError(f"{path}: none of {len(cells)} cells is legal; {cells[0].problems[0]}")
+    return sweep, cells
+
+
+def objective_name(objective: ObjectiveConfig) -> str:
+    """Return the objective as tables and legends call it: ar, mdlm, eso-0.25."""
+    return f"eso-{objective.alpha_0:g}" if objective.name == "eso" else objective.name
+
+
+def grid_table(cells: list[Cell]) -> str:
+    """Return the grid for a terminal, with totals."""
+    lines = [
+        f"{'cell':<28}{'M params':>9}{'steps':>9}{'M tokens':>10}{'FLOPs':>10}{'all pairs':>10}"
+        f"{'published':>10}{'rate':>10}{'GPU h':>10}{'dollars':>9}"
+    ]
+    for cell in cells:
+        lines.append(
+            f"{cell.name:<28}{cell.num_parameters / 1e6:>9.3g}{cell.run.train.steps:>9}"
+            f"{cell.tokens / 1e6:>10.4g}{cell.flops:>10.3g}{cell.flops_full_attention:>10.3g}"
+            f"{cell.flops_published:>10.3g}{cell.run.optimizer.learning_rate:>10.3g}"
+            f"{cell.gpu_hours:>10.3g}{cell.dollars:>9.3g}"
+        )
+        lines += [f"    not run: {problem}" for problem in cell.problems]
+    legal = [cell for cell in cells if not cell.problems]
+    lines.append(
+        f"{len(legal)} of {len(cells)} cells are legal: {sum(c.gpu_hours for c in legal):,.4g} GPU hours, "
+        f"{sum(c.dollars for c in legal):,.4g} dollars, {sum(c.flops for c in legal):.3g} FLOPs"
+    )
+    lines += [f"rule of {key}: {value}" for key, value in legal[0].rules.items()]
+    return "\n".join(lines)
+
+
+def _check_axes(sweep: SweepConfig, path: Path) -> None:
+    for name in ("models", "objectives"):
+        if not getattr(sweep, name):
+            raise ConfigError(f"{path}: the grid is empty: '{name}' lists nothing")
+    if bool(sweep.budgets) == bool(sweep.tokens_per_parameter):
+        raise ConfigError(f"{path}: give exactly one of budgets and tokens_per_parameter")
+    if any(level <= 0 for level in [*sweep.budgets, *sweep.tokens_per_parameter]):
+        raise ConfigError(f"{path}: budgets and tokens_per_parameter must be positive")
+
+
+def _base_run(
+    sweep: SweepConfig, folder: Path, model: str, objective: ObjectiveConfig
+) -> RunConfig:
+    base = load_config(folder / sweep.base if sweep.base else None)
+    rows = sweep.batch_rows or base.train.global_batch_rows
+    return replace(
+        base,
+        model=load_config(folder / model).model,
+        objective=objective,
+        train=replace(base.train, global_batch_rows=rows),
+    )
+
+
+def _cell(sweep: SweepConfig, run: RunConfig, size: str, level: float, hardware: Hardware) -> Cell:
+    inner = parameters_without_embeddings(run)
+    batch_tokens = run.train.global_batch_rows * run.train.sequence_length
+    honest, full, published = _flops_per_step(run)
+    counted = honest if sweep.flops_convention == "honest" else published
+    exact = level / counted if sweep.budgets else level * inner / batch_tokens
+    steps = round(exact)
+    objective = objective_name(run.objective)
+    name = f"{objective}_{size}_{level:.3g}".replace("+", "")
+    run = _with_rules(sweep, run, name, steps, inner)
+    problems = _problems(sweep, run, exact, steps * batch_tokens / inner)
+    seconds = 0.0 if problems else step_time(Job(run, sweep.num_gpus), hardware).total
+    hours = seconds * steps * sweep.num_gpus / 3600
+    rule, rate = sweep.learning_rate, run.optimizer.learning_rate
+    how = f"{level:.3g} / {counted:.4g} FLOPs a step ({sweep.flops_convention})"
+    if not sweep.budgets:
+        how = f"{level:g} tokens x {inner} parameters / {batch_tokens} tokens a step"
+    return Cell(
+        name=name,
+        run=run,
+        objective=objective,
+        size=size,
+        budget=level,
+        num_parameters=num_parameters(run.model),
+        num_parameters_without_embeddings=inner,
+        tokens=steps * batch_tokens,
+        flops=honest * steps,
+        flops_full_attention=full * steps,
+        flops_published=published * steps,
+        gpu_hours=hours,
+        dollars=hours * hardware.dollars_per_gpu_hour,
+        rules={
+            "train.steps": f"{steps} = {how}",
+            "optimizer.learning_rate": f"{rate:.3g} = {rule.reference:g} x ({inner:.3g} / "
+            f"{rule.reference_parameters:.3g}) ^ {rule.exponent:g}",
+            "optimizer.warmup_steps": f"{run.optimizer.warmup_steps} = {sweep.warmup_share:g} x steps",
+        },
+        problems=tuple(problems),
+    )
+
+
+def parameters_without_embeddings(run: RunConfig) -> int:
+    """Return the weights but for the embedding and the head."""
+    tables = 1 if run.model.tie_embeddings else 2
+    return num_parameters(run.model) - tables * run.model.hidden_size * run.model.vocab_size
+
+
+def _with_rules(sweep: SweepConfig, run: RunConfig, name: str, steps: int, inner: int) -> RunConfig:
+    rule = sweep.learning_rate
+    rate = float(f"{rule.reference * (inner / rule.reference_parameters) ** rule.exponent:.4g}")
+    return replace(
+        run,
+        name=name,
+        folder=str(Path(sweep.folder) / "cells" / name / "run"),
+        train=replace(run.train, steps=steps, tokens=None),
+        optimizer=replace(
+            run.optimizer,
+            learning_rate=rate,
+            min_learning_rate=rate * sweep.min_learning_rate_share,
+            warmup_steps=min(math.ceil(sweep.warmup_share * steps), max(steps - 1, 0)),
+        ),
+    )
+
+
+def _flops_per_step(run: RunConfig) -> tuple[float, float, float]:
+    rows, length = run.train.global_batch_rows, run.train.sequence_length
+    honest = model_flops_per_step(run.model, run.objective, sequence_length=length, rows=rows)
+    published = 3 * 2 * published_forward_macs(run.model, length) * rows
+    return honest.training, honest.training_full_attention, published
+
+
+def _problems(
+    sweep: SweepConfig, run: RunConfig, exact: float, tokens_per_parameter: float
+) -> list[str]:
+    if round(exact) < 1:
+        return [
+            f"the budget gives {exact:.2g} steps: too small for one; raise it or lower "
+            "train.global_batch_rows"
+        ]
+    if tokens_per_parameter < sweep.min_tokens_per_parameter:
+        return [
+            f"{tokens_per_parameter:.2g} tokens a parameter, below min_tokens_per_parameter="
+            f"{sweep.min_tokens_per_parameter:g}"
+        ]
+    return violations(run, sweep.num_gpus)

@@ -1,0 +1,138 @@
+"""The parametric law L(N, D) = E + A / N^a + B / D^b by a Huber loss on log-loss from many starts.
+
+Source: Hoffmann et al. 2022 (Chinchilla), approach 3: log-sum-exp form, delta 1e-3, L-BFGS.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_eso.errors import DataError, UserError
+
+HUBER_DELTA = 1e-3
+STARTS = tuple(
+    (log_a, log_b, log_e, exponent, exponent)
+    for log_a, log_b, log_e, exponent in itertools.product(
+        (0.0, 5.0, 10.0), (0.0, 5.0, 10.0), (0.0, 1.0), (0.2, 0.5)
+    )
+)
+
+
+@dataclass(frozen=True)
+class Parametric:
+    """Fitted law, with bootstrap intervals by name (5 to 95 %)."""
+
+    E: float
+    A: float
+    B: float
+    a: float
+    b: float
+    residuals: tuple[float, ...]
+    """log(measured) - log(fitted)."""
+    intervals: dict[str, tuple[float, float]]
+
+    def loss(self, parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Return the fitted loss."""
+        return self.E + self.A / parameters**self.a + self.B / tokens**self.b
+
+    def best_split(
+        self, flops: float, flops_per_parameter_token: float = 6.0
+    ) -> tuple[float, float]:
+        """Return (N, D) of least loss for C = 6 N D (Hoffmann et al. 2022, eq. 4)."""
+        product = flops / flops_per_parameter_token
+        ratio = (self.a * self.A / (self.b * self.B)) ** (1 / (self.a + self.b))
+        size = ratio * product ** (self.b / (self.a + self.b))
+        return size, product / size
+
+
+def fit_parametric(
+    parameters: Sequence[float],
+    tokens: Sequence[float],
+    losses: Sequence[float],
+    *,
+    num_bootstrap: int = 0,
+    seed: int = 0,
+) -> Parametric:
+    """Return the best law.
+
+    Raises:
+        DataError: for fewer runs than the law has parameters plus one.
+    """
+    n, d, y = (np.log(np.asarray(v, float)) for v in (parameters, tokens, losses))
+    if len(y) < 6:
+        raise DataError(f"{len(y)} runs; the law has 5 parameters, so at least 6 are needed")
+    best = min((_minimise(np.array(start), n, d, y) for start in STARTS), key=lambda r: r[1])[0]
+    intervals = {}
+    if num_bootstrap:
+        draw, found = np.random.default_rng(seed), []
+        for _ in range(num_bootstrap):
+            chosen = draw.integers(0, len(y), len(y))
+            found.append(_natural(_minimise(best, n[chosen], d[chosen], y[chosen])[0]))
+        table = np.array(found)
+        for index, name in enumerate(("E", "A", "B", "a", "b")):
+            low, high = np.quantile(table[:, index], [0.05, 0.95])
+            intervals[name] = (float(low), float(high))
+    E, A, B, a, b = _natural(best)
+    residuals = tuple(float(r) for r in y - _log_loss(best, n, d))
+    return Parametric(E, A, B, a, b, residuals, intervals)
+
+
+def _natural(point: np.ndarray) -> tuple[float, float, float, float, float]:
+    log_a, log_b, log_e, a, b = (float(v) for v in point)
+    return float(np.exp(log_e)), float(np.exp(log_a)), float(np.exp(log_b)), a, b
+
+
+def _terms(point: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    log_a, log_b, log_e, a, b = point
+    return np.stack([log_a - a * n, log_b - b * d, np.full_like(n, log_e)])
+
+
+def _log_loss(point: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    terms = _terms(point, n, d)
+    top = terms.max(axis=0)
+    return top + np.log(np.exp(terms - top).sum(axis=0))
+
+
+def _objective(
+    point: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Return the summed Huber loss of log-loss and its gradient, both over delta^2 (conditioning)."""
+    terms = _terms(point, n, d)
+    fitted = _log_loss(point, n, d)
+    error = fitted - y
+    small = np.abs(error) <= HUBER_DELTA
+    value = np.where(small, 0.5 * error**2, HUBER_DELTA * (np.abs(error) - 0.5 * HUBER_DELTA))
+    slope = np.clip(error, -HUBER_DELTA, HUBER_DELTA) * np.exp(terms - fitted)
+    gradient = np.array(
+        [
+            slope[0].sum(),
+            slope[1].sum(),
+            slope[2].sum(),
+            -(slope[0] * n).sum(),
+            -(slope[1] * d).sum(),
+        ]
+    )
+    return float(value.sum()) / HUBER_DELTA**2, gradient / HUBER_DELTA**2
+
+
+def _minimise(
+    start: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray
+) -> tuple[np.ndarray, float]:
+    try:
+        from scipy.optimize import minimize
+    except ImportError:
+        raise UserError("this fit needs scipy: pip install 'megatron-eso[plots]'") from None
+    # Exponents stay in (0, 3): a flat or a vertical term is no law.
+    bounds = [(-20, 60), (-20, 60), (-10, 5), (0.01, 3), (0.01, 3)]
+    result = minimize(
+        _objective,
+        start,
+        args=(n, d, y),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=bounds,
+        options={"maxiter": 3000, "maxfun": 6000, "ftol": 1e-13, "gtol": 1e-9},
+    )
+    return result.x, float(result.fun)

@@ -1,0 +1,145 @@
+"""The study as one self-contained HTML page with a figure (also written as PNG and SVG)."""
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_eso.errors import UserError
+from megatron_eso.scaling.isoflop import parabola
+from megatron_eso.scaling.study import ObjectiveFit, Study, recommendation, study_text
+
+STYLE = (
+    "body{font-family:sans-serif;max-width:80em;margin:2em auto;padding:0 1em}table{border-collapse:"
+    "collapse}td,th{padding:.2em .7em;border-bottom:1px solid #ddd;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;"
+    "padding:1em;overflow:auto}"
+)
+COLUMNS = ("cell", "parameters", "tokens", "flops", "flops_published", "loss", "loss_error",
+           "train_loss", "learning_rate", "state")  # fmt: skip
+
+
+def write_report(study: Study, out: Path, *, note: str = "") -> list[Path]:
+    """Write ``out`` (.html) and the figure beside it; return the paths.
+
+    Raises:
+        UserError: if matplotlib is missing or ``out`` is no .html name.
+    """
+    if out.suffix != ".html":
+        raise UserError(f"--out {out}: the name must end in .html")
+    figure = study_figure(study)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    paths = [out.with_suffix(".png"), out.with_suffix(".svg")]
+    for path in paths:
+        figure.savefig(path, dpi=100)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100, format="png")
+    out.write_text(_page(study, base64.b64encode(buffer.getvalue()).decode(), note))
+    return [out, *paths]
+
+
+def study_figure(study: Study) -> Any:
+    """Return the figure: IsoFLOP curves per objective, then N*, L* over budget, and residuals."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("reports need matplotlib: pip install 'megatron-eso[plots]'") from None
+    columns = max(3, len(study.objectives))
+    figure = Figure(figsize=(5 * columns, 9), layout="constrained")
+    axes = figure.subplots(2, columns, squeeze=False)
+    for axis, fit in zip(axes[0], study.objectives, strict=False):
+        _draw_isoflop(axis, fit)
+    for axis in axes[0][len(study.objectives) :]:
+        axis.set_visible(False)
+    _draw_law(axes[1][0], study, "size_law", "parameters", "N*, parameters")
+    _draw_law(axes[1][1], study, "loss_law", "loss", "frontier: L*, nats per token")
+    _draw_residuals(axes[1][2], study)
+    for axis in axes[1][3:]:
+        axis.set_visible(False)
+    return figure
+
+
+def _draw_isoflop(axis: Any, fit: ObjectiveFit) -> None:
+    for index, minimum in enumerate(fit.minima):
+        chosen = sorted(
+            (row["parameters"], row["loss"], row.get("loss_error") or 0.0)
+            for row in fit.rows
+            if float(row["budget"]) == minimum.budget
+        )
+        sizes = np.array([size for size, _, _ in chosen])
+        color = f"C{index}"
+        axis.errorbar(sizes, [y for _, y, _ in chosen], yerr=[e for _, _, e in chosen], fmt="o",
+                      color=color, markersize=4, label=f"{minimum.budget:.2g} FLOPs")  # fmt: skip
+        if minimum.coefficients:
+            line = np.geomspace(sizes.min(), sizes.max(), 60)
+            axis.plot(line, parabola(minimum.coefficients, line), color=color)
+            axis.plot(minimum.parameters, minimum.loss, "*", color=color, markersize=14)
+        else:
+            axis.plot(sizes, [y for _, y, _ in chosen], ":", color=color)
+    refused = "" if all(m.coefficients for m in fit.minima) else "  (dotted: minimum refused)"
+    axis.set(xscale="log", xlabel="parameters", ylabel="validation nats per token",
+             title=fit.objective + refused)  # fmt: skip
+    axis.legend(fontsize=8)
+
+
+def _draw_law(axis: Any, study: Study, law_name: str, value: str, label: str) -> None:
+    for index, fit in enumerate(study.objectives):
+        good = [m for m in fit.minima if m.parameters is not None]
+        law = getattr(fit, law_name)
+        axis.plot([m.budget for m in good], [getattr(m, value) for m in good], "o", color=f"C{index}",
+                  label=fit.objective if good else None)  # fmt: skip
+        if law and study.budget:
+            line = np.geomspace(min(m.budget for m in good), study.budget, 30)
+            axis.plot(line, [law.at(x) for x in line], color=f"C{index}")
+            if law.samples:
+                band = np.array([law.interval_at(x) for x in line])
+                axis.fill_between(line, band[:, 0], band[:, 1], color=f"C{index}", alpha=0.15)
+    if axis.get_legend_handles_labels()[0]:
+        axis.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=label)
+        axis.legend(fontsize=8)
+    else:  # an empty axis cannot be logarithmic
+        axis.set(xlabel="training FLOPs", ylabel=label)
+        axis.text(0.5, 0.5, "no interior minimum", ha="center", transform=axis.transAxes)
+
+
+def _draw_residuals(axis: Any, study: Study) -> None:
+    for index, fit in enumerate(study.objectives):
+        if fit.parametric:
+            axis.set(xscale="log")
+            axis.plot([row["flops"] for row in fit.rows], 100 * np.array(fit.parametric.residuals),
+                      "o", color=f"C{index}", markersize=4, label=fit.objective)  # fmt: skip
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set(xlabel="training FLOPs", ylabel="measured over fitted loss, %",
+             title="residuals of E + A/N^a + B/D^b")  # fmt: skip
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8)
+
+
+def _page(study: Study, picture: str, note: str) -> str:
+    rows = [row for fit in study.objectives for row in fit.rows]
+    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in COLUMNS)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(_cell(row.get(c)))}</td>" for c in COLUMNS) + "</tr>"
+        for row in rows
+    )
+    advice = "".join(
+        f"<li>{html.escape(recommendation(fit, study.budget or 0))}</li>"
+        for fit in study.objectives
+    )
+    note_html = "".join(
+        f"<p>{html.escape(part)}</p>" for part in note.split("\n\n") if part.strip()
+    )
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>Scaling study</title>"
+        f"<style>{STYLE}</style><h1>Scaling study</h1>{note_html}<h2>Recommendation</h2>"
+        f"<ul>{advice}</ul><img alt='IsoFLOP curves, laws and residuals' "
+        f"src='data:image/png;base64,{picture}'><h2>Fits</h2><pre>{html.escape(study_text(study))}"
+        f"</pre><h2>Cells</h2><table><tr>{head}</tr>{body}</table></html>"
+    )
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value if value is not None else "")

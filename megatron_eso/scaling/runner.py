@@ -1,0 +1,242 @@
+"""Runs the cells of a sweep on this machine, or writes them as a Slurm array; restartable.
+
+A cell's folder: cell.yaml (configuration), fingerprint, attempts, log.txt, run/ (the run's folder).
+What a cell is worth is read from its files alone, so a runner that was killed loses nothing.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_eso.config.load import save_config
+from megatron_eso.errors import ClusterError, ConfigError
+from megatron_eso.scaling.grid import Cell
+
+# Command that trains one cell; tests replace it.
+TRAINER = (sys.executable, "-m", "megatron_eso", "train")
+
+
+@dataclass(frozen=True)
+class CellState:
+    """Where a cell stands."""
+
+    cell: Cell
+    state: str
+    """illegal, waiting, running, finished, failed, given-up, changed."""
+    step: int = 0
+    loss: float | None = None
+    attempts: int = 0
+    eta_seconds: float | None = None
+
+
+def cell_folder(sweep_folder: Path, cell: Cell) -> Path:
+    """Return the folder of a cell."""
+    return sweep_folder / "cells" / cell.name
+
+
+def read_state(sweep_folder: Path, cell: Cell, *, max_attempts: int = 2) -> CellState:
+    """Return a cell's state from its files."""
+    if cell.problems:
+        return CellState(cell, "illegal")
+    folder = cell_folder(sweep_folder, cell)
+    attempts = len(_lines(folder / "attempts"))
+    stored = _lines(folder / "fingerprint")
+    if stored and stored[0] != cell.fingerprint:
+        return CellState(cell, "changed", attempts=attempts)
+    status = _status(folder / "run" / "status.json")
+    steps = [line for line in read_metrics(folder / "run") if "loss" in line]
+    last = steps[-1] if steps else {}
+    step, eta = int(last.get("step", 0)), None
+    if steps:
+        eta = (cell.run.train.steps or 0) - step
+        eta *= last.get("seconds_per_step", 0.0)
+    state = "waiting"
+    if status.get("state") == "finished":
+        state = "finished"
+    elif _is_alive(folder):
+        state = "running"
+    elif attempts >= max_attempts:
+        state = "given-up"
+    elif attempts:
+        state = "failed"
+    return CellState(cell, state, step, last.get("loss"), attempts, eta)
+
+
+def run_cells(
+    sweep_folder: Path,
+    cells: list[Cell],
+    *,
+    workers: int = 1,
+    max_attempts: int = 2,
+    say: Callable[[str], None] = print,
+    trainer: tuple[str, ...] = TRAINER,
+) -> list[CellState]:
+    """Run all cells that are not finished; return the final states.
+
+    Args:
+        sweep_folder: the study's folder.
+        cells: the grid.
+        workers: cells at once.
+        max_attempts: starts of a failing cell over all calls.
+        say: receives a line for every change.
+        trainer: command that takes a configuration file.
+
+    Raises:
+        ConfigError: if results of changed cells are in the way.
+    """
+    states = [read_state(sweep_folder, cell, max_attempts=max_attempts) for cell in cells]
+    changed = [state.cell.name for state in states if state.state == "changed"]
+    if changed:
+        raise ConfigError(
+            f"{len(changed)} cell(s) ran with other settings: {', '.join(changed[:4])}; move "
+            f"{sweep_folder}/cells/<cell> aside, or set another folder=..."
+        )
+    todo = [state.cell for state in states if state.state in ("waiting", "failed")]
+    say(f"{len(cells)} cells: {_counts(states)}; {len(todo)} to run, {workers} at once")
+    running: dict[str, tuple[Cell, subprocess.Popen]] = {}
+    try:
+        while todo or running:
+            while todo and len(running) < workers:
+                cell = todo.pop(0)
+                running[cell.name] = (cell, _start(sweep_folder, cell, workers, trainer))
+                say(f"start {cell.name} ({cell.run.train.steps} steps)")
+            time.sleep(0.2)
+            for name, (cell, process) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                state = read_state(sweep_folder, cell, max_attempts=max_attempts)
+                loss = "" if state.loss is None else f", loss {state.loss:.4f}"
+                say(f"{state.state} {name}{loss} (exit {process.returncode})")
+                if state.state == "failed":
+                    todo.append(cell)
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.wait()
+    return [read_state(sweep_folder, cell, max_attempts=max_attempts) for cell in cells]
+
+
+def states_table(states: list[CellState]) -> str:
+    """Return the cells as lines: state, progress, loss, time left."""
+    lines = [f"{'cell':<28}{'state':<10}{'step':>12}{'loss':>9}{'tries':>6}{'left s':>8}"]
+    for state in states:
+        loss = "" if state.loss is None else f"{state.loss:.4f}"
+        left = "" if state.eta_seconds is None else f"{state.eta_seconds:.0f}"
+        step = f"{state.step}/{state.cell.run.train.steps}"
+        lines.append(
+            f"{state.cell.name:<28}{state.state:<10}{step:>12}{loss:>9}{state.attempts:>6}{left:>8}"
+        )
+        lines += [f"    {problem}" for problem in state.cell.problems]
+    return "\n".join(lines)
+
+
+def slurm_array_script(
+    sweep_file: Path, cells: list[Cell], *, throttle: int, extra: list[str]
+) -> str:
+    """Return an sbatch script with one array task per legal cell.
+
+    Args:
+        sweep_file: the sweep's YAML file.
+        cells: the grid; illegal cells get no task.
+        throttle: tasks at once.
+        extra: further ``#SBATCH`` options, e.g. ``--partition=gpu``.
+    """
+    legal = [index for index, cell in enumerate(cells) if not cell.problems]
+    array = ",".join(map(str, legal))
+    options = [f"--array={array}%{throttle}", "--requeue", *extra]
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            "#SBATCH --job-name=sweep",
+            *(f"#SBATCH {option}" for option in options),
+            "set -euo pipefail",
+            f'exec megatron-eso sweep run "{sweep_file}" --cell "$SLURM_ARRAY_TASK_ID"',
+            "",
+        ]
+    )
+
+
+def submit(script: Path) -> str:
+    """Hand a script to ``sbatch`` and return its answer.
+
+    Raises:
+        ClusterError: if sbatch is missing or refuses.
+    """
+    try:
+        done = subprocess.run(["sbatch", str(script)], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise ClusterError(f"sbatch is not on this machine; {script} is ready to submit") from None
+    if done.returncode:
+        raise ClusterError(f"sbatch refused {script}: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def read_metrics(run_folder: Path) -> list[dict]:
+    """Return the logged lines of a run; a line cut off by a crash is left out.
+
+    A run that was restarted logs some steps twice: the later line counts.
+    """
+    by_step: dict = {}
+    for text in _lines(run_folder / "metrics.jsonl"):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        by_step[(line.get("step"), line.get("validation"), line.get("metric"))] = line
+    return list(by_step.values())
+
+
+def _start(
+    sweep_folder: Path, cell: Cell, workers: int, trainer: tuple[str, ...]
+) -> subprocess.Popen:
+    folder = cell_folder(sweep_folder, cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "fingerprint").write_text(cell.fingerprint + "\n")
+    save_config(cell.run, folder / "cell.yaml")
+    with open(folder / "attempts", "a") as attempts:
+        attempts.write(time.strftime("%Y-%m-%dT%H:%M:%S\n"))
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    with open(folder / "log.txt", "a") as log:
+        process = subprocess.Popen(
+            [*trainer, str(folder / "cell.yaml"), f"folder={folder / 'run'}"],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+    (folder / "pid").write_text(str(process.pid))
+    return process
+
+
+def _is_alive(folder: Path) -> bool:
+    """Return whether the cell's trainer still runs on this machine, also after its runner died."""
+    for pid in _lines(folder / "pid"):
+        command = Path("/proc") / pid / "cmdline"
+        try:
+            return str(folder / "cell.yaml").encode() in command.read_bytes()
+        except OSError:
+            return False
+    return False
+
+
+def _counts(states: list[CellState]) -> str:
+    names = [state.state for state in states]
+    return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
+
+
+def _status(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []

@@ -1,0 +1,54 @@
+"""The settings of a scaling study."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_eso.config.schema import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class LearningRateRule:
+    """Peak rate = reference x (parameters / reference_parameters) ^ exponent."""
+
+    reference: float = 3e-4
+    """Rate of a model of ``reference_parameters`` weights."""
+    reference_parameters: float = 1e8
+    """Size at which ``reference`` holds, embeddings not counted."""
+    exponent: float = 0.0
+    """0: the same rate for all sizes."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A scaling study."""
+
+    name: str = "sweep"
+    """Name of the study."""
+    folder: str = "runs/${name}"
+    """Folder of cells, tables and reports."""
+    base: str = ""
+    """Run configuration that all cells share, relative to the sweep file."""
+    models: list[str] = field(default_factory=list)
+    """Configuration files with a ``model`` section, relative to the sweep file."""
+    objectives: list[ObjectiveConfig] = field(default_factory=list)
+    """Objectives to compare."""
+    budgets: list[float] = field(default_factory=list)
+    """Training FLOPs, by ``flops_convention``; excludes ``tokens_per_parameter``."""
+    tokens_per_parameter: list[float] = field(default_factory=list)
+    """Token ladders: data tokens over parameters without embeddings."""
+    flops_convention: Literal["honest", "published"] = "honest"
+    """honest: attention and head as computed; published: arXiv 2602.15014's counter, without scores."""
+    learning_rate: LearningRateRule = field(default_factory=LearningRateRule)
+    """Rule for optimizer.learning_rate."""
+    min_learning_rate_share: float = 0.1
+    """optimizer.min_learning_rate over the peak."""
+    warmup_share: float = 0.05
+    """optimizer.warmup_steps over the steps, rounded up."""
+    batch_rows: int | None = None
+    """train.global_batch_rows of every cell; null: the base's."""
+    min_tokens_per_parameter: float = 0.0
+    """Cells with fewer tokens over parameters (embeddings not counted) are left out."""
+    hardware: str = "h100"
+    """Profile that cost is estimated with."""
+    num_gpus: int = 8
+    """GPUs (ranks) of one cell."""

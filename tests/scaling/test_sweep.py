@@ -1,0 +1,236 @@
+"""From a sweep file to a report, with a stand-in trainer that obeys a known law."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_eso.errors import ClusterError, ConfigError, DataError
+from megatron_eso.scaling.collect import collect, read_table, write_table
+from megatron_eso.scaling.grid import grid_table, make_grid
+from megatron_eso.scaling.report import write_report
+from megatron_eso.scaling.runner import (
+    read_metrics,
+    read_state,
+    run_cells,
+    slurm_array_script,
+    states_table,
+    submit,
+)
+from megatron_eso.scaling.study import fit_study, recommendation, study_text
+
+ROOT = Path(__file__).parents[2]
+LAPTOP = ROOT / "configs" / "sweep" / "laptop.yaml"
+
+# Writes what the trainer writes; the loss follows E + A / N^a + B / D^b in its own configuration.
+STAND_IN = """
+import json, sys, time, pathlib
+from megatron_eso.config.load import load_config
+from megatron_eso.plan.parameters import num_parameters
+config = load_config(sys.argv[1], sys.argv[2:])
+time.sleep(DELAY)
+folder = pathlib.Path(config.folder); folder.mkdir(parents=True, exist_ok=True)
+if FAIL in config.name: sys.exit(5)
+tokens = config.train.steps * config.train.global_batch_rows * config.train.sequence_length
+loss = 1 + 30 / num_parameters(config.model) ** 0.3 + 100 / tokens ** 0.3
+lines = [{"step": s, "tokens": s, "loss": loss + 1 - s / config.train.steps, "seconds_per_step": 1.0}
+         for s in (1, config.train.steps)]
+(folder / "metrics.jsonl").write_text("\\n".join(map(json.dumps, lines)) + "\\n{cut off")
+score = {"metric": "nelbo", "nats_per_token": loss, "standard_error": 0.01, "num_tokens": 100}
+(folder / "evaluation.json").write_text(json.dumps({"v": [score]}))
+(folder / "status.json").write_text(json.dumps({"state": "finished"}))
+with open(folder / "starts", "a") as starts: starts.write("x")
+"""
+
+
+def trainer(tmp_path, *, fail="nothing", delay=0.0) -> tuple[str, ...]:
+    script = tmp_path / "trainer.py"
+    script.write_text(STAND_IN.replace("FAIL", repr(fail)).replace("DELAY", str(delay)))
+    return (sys.executable, str(script))
+
+
+@pytest.fixture(autouse=True)
+def package_is_found(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def grid(tmp_path, *overrides):
+    sweep, cells = make_grid(LAPTOP, [f"folder={tmp_path}/sweep", *overrides])
+    return Path(sweep.folder), cells
+
+
+def test_every_cell_spends_its_budget_to_half_a_step(tmp_path):
+    for cell in grid(tmp_path)[1]:
+        per_step = cell.flops / cell.run.train.steps
+        assert abs(cell.flops - cell.budget) <= 0.5 * per_step * 1.0001
+
+
+def test_alpha_0_changes_what_a_token_costs(tmp_path):
+    cells = {c.name: c for c in grid(tmp_path)[1]}
+    cost = {n: c.flops / c.tokens for n, c in cells.items()}
+    # At alpha_0 = 1 the head runs on half the entries; at 0.25 a row takes one and a half stack rows.
+    assert cost["eso-1_s4_2e11"] < cost["ar_s4_2e11"] < cost["eso-0.25_s4_2e11"]
+
+
+def test_rules_are_printed_beside_their_values(tmp_path):
+    table = grid_table(grid(tmp_path)[1])
+    assert "rule of optimizer.learning_rate" in table and "GPU hours" in table
+
+
+def test_a_token_ladder_gives_tokens_by_parameters(tmp_path):
+    _, cells = grid(tmp_path, "budgets=[]", "tokens_per_parameter=[20.0]")
+    cell = cells[-1]
+    assert cell.tokens == pytest.approx(20 * cell.num_parameters_without_embeddings, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("models=[]", "empty"),
+        ("budgets=[1.0e11,1.0e11]", "duplicate"),
+        ("budgets=[1.0]", "too small for one"),
+        ("tokens_per_parameter=[20.0]", "exactly one"),
+        ("budgets=[-1.0]", "positive"),
+    ],
+)
+def test_bad_grids_are_refused(tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        grid(tmp_path, override)
+
+
+def test_illegal_cells_stay_with_their_reason(tmp_path):
+    _, cells = grid(tmp_path, "budgets=[2.0e9,2.0e11]")
+    illegal = [c for c in cells if c.problems]
+    assert illegal and all("too small" in c.problems[0] for c in illegal)
+    assert "not run" in grid_table(cells)
+
+
+def test_finished_cells_are_kept_and_failed_ones_retried_to_the_limit(tmp_path):
+    folder, cells = grid(tmp_path)
+    cells = [c for c in cells if c.objective == "ar" and c.size in ("s1", "s2")]
+    quiet = dict(workers=2, max_attempts=2, say=lambda line: None)
+    states = run_cells(folder, cells, trainer=trainer(tmp_path, fail="s2_2e11"), **quiet)
+    by_name = {s.cell.name: s for s in states}
+    assert by_name["ar_s2_2e11"].state == "given-up" and by_name["ar_s2_2e11"].attempts == 2
+    assert by_name["ar_s1_5e10"].state == "finished"
+    run_cells(folder, cells, trainer=trainer(tmp_path), **quiet)
+    assert (folder / "cells" / "ar_s1_5e10" / "run" / "starts").read_text() == "x"
+    assert "given-up" in states_table(states)
+
+
+def test_a_changed_cell_is_noticed(tmp_path):
+    folder, cells = grid(tmp_path)
+    run_cells(folder, cells[:1], trainer=trainer(tmp_path), say=lambda line: None)
+    changed = replace(
+        cells[0], run=replace(cells[0].run, train=replace(cells[0].run.train, seed=9))
+    )
+    assert read_state(folder, changed).state == "changed"
+    with pytest.raises(ConfigError, match="other settings"):
+        run_cells(folder, [changed], trainer=trainer(tmp_path), say=lambda line: None)
+
+
+def test_killing_the_runner_loses_no_finished_cell(tmp_path):
+    folder, cells = grid(tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from megatron_eso.scaling.grid import make_grid;"
+        "from megatron_eso.scaling.runner import run_cells;"
+        f"cells = make_grid(Path({str(LAPTOP)!r}), ['folder={tmp_path}/sweep'])[1][:6];"
+        f"run_cells(Path({str(folder)!r}), cells, trainer={trainer(tmp_path, delay=0.3)!r})"
+    )
+    runner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if sum(read_state(folder, c).state == "finished" for c in cells[:6]) >= 2:
+            break
+        time.sleep(0.05)
+    os.kill(runner.pid, signal.SIGKILL)
+    runner.wait()
+    kept = [c for c in cells[:6] if read_state(folder, c).state == "finished"]
+    while any(read_state(folder, c).state == "running" for c in cells[:6]):
+        time.sleep(0.05)  # the orphan finishes by itself and is not started twice
+    states = run_cells(
+        folder, cells[:6], max_attempts=3, trainer=trainer(tmp_path), say=lambda line: None
+    )
+    assert len(kept) >= 2 and all(s.state == "finished" for s in states)
+    for cell in kept:
+        assert (folder / "cells" / cell.name / "run" / "starts").read_text() == "x"
+
+
+def test_a_slurm_array_has_a_task_per_legal_cell(tmp_path, monkeypatch):
+    _, cells = grid(tmp_path)
+    script = slurm_array_script(LAPTOP, cells, throttle=4, extra=["--gpus-per-node=8"])
+    assert f"{len(cells) - 1}%4" in script and "--cell" in script and "--gpus-per-node=8" in script
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ClusterError, match="sbatch"):
+        submit(tmp_path / "array.sbatch")
+
+
+def test_a_study_goes_from_runs_to_a_page(tmp_path):
+    folder, cells = grid(tmp_path)
+    cells = [c for c in cells if c.objective == "ar"]
+    run_cells(folder, cells, workers=2, trainer=trainer(tmp_path), say=lambda line: None)
+    rows, steps = collect(folder, cells)
+    paths = write_table(rows, tmp_path / "cells")
+    assert len(steps) == 2 * len(cells)
+    for path in paths:
+        study = fit_study(read_table(path), budget=1e12)
+    law = study.objectives[0].parametric
+    assert max(map(abs, law.residuals)) < 0.01
+    written = write_report(study, tmp_path / "report.html", note="A note <b>.")
+    page = written[0].read_text()
+    assert "data:image/png" in page and "&lt;b&gt;" in page and all(p.exists() for p in written)
+    assert recommendation(study.objectives[0], 1e12) in study_text(study)
+
+
+def row(size, budget, **changes):
+    loss = 3 + 0.1 * abs(size - 2)
+    base = {"cell": f"c{size}{budget}", "objective": "ar", "budget": budget, "parameters": 10.0**size,
+            "tokens": 1e6, "flops": budget, "loss": loss, "state": "finished", "data": "d",
+            "vocab_size": 10, "sequence_length": 8, "steps_done": 1, "steps": 1}  # fmt: skip
+    return base | changes
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "sequence_length", "data"])
+def test_runs_that_do_not_compare_are_refused(key):
+    with pytest.raises(DataError, match=key):
+        fit_study([row(1, 1e9), row(2, 1e9, **{key: "other"})])
+
+
+def test_unfinished_and_diverged_cells_are_left_out_and_make_it_provisional():
+    rows = [row(s, b) for s in (1, 2, 3, 4) for b in (1e9, 2e9, 3e9)]
+    rows += [row(5, 1e9, state="failed"), row(5, 2e9, state="diverged")]
+    study = fit_study(rows)
+    assert len(study.left_out) == 2
+    assert any("2 cells" in reason for reason in study.objectives[0].provisional)
+    assert "PROVISIONAL" in recommendation(study.objectives[0], 1e10)
+
+
+def test_nothing_finished_is_refused():
+    with pytest.raises(DataError, match="none of 1"):
+        fit_study([row(1, 1e9, state="failed")])
+
+
+def test_the_later_line_of_a_restarted_run_counts(tmp_path):
+    lines = [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}, {"step": 2, "loss": 3.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [5.0, 3.0]
+
+
+def test_the_commands_run_without_torch(tmp_path):
+    table = tmp_path / "cells.csv"
+    write_table([row(s, b) for s in (1, 2, 3, 4) for b in (1e9, 2e9, 3e9)], tmp_path / "cells")
+    for arguments in (["plan", str(LAPTOP)], ["fit", str(table)]):
+        code = (
+            "import sys; sys.modules['torch'] = None; from megatron_eso.cli.main import main;"
+            f"sys.argv = ['megatron-eso', 'sweep', *{arguments!r}]; main()"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr
