@@ -181,13 +181,7 @@ def _fit_objective(
 ) -> ObjectiveFit:
     minima = _minima(rows)
     good = [m for m in minima if m.parameters is not None]
-    budgets = [m.budget for m in good]
-    laws = [
-        power_law(budgets, [getattr(m, key) for m in good], num_bootstrap=NUM_BOOTSTRAP)
-        if good
-        else None
-        for key in ("parameters", "tokens", "loss")
-    ]
+    size_law, token_law, loss_law = (_law(good, key) for key in ("parameters", "tokens", "loss"))
     parametric = None
     if len(rows) >= 6:
         columns = ([row[key] for row in rows] for key in ("parameters", "tokens", "loss"))
@@ -200,4 +194,12 @@ def _fit_objective(
         reasons.append(f"{len(good)} interior minima; intervals need 3")
     if num_left_out:
         reasons.append(f"{num_left_out} cells diverged or are unfinished")
-    return ObjectiveFit(name, rows, minima, *laws, parametric, multipliers, reasons)
+    return ObjectiveFit(
+        name, rows, minima, size_law, token_law, loss_law, parametric, multipliers, reasons
+    )
+
+
+def _law(minima: list[Minimum], key: str) -> PowerLaw | None:
+    budgets = [m.budget for m in minima]
+    values = [getattr(m, key) for m in minima]
+    return power_law(budgets, values, num_bootstrap=NUM_BOOTSTRAP) if minima else None
