@@ -4,6 +4,7 @@ Run with ``make docs``; tests/test_docs.py compares the file with what this writ
 """
 
 import ast
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -42,8 +43,7 @@ def _table(name: str, node: ast.ClassDef) -> str:
     lines = [
         f"\n## {title}\n\n{ast.get_docstring(node)}\n\n| setting | default | meaning |\n|---|---|---|"
     ]
-    body = node.body
-    for field, text in zip(body, body[1:], strict=False):
+    for field, text in pairwise(node.body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             meaning = " ".join(str(ast.literal_eval(text.value)).split())
             target = ast.unparse(field.target)

@@ -214,10 +214,14 @@ def _precision(config: RunConfig) -> Iterator[str]:
             f"precision.fp8_attention needs a head size of exactly 128, not "
             f"{derive.head_size(config.model)} (model.head_size)"
         )
-    if (precision.fp8 != "off" or precision.fp8_attention) and precision.backend == "torch":
-        yield "precision.fp8 needs Transformer Engine: set precision.backend=te"
-    if precision.fp8 != "off" and precision.dtype == "fp32":
-        yield "precision.fp8 needs precision.dtype=bf16"
+    wants_fp8 = precision.fp8 != "off" or precision.fp8_attention
+    if precision.backend == "te" or wants_fp8:
+        yield (
+            f"precision.backend={precision.backend}, precision.fp8={precision.fp8}: Transformer Engine "
+            "layers and FP8 are not supported yet; use backend=torch (or auto) and fp8=off"
+        )
+    if precision.attention == "flex":
+        yield "precision.attention=flex is not supported yet; use split (or auto), or dense"
 
 
 def _evaluation(config: RunConfig) -> Iterator[str]:
@@ -228,14 +232,8 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
         yield f"eval.likelihood_orders={config.eval.likelihood_orders} must be at least 0"
     if not 0 <= config.eval.noise_eps < 1:
         yield f"eval.noise_eps={config.eval.noise_eps} must be in [0, 1)"
-    for section in ("eval", "sample"):
-        alpha_0 = getattr(config, section).alpha_0
-        if alpha_0 is not None and not 0 <= alpha_0 <= 1:
-            yield f"{section}.alpha_0={alpha_0} must be in [0, 1]"
-    if not 0 < config.sample.top_p <= 1:
-        yield f"sample.top_p={config.sample.top_p} must be in (0, 1]"
-    if config.sample.temperature < 0:
-        yield f"sample.temperature={config.sample.temperature} must not be negative"
+    if config.eval.alpha_0 is not None and not 0 <= config.eval.alpha_0 <= 1:
+        yield f"eval.alpha_0={config.eval.alpha_0} must be in [0, 1]"
 
 
 def _baselines(config: RunConfig) -> Iterator[str]:

@@ -267,22 +267,6 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class SampleConfig:
-    """Text generated at the end of training."""
-
-    num_samples: int = 2
-    """Rows to generate; 0: none."""
-    alpha_0: float | None = None
-    """alpha_0 of the decoding plan; null: objective.alpha_0."""
-    num_steps: int | None = None
-    """Diffusion steps T of the plan; null: as many as tokens."""
-    temperature: float = 1.0
-    """Divides the logits; 0: the most likely token."""
-    top_p: float = 0.9
-    """Nucleus: the smallest set of tokens with this probability; 1: all."""
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """A run: everything that ``megatron-eso train`` needs to know."""
 
@@ -308,5 +292,3 @@ class RunConfig:
     """What is kept."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation."""
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    """Sampling at the end."""

@@ -50,16 +50,14 @@ def make_plan(
         ConfigError: for a setting out of range or rows with different numbers of given tokens.
     """
     if not 0 <= alpha_0 <= 1:
-        raise ConfigError(f"sample.alpha_0={alpha_0} must be in [0, 1]")
+        raise ConfigError(f"alpha_0={alpha_0} must be in [0, 1]")
     length = is_given.shape[1]
     given = is_given.sum(dim=1)
     if int(given.min()) != int(given.max()):
         raise ConfigError("the rows of one batch must have the same number of given tokens")
     left = length - int(given[0])
     if num_steps < 1 or (left and num_steps > left and alpha_0 > 0):
-        raise ConfigError(
-            f"sample.num_steps={num_steps} must be between 1 and the {left} open tokens"
-        )
+        raise ConfigError(f"num_steps={num_steps} must be between 1 and the {left} open tokens")
     by_diffusion = _binomial_counts(left, alpha_0, num_steps, seed)
     counts = [*by_diffusion, *[1] * (left - sum(by_diffusion))]
     return DecodingPlan(_orders(is_given, sum(by_diffusion), seed), length - left, counts)

@@ -59,7 +59,7 @@ def fill_rows(replica: Replica, rows: Tensor, plan: DecodingPlan, choice: Choice
     Raises:
         ConfigError: for an objective or layout that cannot sample this way.
     """
-    _check(replica)
+    _check(replica, choice)
     model: EsoModel = replica.chunks[0]  # type: ignore[assignment]
     mask_id = replica.config.model.vocab_size - 1
     num_rows, length = rows.shape
@@ -136,8 +136,13 @@ def _pick(logits: Tensor, open_: Tensor, choice: Choice) -> Tensor:
     return flat.view(num_rows, -1)
 
 
-def _check(replica: Replica) -> None:
+def _check(replica: Replica, choice: Choice) -> None:
     config = replica.config
+    if choice.temperature < 0 or not 0 < choice.top_p <= 1:
+        raise ConfigError(
+            f"temperature={choice.temperature} must not be negative and top_p={choice.top_p} must be in "
+            "(0, 1]"
+        )
     if config.objective.name != "eso":
         raise ConfigError(
             f"the checkpoint was trained with objective.name={config.objective.name}; this sampler "

@@ -29,7 +29,9 @@ SAVED = {"state": "stopped", "reason": "SIGTERM"}
         pytest.param(
             ending(status={"state": "finished"}, is_term=True), ("done", 0), id="finished+TERM"
         ),
-        pytest.param(ending(status=SAVED, is_term=True, has_progress=True), ("leave", 0), id="cancel"),
+        pytest.param(
+            ending(status=SAVED, is_term=True, has_progress=True), ("leave", 0), id="cancel"
+        ),
         pytest.param(ending(status=SAVED, has_progress=True), ("requeue", 0), id="grace"),
         pytest.param(ending(status=SAVED), ("requeue", 0), id="preempted before any step"),
         pytest.param(ending(status=SAVED, is_usr1=True), ("requeue", 1), id="limit, nothing done"),
