@@ -242,3 +242,76 @@ def _replica_session(overrides: list[str], dtype: str) -> Session:
     config = replace(config, precision=replace(config.precision, dtype=dtype))  # type: ignore[arg-type]
     ranks = Ranks.from_environment(dict(os.environ))
     return build_session(config, ranks, for_training=False)
+
+
+def import_official(
+    checkpoint: str, out: str, settings: dict[str, Any], mutation: str = ""
+) -> dict[str, Any]:
+    """Import an official checkpoint, with one step of the conversion left out if asked."""
+    from unittest import mock
+
+    import torch.nn.functional
+
+    from megatron_eso.export import import_official as importer
+    from megatron_eso.export import official_fold
+
+    modulation, pad = official_fold._modulation, torch.nn.functional.pad
+
+    def without_gates(*args: Any) -> tuple[torch.Tensor, ...]:
+        parts = modulation(*args)
+        return tuple(torch.ones_like(p) if i in (2, 5) else p for i, p in enumerate(parts))
+
+    def without_shifts(*args: Any) -> tuple[torch.Tensor, ...]:
+        parts = modulation(*args)
+        return tuple(torch.zeros_like(p) if i in (0, 3) else p for i, p in enumerate(parts))
+
+    patches = {
+        "": ("pad", pad),
+        "gates": ("_modulation", without_gates),
+        "shifts": ("_modulation", without_shifts),
+        "heads": ("interleave_heads", lambda qkv, num_heads: qkv),
+    }
+    with mock.patch.object(official_fold, *patches[mutation]):
+        folder, official = importer.import_official(Path(checkpoint), Path(out), **settings)
+    return {
+        "model": official.model,
+        "length": official.sequence_length,
+        "weights": {name: tensor.numpy() for name, tensor in official.weights.items()},
+        "committed": folder.is_committed,
+    }
+
+
+def verify_official(
+    folder: str, expected: str, layout: dict[str, Any], model: dict[str, Any]
+) -> list[tuple[str, float | None]]:
+    """Return (case, largest difference) of a checkpoint at a layout."""
+    from dataclasses import replace
+
+    from megatron_eso.checkpoint.replica import load_replica, run_config_of
+    from megatron_eso.config.schema import ParallelConfig
+    from megatron_eso.eval.verify import read_expected, verify
+    from megatron_eso.model.build import resolve_precision
+    from megatron_eso.train.session import start_ranks
+
+    found = find_checkpoint(Path(folder), hashes=True)
+    config = run_config_of(found, ParallelConfig(**layout))
+    config = replace(config, model=replace(config.model, **model))
+    config = resolve_precision(config, "fp32")
+    config, device, parts = start_ranks(config, Ranks.from_environment(dict(os.environ)))
+    replica, _ = load_replica(found, config, parts, device, use_ema=True)
+    cases = read_expected(Path(expected), config.model.vocab_size)
+    return [(d.case, d.largest) for d in verify(replica, cases)]
+
+
+def train_from(folder: str, overrides: list[str]) -> list[float]:
+    """Return the losses of two steps that start from a checkpoint's weights."""
+    from dataclasses import asdict
+
+    from megatron_eso.checkpoint.load import load_weights, require_same_model
+
+    session = make_session(overrides)
+    found = find_checkpoint(Path(folder), hashes=True)
+    require_same_model(found, asdict(session.config.model))
+    load_weights(found, session.chunks, use_ema=True, device=session.torch_device)
+    session.optimizer.reload_model_params()
+    return [train_step(session, read_rows).loss for _ in range(2)]

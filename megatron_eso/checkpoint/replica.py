@@ -38,9 +38,15 @@ def load_replica(
     return Replica(config, layout, device.torch_device, list(chunks)), kind
 
 
-def tokenizer_path(folder: CheckpointFolder) -> Path:
-    """Return where the run's tokenizer stood."""
-    return Path(folder.sidecar()["tokenizer"])
+def tokenizer_path(folder: CheckpointFolder) -> Path | None:
+    """Return where the run's tokenizer stood; None if none is known (an imported checkpoint).
+
+    An imported checkpoint keeps its tokenizer in its own folder and names it relative to that.
+    """
+    sidecar = folder.sidecar()
+    if sidecar["tokenizer"] is None:
+        return None
+    return folder.path / sidecar["tokenizer"] if "origin" in sidecar else Path(sidecar["tokenizer"])
 
 
 def _section(schema: type, values: dict) -> object:

@@ -40,7 +40,7 @@ def evaluate(
     from megatron_eso.parallel.exchange import Rows
     from megatron_eso.parallel.finish import finish
 
-    loaded = load(checkpoint, use_ema=not raw_weights, dtype="fp32")
+    loaded = load(checkpoint, use_ema=not raw_weights, dtype="fp32", with_tokenizer=False)
     config = loaded.replica.config
     settings = replace(
         config.eval, likelihood_orders=orders, nelbo_repeats=repeats, alpha_0=alpha_0

@@ -42,6 +42,17 @@ class AttentionProjection(RowParallelLinear):
         super().__init__(*args, **kwargs)
 
 
+class AttentionInput(ColumnParallelLinear):
+    """The query, key and value projection; biased only if ``attention_bias`` says so.
+
+    Megatron also biases it where the MLP has biases.
+    """
+
+    def __init__(self, *args: Any, attention_bias: bool = False, **kwargs: Any) -> None:
+        kwargs["bias"] = attention_bias
+        super().__init__(*args, **kwargs)
+
+
 def block_spec(
     model: ModelConfig, *, num_layers: int, attention: str
 ) -> TransformerBlockSubmodules:
@@ -64,7 +75,9 @@ def block_spec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=ModuleSpec(
+                        module=AttentionInput, params={"attention_bias": model.attention_bias}
+                    ),
                     core_attention=partial(EsoCoreAttention, backend=attention),  # type: ignore[arg-type]
                     linear_proj=ModuleSpec(
                         module=AttentionProjection,

@@ -45,6 +45,9 @@ class Choice:
     """[B, L] tokens to decide instead of sampling (teacher forcing)."""
     on_step: Callable[[int, Tensor], None] = field(default=lambda step, tokens: None)
     """Called after each step with the rows so far."""
+    on_logits: Callable[[Tensor, Tensor], None] = field(default=lambda open_, logits: None)
+    """Called in each step with the open positions [B, n] and their logits [B, n, V - 1] (without the
+    mask token's), before tokens are chosen."""
 
 
 def fill_rows(replica: Replica, rows: Tensor, plan: DecodingPlan, choice: Choice) -> Sampled:
@@ -75,6 +78,7 @@ def fill_rows(replica: Replica, rows: Tensor, plan: DecodingPlan, choice: Choice
         for step, count in enumerate(plan.counts):
             open_ = order[:, done : done + count]
             logits = _segment_logits(model, tokens, fresh, open_, cache, mask_id)
+            choice.on_logits(open_, logits)
             picked = _pick(logits, open_, choice)
             tokens.scatter_(1, open_, picked)
             chosen = torch.log_softmax(logits.double(), dim=2).gather(2, picked[:, :, None])

@@ -1,0 +1,113 @@
+"""Write a checkpoint of weights alone from whole tensors: what importing a foreign model ends with.
+
+One process builds the model at tensor=1, pipeline=1, puts the tensors into it by name and saves it as
+training does, so the result loads at any layout.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_eso.checkpoint.folder import (
+    FORMAT_VERSION,
+    SIDECAR,
+    CheckpointFolder,
+    write_durably,
+)
+from megatron_eso.checkpoint.state import WEIGHTS, add
+from megatron_eso.config.schema import ParallelConfig, RunConfig
+from megatron_eso.errors import CheckpointError
+from megatron_eso.model.build import build_chunks, resolve_precision
+from megatron_eso.parallel.device import Ranks, choose_device, start_process_group
+from megatron_eso.parallel.groups import build_groups
+from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.parameters import pieces, sharded_parameters
+
+with quiet_megatron_import():
+    from megatron.core import dist_checkpointing
+
+TOKENIZER = "tokenizer.json"
+
+
+def write_weights(
+    path: Path,
+    config: RunConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    step: int = 0,
+    tokenizer_json: str | None = None,
+    origin: Mapping[str, Any] | None = None,
+) -> CheckpointFolder:
+    """Write a committed checkpoint folder; must run in a single process.
+
+    Args:
+        path: folder, absent or empty.
+        config: model, objective and row length of the weights.
+        weights: whole tensors by full name (``parallel.parameters.Piece.full_name``).
+        step: optimizer steps the weights were trained for.
+        tokenizer_json: content of the tokenizer's file, kept beside the weights.
+        origin: where the weights came from; goes into esolm.json.
+
+    Raises:
+        CheckpointError: if the folder holds anything, or names or shapes are not the model's.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(f"{path} is not empty; choose another folder for the checkpoint")
+    config = resolve_precision(config, "fp32")
+    ranks, device = Ranks(0, 1, 0), choose_device(0)
+    start_process_group(ranks, device)
+    layout = build_groups(ParallelConfig(), seed=0)
+    chunks, _ = build_chunks(config, layout, device.torch_device)
+    fill(list(chunks), weights)
+    state: dict[str, Any] = {}
+    for entry in sharded_parameters(chunks):
+        add(state, entry, WEIGHTS, entry.data.detach())
+    path.mkdir(parents=True, exist_ok=True)
+    dist_checkpointing.save(state, str(path))
+    if tokenizer_json is not None:
+        write_durably(path / TOKENIZER, tokenizer_json)
+    sidecar = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "has_ema": False,
+        "model": asdict(config.model),
+        "objective": asdict(config.objective),
+        "sequence_length": config.train.sequence_length,
+        "mask_token_id": config.model.vocab_size - 1,
+        "data": {},
+        "tokenizer": None if tokenizer_json is None else TOKENIZER,
+        "parallel": asdict(config.parallel),
+        "origin": dict(origin or {}),
+    }
+    write_durably(path / SIDECAR, json.dumps(sidecar, indent=1))
+    folder = CheckpointFolder(path)
+    folder.commit()
+    return folder
+
+
+def fill(chunks: list[nn.Module], weights: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into the model; every name must be used and every parameter filled.
+
+    Raises:
+        CheckpointError: naming what is missing, unknown or of another shape.
+    """
+    found, wrong = set(), []
+    with torch.no_grad():
+        for piece in pieces(chunks):
+            name = piece.full_name
+            found.add(name)
+            if name not in weights:
+                wrong.append(f"{name} is missing")
+            elif tuple(weights[name].shape) != piece.global_shape:
+                shape = tuple(weights[name].shape)
+                wrong.append(f"{name} has shape {shape}, the model wants {piece.global_shape}")
+            else:
+                piece.data.copy_(weights[name][piece.slices])
+    wrong += [f"{name} is unknown to the model" for name in weights if name not in found]
+    if wrong:
+        raise CheckpointError("the weights do not fit the model:\n  - " + "\n  - ".join(wrong))
