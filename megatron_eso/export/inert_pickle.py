@@ -41,6 +41,9 @@ class Inert:
 
     origin = ""
     """module.name of the class."""
+    args: tuple[Any, ...]
+    state: Any
+    items: dict[Any, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
         """Remember the arguments."""

@@ -188,13 +188,10 @@ def _number(settings: dict[str, Any], section: str, name: str) -> float | None:
 def _tokenizer_json(hyper: Any) -> str | None:
     """Return the JSON text inside a pickled fast tokenizer, without making the tokenizer."""
     outer = hyper.get("tokenizer") if isinstance(hyper, dict) else None
-    inner = outer.state.get("_tokenizer") if _has_fields(outer) else None
+    fields = outer.state if isinstance(outer, Inert) else None
+    inner = fields.get("_tokenizer") if isinstance(fields, dict) else None
     encoded = inner.state if isinstance(inner, Inert) else None
     if isinstance(encoded, Inert) and encoded.origin == "_codecs.encode" and encoded.args:
         text = encoded.args[0]
         return text.encode("latin1").decode() if isinstance(text, str) else None
     return encoded.decode() if isinstance(encoded, bytes) else None
-
-
-def _has_fields(value: Any) -> bool:
-    return isinstance(value, Inert) and isinstance(value.state, dict)
