@@ -140,7 +140,7 @@ def end(records: Records, attempt: str, options: argparse.Namespace) -> str:
     verb, count, why = decide(ending, options.max_attempts)
     records.set_state(without_progress=count)
     _note(records, attempt, verb, why, code=options.code)
-    if verb == "done" and ending.is_stop_asked:
+    if verb in ("done", "hold"):
         lease.release(records.run / "checkpoints", attempt)
     bad = ",".join(sorted(records.bad_nodes())) if verb in ("requeue", "hold") else ""
     return f"{verb} {bad}".strip()

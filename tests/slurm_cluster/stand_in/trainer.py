@@ -2,7 +2,7 @@
 
 Counts steps, commits a checkpoint every 5, saves on a signal and exits 75, obeys the lease, writes
 status.json. RUN/fault.json asks for faults: {"crash": {"restart": [0], "rank": 1, "step": 7}},
-{"save_nothing": true}, {"ignore_peers": true}; "steps" is the length of the run.
+{"save_nothing": true}, {"ignore_peers": true}, {"writer": 1}; "steps" is the length of the run.
 """
 
 import json
@@ -21,6 +21,7 @@ overrides = [o.partition("=")[2].strip("'") for o in sys.argv[3:] if o.startswit
 run = Path(overrides[0]) if overrides else Path(sys.argv[2]).parents[1]
 fault = json.loads((run / "fault.json").read_text()) if (run / "fault.json").exists() else {}
 total = fault.get("steps", 20)
+writer = fault.get("writer", 0)  # the rank that publishes
 flag = ""
 
 
@@ -82,7 +83,7 @@ while step < total:
             os._exit(3)
     if flag and not ending.exists():
         ending.write_text(flag)
-    if rank:
+    if rank != writer:
         if ending.exists():
             say(f"stops on {ending.read_text()}")
             os._exit(75)
@@ -103,7 +104,7 @@ while step < total:
     if step % 5 == 0:
         save(step)
         status("running", step)
-if rank == 0:
+if rank == writer:
     save(step)
     status("finished", step)
     say(f"finished at {step}")
