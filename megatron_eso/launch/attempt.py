@@ -36,12 +36,15 @@ class Ending:
     """The user asked for no further attempt."""
     num_without_progress: int
     """Attempts in a row without progress before this one."""
+    has_failed_rank: bool = False
+    """srun's code was not 0: a rank failed, and srun sent TERM to the others, which saved."""
 
 
 def decide(ending: Ending, max_attempts: int) -> tuple[str, int, str]:
     """Return what to do, the new count of attempts without progress, and why.
 
-    srun's exit code takes no part: it is the largest of the ranks', and 143 hides the first failure.
+    Of srun's exit code only "not 0" counts: it is the largest of the ranks', and 143 hides the first
+    failure. With a failed rank, the TERM that the others report came from srun, not from a preemption.
     """
     state = ending.status.get("state", "")
     count = 0 if ending.has_progress else ending.num_without_progress
@@ -55,7 +58,7 @@ def decide(ending: Ending, max_attempts: int) -> tuple[str, int, str]:
         )
     if ending.is_stop_asked:
         return "done", count, "stopped as asked by `megatron-eso cancel`"
-    is_preempted = state == "stopped" and not ending.is_usr1
+    is_preempted = state == "stopped" and not ending.is_usr1 and not ending.has_failed_rank
     if not ending.has_progress and not is_preempted:
         count += 1
     why = _reason(ending, state)
@@ -65,6 +68,8 @@ def decide(ending: Ending, max_attempts: int) -> tuple[str, int, str]:
 
 
 def _reason(ending: Ending, state: str) -> str:
+    if state == "stopped" and ending.has_failed_rank:
+        return "a rank failed and srun stopped the others; the job's log names it"
     if state == "stopped":
         return f"stopped by {ending.status.get('reason') or 'a signal'} with a checkpoint"
     if state == "failed":
@@ -136,6 +141,7 @@ def end(records: Records, attempt: str, options: argparse.Namespace) -> str:
         is_usr1=bool(options.usr1),
         is_stop_asked=(records.folder / "stop").exists(),
         num_without_progress=state.get("without_progress", 0),
+        has_failed_rank=options.code != 0,
     )
     verb, count, why = decide(ending, options.max_attempts)
     records.set_state(without_progress=count)
