@@ -125,39 +125,6 @@ def test_a_killed_node_is_remembered_and_the_run_finishes_elsewhere(slurm, tmp_p
     assert bad not in " ".join(final)
 
 
-def test_a_node_cut_off_the_network_cannot_publish(slurm, tmp_path):
-    """The publishing rank is on the node without the batch script: srun's own node ends its ranks."""
-    fault = {"steps": 400, "ignore_peers": True, "writer": 1}
-    run = Run(slurm, tmp_path / "r", fault=fault)
-    run.wait_log("rank 1/2 start at 0")
-    bad = run.log().split(" rank 1/2")[0].split()[-1]
-    slurm.cut_node(bad)
-    try:
-        run.wait_log(f"{run.job}.1", timeout=90)
-        run.wait_log("FENCED", timeout=30)
-        assert f"{run.job}.0 lost its lease to {run.job}.1" in run.log()
-    finally:
-        slurm.cut_node(bad, up=True)
-
-
-def test_a_crash_loop_is_held_and_says_why(slurm, tmp_path):
-    crash = {"restart": [0, 1, 2, 3], "rank": 1, "step": 2}
-    run = Run(
-        slurm, tmp_path / "r", "cluster.survival.max_attempts_without_progress=2",
-        fault={"crash": crash, "save_nothing": True},
-    )  # fmt: skip
-    run.wait_log("CRASH")
-    run.hurry()
-    wait_for(lambda: (run.folder / "slurm" / "held.json").exists(), 60)
-    wait_for(lambda: field(slurm, run.job, "Priority") == "0", 30)
-    assert "2 attempts in a row without a new checkpoint" in run.records("held.json")["why"]
-    assert run.log().count("CRASH") == 2
-    assert "held      2 attempts in a row" in command("status", run.folder).stdout
-    (run.folder / "fault.json").write_text("{}")
-    assert "released" in command("requeue", run.folder).stdout
-    run.wait_state("COMPLETED")
-
-
 def test_cancel_after_checkpoint_ends_the_job_and_submit_continues_it(slurm, tmp_path):
     run = Run(slurm, tmp_path / "r", fault={"steps": 60})
     run.wait_log("rank 0/2 start at 0")
