@@ -192,6 +192,10 @@ def _fit_objective(
     reasons = [f"{m.budget:.3g} FLOPs: {m.reason}" for m in minima if m.parameters is None]
     if len(good) < 3:
         reasons.append(f"{len(good)} interior minima; intervals need 3")
+    if parametric and (
+        parametric.E < 1e-3 or not all(0.02 < x < 2.9 for x in (parametric.a, parametric.b))
+    ):
+        reasons.append("the parametric law is at its bounds: these runs do not determine it")
     if num_left_out:
         reasons.append(f"{num_left_out} cells diverged or are unfinished")
     return ObjectiveFit(
