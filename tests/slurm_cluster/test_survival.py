@@ -125,6 +125,21 @@ def test_a_killed_node_is_remembered_and_the_run_finishes_elsewhere(slurm, tmp_p
     assert bad not in " ".join(final)
 
 
+def test_a_crash_loop_is_held_and_says_why(slurm, tmp_path):
+    crash = {"restart": [0, 1, 2, 3], "rank": 1, "step": 2}
+    run = Run(
+        slurm, tmp_path / "r", "cluster.survival.max_attempts_without_progress=2",
+        fault={"crash": crash, "save_nothing": True},
+    )  # fmt: skip
+    run.wait_log("CRASH")
+    run.hurry()
+    wait_for(lambda: (run.folder / "slurm" / "held.json").exists(), 60)
+    wait_for(lambda: field(slurm, run.job, "Priority") == "0", 30)
+    assert "2 attempts in a row without a new checkpoint" in run.records("held.json")["why"]
+    assert run.log().count("CRASH") == 2
+    assert "held      2 attempts in a row" in command("status", run.folder).stdout
+
+
 def test_cancel_after_checkpoint_ends_the_job_and_submit_continues_it(slurm, tmp_path):
     run = Run(slurm, tmp_path / "r", fault={"steps": 60})
     run.wait_log("rank 0/2 start at 0")
