@@ -315,3 +315,70 @@ def train_from(folder: str, overrides: list[str]) -> list[float]:
     load_weights(found, session.chunks, use_ema=True, device=session.torch_device)
     session.optimizer.reload_model_params()
     return [train_step(session, read_rows).loss for _ in range(2)]
+
+
+def log_probability_gradient(
+    overrides: list[str],
+    tokens: np.ndarray,
+    orders: np.ndarray,
+    valid: np.ndarray,
+    weights: list[float],
+) -> dict[str, Any]:
+    """Return values, gradient pieces and a finite difference of a weighted sum of log p(row | order)."""
+    from megatron_eso.eval.sequence_log_probability import (
+        accumulate_gradients,
+        sequence_log_probability,
+    )
+
+    session = _replica_session(overrides, "fp64")
+    ids, order, is_valid = (torch.from_numpy(x) for x in (tokens, orders, valid))
+    factor = torch.tensor(weights, dtype=torch.float64)
+
+    def passes() -> torch.Tensor:
+        return accumulate_gradients(
+            session.replica, ids, order, lambda found, rows: (factor[rows] * found).sum(),
+            micro_batch_rows=2, is_valid=is_valid,
+        )  # fmt: skip
+
+    values = passes()
+    gradients = _gradient_pieces(session)
+    direct = None
+    if session.layout.pipeline_size == 1:
+        for chunk in session.chunks:
+            chunk.zero_grad()
+        found = sequence_log_probability(session.replica, ids, order, is_valid)
+        (factor * found).sum().backward()
+        direct = {"values": found.detach().numpy(), "gradients": _gradient_pieces(session)}
+    ends, step = [], 1e-5
+    for move in (step, -2 * step):
+        with torch.no_grad():
+            for piece in pieces(session.chunks):
+                piece.data.add_(move * direction(piece.full_name, piece.global_shape)[piece.slices])
+        ends.append(float((factor * passes()).sum()))
+    slope = (ends[0] - ends[1]) / (2 * step)
+    return {"values": values.numpy(), "gradients": gradients, "slope": slope, "direct": direct}
+
+
+def direction(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a fixed direction to move a weight in, the same for every layout."""
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _gradient_pieces(session: Session) -> list[tuple[str, tuple, tuple, np.ndarray]]:
+    return [
+        (p.full_name, p.global_shape, p.slices, p.data.numpy().copy())
+        for entry in sharded_parameters(session.chunks)
+        for p in pieces_of(entry, entry.data.grad)
+    ]
+
+
+def forced_log_probs(overrides: list[str], tokens: np.ndarray, orders: np.ndarray) -> np.ndarray:
+    """Return [B, L] log-probabilities the sampler assigns, one token at a time, in fp64."""
+    from megatron_eso.sample.plan import DecodingPlan
+    from megatron_eso.sample.sampler import Choice, fill_rows
+
+    session = _replica_session(overrides, "fp64")
+    rows = torch.from_numpy(tokens)
+    plan = DecodingPlan(torch.from_numpy(orders), 0, [1] * rows.shape[1])
+    return fill_rows(session.replica, rows, plan, Choice(forced=rows)).log_probs.numpy()
