@@ -7,7 +7,7 @@ ARGS ?=
 # A run's folder: folder=... or name=... in ARGS, else the quick start's.
 RUN = $(or $(patsubst folder=%,%,$(filter folder=%,$(ARGS))),runs/$(or $(patsubst name=%,%,$(filter name=%,$(ARGS))),quickstart))
 
-.PHONY: pretrain test check bench format venv docs clean
+.PHONY: pretrain test test-slurm check bench format venv docs clean
 
 pretrain: $(VENV)/ready ## prepare data, train, evaluate, sample
 	$(BIN)/megatron-eso data prepare stdlib --out runs/data/stdlib --sequence-length 128 --vocab-size 2048
@@ -16,14 +16,18 @@ pretrain: $(VENV)/ready ## prepare data, train, evaluate, sample
 	$(BIN)/megatron-eso sample $(RUN) --prompt "def " --num-samples 2
 	@echo "run folder: $(RUN)  (tensorboard --logdir $(RUN)/tensorboard shows the curves)"
 
-test: $(VENV)/ready ## all tests
-	$(BIN)/python -m pytest tests -q
+test: $(VENV)/ready ## all tests but those on a real Slurm cluster
+	$(BIN)/python -m pytest tests -q -m "not slurm"
+
+test-slurm: $(VENV)/ready ## the tests on a real Slurm cluster on this machine (installs its daemons)
+	bash tools/install_slurm.sh
+	$(BIN)/python -m pytest tests -q -m slurm
 
 check: $(VENV)/ready ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest tests -q -m "not slow"
+	$(BIN)/python -m pytest tests -q -m "not slow and not slurm"
 
 bench: $(VENV)/ready ## speed and memory, ratios measured in one run
 	$(BIN)/python -m tools.bench
@@ -43,7 +47,7 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "Python 3.11 or 3.12 is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	nvidia-smi >/dev/null 2>&1 || $(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -e '.[train,plots,dev]'
+	$(BIN)/pip install -q -e '.[train,data,plots,dev]'
 	$(BIN)/pip install -q --no-deps mosaicml-streaming==0.13.0
 	touch $@
 
