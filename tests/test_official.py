@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -99,6 +101,28 @@ def test_training_goes_on_from_an_imported_checkpoint(imported, two_ranks, layou
 def test_a_full_folder_is_refused(imported, one_rank):
     with pytest.raises(AssertionError, match="is not empty"):
         one_rank.run("import_official", str(CHECKPOINT), imported()[0], {})
+
+
+@pytest.mark.slow
+def test_the_commands_import_and_verify_in_a_process_of_their_own(tmp_path):
+    """The exit code tells: averaged weights are equal, raw ones are not."""
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+
+    def command(*words):
+        return subprocess.run(
+            [sys.executable, "-m", "megatron_eso", *map(str, words)],
+            capture_output=True, text=True, cwd=tmp_path, env=environment,
+        )  # fmt: skip
+
+    done = command("verify", CHECKPOINT, "--expected", EXPECTED)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [*CASES, "equal"]
+    done = command("import", "--from", "official", CHECKPOINT, "--out", "raw", "--weights", "raw")
+    assert done.returncode == 0, done.stderr
+    done = command("verify", "raw", "--expected", EXPECTED)
+    assert done.returncode == 1
+    assert "DIFFERENT" in done.stdout
 
 
 def test_settings_and_tokenizer_are_read_from_the_file():

@@ -5,6 +5,7 @@ training does, so the result loads at any layout.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -54,12 +55,19 @@ def write_weights(
         origin: where the weights came from; goes into esolm.json.
 
     Raises:
-        CheckpointError: if the folder holds anything, or names or shapes are not the model's.
+        CheckpointError: if the folder holds anything, names or shapes are not the model's, or several
+            processes were started.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{path} is not empty; choose another folder for the checkpoint")
+    ranks = Ranks.from_environment(dict(os.environ))
+    if ranks.world_size > 1:
+        raise CheckpointError(
+            f"importing runs in one process, not {ranks.world_size}; import first, then load the "
+            "checkpoint at any layout"
+        )
     config = resolve_precision(config, "fp32")
-    ranks, device = Ranks(0, 1, 0), choose_device(0)
+    device = choose_device(ranks.local_rank)
     start_process_group(ranks, device)
     layout = build_groups(ParallelConfig(), seed=0)
     chunks, _ = build_chunks(config, layout, device.torch_device)

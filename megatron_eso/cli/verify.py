@@ -10,7 +10,9 @@ app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
 @app.command()
 def verify(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder (see import)")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Imported checkpoint, or the official file itself")
+    ],
     expected: Annotated[
         Path, typer.Option(help="safetensors file of the official code's log-probabilities")
     ],
@@ -23,19 +25,28 @@ def verify(
 
     Examples:
         megatron-eso verify runs/official --expected expected.safetensors
+        megatron-eso verify official.ckpt --expected expected.safetensors
         torchrun --nproc-per-node 2 -m megatron_eso verify runs/official --expected e.safetensors --tensor 2
     """
+    import tempfile
+    from contextlib import ExitStack
+
     import torch.distributed as dist
 
     from megatron_eso.cli.model_loading import load
     from megatron_eso.eval.verify import TOLERANCE, read_expected
     from megatron_eso.eval.verify import verify as compare
+    from megatron_eso.export.import_official import import_official
     from megatron_eso.parallel.finish import finish
 
-    loaded = load(
-        checkpoint, use_ema=True, dtype="fp32", tensor=tensor, pipeline=pipeline,
-        with_tokenizer=False,
-    )  # fmt: skip
+    with ExitStack() as held:
+        if checkpoint.is_file():
+            scratch = held.enter_context(tempfile.TemporaryDirectory())
+            checkpoint = import_official(checkpoint, Path(scratch) / "imported")[0].path
+        loaded = load(
+            checkpoint, use_ema=True, dtype="fp32", tensor=tensor, pipeline=pipeline,
+            with_tokenizer=False,
+        )  # fmt: skip
     cases = read_expected(expected, loaded.replica.config.model.vocab_size)
     found = compare(loaded.replica, cases)
     is_first = dist.get_rank() == 0
