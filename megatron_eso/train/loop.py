@@ -65,6 +65,10 @@ class Run:
         }
         self.saver = Saver(self.folder.checkpoints, config.checkpoint)
         self._resume()
+        if not self._has_room(session.state.step):
+            raise CheckpointError(
+                f"{self.folder.path} has no room for one checkpoint; free space or choose another folder=..."
+            )
         self.metrics = None
         peak = measured_peak(session)
         if self.is_first:
@@ -94,7 +98,11 @@ class Run:
                 return self._stop_early()
             if _is_due(step, config.train.save_every_steps) and step < total:
                 self._save()
-        self._save()
+        if not self._save():
+            raise CheckpointError(
+                f"no room under {self.folder.path} for the last checkpoint: free space and run the same "
+                "command, which continues from the checkpoint before"
+            )
         scores = self._evaluate()
         self.saver.finish()
         if self.metrics is not None:
@@ -165,11 +173,13 @@ class Run:
                 "would repeat or skip samples; restore data.sources or choose another folder"
             )
 
-    def _save(self) -> None:
+    def _save(self) -> bool:
+        """Start writing a checkpoint; return False if there is no room for it."""
         session, begin = self.session, time.perf_counter()
         step = session.state.step
+        self.saver.finish()  # the room that a save under way will take is then counted
         if not self._has_room(step):
-            return
+            return False
         state = collect(
             session.chunks, session.optimizer, session.average, session.layout.data_group
         )
@@ -179,6 +189,7 @@ class Run:
             log.info("checkpoint of step %d: training stalled for %.2f s", step, stall)
             self.metrics.add_scalar("time/checkpoint_stall_seconds", stall, step)
             self.metrics.pause(begin)
+        return True
 
     def _has_room(self, step: int) -> bool:
         """Return whether the disk holds one more checkpoint; all ranks agree."""
