@@ -55,7 +55,8 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"folder={self.path} cannot be written: {error}") from None
         stored = self.path / "config.yaml"
-        if stored.exists():
+        # A start that failed before its first step leaves nothing that must be kept.
+        if stored.exists() and (self.path / "metrics.jsonl").exists():
             changed = _differences(asdict(load_config(stored)), asdict(config))
             if changed:
                 raise ConfigError(
