@@ -98,10 +98,13 @@ def weights(overrides: list[str]) -> list[tuple[str, tuple, tuple, np.ndarray]]:
 
 
 def _weights(session: Session) -> list[tuple[str, tuple, tuple, np.ndarray]]:
-    return [
-        (p.full_name, p.global_shape, p.slices, p.data.detach().numpy().copy())
-        for p in pieces(session.chunks)
-    ]
+    return [(p.full_name, p.global_shape, p.slices, _array(p.data)) for p in pieces(session.chunks)]
+
+
+def _array(data: torch.Tensor) -> np.ndarray:
+    """Return a copy as numpy, which has no bfloat16."""
+    data = data.detach()
+    return (data.float() if data.dtype is torch.bfloat16 else data).numpy().copy()
 
 
 def train(
