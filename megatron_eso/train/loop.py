@@ -67,7 +67,7 @@ class Run:
         self._resume()
         if not self._has_room(session.state.step):
             raise CheckpointError(
-                f"{self.folder.path} has no room for one checkpoint; free space or choose another folder=..."
+                f"{self.folder.path} has no room for one checkpoint: free space or choose another folder"
             )
         self.metrics = None
         peak = measured_peak(session)
