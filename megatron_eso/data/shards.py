@@ -83,7 +83,7 @@ class ShardedRows:
             if opened is None or shard != current:
                 current, opened = shard, self._shard(shard)
             if (
-                os.preadv(opened.descriptor, (rows[place],), opened.first_byte + offset)
+                os.preadv(opened.descriptor, (rows[place],), opened.first_byte + offset)  # pyright: ignore[reportArgumentType]
                 != row_bytes
             ):
                 where = self.name_of(shard)
