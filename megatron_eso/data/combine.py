@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_eso.config.schema import DataConfig
 from megatron_eso.data.manifest import INDEX_NAME, Manifest, load_manifest, sha256_of, write_whole
+from megatron_eso.data.merge import renumbered
 from megatron_eso.data.mixture import Mixture
 from megatron_eso.data.open_split import open_split
 from megatron_eso.data.partition import describe_write_error
@@ -94,12 +95,7 @@ def _check_alike(folders: list[Path], manifests: list[Manifest]) -> None:
 
 
 def _linked(entry: dict[str, Any], folder: Path, target: Path, number: int) -> dict[str, Any]:
-    renamed = dict(entry)
-    for kind in ("raw_data", "zip_data"):
-        if entry[kind]:
-            suffix = entry[kind]["basename"].split(".", 2)[2]
-            renamed[kind] = {**entry[kind], "basename": f"shard.{number:05d}.{suffix}"}
-    stored = "zip_data" if entry["zip_data"] else "raw_data"
+    renamed, stored = renumbered(entry, number)
     before, after = folder / entry[stored]["basename"], target / renamed[stored]["basename"]
     if not before.is_file():
         raise DataError(f"shard {before} is missing; restore it or prepare {folder} again")

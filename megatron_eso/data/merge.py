@@ -69,14 +69,20 @@ def merge_partitions(
     return manifest
 
 
-def _moved(entry: dict[str, Any], source: Path, target: Path, number: int) -> dict[str, Any]:
-    """Rename one shard's file to its place in the whole and return its index entry."""
+def renumbered(entry: dict[str, Any], number: int) -> tuple[dict[str, Any], str]:
+    """Return a shard's index entry under another number, and which of its files is stored."""
     renamed = dict(entry)
     for kind in ("raw_data", "zip_data"):
         if entry[kind]:
             suffix = entry[kind]["basename"].split(".", 2)[2]
             renamed[kind] = {**entry[kind], "basename": f"shard.{number:05d}.{suffix}"}
     stored = "zip_data" if entry["zip_data"] else "raw_data"
+    return renamed, stored
+
+
+def _moved(entry: dict[str, Any], source: Path, target: Path, number: int) -> dict[str, Any]:
+    """Rename one shard's file to its place in the whole and return its index entry."""
+    renamed, stored = renumbered(entry, number)
     before, after = source / entry[stored]["basename"], target / renamed[stored]["basename"]
     if before.exists():
         os.replace(before, after)
