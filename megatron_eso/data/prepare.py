@@ -78,7 +78,7 @@ def prepare(
     try:
         _claim(out, request, overwrite)
         if (out / "train" / MANIFEST_NAME).is_file():
-            return Prepared({split: load_manifest(out / split) for split in MERGE_ORDER}, True)
+            return Prepared({split: load_manifest(out / split) for split in _splits(options)}, True)
         path = out / TOKENIZER_NAME
         if not path.is_file():
             _make_tokenizer(tokenizer, pieces, path, options, tokenizer_bytes, progress)
@@ -101,9 +101,10 @@ def check_options(options: PrepareOptions) -> None:
     """
     if options.sequence_length < 1:
         raise DataError(f"--sequence-length {options.sequence_length} must be at least 1")
-    if not 0 < options.validation_fraction < 1:
+    if not 0 <= options.validation_fraction < 1:
         raise DataError(
-            f"--validation-fraction {options.validation_fraction} must lie between 0 and 1"
+            f"--validation-fraction {options.validation_fraction} must lie between 0 (no validation "
+            "split) and 1"
         )
     if options.packing not in ("packed", "separate"):
         raise DataError(f"--packing {options.packing} must be packed or separate")
@@ -111,6 +112,11 @@ def check_options(options: PrepareOptions) -> None:
         raise DataError(f"--bad-documents {options.bad_documents} must be error or skip")
     if not 1 <= options.shard_mib < 4096:
         raise DataError(f"--shard-mib {options.shard_mib} must lie between 1 and 4095")
+
+
+def _splits(options: PrepareOptions) -> tuple[str, ...]:
+    """Return the splits in the order in which they are finished."""
+    return MERGE_ORDER if options.validation_fraction else MERGE_ORDER[1:]
 
 
 def _request(
@@ -208,7 +214,7 @@ def _merge(
 ) -> dict[str, Manifest]:
     manifests = {
         split: merge_partitions(work, out, split, len(partitions), tokenizer, options)
-        for split in MERGE_ORDER
+        for split in _splits(options)
     }
     shutil.rmtree(work)
     return manifests
