@@ -93,6 +93,24 @@ def test_eval_prints_a_table_and_writes_json(place):
     assert scores[0]["nats_per_token"] == pytest.approx(trained[0]["nats_per_token"], rel=1e-5)
 
 
+def test_eval_scores_raw_text_as_it_scores_the_same_text_prepared(place):
+    """Packed alone and in order, the text gives the rows that data prepare would write."""
+    text = place / "held-out.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    run("data", "prepare", text, "--out", "held-out", "--sequence-length", 32,
+        "--tokenizer", "data/tokenizer.json", "--validation-fraction", 0, folder=place)  # fmt: skip
+    found = []
+    for data, more in ((text, ["--ranks", 2, "--tensor", 2]), ("held-out/train", [])):
+        run("eval", "runs/first", data, "--metric", "likelihood", "--orders", 3, "--json", "t.json",
+            *more, folder=place)  # fmt: skip
+        found.append(json.loads((place / "t.json").read_text()))
+    assert [s["metric"] for s in found[0]] == [f"likelihood bound, K = {k}" for k in (1, 3)]
+    for raw, prepared in zip(*found, strict=True):
+        assert raw["num_tokens"] == prepared["num_tokens"] > 100
+        assert raw["nats_per_token"] == pytest.approx(prepared["nats_per_token"], rel=1e-5)
+        assert raw["bits_per_byte"] == pytest.approx(prepared["bits_per_byte"], rel=1e-5)
+
+
 def test_sample_prints_the_prompt_and_text_and_repeats_itself(place):
     arguments = ("sample", "runs/first", "--prompt", "document", "--num-samples", 1, "--seed", 3)
     first = run(*arguments, folder=place)

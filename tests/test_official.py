@@ -123,6 +123,13 @@ def test_the_commands_import_and_verify_in_a_process_of_their_own(tmp_path):
     done = command("verify", "raw", "--expected", EXPECTED)
     assert done.returncode == 1
     assert "DIFFERENT" in done.stdout
+    # The little tokenizer of the example has no end-of-document token, so one of its words becomes it.
+    tokenizer = (tmp_path / "raw" / "tokenizer.json").read_text()
+    (tmp_path / "t.json").write_text(tokenizer.replace('"w96":96', '"<|endoftext|>":96'))
+    (tmp_path / "words.txt").write_text(" ".join(f"w{i % 90}" for i in range(200)))
+    done = command("eval", "raw", "words.txt", "--tokenizer", "t.json", "--orders", 2)
+    assert done.returncode == 0, done.stderr
+    assert "likelihood bound, K = 2" in done.stdout
 
 
 def test_settings_and_tokenizer_are_read_from_the_file():

@@ -1,4 +1,4 @@
-"""The paper's claim at a size anyone can check: every objective on tiny Shakespeare, with a table and a plot.
+"""The paper's claim at a size anyone can check: each objective on tiny Shakespeare, a table and a plot.
 
     python -m tools.numerics --text tinyshakespeare.txt [--out runs/numerics] [--seeds 3] [--jobs 1]
 

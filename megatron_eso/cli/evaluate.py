@@ -113,10 +113,11 @@ def _reader(
 
 
 def _show(scores: list[Any], title: str) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("metric", "nats/token", "+-", "perplexity", "bits/token", "bits/byte"):
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
     for s in scores:
@@ -128,7 +129,9 @@ def _show(scores: list[Any], title: str) -> None:
             s.bits_per_byte,
         )
         table.add_row(s.metric, *(f"{n:.4f}" for n in numbers))
-    Console().print(table)
+    console = Console()
+    console.print(title, soft_wrap=True)
+    console.print(table)
 
 
 def _write(path: Path, scores: list[Any]) -> None:
