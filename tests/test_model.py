@@ -98,3 +98,8 @@ def test_at_alpha_zero_the_nelbo_is_the_exact_likelihood(one_rank):
     found = one_rank.run("scores", ["objective.alpha_0=0", "eval.likelihood_orders=1"], 6)[0]
     assert [name for name, _, _ in found] == ["likelihood", "likelihood"]
     np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-6)
+
+
+def test_flex_attention_is_refused_on_a_cpu_where_it_cannot_train(one_rank):
+    with pytest.raises(AssertionError, match="attention=flex: .* no backward pass on a CPU"):
+        one_rank.run("weights", ["precision.attention=flex"])

@@ -13,6 +13,7 @@ from torch import nn
 from megatron_eso.config import derive
 from megatron_eso.config.check import check
 from megatron_eso.config.schema import RunConfig
+from megatron_eso.errors import ConfigError
 from megatron_eso.model.build import build_chunks, resolve_precision
 from megatron_eso.model.initial_weights import initialize
 from megatron_eso.model.replica import Replica
@@ -63,6 +64,11 @@ def start_ranks(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, Device, Lay
     device = choose_device(ranks.local_rank)
     start_process_group(ranks, device)
     config = resolve_precision(config, _dtype(config, device))
+    if config.precision.attention == "flex" and not device.is_cuda:
+        raise ConfigError(
+            "precision.attention=flex: PyTorch's FlexAttention has no backward pass on a CPU; use split "
+            "(or auto), or dense"
+        )
     layout = build_groups(config.parallel, seed=config.train.seed)
     return config, device, layout
 

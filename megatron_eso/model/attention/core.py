@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_eso.model.attention.dense import dense_attention
+from megatron_eso.model.attention.flex import flex_rows_attention
 from megatron_eso.model.attention.rows import AttentionRows
 from megatron_eso.model.attention.split import split_attention
 from megatron_eso.model.rotary import rotate
@@ -73,7 +74,8 @@ class EsoCoreAttention(MegatronModule):
             return segment_attention(q, k, v, self.scale)
         if rows.pattern is Pattern.CAUSAL and self.backend == "split":
             return split_attention(q, k, v, num_pairs=rows.num_pairs, scale=self.scale)
-        return dense_attention(
+        attend = flex_rows_attention if self.backend == "flex" else dense_attention
+        return attend(
             q,
             k,
             v,
