@@ -101,5 +101,5 @@ def test_at_alpha_zero_the_nelbo_is_the_exact_likelihood(one_rank):
 
 
 def test_flex_attention_is_refused_on_a_cpu_where_it_cannot_train(one_rank):
-    with pytest.raises(AssertionError, match="attention=flex: .* no backward pass on a CPU"):
+    with pytest.raises(AssertionError, match=r"attention=flex: .* no backward pass on a CPU"):
         one_rank.run("weights", ["precision.attention=flex"])

@@ -72,8 +72,10 @@ def matrix_parameters_per_layer(model: ModelConfig) -> int:
 
 
 def _shares(objective: ObjectiveConfig, length: int) -> tuple[float, float, float, float]:
-    """Return stack rows per data row, head rows per token, the share of pairs computed, and key rows
-    per query row (a block-diffusion copy is given its true row and itself)."""
+    """Return stack rows per data row, head rows per token, share of pairs computed, key rows a query row.
+
+    A block-diffusion copy is given its true row and itself: three rows of keys for two of queries.
+    """
     causal = (length + 1) / (2 * length)
     if objective.name == "ar":
         return 1.0, 1.0, causal, 1.0
