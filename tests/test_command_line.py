@@ -118,6 +118,23 @@ def test_sample_prints_the_prompt_and_text_and_repeats_itself(place):
     assert first.split("--- ")[:2] == run(*arguments, folder=place).split("--- ")[:2]
 
 
+def test_sample_fills_gaps_and_writes_the_same_rows_at_any_batch_and_layout(place):
+    arguments = ("sample", "runs/first", "--infill", "document[[6]] is 3", "--num-samples", 3)
+    for name, more in (
+        ("one.jsonl", ["--batch", 3]),
+        ("two.jsonl", ["--batch", 2, "--ranks", 2, "--tensor", 2]),
+        ("pipe.jsonl", ["--batch", 1, "--ranks", 2, "--pipeline", 2]),
+    ):
+        run(*arguments, *more, "--out", name, folder=place)
+    found = [(place / f"{n}.jsonl").read_text().splitlines() for n in ("one", "two", "pipe")]
+    samples = [[json.loads(line)["text"] for line in lines] for lines in found]
+    assert samples[0] == samples[1] == samples[2]
+    assert all(text.startswith("document") and text.endswith(" is 3") for text in samples[0])
+    assert len(set(samples[0])) > 1
+    assert "exists" in run(*arguments, "--out", "one.jsonl", folder=place, code=3)
+    assert "needed; set --ranks 2" in run(*arguments, "--tensor", 2, folder=place, code=2)
+
+
 def test_config_show_and_doctor_explain_themselves(place):
     out = run("config", "show", "run.yaml", *SETTINGS, "--ranks", 2, folder=place)
     assert "num_stack_rows = 12" in out

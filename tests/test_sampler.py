@@ -8,7 +8,7 @@ from megatron_eso.config.schema import ModelConfig
 from megatron_eso.errors import ConfigError
 from megatron_eso.sample.choose import choose_tokens
 from megatron_eso.sample.plan import make_plan
-from megatron_eso.sample.prompt import rows_with_prompt
+from megatron_eso.sample.prompt import rows_with_gaps, rows_with_prompts
 from tests.rank_jobs import LENGTH, VOCAB, assemble, read_rows
 from tests.reference import ReferenceModel
 
@@ -91,7 +91,25 @@ def test_temperature_zero_takes_the_most_likely_token():
 def test_a_prompt_that_does_not_fit_is_refused(ids, length, message):
     model = ModelConfig(vocab_size=128, max_length=64)
     with pytest.raises(ConfigError, match=message):
-        rows_with_prompt(ids, 1, length, model)
+        rows_with_prompts([ids], length, model)
+
+
+def test_text_with_gaps_becomes_a_row():
+    model = ModelConfig(vocab_size=128, max_length=64)
+    canvas = rows_with_gaps("ab[[3]]c", 2, model, lambda text: [ord(c) - 97 for c in text])
+    assert canvas.tokens.tolist() == [[0, 1, 127, 127, 127, 2]] * 2
+    assert canvas.is_given.tolist() == [[True, True, False, False, False, True]] * 2
+    assert canvas.num_open == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("abc", "no gap"), ("a[[0]]b", "no gap"), ("a[[99]]", "rotary"), ("~[[1]]", "mask token")],
+)
+def test_a_wrong_gap_is_refused(text, message):
+    model = ModelConfig(vocab_size=100, max_length=64)
+    with pytest.raises(ConfigError, match=message):
+        rows_with_gaps(text, 1, model, lambda text: [min(ord(c), 99) for c in text])
 
 
 @pytest.mark.parametrize(
