@@ -135,6 +135,21 @@ def test_sample_fills_gaps_and_writes_the_same_rows_at_any_batch_and_layout(plac
     assert "needed; set --ranks 2" in run(*arguments, "--tensor", 2, folder=place, code=2)
 
 
+def test_bench_sample_compares_methods_under_a_judge(place):
+    settings = [*SETTINGS, "train.micro_batch_rows=4", "objective.name=ar"]
+    run("train", "run.yaml", "name=judge", *settings, folder=place)
+    out = run("bench-sample", "runs/first", "runs/judge", "--judge", "runs/judge", "--rows", 3, "--batch",
+              2, "--steps", 4, "--alpha-0", 1, "--alpha-0", 0, "--out", "front", folder=place)  # fmt: skip
+    assert "judge perplexity" in out
+    points = json.loads((place / "front/frontier.json").read_text())
+    assert [p["method"] for p in points] == ["eso alpha_0=1", "eso alpha_0=0", "ar"]
+    assert points[0]["evaluations"] <= 4 and points[2]["evaluations"] == 32
+    assert all(p["judge_perplexity"] > 1 and 0 < p["entropy"] < 3.5 for p in points)
+    assert (place / "front/frontier.png").stat().st_size > 5000
+    refused = run("bench-sample", "runs/judge", "--judge", "runs/first", folder=place, code=2)
+    assert "objective.name=eso" in refused
+
+
 def test_config_show_and_doctor_explain_themselves(place):
     out = run("config", "show", "run.yaml", *SETTINGS, "--ranks", 2, folder=place)
     assert "num_stack_rows = 12" in out

@@ -25,6 +25,7 @@ COMMANDS = {
     "watch": ("watch", "Start requeued jobs without the credential wait."),
     "eval": ("evaluate", "Score held-out data: NELBO, likelihood bound, perplexity."),
     "sample": ("sample", "Generate text from a checkpoint."),
+    "bench-sample": ("bench_sample", "Speed against quality of samplers, with a plot."),
     "import": ("import_", "Turn an official Eso-LM checkpoint into one of ours."),
     "verify": ("verify", "Compare a checkpoint with log-probabilities of the official code."),
     "plan": ("plan", "Memory, speed, best layout, cost and goodput before booking a GPU."),

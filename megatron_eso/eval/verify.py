@@ -75,9 +75,7 @@ def verify(replica: Replica, expected: Mapping[str, Mapping[str, Tensor]]) -> li
         expected: result of :func:`read_expected`.
     """
     parallel = replica.config.parallel
-    can_sample = parallel.virtual_pipeline == 1 and not (
-        parallel.tensor > 1 and parallel.sequence
-    )
+    can_sample = parallel.virtual_pipeline == 1 and not (parallel.tensor > 1 and parallel.sequence)
     cases: dict[str, Callable[..., list[Tensor]]] = {
         "diffusion": _diffusion,
         "sequential": _sequential,

@@ -83,14 +83,18 @@ def plan_for(
             f"--alpha-0 {settings.alpha_0}: a model of objective.name={objective.name} decides every "
             "token by diffusion (1)"
         )
+    method = "binomial" if settings.method == "auto" else settings.method
     if objective.name == "bd3lm":
-        if settings.method not in ("auto", "binomial"):
-            raise ConfigError(f"--plan {settings.method}: block diffusion has binomial steps alone")
         size = objective.block_size
-        return make_block_plan(canvas.is_given, block_size=size, num_steps=steps, **common)
+        return make_block_plan(
+            canvas.is_given,
+            block_size=size,
+            num_steps=steps,
+            method=method,
+            **common,  # type: ignore[arg-type]
+        )
     alpha_0 = objective.alpha_0 if objective.name == "eso" else 1.0
     alpha_0 = alpha_0 if settings.alpha_0 is None else settings.alpha_0
-    method = "binomial" if settings.method == "auto" else settings.method
     if steps is not None and method != "left-to-right" and settings.tokens_per_step:
         steps = max(round(alpha_0 * left / settings.tokens_per_step), 1)
     return make_plan(

@@ -97,6 +97,7 @@ def make_block_plan(
     *,
     block_size: int,
     num_steps: int | None = None,
+    method: Method = "binomial",
     seed: int,
     first_row: int = 0,
 ) -> DecodingPlan:
@@ -106,6 +107,7 @@ def make_block_plan(
         is_given: positions that are known: a prefix of the same length in every row.
         block_size: tokens of a block; divides L.
         num_steps: diffusion steps of the whole row, shared evenly by its blocks; None: one per token.
+        method: binomial or fixed.
         seed: seed of the counts and orders.
         first_row: number of the batch's first row.
 
@@ -114,6 +116,8 @@ def make_block_plan(
     """
     length = is_given.shape[1]
     num_given = length - _num_open(is_given)
+    if method not in ("binomial", "fixed"):
+        raise ConfigError(f"plan method {method!r}: block diffusion has binomial and fixed steps")
     check_prefix(is_given, num_given, "block diffusion")
     if length % block_size:
         raise ConfigError(f"a row of {length} tokens does not divide into blocks of {block_size}")
@@ -124,7 +128,11 @@ def make_block_plan(
     counts = []
     for block in range(num_blocks):
         left = block_size - min(max(num_given - block * block_size, 0), block_size)
-        counts += _binomial_counts(left, 1.0, min(steps, max(left, 1)), seed, draw=block)
+        here = min(steps, max(left, 1))
+        if method == "fixed":
+            counts += _even_counts(left, here)
+        else:
+            counts += _binomial_counts(left, 1.0, here, seed, draw=block)
     return DecodingPlan(key.argsort(dim=1, stable=True), num_given, counts)
 
 
