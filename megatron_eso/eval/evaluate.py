@@ -33,6 +33,7 @@ def evaluate(
     *,
     num_rows: int,
     bytes_per_token: float,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Score]:
     """Return the scores that ``eval`` settings ask for; the same on every rank.
 
@@ -41,15 +42,18 @@ def evaluate(
         read: returns numbered held-out rows.
         num_rows: rows to score, numbered from 0.
         bytes_per_token: UTF-8 bytes of text per token.
+        between: called by every rank before each round of micro-batches; it may raise, on all ranks.
     """
     settings = replica.config.eval
     objective = evaluation_objective(replica.config.objective, settings)
     for chunk in replica.chunks:
         chunk.eval()
     with torch.no_grad():
-        scores = [nelbo(replica, read, objective, num_rows, bytes_per_token)]
+        scores = [nelbo(replica, read, objective, num_rows, bytes_per_token, between)]
         if objective.name == "eso" and settings.likelihood_orders:
-            scores.append(likelihood_bound(replica, read, objective, num_rows, bytes_per_token))
+            scores.append(
+                likelihood_bound(replica, read, objective, num_rows, bytes_per_token, between)
+            )
     for chunk in replica.chunks:
         chunk.train()
     return scores
@@ -67,6 +71,7 @@ def nelbo(
     objective: ObjectiveConfig,
     num_rows: int,
     bytes_per_token: float,
+    between: Callable[[], None] = lambda: None,
 ) -> Score:
     """Return the negative evidence lower bound per token (exact for the ar objective)."""
     alpha_0 = objective.alpha_0 if objective.name == "eso" else 1.0
@@ -91,7 +96,7 @@ def nelbo(
         stack_rows_per_row = (1 if alpha_0 > 0 else 0) + (2 if alpha_0 < 1 else 0)
         if objective.name == "bd3lm":
             stack_rows_per_row = 2
-        nats, tokens = row_nats(replica, read, build, num_rows, stack_rows_per_row)
+        nats, tokens = row_nats(replica, read, build, num_rows, stack_rows_per_row, between)
         total = total + nats / repeats
     name = "likelihood" if objective.name == "ar" or alpha_0 == 0 else "nelbo"
     return score(name, total, tokens, bytes_per_token)
@@ -103,6 +108,7 @@ def likelihood_bound(
     objective: ObjectiveConfig,
     num_rows: int,
     bytes_per_token: float,
+    between: Callable[[], None] = lambda: None,
 ) -> Score:
     """Return - log mean_k p(x | order_k) per token over K orders; exact for alpha_0 = 0."""
     orders = 1 if objective.alpha_0 == 0 else replica.config.eval.likelihood_orders
@@ -115,7 +121,7 @@ def likelihood_bound(
             mask_id = replica.config.model.vocab_size - 1
             return sequential_rows(ids, is_valid, is_valid, order, mask_id=mask_id)
 
-        nats, tokens = row_nats(replica, read, build, num_rows, 2)
+        nats, tokens = row_nats(replica, read, build, num_rows, 2, between)
         log_probs.append(-nats)
     name = f"likelihood bound, K = {orders}" if objective.alpha_0 > 0 else "likelihood"
     return score(name, -log_mean_exp(log_probs), tokens, bytes_per_token)
@@ -135,6 +141,7 @@ def row_nats(
     build: BuildRows,
     num_rows: int,
     stack_rows_per_row: int,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """Return [B] weighted nats and [B] valid tokens of all rows, float64, the same on every rank."""
     train = replica.config.train
@@ -146,6 +153,7 @@ def row_nats(
     rounds = -(-num_rows // (per_round * layout.data_size))
     result = torch.zeros(2, num_rows, dtype=torch.float64, device=replica.device)
     for index in range(rounds):
+        between()
         # Every data-parallel rank reads in every round, since reading agrees over all ranks.
         first = (index * layout.data_size + layout.data_rank) * per_round
         numbers = list(range(first, first + per_round))
