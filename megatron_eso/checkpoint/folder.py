@@ -105,22 +105,29 @@ def list_folders(root: Path) -> list[CheckpointFolder]:
 
 
 def prune(root: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:
-    """Remove old committed checkpoints and uncommitted ones older than the newest; return them."""
+    """Remove what is :func:`unwanted`; return the removed folders."""
+    removed = unwanted(root, keep_last=keep_last, keep_every_steps=keep_every_steps)
+    for folder in removed:
+        remove(folder)
+    return [folder.path for folder in removed]
+
+
+def unwanted(root: Path, *, keep_last: int, keep_every_steps: int | None) -> list[CheckpointFolder]:
+    """Return old committed checkpoints and uncommitted ones older than the newest."""
     folders = list_folders(root)
     committed = [folder for folder in folders if folder.is_committed]
     if not committed:
         return []
     kept = {folder.path for folder in committed[-keep_last:]}
-    removed = []
+    found = []
     for folder in folders:
         is_milestone = keep_every_steps and folder.step % keep_every_steps == 0
         if folder.is_committed and (folder.path in kept or is_milestone):
             continue
         if not folder.is_committed and folder.step >= committed[-1].step:
             continue  # a save under way
-        remove(folder)
-        removed.append(folder.path)
-    return removed
+        found.append(folder)
+    return found
 
 
 def remove(folder: CheckpointFolder) -> None:

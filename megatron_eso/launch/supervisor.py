@@ -252,7 +252,8 @@ def _place(rank: _Rank) -> tuple[int, int]:
 def _fault(ranks: list[_Rank], number: int, cause: str, how: str, code: int) -> Ending:
     beats = [rank.beat for rank in ranks if rank.beat]
     step = max((beat.step for beat in beats), default=0)
-    where = f" after step {step}" if beats else " during start-up"
+    is_setup = all(beat.section == "setup" for beat in beats)
+    where = " during start-up" if is_setup else f" after step {step}"
     return Ending(
         code=code,
         is_fault=True,

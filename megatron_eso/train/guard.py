@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_eso.errors import TrainingError
 from megatron_eso.launch import events
 from megatron_eso.train.session import Session
-from megatron_eso.train.step import ReadRows, StepReport, is_finite, train_step
+from megatron_eso.train.step import Quality, ReadRows, StepReport, finite_is_good, train_step
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class StepGuard:
         if state.step in state.left_out:
             state.step += 1
             return None
-        report = train_step(self._session, self._read, self._is_good)
+        report = train_step(self._session, self._read, self._judge)
         if not report.is_applied:
             report = self._again(report)
         if report is not None and self._settings.spike_window:
@@ -66,9 +66,8 @@ class StepGuard:
         what = self._describe(first)
         self._tell("step_repeated", f"step {first.step}: {what}; it is run again", first)
         verdict = self._verdict(first)
-        second = train_step(
-            self._session, self._read, is_finite if verdict is Verdict.WARN else self._is_good
-        )
+        judge = finite_is_good if verdict is Verdict.WARN else self._judge
+        second = train_step(self._session, self._read, judge)
         is_same = second.loss == first.loss and second.grad_norm == first.grad_norm
         if second.is_applied and not is_same:
             self._tell(
@@ -115,8 +114,10 @@ class StepGuard:
             state.step += 1
             self._tell("skipped", f"{what}; its batch is left out", report)
 
-    def _is_good(self, loss: float, norm: float) -> bool:
-        return is_finite(loss, norm) and not self._is_spike(loss)
+    def _judge(self, loss: float, norm: float) -> Quality:
+        quality = finite_is_good(loss, norm)
+        is_spike = quality is Quality.GOOD and self._is_spike(loss)
+        return Quality.SPIKE if is_spike else quality
 
     def _is_spike(self, loss: float) -> bool:
         losses, settings = self._session.state.losses, self._settings
@@ -129,11 +130,13 @@ class StepGuard:
 
     def _verdict(self, report: StepReport) -> Verdict:
         settings = self._settings
-        return Verdict(settings.on_spike if report.is_finite else settings.on_nonfinite)
+        return Verdict(
+            settings.on_spike if report.quality is Quality.SPIKE else settings.on_nonfinite
+        )
 
     def _describe(self, report: StepReport) -> str:
         values = f"loss {report.loss:.6g}, gradient norm {report.grad_norm:.6g}"
-        if not report.is_finite:
+        if report.quality is Quality.NOT_FINITE:
             return f"{values} are not finite"
         mean = statistics.fmean(self._session.state.losses)
         return f"{values}: a spike, the last {len(self._session.state.losses)} have a mean of {mean:.6g}"

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -28,13 +29,21 @@ ReadRows = Callable[[int, list[int]], Rows]
 """Returns the data rows of a step by their numbers in the global batch."""
 
 
-Judge = Callable[[float, float], bool]
-"""Says from loss and gradient norm whether a step may be applied."""
+class Quality(IntEnum):
+    """What a step looks like; the worst judgement of any rank counts."""
+
+    GOOD = 0
+    SPIKE = 1
+    NOT_FINITE = 2
 
 
-def is_finite(loss: float, norm: float) -> bool:
+Judge = Callable[[float, float], Quality]
+"""Judges a step by its loss and gradient norm; only good ones are applied."""
+
+
+def finite_is_good(loss: float, norm: float) -> Quality:
     """Judge a step by its loss and gradient norm being finite."""
-    return math.isfinite(loss) and math.isfinite(norm)
+    return Quality.GOOD if math.isfinite(loss) and math.isfinite(norm) else Quality.NOT_FINITE
 
 
 @dataclass(frozen=True)
@@ -42,8 +51,8 @@ class StepReport:
     """What one step did, the same on every rank."""
 
     step: int
-    is_applied: bool
-    """False: the step was judged bad, the weights and the state stayed as they were."""
+    quality: Quality
+    """Anything but good: nothing was applied, the weights and the state stayed as they were."""
     loss: float
     loss_diffusion: float
     """Weighted diffusion nats per token of the diffusion rows; nan if there are none."""
@@ -56,9 +65,9 @@ class StepReport:
     """Wall-clock seconds by phase."""
 
     @property
-    def is_finite(self) -> bool:
-        """True if neither loss nor gradient holds nan or infinity."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+    def is_applied(self) -> bool:
+        """True if the weights were updated."""
+        return self.quality is Quality.GOOD
 
 
 def micro_batches_of_rank(session: Session) -> list[MicroBatch]:
@@ -74,7 +83,7 @@ def micro_batches_of_rank(session: Session) -> list[MicroBatch]:
     )
 
 
-def train_step(session: Session, read: ReadRows, is_good: Judge = is_finite) -> StepReport:
+def train_step(session: Session, read: ReadRows, judge: Judge = finite_is_good) -> StepReport:
     """Do the next optimizer step, if no rank finds it bad; only then the state moves on."""
     config, step = session.config, session.state.step
     begin = time.perf_counter()
@@ -99,13 +108,15 @@ def train_step(session: Session, read: ReadRows, is_good: Judge = is_finite) -> 
     loss = sum(x for x, n in ((diffusion, counts.diffusion), (sequential, counts.sequential)) if n)
     rate = learning_rate(step, config.optimizer, session.derived.total_steps)
     norm = gradient_norm(session.optimizer)
-    is_applied = not any_rank([not is_good(loss, norm)], session.torch_device)[0]
-    if is_applied:
+    mine = judge(loss, norm)
+    worse = any_rank([mine >= limit for limit in (1, 2)], session.torch_device)
+    quality = Quality(sum(worse))
+    if quality is Quality.GOOD:
         _apply(session, rate, norm)
     end = time.perf_counter()
     return StepReport(
         step=step + 1,
-        is_applied=is_applied,
+        quality=quality,
         loss=loss,
         loss_diffusion=diffusion,
         loss_sequential=sequential,
