@@ -121,7 +121,11 @@ def train(
         session.state.step = load_training_state(
             found, session.chunks, session.optimizer, session.average, device=session.torch_device
         )
-    saver = Saver(Path(str(folder)), session.config.checkpoint) if folder else None
+    saver = (
+        Saver(Path(str(folder)), session.config.checkpoint, session.torch_device)
+        if folder
+        else None
+    )
     losses = []
     while session.state.step < num_steps:
         losses.append(train_step(session, read_rows).loss)

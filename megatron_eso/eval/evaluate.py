@@ -36,6 +36,7 @@ def evaluate(
     num_rows: int,
     bytes_per_token: float,
     metrics: Collection[str] = METRICS,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Score]:
     """Return the scores that ``eval`` settings ask for; the same on every rank.
 
@@ -45,6 +46,7 @@ def evaluate(
         num_rows: rows to score, numbered from 0.
         bytes_per_token: UTF-8 bytes of text per token.
         metrics: of METRICS; the ar objective's likelihood is its one score under either name.
+        between: called by every rank before each round of micro-batches; it may raise, on all ranks.
 
     Raises:
         ConfigError: if a metric does not exist for the objective.
@@ -56,10 +58,11 @@ def evaluate(
         chunk.eval()
     with torch.no_grad():
         scores = []
+        given = (replica, read, objective, num_rows, bytes_per_token, between)
         if "nelbo" in metrics or objective.name == "ar":
-            scores.append(nelbo(replica, read, objective, num_rows, bytes_per_token))
+            scores.append(nelbo(*given))
         if "likelihood" in metrics and objective.name == "eso" and settings.likelihood_orders:
-            scores += likelihood_bounds(replica, read, objective, num_rows, bytes_per_token)
+            scores += likelihood_bounds(*given)
     for chunk in replica.chunks:
         chunk.train()
     return scores
@@ -93,6 +96,7 @@ def nelbo(
     objective: ObjectiveConfig,
     num_rows: int,
     bytes_per_token: float,
+    between: Callable[[], None] = lambda: None,
 ) -> Score:
     """Return the negative evidence lower bound per token (exact for the ar objective)."""
     alpha_0 = objective.alpha_0 if objective.name == "eso" else 1.0
@@ -117,7 +121,7 @@ def nelbo(
         stack_rows_per_row = (1 if alpha_0 > 0 else 0) + (2 if alpha_0 < 1 else 0)
         if objective.name == "bd3lm":
             stack_rows_per_row = 2
-        nats, tokens = row_nats(replica, read, build, num_rows, stack_rows_per_row)
+        nats, tokens = row_nats(replica, read, build, num_rows, stack_rows_per_row, between)
         total = total + nats / repeats
     name = "likelihood" if objective.name == "ar" or alpha_0 == 0 else "nelbo"
     return score(name, total, tokens, bytes_per_token)
@@ -129,6 +133,7 @@ def likelihood_bounds(
     objective: ObjectiveConfig,
     num_rows: int,
     bytes_per_token: float,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Score]:
     """Return - log mean_k p(x | order_k) per token over the first 1, 10, 100, ... and all K orders.
 
@@ -145,7 +150,7 @@ def likelihood_bounds(
             mask_id = replica.config.model.vocab_size - 1
             return sequential_rows(ids, is_valid, is_valid, order, mask_id=mask_id)
 
-        nats, tokens = row_nats(replica, read, build, num_rows, 2)
+        nats, tokens = row_nats(replica, read, build, num_rows, 2, between)
         bound.add(-nats)
         if bound.count == orders or is_power_of_ten(bound.count):
             name = f"likelihood bound, K = {bound.count}" if objective.alpha_0 > 0 else "likelihood"
@@ -167,6 +172,7 @@ def row_nats(
     build: BuildRows,
     num_rows: int,
     stack_rows_per_row: int,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """Return [B] weighted nats and [B] valid tokens of all rows, float64, the same on every rank."""
     train = replica.config.train
@@ -178,6 +184,7 @@ def row_nats(
     rounds = -(-num_rows // (per_round * layout.data_size))
     result = torch.zeros(2, num_rows, dtype=torch.float64, device=replica.device)
     for index in range(rounds):
+        between()
         # Every data-parallel rank reads in every round, since reading agrees over all ranks.
         first = (index * layout.data_size + layout.data_rank) * per_round
         numbers = list(range(first, first + per_round))
