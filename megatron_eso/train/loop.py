@@ -98,6 +98,7 @@ class Run:
                 return self._stop_early()
             if _is_due(step, config.train.save_every_steps) and step < total:
                 self._save()
+            self.keeper.copy_locally()
         return self._finish()
 
     def _step(self) -> None:
@@ -124,7 +125,7 @@ class Run:
         saver = self.keeper.saver
         stop, *saving = any_rank([self.stop.is_set, *saver.flags()], self.session.torch_device)
         saver.advance(*saving)
-        self.heart.kept_step = saver.kept_step
+        self.heart.kept_step = self.keeper.kept_step
         return stop
 
     def _between_evaluations(self) -> None:

@@ -138,3 +138,26 @@ def test_twenty_random_kills_end_with_the_weights_of_an_undisturbed_run(faulty):
     assert 18 <= len(faulty.events("kills", "fault")) <= 20  # two may meet in one restart
     assert len(faulty.events("kills_none", "fault")) == 0
     faulty.assert_equal("kills", "kills_none")
+
+
+@pytest.mark.parametrize("is_flipped", [False, True], ids=["whole", "flipped bit"])
+def test_a_restart_takes_the_newest_valid_of_local_and_shared(
+    faulty, undisturbed, tmp_path, is_flipped
+):
+    """Shared checkpoints of steps 4 and 8, node-local copies of steps 3, 6 and 9; killed at step 7."""
+    name = f"local{is_flipped}"
+    settings = ("train.steps=12", "train.save_every_steps=4", "checkpoint.asynchronous=false",
+                f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=3")  # fmt: skip
+    exit_at_7 = [{"kind": "exit", "rank": 0, "step": 7}]
+    faulty.run(name, *settings, faults=exit_at_7, max_restarts=0, code=1)
+    copies = sorted(tmp_path.rglob("step_0000000006.pt"))
+    assert len(copies) == 2
+    if is_flipped:  # of one rank: then no rank may use that step
+        raw = bytearray(copies[1].read_bytes())
+        raw[len(raw) // 2] ^= 1
+        copies[1].write_bytes(raw)
+    out = faulty.run(name, *settings)
+    expected = "step_0000000004" if is_flipped else "node-local copies of step 6 (shared: 4)"
+    assert f"continuing from {name}/checkpoints/{expected}" in out or f"from {expected}" in out
+    faulty.assert_equal(name, undisturbed)
+    assert not list(tmp_path.iterdir())  # a finished run leaves no copies
