@@ -4,8 +4,11 @@ Where a run goes on, it must end with the tensors of an undisturbed run, bit for
 """
 
 import random
+import shutil
 
 import pytest
+
+from megatron_eso.checkpoint.folder import list_folders
 
 pytestmark = pytest.mark.slow
 TWELVE = ("train.steps=12", "train.save_every_steps=2")
@@ -161,3 +164,21 @@ def test_a_restart_takes_the_newest_valid_of_local_and_shared(
     assert f"continuing from {name}/checkpoints/{expected}" in out or f"from {expected}" in out
     faulty.assert_equal(name, undisturbed)
     assert not list(tmp_path.iterdir())  # a finished run leaves no copies
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(faulty, undisturbed):
+    """A flipped bit in the newest, a truncated shard in the one before: the third is used."""
+    place = faulty.folder / "x"
+    shutil.copytree(place / undisturbed, place / "damaged")
+    third, second, newest = list_folders(place / "damaged" / "checkpoints")
+    shard = next(newest.path.glob("*.distcp"))
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    shard.write_bytes(raw)
+    shard = next(second.path.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "another hash" in faulty.command("checkpoint", "verify", newest.path.absolute(), code=4)
+    out = faulty.run("damaged", *TWELVE)
+    assert "has another hash than when it was written" in out and "bytes instead of" in out
+    assert f"continuing from damaged/checkpoints/{third.path.name}" in out
+    faulty.assert_equal("damaged", undisturbed)
