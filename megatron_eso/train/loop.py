@@ -230,12 +230,11 @@ class Run:
             events.record(self.folder.path, event, **facts)
 
     def _write_status(self, state: str, **facts: object) -> None:
-        self.folder.write_status(
-            state,
-            step=self.session.state.step,
-            total_steps=self.session.derived.total_steps,
-            **facts,
-        )
+        step, total = self.session.state.step, self.session.derived.total_steps
+        try:
+            self.folder.write_status(state, step=step, total_steps=total, **facts)
+        except OSError as error:
+            log.warning("status.json cannot be written: %s", error)
 
     def _describe(self, peak: float) -> None:
         config = self.session.config

@@ -5,6 +5,7 @@ Where a run goes on, it must end with the tensors of an undisturbed run, bit for
 
 import random
 import shutil
+import subprocess
 
 import pytest
 
@@ -182,3 +183,26 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(faulty, u
     assert "has another hash than when it was written" in out and "bytes instead of" in out
     assert f"continuing from damaged/checkpoints/{third.path.name}" in out
     faulty.assert_equal("damaged", undisturbed)
+
+
+def test_a_disk_that_another_process_fills_during_a_save_stops_nothing(
+    faulty, undisturbed, tmp_path
+):
+    """A real full disk, a small tmpfs, from the save of step 4 until step 7."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "none", tmp_path]).returncode:
+        pytest.skip("NO SMALL DISK HERE: mounting a tmpfs needs root")
+    try:
+        file, run = str(tmp_path / "filler"), tmp_path / "run"
+        faults = [
+            {"kind": "fill_disk", "rank": 1, "step": 4, "file": file},
+            {"kind": "free_disk", "rank": 0, "step": 7, "file": file},
+        ]
+        run.mkdir()
+        (faulty.folder / "x" / "full").symlink_to(run)
+        out = faulty.run("full", *TWELVE, faults=faults)
+        assert "SAVE FAILED" in out and "Traceback" not in out
+        assert "no room for a checkpoint of step 6" in out
+        assert [f.step for f in list_folders(run / "checkpoints")] == [8, 10, 12]
+        faulty.assert_equal("full", undisturbed)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
