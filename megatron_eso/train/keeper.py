@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import platform
 import shutil
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -53,6 +55,7 @@ class Keeper:
                 lease.acquire(folder.checkpoints, self._owner)
             except (CheckpointError, OSError) as error:
                 failure = str(error)
+        failure = failure or _why_no_copies(session.config.checkpoint.local_folder)
         raise_together(failure, CheckpointError, session.torch_device)
         self.saver = Saver(
             folder.checkpoints,
@@ -242,3 +245,17 @@ class Keeper:
             "written": time.time(),
         }
         return json.loads(json.dumps(sidecar))  # a snapshot: the state goes on changing
+
+
+def _why_no_copies(local_folder: str | None) -> str:
+    """Return why node-local copies cannot be written on this node, or an empty string."""
+    if local_folder is None:
+        return ""
+    try:
+        with tempfile.TemporaryFile(dir=local_folder):
+            return ""
+    except OSError as error:
+        return (
+            f"checkpoint.local_folder={local_folder} on {platform.node()}: {error.strerror}; it must exist "
+            "on every node and be writable"
+        )

@@ -144,6 +144,7 @@ class Run:
             scores = self._evaluate()
         except StopAskedError:
             return self._stop_early()
+        self.heart.enter("end")
         if self.metrics is not None:
             unigram = self.validation.unigram(self.session.config, self.reader)
             for name, score in unigram.items():
