@@ -10,6 +10,7 @@ import subprocess
 import pytest
 
 from megatron_eso.checkpoint.folder import list_folders
+from megatron_eso.launch.supervisor import free_port
 
 pytestmark = pytest.mark.slow
 TWELVE = ("train.steps=12", "train.save_every_steps=2")
@@ -55,6 +56,16 @@ def test_a_fault_that_comes_back_ends_with_its_own_exit_code(faulty):
     out = faulty.run("loop", *AT_ONCE, faults=[always], code=7, max_restarts=2)
     assert "given up after 2 faults in a row without a newer checkpoint than step 4" in out
     assert len(faulty.events("loop", "fault")) == 3  # the first had brought a checkpoint
+
+
+def test_a_rank_of_srun_that_hangs_is_ended_with_its_own_exit_code(faulty):
+    """One rank per task, in a new process: the job script restarts, the launcher only ends it."""
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(free_port())}  # fmt: skip
+    faulty.run("task", *AT_ONCE, "parallel.tensor=1", "resilience.min_timeout_seconds=8", code=8,
+               faults=[{"kind": "gil", "step": 4}], num_ranks=1, rank_environment=place,
+               max_restarts=0, is_warm=False)  # fmt: skip
+    assert [e["cause"] for e in faulty.events("task", "fault")] == ["hang"]
 
 
 def test_a_save_that_fails_is_loud_and_harms_nothing(faulty, undisturbed):
