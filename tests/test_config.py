@@ -94,6 +94,9 @@ def test_all_violations_are_reported_at_once():
         (["train.tokens=100"], "exactly one of"),
         (["objective.name=bd3lm", "objective.block_size=7"], "does not divide"),
         (["model.num_kv_heads=3"], "not a multiple"),
+        (["resilience.timeout_factor=0.5"], "must be at least 1"),
+        (["resilience.on_nonfinite=rollback"], "set train.save_every_steps"),
+        (["checkpoint.local_every_steps=0"], "checkpoint.local_every_steps=0"),
     ],
 )
 def test_a_broken_rule_says_what_to_change(overrides, message):

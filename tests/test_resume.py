@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from megatron_eso.checkpoint.compare import compare
 from megatron_eso.checkpoint.folder import CheckpointFolder, folder_of_step, list_folders, prune
 from megatron_eso.checkpoint.load import newest_valid
+from megatron_eso.errors import CheckpointError
 from tests.rank_jobs import assemble
 
 pytestmark = pytest.mark.slow
@@ -89,3 +91,16 @@ def test_a_newer_format_is_refused_with_advice(tmp_path):
     (folder.path / "esolm.json").write_text(json.dumps({"format_version": 99}))
     with pytest.raises(Exception, match="update megatron-eso"):
         CheckpointFolder(folder.path).sidecar()
+
+
+def test_compare_finds_what_differs_across_layouts(two_ranks, tmp_path):
+    for name, settings in (("tensor", ["parallel.tensor=2"]), ("data", [])):
+        two_ranks.run("train", settings, 2, str(tmp_path / name), 2)
+    one, other = (list_folders(tmp_path / name)[0] for name in ("tensor", "data"))
+    assert all(d.is_bitwise_equal and d.num_tensors > 5 for d in compare(one, one))
+    found = {d.group: d for d in compare(one, other)}
+    assert set(found) == {"weights", "exp_avg", "exp_avg_sq", "ema"}
+    assert 0 < found["weights"].largest < 2e-4  # other sums, hence rounding, nothing else
+    two_ranks.run("train", ["model.num_layers=6"], 2, str(tmp_path / "deep"), 2)
+    with pytest.raises(CheckpointError, match="different models"):
+        compare(one, list_folders(tmp_path / "deep")[0])

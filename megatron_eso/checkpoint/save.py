@@ -106,13 +106,14 @@ class Saver:
             return time.perf_counter() - begin
         plan = self._planner.plan(state, folder.path)
         self._save, self._phase = _Save(folder, sidecar, plan, begin), Phase.WRITING
-        if self.settings.asynchronous:
-            self._save.child = Child(plan.write)
-        else:
-            try:
+        try:
+            if self.settings.asynchronous:
+                self._save.child = Child(plan.write)
+            else:
                 self._save.written = plan.write()
-            except Exception as error:  # reported by every rank, below: nothing is swallowed
-                self._save.failure = f"{type(error).__name__}: {error}"
+        except Exception as error:  # reported by every rank at the next poll: nothing is swallowed
+            self._save.failure = f"{type(error).__name__}: {error}"
+        if not self.settings.asynchronous:
             self.finish()
         return time.perf_counter() - begin
 
@@ -216,11 +217,6 @@ class Saver:
             save.folder.commit(
                 {name: entry for _, files in written for name, entry in files.items()}
             )
-            prune(
-                self.root,
-                keep_last=self.settings.keep_last,
-                keep_every_steps=self.settings.keep_every_steps,
-            )
         except CheckpointError as error:
             self._lost_lease = str(error)
         except Exception as error:  # reported by every rank: nothing is swallowed
@@ -229,6 +225,14 @@ class Saver:
             seconds = time.perf_counter() - save.begin
             log.info("checkpoint %s committed after %.1f s", path, seconds)
             events.record(self.root.parent, "committed", step=save.folder.step, seconds=seconds)
+            self._prune()
+
+    def _prune(self) -> None:
+        keep = self.settings
+        try:
+            prune(self.root, keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps)
+        except OSError as error:
+            log.warning("old checkpoints under %s could not be removed: %s", self.root, error)
 
     def _abandon(self, *, remove_folder: bool = True) -> None:
         """End the save under way without a result, on all ranks."""

@@ -22,7 +22,17 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
 
 def violations(config: RunConfig, world_size: int | None = None) -> list[str]:
     """Return one message per broken rule."""
-    rules = (_model, _objective, _length, _layout, _optimizer, _precision, _evaluation, _baselines)
+    rules = (
+        _model,
+        _objective,
+        _length,
+        _layout,
+        _optimizer,
+        _precision,
+        _evaluation,
+        _baselines,
+        _resilience,
+    )
     found = [message for rule in rules for message in rule(config)]
     if world_size is not None:
         found += _world(config, world_size)
@@ -245,3 +255,29 @@ def _baselines(config: RunConfig) -> Iterator[str]:
         )
     if train.micro_batch_rows % 2:
         yield "train.micro_batch_rows must be even for bd3lm: a row runs as two stack rows"
+
+
+def _resilience(config: RunConfig) -> Iterator[str]:
+    settings, checkpoint = config.resilience, config.checkpoint
+    for name in ("setup_timeout_seconds", "min_timeout_seconds"):
+        if getattr(settings, name) <= 0:
+            yield f"resilience.{name}={getattr(settings, name)} must be positive"
+    if settings.timeout_factor < 1:
+        yield (
+            f"resilience.timeout_factor={settings.timeout_factor} must be at least 1: a step may take as "
+            "long as the longest so far"
+        )
+    for name in ("max_restarts_without_progress", "spike_window", "max_skipped_steps",
+                 "straggler_every_steps"):  # fmt: skip
+        if getattr(settings, name) < 0:
+            yield f"resilience.{name}={getattr(settings, name)} must be at least 0"
+    if (
+        "rollback" in (settings.on_nonfinite, settings.on_spike)
+        and not config.train.save_every_steps
+    ):
+        yield "resilience.on_...=rollback goes back to a checkpoint: set train.save_every_steps"
+    for name in ("keep_last", "local_every_steps"):
+        if getattr(checkpoint, name) < 1:
+            yield f"checkpoint.{name}={getattr(checkpoint, name)} must be at least 1"
+    if checkpoint.timeout_seconds <= 0:
+        yield f"checkpoint.timeout_seconds={checkpoint.timeout_seconds} must be positive"

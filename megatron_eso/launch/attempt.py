@@ -3,7 +3,7 @@
 begin    is there anything to do? take the lease, note nodes that went down    -> go | done
 choose   which healthy nodes train                       -> run NODES | requeue NODES | hold NODES
 launching, chained   notes
-end      what now?                               -> done | leave | requeue [NODES] | hold [NODES]
+end      what now?                       -> done | leave | again | requeue [NODES] | hold [NODES]
 
 Answers go to stdout, explanations to stderr, that is to the job's log. Standard library only.
 """
@@ -65,6 +65,13 @@ def decide(ending: Ending, max_attempts: int) -> tuple[str, int, str]:
     if count >= max_attempts:
         return "hold", count, f"{count} attempts in a row without a new checkpoint; the last: {why}"
     return "requeue", count, why
+
+
+def is_fault(ending: Ending) -> bool:
+    """Return whether ranks failed, rather than being asked to stop by a limit or a preemption."""
+    if ending.is_usr1 or ending.is_term or ending.is_stop_asked:
+        return False
+    return ending.has_failed_rank and ending.status.get("state") != "failed"
 
 
 def _reason(ending: Ending, state: str) -> str:
@@ -144,6 +151,13 @@ def end(records: Records, attempt: str, options: argparse.Namespace) -> str:
         has_failed_rank=options.code != 0,
     )
     verb, count, why = decide(ending, options.max_attempts)
+    if verb == "requeue" and options.in_job_left > 0 and is_fault(ending):
+        # The nodes are ours still: start the ranks again on those that are healthy.
+        step, updated = records.checkpoint_step(), status.get("updated")
+        records.set_state(without_progress=count, step_before=step, status_before=updated)
+        records.add_event(attempt, "again", why=why, step=step, code=options.code)
+        print(f"again, in this job: {why}", file=sys.stderr)
+        return "again"
     records.set_state(without_progress=count)
     _note(records, attempt, verb, why, code=options.code)
     if verb in ("done", "hold"):
@@ -185,7 +199,8 @@ def main() -> None:
     parser.add_argument("--attempt", required=True)
     parser.add_argument("--nodes", default="")
     parser.add_argument("--job", default="")
-    for name in ("need", "checked", "code", "term", "usr1", "max-attempts"):
+    for name in ("need", "checked", "code", "term", "usr1", "max-attempts",
+                 "in-job-left"):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--bad-node-hours", type=float, default=24.0)
     options = parser.parse_args()

@@ -47,24 +47,27 @@ say "nodes $all_hosts"
 begun=$(helper begin --nodes "$all_hosts") || { say "cannot begin"; exit 1; }
 [ "$begun" = go ] || act "$begun"
 
-chosen=$all_hosts
-if [ "$HEALTH" = 1 ]; then
-    timeout --kill-after=10 "$HEALTH_TIMEOUT" srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" \
-        --ntasks-per-node=1 --kill-on-bad-exit=0 \
-        "$HOST_PYTHON" -m megatron_eso.launch.health --run "$RUN" --attempt "$ATTEMPT" "${HEALTH_ARGUMENTS[@]}"
-fi
-choice=$(helper choose --nodes "$all_hosts" --need "$TRAIN_NODES" --checked "$HEALTH") || { say "cannot choose nodes"; exit 1; }
-read -r verb chosen <<<"$choice"
-# shellcheck disable=SC2086
-[ "$verb" = run ] || { [ "$term" = 1 ] && exit 1; act $choice; }
+choose_nodes() { # sets chosen; sick nodes stay out
+    chosen=$all_hosts
+    if [ "$HEALTH" = 1 ]; then
+        timeout --kill-after=10 "$HEALTH_TIMEOUT" srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" \
+            --ntasks-per-node=1 --kill-on-bad-exit=0 \
+            "$HOST_PYTHON" -m megatron_eso.launch.health --run "$RUN" --attempt "$ATTEMPT" "${HEALTH_ARGUMENTS[@]}"
+    fi
+    choice=$(helper choose --nodes "$all_hosts" --need "$TRAIN_NODES" --checked "$HEALTH") || { say "cannot choose nodes"; exit 1; }
+    read -r verb chosen <<<"$choice"
+    # shellcheck disable=SC2086
+    [ "$verb" = run ] || { [ "$term" = 1 ] && exit 1; act $choice; }
 
-rank_0_host=${chosen%%,*}
-MASTER_ADDR=$rank_0_host # a name that does not resolve: the address that Slurm knows
-getent hosts "$MASTER_ADDR" >/dev/null ||
-    MASTER_ADDR=$(scontrol show node -o "$rank_0_host" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-export MASTER_ADDR MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000))
-set_network
-set_container
+    rank_0_host=${chosen%%,*}
+    MASTER_ADDR=$rank_0_host # a name that does not resolve: the address that Slurm knows
+    getent hosts "$MASTER_ADDR" >/dev/null ||
+        MASTER_ADDR=$(scontrol show node -o "$rank_0_host" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    # Another port each time: a socket of the ranks before may linger.
+    export MASTER_ADDR MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0} + in_job * 1009) % 10000))
+    set_network
+    set_container
+}
 
 # One rank. Exit code 75 (stopped with a checkpoint) becomes 0: srun would take it for a failure and
 # kill the ranks that are still saving. Signals are ignored until the trainer catches them (it would
@@ -84,20 +87,34 @@ wait "$pid"; code=$?
 [ "$code" = 75 ] && code=0
 exit "$code"'
 export POLL_METADATA RANK_PYTHON="$PYTHON"
-code=1
-if [ "$usr1" = 0 ] && [ "$term" = 0 ]; then
-    helper launching --nodes "$chosen"
-    srun --nodes="$TRAIN_NODES" --ntasks="$((TRAIN_NODES * TASKS_PER_NODE))" --ntasks-per-node="$TASKS_PER_NODE" \
-        --nodelist="$chosen" --kill-on-bad-exit=1 --wait=120 \
-        "${SRUN_ARGUMENTS[@]}" "${CONTAINER[@]}" bash -c "$rank_script" rank "${TRAIN[@]}" &
-    srun_pid=$!
-    while kill -0 "$srun_pid" 2>/dev/null; do wait "$srun_pid"; done # a trapped signal ends `wait` early
-    wait "$srun_pid"
-    code=$?
-    for _ in 1 2 3; do sleep 1; done # a TERM that is on its way shall arrive
-fi
-say "ranks ended, srun's code $code"
-decision=$(helper end --nodes "$chosen" --code "$code" --term "$term" --usr1 "$usr1" \
-    --max-attempts "$MAX_ATTEMPTS" --bad-node-hours "$BAD_NODE_HOURS") || decision=leave
+run_ranks() { # sets code
+    code=1
+    if [ "$usr1" = 0 ] && [ "$term" = 0 ]; then
+        helper launching --nodes "$chosen"
+        srun --nodes="$TRAIN_NODES" --ntasks="$((TRAIN_NODES * TASKS_PER_NODE))" --ntasks-per-node="$TASKS_PER_NODE" \
+            --nodelist="$chosen" --kill-on-bad-exit=1 --wait=120 \
+            "${SRUN_ARGUMENTS[@]}" "${CONTAINER[@]}" bash -c "$rank_script" rank "${TRAIN[@]}" &
+        srun_pid=$!
+        while kill -0 "$srun_pid" 2>/dev/null; do wait "$srun_pid"; done # a trapped signal ends `wait` early
+        wait "$srun_pid"
+        code=$?
+        srun_pid=
+        for _ in 1 2 3; do sleep 1; done # a TERM that is on its way shall arrive
+    fi
+    say "ranks ended, srun's code $code"
+}
+
+# The ranks start again in this job after a fault, a few times; then the job is requeued.
+in_job=0
+while :; do
+    choose_nodes
+    run_ranks
+    decision=$(helper end --nodes "$chosen" --code "$code" --term "$term" --usr1 "$usr1" \
+        --in-job-left "$((IN_JOB_RESTARTS - in_job))" \
+        --max-attempts "$MAX_ATTEMPTS" --bad-node-hours "$BAD_NODE_HOURS") || decision=leave
+    [ "$decision" = again ] || break
+    in_job=$((in_job + 1))
+    say "decision: again, restart $in_job of $IN_JOB_RESTARTS in this job"
+done
 # shellcheck disable=SC2086
 act $decision

@@ -98,6 +98,11 @@ def _why_not(held: dict, owner: str, now: float) -> str:
 
 def _recently(held: dict, now: float) -> str:
     age = now - held["updated"]
+    if age < -QUIET_SECONDS:
+        return (
+            f"renewed {-age:.0f} s in the future: the clocks differ, so whether it lives is unknown; "
+            "set the clocks right"
+        )
     return f"renewed {age:.0f} s ago" if age < QUIET_SECONDS else ""
 
 

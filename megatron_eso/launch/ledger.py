@@ -18,6 +18,8 @@ from megatron_eso.launch.events import EVENTS, read_events
 TRAINING, LOST = "training", "lost steps"
 CAUSES = (TRAINING, LOST, "set-up", "checkpoint stall", "evaluation", "fault detection", "restart",
           "not running")  # fmt: skip
+_STALLS = {"checkpoint": "checkpoint stall", "local_copy": "checkpoint stall",
+           "evaluation": "evaluation"}  # fmt: skip
 _JUMP_SECONDS = 5.0
 
 
@@ -105,7 +107,7 @@ def account(events: list[dict[str, Any]]) -> Ledger:
     """Return the account of events in the order they were written."""
     times, jumps = _axis(events)
     stretches: list[Stretch] = []
-    lost_steps = 0
+    lost_steps, faults = 0, []
     attempts = list(_attempts(events))
     for number, (first, last) in enumerate(attempts):
         nearest = attempts[number + 1][0] if number + 1 < len(attempts) else last
@@ -113,6 +115,8 @@ def account(events: list[dict[str, Any]]) -> Ledger:
         pieces, lost = _attempt(events[first : last + 1], times[first : last + 1], resumed)
         stretches += pieces
         lost_steps += lost
+        # Launchers on several nodes may each report the fault of one rank: it is one.
+        faults += [e for e in events[first : last + 1] if e["event"] == "fault"][:1]
         if nearest > last and times[nearest] > times[last]:
             gap_is_restart = (
                 events[last]["event"] == "fault" and events[nearest]["event"] == "start"
@@ -122,7 +126,7 @@ def account(events: list[dict[str, Any]]) -> Ledger:
     steps = [int(e["step"]) for e in events if "step" in e]
     return Ledger(
         stretches=[s for s in stretches if s.seconds > 0],
-        faults=[e for e in events if e["event"] == "fault"],
+        faults=faults,
         num_starts=sum(e["event"] == "setup" for e in events),
         lost_steps=lost_steps,
         last_step=max(steps, default=0),
@@ -177,7 +181,7 @@ def _attempt(
     stop = max((times[fault] if fault is not None else end) - silent, times[ready])
     position = times[ready]
     for event, time in zip(events[ready:], times[ready:], strict=True):
-        cause = {"checkpoint": "checkpoint stall", "evaluation": "evaluation"}.get(event["event"])
+        cause = _STALLS.get(event["event"])
         if cause is None or time > stop:
             continue
         begin = max(time - float(event["seconds"]), position)

@@ -55,6 +55,8 @@ class SurvivalConfig:
     """Time before the limit at which the job is told to save (Slurm may be up to 60 s early)."""
     max_attempts_without_progress: int = 3
     """After so many attempts in a row without a newer checkpoint the job is held."""
+    in_job_restarts: int = 2
+    """Faults after which the ranks start again on the same nodes, before the job is requeued."""
     bad_node_hours: float = 24.0
     """How long a node stays on the run's bad-node list."""
     spare_nodes: int = 0

@@ -102,7 +102,7 @@ def _variables(profile: ClusterProfile, job: Job) -> list[str]:
     slurm = job.run / "slurm"
     arguments = [f"--num-devices={health.num_devices}", f"--device-folder={health.device_folder}"]
     arguments += [f"--command={health.command}", f"--max-skew={health.max_clock_skew_seconds:g}"]
-    train = [profile.python, "-m", "megatron_eso", "train", str(slurm / "config.yaml")]
+    train = [profile.python, "-m", "megatron_eso", "launch", str(slurm / "config.yaml")]
     values: dict[str, object] = {
         "RUN": job.run,
         "SUBMIT_FOLDER": job.submit_folder,
@@ -117,6 +117,7 @@ def _variables(profile: ClusterProfile, job: Job) -> list[str]:
         "HEALTH_TIMEOUT": health.timeout_seconds,
         "HEALTH_ARGUMENTS": arguments,
         "REQUEUE": survival.requeue,
+        "IN_JOB_RESTARTS": survival.in_job_restarts,
         "MAX_ATTEMPTS": survival.max_attempts_without_progress,
         "BAD_NODE_HOURS": f"{survival.bad_node_hours:g}",
         "POLL_METADATA": int(survival.poll_metadata),

@@ -106,7 +106,7 @@ def supervise(settings: Supervision) -> int:
     preload = {} if settings.preload is None else {"preload": settings.preload}
     starter = Starter(settings.arguments, [board.descriptor], base, is_warm=settings.is_warm,
                       module=settings.module, **preload)  # fmt: skip
-    events.record(settings.run, "launch", num_ranks=settings.num_ranks)
+    _note(settings, "launch", num_ranks=settings.num_ranks)
     code = 1
     try:
         code = _restart_until_done(settings, starter, board, stop, base)
@@ -116,8 +116,15 @@ def supervise(settings: Supervision) -> int:
         board.close()
         for number, handler in before.items():
             signal.signal(number, handler)
-        events.record(settings.run, "launch_end", code=code)
+        _note(settings, "launch_end", code=code)
     return code
+
+
+def _note(settings: Supervision, event: str, **facts: object) -> None:
+    """Write to the ledger; of many launchers under srun only the first rank's does."""
+    given = settings.rank_environment
+    if given is None or given["RANK"] == "0":
+        events.record(settings.run, event, **facts)
 
 
 def _restart_until_done(
@@ -157,7 +164,7 @@ def _run_once(
     """Start all ranks and wait until they end or one fails; none is left when this returns."""
     board.clear()
     port, ranks = free_port(), []
-    events.record(settings.run, "start", num_ranks=settings.num_ranks)
+    _note(settings, "start", num_ranks=settings.num_ranks)
     for local in range(settings.num_ranks):
         own = settings.rank_environment or _environment(local, settings.num_ranks, port)
         ranks.append(_Rank(starter.start({**base, **own, VARIABLE: board.variable(local)})))

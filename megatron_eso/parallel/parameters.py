@@ -146,16 +146,23 @@ def gather_on(
         receiver: rank within the group that gets the tensor.
     """
     if part is not None and part.numel() == parameter.numel() and group.size() == 1:
-        if part.device.type == "cpu":
-            # The same memory seen as a tensor of its own: writers copy a view of something larger.
-            part = torch.from_numpy(part.detach().numpy())
-        return part.view(parameter.shape)
+        if part.is_cuda:
+            return part.view(parameter.shape)
+        return own_memory(part).view(parameter.shape)
     full = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
     if part is not None:
         full[start : start + part.numel()] = part
     if group.size() > 1:
         dist.reduce(full, dist.get_global_rank(group, receiver), group=group)
     return full.view(parameter.shape) if group.rank() == receiver else None
+
+
+def own_memory(part: Tensor) -> Tensor:
+    """Return a tensor on the CPU that is no view of a larger one, which writers would copy or save whole.
+
+    On the CPU it is the same memory: write it, or fork, before it changes.
+    """
+    return torch.from_numpy(part.detach().cpu().numpy())
 
 
 def set_moments(

@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import platform
 import shutil
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +20,7 @@ from megatron_eso.checkpoint.load import (
     newest_valid,
     require_same_model,
 )
+from megatron_eso.checkpoint.local import LocalCopies
 from megatron_eso.checkpoint.save import Saver
 from megatron_eso.checkpoint.state import collect
 from megatron_eso.data.reader import RowReader
@@ -52,6 +55,7 @@ class Keeper:
                 lease.acquire(folder.checkpoints, self._owner)
             except (CheckpointError, OSError) as error:
                 failure = str(error)
+        failure = failure or _why_no_copies(session.config.checkpoint.local_folder)
         raise_together(failure, CheckpointError, session.torch_device)
         self.saver = Saver(
             folder.checkpoints,
@@ -60,12 +64,18 @@ class Keeper:
             owner=self._owner,
             while_waiting=heart.beat,
         )
+        has_local = session.config.checkpoint.local_folder is not None
+        self._local = (
+            LocalCopies(session.config, folder.path, reader.fingerprint()) if has_local else None
+        )
 
     def resume(self) -> None:
         """Load the newest valid checkpoint, or the weights that the run starts from, if any."""
         session, settings = self._session, self._session.config.checkpoint
         folder = self._newest()
-        if folder is not None:
+        if self._load_local(folder.step if folder else -1):
+            self.saver.kept_step = folder.step if folder else -1
+        elif folder is not None:
             self._load(folder)
             if self._is_first:
                 log.info("continuing from %s", folder.path)
@@ -93,6 +103,26 @@ class Keeper:
         self._load(folder)
         self._session.state.left_out = sorted({*left_out, *self._session.state.left_out})
         return True
+
+    def copy_locally(self) -> None:
+        """Begin a node-local copy of the current step, if the run keeps them and one is due."""
+        session, local = self._session, self._local
+        every = session.config.checkpoint.local_every_steps
+        if local is None or session.state.step % every:
+            return
+        begin, state = time.perf_counter(), session.state
+        facts = {"state": json.loads(json.dumps(asdict(state))), "num_updates": state.num_updates}
+        local.save(state.step, facts, session.optimizer, session.average)
+        if self._is_first:
+            seconds = time.perf_counter() - begin
+            events.record(self._folder.path, "local_copy", step=state.step, seconds=seconds)
+
+    @property
+    def kept_step(self) -> int:
+        """Step that a restart would continue from; -1: none."""
+        if self._local is not None:
+            self._local.is_busy()
+        return max(self.saver.kept_step, self._local.kept_step if self._local else -1)
 
     def save(self) -> float | None:
         """Begin a checkpoint of the current step; return its stall in seconds, None if there is no room.
@@ -124,9 +154,26 @@ class Keeper:
         return self.saver.kept_step == self._session.state.step
 
     def release(self) -> None:
-        """Give the lease back; under Slurm it belongs to the job script."""
+        """Give back what was held for the run: the lease, unless it is the job script's, and copies."""
+        if self._local is not None:
+            self._local.close(remove=self.saver.kept_step == self._session.state.step)
         if self._is_first and not attempt_name(os.environ):
             lease.release(self._folder.checkpoints, self._owner)
+
+    def _load_local(self, shared_step: int) -> bool:
+        """Load the node-local copies if they are newer than the shared checkpoint."""
+        session = self._session
+        step = self._local.newest() if self._local is not None else -1
+        if self._local is None or step <= shared_step:
+            return False
+        stored = self._local.load(
+            step, session.chunks, session.optimizer, session.average, session.layout.data_group
+        )
+        session.state.replace_by(TrainState(**stored))
+        self._heart.kept_step = self._heart.step = step
+        if self._is_first:
+            log.info("continuing from node-local copies of step %d (shared: %d)", step, shared_step)
+        return True
 
     def _newest(self) -> CheckpointFolder | None:
         found: list[str] = [""]
@@ -198,3 +245,17 @@ class Keeper:
             "written": time.time(),
         }
         return json.loads(json.dumps(sidecar))  # a snapshot: the state goes on changing
+
+
+def _why_no_copies(local_folder: str | None) -> str:
+    """Return why node-local copies cannot be written on this node, or an empty string."""
+    if local_folder is None:
+        return ""
+    try:
+        with tempfile.TemporaryFile(dir=local_folder):
+            return ""
+    except OSError as error:
+        return (
+            f"checkpoint.local_folder={local_folder} on {platform.node()}: {error.strerror}; it must exist "
+            "on every node and be writable"
+        )

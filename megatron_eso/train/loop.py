@@ -98,6 +98,7 @@ class Run:
                 return self._stop_early()
             if _is_due(step, config.train.save_every_steps) and step < total:
                 self._save()
+            self.keeper.copy_locally()
         return self._finish()
 
     def _step(self) -> None:
@@ -124,7 +125,7 @@ class Run:
         saver = self.keeper.saver
         stop, *saving = any_rank([self.stop.is_set, *saver.flags()], self.session.torch_device)
         saver.advance(*saving)
-        self.heart.kept_step = saver.kept_step
+        self.heart.kept_step = self.keeper.kept_step
         return stop
 
     def _between_evaluations(self) -> None:
@@ -143,6 +144,7 @@ class Run:
             scores = self._evaluate()
         except StopAskedError:
             return self._stop_early()
+        self.heart.enter("end")
         if self.metrics is not None:
             unigram = self.validation.unigram(self.session.config, self.reader)
             for name, score in unigram.items():
@@ -229,12 +231,11 @@ class Run:
             events.record(self.folder.path, event, **facts)
 
     def _write_status(self, state: str, **facts: object) -> None:
-        self.folder.write_status(
-            state,
-            step=self.session.state.step,
-            total_steps=self.session.derived.total_steps,
-            **facts,
-        )
+        step, total = self.session.state.step, self.session.derived.total_steps
+        try:
+            self.folder.write_status(state, step=step, total_steps=total, **facts)
+        except OSError as error:
+            log.warning("status.json cannot be written: %s", error)
 
     def _describe(self, peak: float) -> None:
         config = self.session.config

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Metrics:
         self._lines = open(folder / "metrics.jsonl", "a")
         self._since, self._steps = time.perf_counter(), 0
         self._phases: dict[str, float] = {}
+        self._has_warned = False
 
     def add(self, report: StepReport) -> bool:
         """Take in a step; write a line if it is due and return whether it was."""
@@ -52,7 +54,7 @@ class Metrics:
             return False
         elapsed = time.perf_counter() - self._since
         values = self._values(report, elapsed / self._steps)
-        self._write(report.step, values)
+        self._try(lambda: self._write(report.step, values))
         log.info(_line(report, values, total, elapsed / self._steps))
         self._since, self._steps, self._phases = time.perf_counter(), 0, {}
         return True
@@ -64,26 +66,39 @@ class Metrics:
     def add_scores(self, step: int, name: str, scores: list[Score]) -> None:
         """Write validation scores."""
         for score in scores:
-            tag = f"validation/{name}/{score.metric}"
-            self._board.add_scalar(f"{tag}/nats_per_token", score.nats_per_token, step)
-            self._board.add_scalar(f"{tag}/perplexity", score.perplexity, step)
             log.info(
                 "step %d  %s %s: %.4f +- %.4f nats per token, perplexity %.2f, %.3f bits per byte",
                 step, name, score.metric, score.nats_per_token, score.standard_error,
                 score.perplexity, score.bits_per_byte,
             )  # fmt: skip
-            entry = {"step": step, "validation": name, **score.as_dict()}
-            self._lines.write(json.dumps(entry) + "\n")
-        self._lines.flush()
+        self._try(lambda: self._write_scores(step, name, scores))
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         """Write one number to TensorBoard."""
-        self._board.add_scalar(tag, value, step)
+        self._try(lambda: self._board.add_scalar(tag, value, step))
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self._board.close()
-        self._lines.close()
+        self._try(self._board.close)
+        self._try(self._lines.close)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        """Write; a full disk costs metrics, with a warning, but never the run."""
+        try:
+            action()
+        except OSError as error:
+            if not self._has_warned:
+                log.warning("metrics cannot be written: %s; training goes on", error)
+            self._has_warned = True
+
+    def _write_scores(self, step: int, name: str, scores: list[Score]) -> None:
+        for score in scores:
+            tag = f"validation/{name}/{score.metric}"
+            self._board.add_scalar(f"{tag}/nats_per_token", score.nats_per_token, step)
+            self._board.add_scalar(f"{tag}/perplexity", score.perplexity, step)
+            entry = {"step": step, "validation": name, **score.as_dict()}
+            self._lines.write(json.dumps(entry) + "\n")
+        self._lines.flush()
 
     def _values(self, report: StepReport, seconds_per_step: float) -> dict[str, Any]:
         phases = {f"seconds_{k}": v / self._steps for k, v in self._phases.items()}

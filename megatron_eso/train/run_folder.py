@@ -69,6 +69,8 @@ class RunFolder:
 
     def open_log(self) -> None:
         """Send log messages to log.txt and the terminal."""
+        # A log line that a full disk refuses is on the terminal; its traceback would tell nothing more.
+        logging.raiseExceptions = False
         handlers = [
             logging.FileHandler(self.path / "log.txt"),
             logging.StreamHandler(sys.stdout),

@@ -56,7 +56,7 @@ def test_a_stale_status_is_not_taken_for_this_attempts(tmp_path, monkeypatch):
     write_json(tmp_path / "status.json", {"state": "stopped", "updated": 5.0})
     assert attempt.begin(records, "1.0", ["a"]) == "go"
     options = argparse.Namespace(
-        nodes="a", bad_node_hours=1.0, term=0, usr1=0, max_attempts=3, code=1
+        nodes="a", bad_node_hours=1.0, term=0, usr1=0, max_attempts=3, code=1, in_job_left=0
     )
     assert attempt.end(records, "1.0", options) == "requeue"
     assert records.state()["without_progress"] == 1
@@ -123,3 +123,31 @@ def test_progress_is_a_committed_checkpoint(tmp_path):
         if committed:
             (folder / "COMMITTED").touch()
     assert records.checkpoint_step() == 5
+
+
+def test_ranks_that_failed_start_again_in_the_job_while_it_may(tmp_path, monkeypatch):
+    monkeypatch.setattr(attempt, "node_troubles", dict)
+    records = Records(tmp_path)
+    attempt.begin(records, "1.0", ["a"])
+    options = argparse.Namespace(
+        nodes="a", bad_node_hours=1.0, term=0, usr1=0, max_attempts=3, code=1, in_job_left=1
+    )
+    assert attempt.end(records, "1.0", options) == "again"
+    assert records.events()[-1]["event"] == "again"
+    options.in_job_left = 0
+    assert attempt.end(records, "1.0", options) == "requeue"
+    assert records.state()["without_progress"] == 2
+    options.in_job_left = 5
+    assert attempt.end(records, "1.0", options).startswith("hold")  # a crash loop is one here too
+
+
+@pytest.mark.parametrize("signal", ["usr1", "term"])
+def test_a_job_that_was_told_to_end_starts_nothing_again(tmp_path, monkeypatch, signal):
+    monkeypatch.setattr(attempt, "node_troubles", dict)
+    records = Records(tmp_path)
+    attempt.begin(records, "1.0", ["a"])
+    options = argparse.Namespace(**{
+        "nodes": "a", "bad_node_hours": 1.0, "term": 0, "usr1": 0, "max_attempts": 3, "code": 1,
+        "in_job_left": 5, signal: 1,
+    })  # fmt: skip
+    assert attempt.end(records, "1.0", options) in ("requeue", "leave")

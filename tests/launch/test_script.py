@@ -65,7 +65,7 @@ def test_a_hostile_folder_stays_one_word(name, tmp_path):
         ["bash", "-c", variables + '\nprintf "%s\\n" "$RUN" "$SUBMIT_FOLDER" "${TRAIN[@]}"'],
         capture_output=True, text=True, cwd=tmp_path, check=True,
     )  # fmt: skip
-    expected = ["python3", "-m", "megatron_eso", "train", f"/runs/{name}/slurm/config.yaml"]
+    expected = ["python3", "-m", "megatron_eso", "launch", f"/runs/{name}/slurm/config.yaml"]
     assert done.stdout.splitlines() == [f"/runs/{name}", f"/work/{name}", *expected]
     assert not list(tmp_path.iterdir()) and not done.stderr
     assert not [line for line in text.splitlines() if line.startswith("#SBATCH") and name in line]

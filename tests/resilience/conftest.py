@@ -71,12 +71,16 @@ class Faulty:
         assert {d.group for d in found} == {"weights", "exp_avg", "exp_avg_sq", "ema"}
         assert all(d.is_bitwise_equal for d in found), found
 
-    def assert_nothing_left(self, name):
-        """No process of the run is alive and no temporary file of it exists."""
+    def assert_no_process(self, name):
+        """No process of the run is alive."""
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline and processes_of(name):
             time.sleep(0.1)
         assert not processes_of(name)
+
+    def assert_nothing_left(self, name):
+        """No process of the run is alive and no temporary file of it exists."""
+        self.assert_no_process(name)
         left = [p.name for p in (self.folder / "x" / name).rglob("*") if p.name.endswith(".part")]
         assert not left
 

@@ -9,6 +9,7 @@ stop       SIGSTOP of itself          gil   a C call that keeps Python's lock
 hang       sleep for ever             exit  an exception
 nan        the step's gradient norm is nan       spike  the step's loss is 1000 times as large
 full_disk  writing a shard fails as on a full disk     publish_full  writing the metadata does
+fill_disk  takes all room of the disk with "file" while a shard is written; free_disk  removes it
 writer_killed, writer_slow  the writer process is killed, sleeps
 signal     sends "signal" to itself   in_evaluation  the same inside the evaluation
 """
@@ -68,6 +69,8 @@ def before_step(step):
         time.sleep(600)
     for _ in faults("exit", step):
         raise RuntimeError("injected failure")
+    for fault in faults("free_disk", step):
+        os.unlink(fault["file"])
     for fault in faults("signal", step):
         os.kill(os.getpid(), getattr(signal, fault["signal"]))
 
@@ -81,14 +84,31 @@ def misjudge(judge, step):
 
 def install():
     """Put the faults between the trainer and what it calls."""
-    originals = (guard.train_step, keeper.Keeper.save, strategy.Plan.write, strategy.Plan.publish,
-                 validation.evaluate, loop.build_session)  # fmt: skip
-    train_step, save, write, publish, evaluate, build = originals
+    train_step, evaluate, build = guard.train_step, validation.evaluate, loop.build_session
 
     def faulty_step(session, read, judge):
         step = session.state.step
         before_step(step)
         return train_step(session, read, misjudge(judge, step))
+
+    def faulty_evaluate(*arguments, between, **named):
+        signal_myself("in_evaluation")
+        return evaluate(*arguments, between=between, **named)
+
+    def faulty_build(*arguments):
+        for _ in faults("kill_in_setup", "any"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        signal_myself("signal_in_setup")
+        return build(*arguments)
+
+    guard.train_step, validation.evaluate, loop.build_session = (
+        faulty_step, faulty_evaluate, faulty_build,
+    )  # fmt: skip
+
+
+def install_saves():
+    """Put the faults of saves between the trainer and what it calls."""
+    save, write, publish = keeper.Keeper.save, strategy.Plan.write, strategy.Plan.publish
 
     def faulty_save(self):
         global saving
@@ -101,6 +121,8 @@ def install():
         for kind in ("writer_killed", "writer_slow", "full_disk"):
             for _ in faults(kind, saving):
                 spoil(kind)
+        for fault in faults("fill_disk", saving):
+            fill(fault["file"])
         return write(self)
 
     def faulty_publish(self, folder, results):
@@ -108,23 +130,20 @@ def install():
             spoil("full_disk")
         return publish(self, folder, results)
 
-    def faulty_evaluate(*arguments, between, **named):
-        signal_myself("in_evaluation")
-        return evaluate(*arguments, between=between, **named)
+    keeper.Keeper.save, strategy.Plan.write, strategy.Plan.publish = (
+        faulty_save, faulty_write, faulty_publish,
+    )  # fmt: skip
 
-    def faulty_build(*arguments):
-        for _ in faults("kill_in_setup", "any"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        signal_myself("signal_in_setup")
-        return build(*arguments)
 
-    guard.train_step, keeper.Keeper.save, strategy.Plan.write = (
-        faulty_step,
-        faulty_save,
-        faulty_write,
-    )
-    strategy.Plan.publish, validation.evaluate = faulty_publish, faulty_evaluate
-    loop.build_session = faulty_build
+def fill(file):
+    """Take all room of a small file system, to the last byte."""
+    with open(file, "wb", buffering=0) as stream:
+        for size in (1 << 20, 1 << 12, 1):
+            try:
+                while True:
+                    stream.write(bytes(size))
+            except OSError:
+                continue
 
 
 def spoil(kind):
@@ -144,4 +163,5 @@ saving = -1
 if __name__ == "__main__":
     RANK = int(os.environ["RANK"])
     install()
+    install_saves()
     main.main()

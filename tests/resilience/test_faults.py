@@ -4,8 +4,13 @@ Where a run goes on, it must end with the tensors of an undisturbed run, bit for
 """
 
 import random
+import shutil
+import subprocess
 
 import pytest
+
+from megatron_eso.checkpoint.folder import list_folders
+from megatron_eso.launch.supervisor import free_port
 
 pytestmark = pytest.mark.slow
 TWELVE = ("train.steps=12", "train.save_every_steps=2")
@@ -40,7 +45,7 @@ def test_a_killed_launcher_takes_its_ranks_along_and_the_next_one_continues(faul
     process = faulty.start("launcher", *TWELVE, faults=[{"kind": "launcher", "rank": 1, "step": 7}])
     process.communicate(timeout=600)
     assert process.returncode == -9
-    faulty.assert_nothing_left("launcher")
+    faulty.assert_no_process("launcher")  # files of a save that was cut off stay for the next run
     out = faulty.run("launcher", *TWELVE)
     assert "continuing from" in out  # the lease of the dead rank was no obstacle
     faulty.assert_equal("launcher", undisturbed)
@@ -51,6 +56,16 @@ def test_a_fault_that_comes_back_ends_with_its_own_exit_code(faulty):
     out = faulty.run("loop", *AT_ONCE, faults=[always], code=7, max_restarts=2)
     assert "given up after 2 faults in a row without a newer checkpoint than step 4" in out
     assert len(faulty.events("loop", "fault")) == 3  # the first had brought a checkpoint
+
+
+def test_a_rank_of_srun_that_hangs_is_ended_with_its_own_exit_code(faulty):
+    """One rank per task, in a new process: the job script restarts, the launcher only ends it."""
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(free_port())}  # fmt: skip
+    faulty.run("task", *AT_ONCE, "parallel.tensor=1", "resilience.min_timeout_seconds=8", code=8,
+               faults=[{"kind": "gil", "step": 4}], num_ranks=1, rank_environment=place,
+               max_restarts=0, is_warm=False)  # fmt: skip
+    assert [e["cause"] for e in faulty.events("task", "fault")] == ["hang"]
 
 
 def test_a_save_that_fails_is_loud_and_harms_nothing(faulty, undisturbed):
@@ -138,3 +153,67 @@ def test_twenty_random_kills_end_with_the_weights_of_an_undisturbed_run(faulty):
     assert 18 <= len(faulty.events("kills", "fault")) <= 20  # two may meet in one restart
     assert len(faulty.events("kills_none", "fault")) == 0
     faulty.assert_equal("kills", "kills_none")
+
+
+@pytest.mark.parametrize("is_flipped", [False, True], ids=["whole", "flipped bit"])
+def test_a_restart_takes_the_newest_valid_of_local_and_shared(
+    faulty, undisturbed, tmp_path, is_flipped
+):
+    """Shared checkpoints of steps 4 and 8, node-local copies of steps 3, 6 and 9; killed at step 7."""
+    name = f"local{is_flipped}"
+    settings = ("train.steps=12", "train.save_every_steps=4", "checkpoint.asynchronous=false",
+                f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=3")  # fmt: skip
+    exit_at_7 = [{"kind": "exit", "rank": 0, "step": 7}]
+    faulty.run(name, *settings, faults=exit_at_7, max_restarts=0, code=1)
+    copies = sorted(tmp_path.rglob("step_0000000006.pt"))
+    assert len(copies) == 2
+    if is_flipped:  # of one rank: then no rank may use that step
+        raw = bytearray(copies[1].read_bytes())
+        raw[len(raw) // 2] ^= 1
+        copies[1].write_bytes(raw)
+    out = faulty.run(name, *settings)
+    expected = "step_0000000004" if is_flipped else "node-local copies of step 6 (shared: 4)"
+    assert f"continuing from {name}/checkpoints/{expected}" in out or f"from {expected}" in out
+    faulty.assert_equal(name, undisturbed)
+    assert not list(tmp_path.iterdir())  # a finished run leaves no copies
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(faulty, undisturbed):
+    """A flipped bit in the newest, a truncated shard in the one before: the third is used."""
+    place = faulty.folder / "x"
+    shutil.copytree(place / undisturbed, place / "damaged")
+    third, second, newest = list_folders(place / "damaged" / "checkpoints")
+    shard = next(newest.path.glob("*.distcp"))
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    shard.write_bytes(raw)
+    shard = next(second.path.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "another hash" in faulty.command("checkpoint", "verify", newest.path.absolute(), code=4)
+    out = faulty.run("damaged", *TWELVE)
+    assert "has another hash than when it was written" in out and "bytes instead of" in out
+    assert f"continuing from damaged/checkpoints/{third.path.name}" in out
+    faulty.assert_equal("damaged", undisturbed)
+
+
+def test_a_disk_that_another_process_fills_during_a_save_stops_nothing(
+    faulty, undisturbed, tmp_path
+):
+    """A real full disk, a small tmpfs, from the save of step 4 until step 7."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "none", tmp_path]).returncode:
+        pytest.skip("NO SMALL DISK HERE: mounting a tmpfs needs root")
+    try:
+        file, run = str(tmp_path / "filler"), tmp_path / "run"
+        faults = [
+            {"kind": "fill_disk", "rank": 1, "step": 4, "file": file},
+            {"kind": "free_disk", "rank": 0, "step": 7, "file": file},
+        ]
+        run.mkdir()
+        (faulty.folder / "x" / "full").symlink_to(run)
+        out = faulty.run("full", *TWELVE, faults=faults)
+        assert "SAVE FAILED" in out and "Traceback" not in out
+        assert "no room for a checkpoint of step 6" in out
+        assert [f.step for f in list_folders(run / "checkpoints")] == [8, 10, 12]
+        faulty.assert_equal("full", undisturbed)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)

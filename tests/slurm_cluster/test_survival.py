@@ -26,7 +26,7 @@ class Run:
             "folder='" + str(folder).replace("'", "''") + "'",
             f"cluster.python={STAND_IN}/python.sh", f"cluster.host_python={sys.executable}",
             f"cluster.environment.STAND_IN_PYTHON={sys.executable}", "train.global_batch_rows=16",
-            "train.micro_batch_rows=2",
+            "train.micro_batch_rows=2", "cluster.survival.in_job_restarts=0",
             *settings,
         ).stdout  # fmt: skip
         self.job = out.split()[1]
@@ -68,6 +68,17 @@ def test_a_run_with_a_hostile_name_finishes(slurm, tmp_path):
     nodes = {line.split()[1] for line in run.log().splitlines()}
     assert len(nodes) == 2
     assert (run.folder / "slurm" / "code" / "megatron_eso").is_dir()
+
+
+def test_a_dead_rank_is_restarted_within_the_job(slurm, tmp_path):
+    """srun's TERM makes the other rank save at step 7; the same attempt goes on from there."""
+    fault = {"crash": {"restart": [0], "rank": 1, "step": 7}}
+    run = Run(slurm, tmp_path / "r", "cluster.survival.in_job_restarts=1", fault=fault)
+    run.wait_state("COMPLETED", timeout=120)
+    log = run.log()
+    assert log.count("CRASH") == 1 and "finished at 20" in log
+    assert f"{run.job}.1" not in log  # the job was never requeued
+    assert "decision: again, restart 1 of 1 in this job" in run.output()
 
 
 def test_the_walltime_signal_saves_requeues_and_finishes(slurm, tmp_path):

@@ -70,7 +70,8 @@ def first_step():
 
 step = first_step()
 say(f"start at {step}")
-mine, ending = f"beat.{rank}", run / f"ending.{attempt}"
+# Each start of the ranks within an attempt has a port of its own.
+mine, ending = f"beat.{rank}", run / f"ending.{attempt}.{os.environ['MASTER_PORT']}"
 began = time.time()
 while step < total:
     time.sleep(0.2)

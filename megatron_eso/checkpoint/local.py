@@ -1,0 +1,202 @@
+"""Node-local copies: every rank's own shards in memory or on a local disk, for quick restarts.
+
+    LOCAL_FOLDER/megatron-eso-RUN/rank_00003/step_0000000120.pt      tensors of this rank
+                                             step_0000000120.json    hash and layout, written last
+
+They need no exchange between ranks, but only the same layout can read them, and a lost node loses
+its part: the shared checkpoints stay the ground. A restart takes the newest step that all ranks hold.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_eso.checkpoint.child import Child
+from megatron_eso.checkpoint.folder import hash_file, write_durably
+from megatron_eso.checkpoint.state import MOMENTS
+from megatron_eso.config.schema import RunConfig
+from megatron_eso.parallel.moving_average import MovingAverage
+from megatron_eso.parallel.parameters import (
+    gather_full,
+    own_memory,
+    set_moments,
+    sharded_parameters,
+    shards,
+)
+
+log = logging.getLogger(__name__)
+_KEPT = 2
+
+
+class LocalCopies:
+    """This rank's copies; every method but the constructor's must be called by all ranks."""
+
+    def __init__(self, config: RunConfig, run: Path, data: dict[str, Any]) -> None:
+        """Say where copies are and which ones fit.
+
+        Args:
+            config: the run, with resolved precision.
+            run: run folder; its path names the copies.
+            data: fingerprint of the training data.
+        """
+        name = hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:16]
+        self._root = Path(config.checkpoint.local_folder or "") / f"megatron-eso-{name}"
+        self._folder = self._root / f"rank_{dist.get_rank():05d}"
+        fits = {
+            "num_ranks": dist.get_world_size(),
+            "parallel": asdict(config.parallel),
+            "model": asdict(config.model),
+            "dtype": config.precision.dtype,
+            "data": data,
+            "has_ema": config.optimizer.ema_decay > 0,
+        }
+        self._fits = json.loads(json.dumps(fits))
+        self._child: Child | None = None
+        self._step, self.kept_step = -1, -1
+
+    def save(
+        self, step: int, state: dict[str, Any], optimizer: Any, average: MovingAverage | None
+    ) -> None:
+        """Begin a copy, beside training; one that is still being written goes first.
+
+        Args:
+            step: steps done.
+            state: the rest of what a restart needs, as JSON.
+            optimizer: Megatron's optimizer.
+            average: moving average, if the run keeps one.
+        """
+        if self.is_busy():
+            log.warning("the node-local copy of step %d is still being written", self._step)
+            return
+        tensors = [
+            [_held(part) for part in _parts(shard, average, parameter)]
+            for parameter, shard in shards(optimizer).items()
+        ]
+        self._step = step
+        self._child = Child(lambda: self._write(step, tensors, state))
+
+    def is_busy(self) -> bool:
+        """Return whether this rank writes a copy; a failed one is reported, once."""
+        if self._child is None:
+            return False
+        if self._child.is_running:
+            return True
+        if self._child.failure:
+            log.warning("NODE-LOCAL COPY FAILED: step %d: %s", self._step, self._child.failure)
+            self._file(self._step).unlink(missing_ok=True)
+        else:
+            self.kept_step = self._step
+        self._child = None
+        return False
+
+    def newest(self) -> int:
+        """Return the newest step of which all ranks hold a whole copy; -1 if there is none."""
+        mine = [step for step in self._steps() if not self._damage(step)]
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, mine)
+        return max(set.intersection(*map(set, everywhere)), default=-1)
+
+    def load(
+        self,
+        step: int,
+        chunks: list[nn.Module],
+        optimizer: Any,
+        average: MovingAverage | None,
+        group: dist.ProcessGroup,
+    ) -> dict[str, Any]:
+        """Load a copy; return the state that was given with it."""
+        header = json.loads(self._header(step).read_text())
+        parts = torch.load(self._file(step), weights_only=True, mmap=True)
+        owned = shards(optimizer)
+        with torch.no_grad():
+            for (parameter, shard), tensors in zip(owned.items(), parts, strict=True):
+                shard.master.copy_(tensors[0])
+                if tensors[1] is not None:
+                    device = shard.master.device
+                    exp_avg, exp_avg_sq = (t.to(device) for t in tensors[1:3])
+                    set_moments(optimizer, shard, exp_avg, exp_avg_sq, header["num_updates"])
+                if average is not None:
+                    average.parts[parameter].copy_(tensors[3])
+            for entry in sharded_parameters(chunks):
+                shard = owned.get(entry.data)
+                start, part = (shard.start, shard.master) if shard else (0, None)
+                entry.data.copy_(gather_full(entry.data, start, part, group))
+        self.kept_step = step
+        return header["state"]
+
+    def close(self, *, remove: bool) -> None:
+        """End a copy under way; remove all copies once a shared checkpoint holds more."""
+        if self._child is not None:
+            self._child.kill("the run ended")
+            self._child = None
+        if remove:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            try:
+                self._root.rmdir()
+            except OSError:
+                pass  # other ranks' copies are still there, or never were
+
+    def _write(self, step: int, tensors: list[Any], state: dict[str, Any]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._file(step)
+        self._header(step).unlink(missing_ok=True)
+        torch.save(tensors, file)
+        header = {
+            "fits": self._fits,
+            "state": state["state"],
+            "num_updates": state["num_updates"],
+            "bytes": file.stat().st_size,
+            "xxh3_128": hash_file(file),
+        }
+        write_durably(self._header(step), json.dumps(header))
+        for old in self._steps()[:-_KEPT]:
+            self._header(old).unlink(missing_ok=True)
+            self._file(old).unlink(missing_ok=True)
+
+    def _damage(self, step: int) -> str:
+        """Return why a copy cannot be used, or an empty string."""
+        damage, file = "", self._file(step)
+        try:
+            header = json.loads(self._header(step).read_text())
+            if header["fits"] != self._fits:
+                damage = "it is of another layout, model or data"
+            elif file.stat().st_size != header["bytes"]:
+                damage = f"it has {file.stat().st_size} bytes instead of {header['bytes']}"
+            elif hash_file(file) != header["xxh3_128"]:
+                damage = "it has another hash than when it was written"
+        except (OSError, ValueError, KeyError) as error:
+            damage = f"it cannot be read: {error}"
+        if damage:
+            log.warning("node-local copy %s is passed over: %s", file, damage)
+        return damage
+
+    def _steps(self) -> list[int]:
+        return sorted(int(p.stem.removeprefix("step_")) for p in self._folder.glob("step_*.json"))
+
+    def _file(self, step: int) -> Path:
+        return self._folder / f"step_{step:010d}.pt"
+
+    def _header(self, step: int) -> Path:
+        return self._folder / f"step_{step:010d}.json"
+
+
+def _parts(shard: Any, average: MovingAverage | None, parameter: nn.Parameter) -> list[Any]:
+    """Return master, both moments and average of a shard; None for what there is not."""
+    return [
+        shard.master,
+        *(shard.state.get(kind) for kind in MOMENTS),
+        average.parts[parameter] if average is not None else None,
+    ]
+
+
+def _held(part: Tensor | None) -> Tensor | None:
+    """Return a tensor that the writer can save as it is: a fork keeps its values."""
+    return None if part is None else own_memory(part)

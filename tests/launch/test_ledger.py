@@ -1,0 +1,95 @@
+"""The account of a run from its events: every second has one cause, and clocks may jump."""
+
+import json
+
+import pytest
+
+from megatron_eso.errors import UserError
+from megatron_eso.launch import events
+from megatron_eso.launch.ledger import CAUSES, account, read_ledger
+
+
+def event(kind, at, *, boot="b", wall=0.0, **facts):
+    return {"event": kind, "clock": 100.0 + at, "time": 1e9 + at + wall, "boot": boot, **facts}
+
+
+def fault(at, step, silent=0.0):
+    return event("fault", at, step=step, why="rank 1 died", cause="killed", silent_seconds=silent)
+
+
+INTERRUPTED = [
+    event("launch", 0), event("start", 0), event("setup", 8), event("ready", 10, step=0),
+    event("checkpoint", 60, step=40, seconds=10.0), event("committed", 65, step=40),
+    fault(150, 120, silent=10.0), event("start", 151), event("setup", 158),
+    event("ready", 161, step=40), event("evaluation", 251, seconds=30.0),
+    event("stop", 261, step=120, state="finished"), event("launch_end", 261, code=0),
+]  # fmt: skip
+
+
+def test_every_second_has_one_cause():
+    ledger = account(INTERRUPTED)
+    assert ledger.elapsed == 261
+    assert sum(ledger.seconds(cause) for cause in CAUSES) == pytest.approx(261)
+    assert ledger.seconds("set-up") == 20
+    assert ledger.seconds("checkpoint stall") == 10
+    assert ledger.seconds("evaluation") == 30
+    assert ledger.seconds("fault detection") == 10
+    assert ledger.seconds("restart") == 1
+
+
+def test_steps_that_are_done_again_are_lost_time():
+    ledger = account(INTERRUPTED)
+    # 120 steps in 40 + 80 seconds of training; 80 of them were done again.
+    assert ledger.lost_steps == 80
+    assert ledger.seconds("lost steps") == pytest.approx(80)
+    assert ledger.seconds("training") == pytest.approx(40 + 70)
+    assert ledger.effective_share == pytest.approx(110 / 261)
+    assert ledger.mean_seconds_between_failures == pytest.approx(261)
+
+
+def test_a_run_that_waits_for_its_next_launch_is_not_running():
+    later = [{**e, "clock": e["clock"] + 1000, "time": e["time"] + 1000} for e in INTERRUPTED]
+    ledger = account([*INTERRUPTED, *later])
+    assert ledger.seconds("not running") == pytest.approx(1000 - 261)
+    assert len(ledger.faults) == 2
+    assert ledger.mean_seconds_between_failures == pytest.approx(261)
+
+
+def test_one_fault_reported_by_two_launchers_counts_once():
+    doubled = [*INTERRUPTED[:7], fault(150.2, 120), *INTERRUPTED[7:]]
+    assert len(account(doubled).faults) == 1
+
+
+@pytest.mark.parametrize("jump", [-3600.0, 7200.0])
+def test_a_wall_clock_that_jumps_is_reported_and_not_counted(jump):
+    moved = [{**e, "time": e["time"] + (jump if i > 5 else 0)} for i, e in enumerate(INTERRUPTED)]
+    ledger = account(moved)
+    assert ledger.elapsed == 261
+    assert ledger.clock_jumps == [pytest.approx(jump)]
+    assert any("jumped" in line for line in ledger.lines())
+
+
+def test_across_machines_the_wall_clock_counts_but_never_backwards():
+    ledger = account([event("start", 0), event("setup", 5, boot="other", wall=-50)])
+    assert ledger.elapsed == 0
+    assert ledger.clock_jumps == [-45]
+
+
+def test_events_survive_a_torn_line_and_an_unwritable_folder(tmp_path, caplog):
+    events.record(tmp_path, "start")
+    with open(tmp_path / "events.jsonl", "a") as file:
+        file.write('{"event": "setup", "ti\n')
+    events.record(tmp_path, "stop", step=3)
+    assert [e["event"] for e in events.read_events(tmp_path)] == ["start", "stop"]
+    (tmp_path / "file").write_text("")
+    events.record(tmp_path / "file", "start")
+    assert "missing from" in caplog.text
+
+
+def test_a_folder_without_events_is_a_message(tmp_path):
+    with pytest.raises(UserError, match=r"has no events.jsonl"):
+        read_ledger(tmp_path)
+
+
+def test_the_account_can_be_written_as_json():
+    json.dumps({cause: account(INTERRUPTED).seconds(cause) for cause in CAUSES})

@@ -1,0 +1,128 @@
+"""What a person gets wrong about folders and checkpoints, and small parts without ranks."""
+
+import json
+import os
+import platform
+import time
+
+import pytest
+
+from megatron_eso.checkpoint.child import Child
+from megatron_eso.checkpoint.folder import folder_of_step
+from megatron_eso.errors import CheckpointError
+from megatron_eso.launch import lease
+from megatron_eso.launch.heartbeat import VARIABLE, Board, Heart
+from megatron_eso.train.stragglers import describe
+from tests.resilience.conftest import SETTINGS
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_folder_are_refused_with_the_owners_host_and_pid(faulty):
+    root = faulty.folder / "x" / "taken" / "checkpoints"
+    lease.acquire(root, lease.owner_name({}))
+    out = faulty.run("taken", "train.steps=2", code=4)
+    assert f"{platform.node()}/{os.getpid()}/" in out and "runs on this host" in out
+    assert not faulty.events("taken", "fault")  # and is not tried again
+    lease.release(root, lease.owner_name({}))
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_written_is_refused_before_training(faulty):
+    (faulty.folder / "x" / "file").write_text("")
+    out = faulty.command("train", "run.yaml", *SETTINGS, "parallel.tensor=1", "train.steps=2",
+                         "folder=file/run", code=2)  # fmt: skip
+    assert "cannot be written" in out and "Traceback" not in out
+
+
+@pytest.mark.slow
+def test_a_run_whose_lease_is_taken_publishes_nothing_and_ends(faulty):
+    """As when a cut-off node lives on: the newer attempt's lease is there when it saves."""
+    process = faulty.start("fenced", "train.steps=4000", "train.save_every_steps=40")
+    root = faulty.folder / "x" / "fenced" / "checkpoints"
+    deadline = time.monotonic() + 300
+    while not list(root.glob("step_*/COMMITTED")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    (root / lease.LEASE_FILE).write_text(json.dumps({"owner": "77.1", "updated": time.time()}))
+    before = {path for path in root.glob("step_*/COMMITTED")}
+    out, _ = process.communicate(timeout=600)
+    assert process.returncode == 4, out
+    assert "lost its lease to 77.1" in out
+    after = {path for path in root.glob("step_*/COMMITTED")}
+    assert len(after - before) <= 1  # one may have been past the check already
+    assert lease.read(root)["owner"] == "77.1"
+    faulty.assert_nothing_left("fenced")
+
+
+def test_a_lease_from_the_future_says_that_clocks_differ(tmp_path):
+    lease.acquire(tmp_path, "elsewhere/4/1", now=10_000.0)
+    with pytest.raises(CheckpointError, match="clocks differ"):
+        lease.acquire(tmp_path, "here/4/1", now=2_000.0)
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused(tmp_path):
+    folder = folder_of_step(tmp_path, 3)
+    folder.path.mkdir()
+    (folder.path / "esolm.json").write_text(json.dumps({"format_version": 99, "step": 3}))
+    with pytest.raises(CheckpointError, match="update megatron-eso"):
+        folder.sidecar()
+
+
+def test_the_limit_of_a_section_follows_the_longest_so_far(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    heart = Heart({}, setup_seconds=600, floor_seconds=30, factor=3)
+    assert heart.limit("step") == 600  # never timed
+    for seconds in (100, 2, 20, 4):  # the first step is not counted: it builds what others reuse
+        heart.enter("step")
+        now[0] += seconds
+    heart.enter("evaluation")
+    assert heart.limit("step") == 60
+    now[0] += 5
+    heart.enter("step")
+    assert heart.limit("evaluation") == 30
+
+
+def test_the_launcher_reads_what_a_rank_writes():
+    board = Board(2)
+    assert board.read(1) is None
+    heart = Heart({VARIABLE: board.variable(1)}, setup_seconds=9, floor_seconds=1, factor=2)
+    heart.step, heart.kept_step = 17, 10
+    first = board.read(1)
+    heart.enter("checkpoint")
+    beat = board.read(1)
+    assert (beat.section, beat.step, beat.kept_step) == ("checkpoint", 17, 10)
+    assert first is not None and beat.number > first.number
+    assert board.read(0) is None
+    board.close()
+
+
+@pytest.mark.parametrize("text", ["x" * 10, "x" * 10_000_000], ids=["small", "beyond a pipe"])
+def test_a_child_hands_over_its_result(text):
+    child = Child(lambda: text)
+    while child.is_running:
+        time.sleep(0.01)
+    assert child.result == text and child.failure == ""
+
+
+def test_a_child_that_dies_or_raises_is_a_failure_not_a_wait():
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    for function, words in ((fail, "No space left"), (lambda: os._exit(9), "code 9")):
+        child = Child(function)
+        while child.is_running:
+            time.sleep(0.01)
+        assert words in child.failure and child.result is None
+
+
+def test_a_slow_rank_is_named():
+    def rank(seconds):
+        return {"p50": seconds, "p90": seconds, "max": seconds}
+
+    quick, slow = rank(0.1), rank(0.2)
+    everywhere = [{"passes": quick, "processor": quick} for _ in range(3)]
+    everywhere.append({"passes": slow, "processor": quick})
+    passes, processor = describe(everywhere)
+    assert "slowest rank 3" in passes and "SLOW: rank 3" in passes
+    assert "SLOW" not in processor
