@@ -23,7 +23,8 @@ from megatron_eso.data.manifest import (
     write_whole,
 )
 from megatron_eso.data.merge import merge_partitions
-from megatron_eso.data.partition import PrepareOptions, describe_write_error, split_of
+from megatron_eso.data.output import describe_write_error
+from megatron_eso.data.partition import Preparation, PrepareOptions, split_of
 from megatron_eso.data.progress import Progress
 from megatron_eso.data.sources import Partition, Piece, find_files, partitions_of
 from megatron_eso.data.tokenizer import Tokenizer, resolve_tokenizer, train_tokenizer
@@ -87,7 +88,8 @@ def prepare(
         partitions = partitions_of(pieces, options.partition_mib and options.partition_mib << 20)
         work = out / WORK_NAME
         count = num_processes or multiprocessing.cpu_count()
-        write_partitions(partitions, work, path, options, num_processes=count, progress=progress)
+        preparation = Preparation(work, path, options)
+        write_partitions(partitions, preparation, num_processes=count, progress=progress)
         return Prepared(_merge(work, out, partitions, loaded, options), False)
     except OSError as error:
         raise DataError(describe_write_error(error, out)) from error
