@@ -68,7 +68,7 @@ def _is_compressed(folder: Path) -> bool:
 def _cached_store(address: str, data: DataConfig, verify_hashes: bool) -> CachedStore:
     limit = data.cache_limit_gib
     settings = CacheSettings(
-        root=Path(data.cache_dir) if data.cache_dir else _default_cache(),
+        root=Path(data.cache_dir) if data.cache_dir else default_cache(),
         limit_bytes=None if limit is None else int(limit * 2**30),
         retries=data.retries,
         verify_hashes=verify_hashes,
@@ -77,6 +77,7 @@ def _cached_store(address: str, data: DataConfig, verify_hashes: bool) -> Cached
     return CachedStore(address, transport, settings)
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
+    """Return our folder under the system's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "megatron_eso"

@@ -1,7 +1,8 @@
 """One worker's part of preparing data: read, split, tokenize, pack and write one partition.
 
 A partition is written into ``part-xxxxx.tmp`` and renamed when it is whole, with ``part.json`` as its
-account; one that was interrupted is simply done again.
+account; one that was interrupted is simply done again. With an object store as the output its shards
+are sent there before that.
 """
 
 import json
@@ -21,6 +22,7 @@ from megatron_eso.data import streaming_shim
 from megatron_eso.data.documents import Document, documents_of
 from megatron_eso.data.output import describe_write_error
 from megatron_eso.data.pack import RowPacker
+from megatron_eso.data.publish import Destination
 from megatron_eso.data.sources import Partition
 from megatron_eso.data.tokenizer import Tokenizer, pieces_of
 from megatron_eso.errors import DataError
@@ -70,6 +72,8 @@ class Preparation:
     """tokenizer.json."""
     options: PrepareOptions
     """What decides the rows."""
+    address: str | None = None
+    """Object store that receives the shards of finished partitions; None: they stay here."""
 
     def folder_of(self, partition: Partition) -> Path:
         """Return the folder of a finished partition."""
@@ -140,6 +144,8 @@ def write_partition(
         counts = _write_splits(partition, temporary, tokenizer, preparation.options, report)
         account = {split: asdict(count) for split, count in counts.items()}
         (temporary / PART_NAME).write_text(json.dumps(account))
+        if preparation.address is not None:
+            Destination(preparation.address).send_shards(temporary, done.name, SPLITS)
         os.replace(temporary, done)
     except OSError as error:
         raise DataError(describe_write_error(error, preparation.work)) from error

@@ -2,12 +2,14 @@
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_eso.data.partition import PrepareOptions
 from megatron_eso.data.prepare import prepare
+from tests.data.object_store import ObjectStore, environment
 
 SEQUENCE_LENGTH = 16
 VOCAB_SIZE = 300
@@ -34,6 +36,24 @@ def options(**changes) -> PrepareOptions:
         **changes,
     }
     return PrepareOptions(**settings)
+
+
+@pytest.fixture(scope="session")
+def running_store() -> Iterator[ObjectStore]:
+    pytest.importorskip("moto")
+    pytest.importorskip("boto3")
+    running = ObjectStore()
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def store(running_store) -> Iterator[ObjectStore]:
+    """Return the object store, with the environment in which boto3 finds it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(running_store).items():
+            patch.setenv(name, value)
+        yield running_store
 
 
 @pytest.fixture(scope="session")

@@ -15,21 +15,8 @@ from megatron_eso.data.prepare import prepare
 from megatron_eso.data.reader import RowReader, ValidationReader
 from megatron_eso.errors import DataError
 from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE, options
-from tests.data.object_store import ObjectStore, environment
 
 SHARD = "shard.00000.mds"
-
-
-@pytest.fixture(scope="module")
-def store():
-    pytest.importorskip("moto")
-    pytest.importorskip("boto3")
-    running = ObjectStore()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment(running).items():
-            patch.setenv(name, value)
-        yield running
-    running.close()
 
 
 @pytest.fixture(scope="module")
@@ -214,12 +201,12 @@ def test_a_cache_smaller_than_a_shard_is_refused(store, remote, tmp_path):
 
 
 def test_a_full_cache_disk_is_an_error_that_names_the_setting(store, remote, tmp_path, monkeypatch):
-    from megatron_eso.data import transports
+    from megatron_eso.data import object_store
 
-    def full(self, answer, file, deadline):
+    def full(self, name, file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(transports.S3Transport, "_copy", full)
+    monkeypatch.setattr(object_store.ObjectFolder, "_copy", full)
     with pytest.raises(DataError, match=r"No space left.*data\.cache_dir"):
         rows_of(remote, cache_dir=str(tmp_path))
 
