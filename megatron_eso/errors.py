@@ -38,3 +38,11 @@ class ClusterError(UserError):
     """Slurm or the cluster profile refused what was asked."""
 
     exit_code = 6
+
+
+# Exit codes that are no error of the user's; docs/resilience.md lists them all.
+STOPPED_EXIT_CODE = (
+    75  # EX_TEMPFAIL: stopped by a signal with a checkpoint, run the same command again
+)
+CRASH_LOOP_EXIT_CODE = 7  # the launcher gave up: faults in a row without a newer checkpoint
+HANG_EXIT_CODE = 8  # the launcher ended ranks that made no progress, and may not start them again

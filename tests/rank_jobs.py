@@ -121,7 +121,11 @@ def train(
         session.state.step = load_training_state(
             found, session.chunks, session.optimizer, session.average, device=session.torch_device
         )
-    saver = Saver(Path(str(folder)), session.config.checkpoint) if folder else None
+    saver = (
+        Saver(Path(str(folder)), session.config.checkpoint, session.torch_device)
+        if folder
+        else None
+    )
     losses = []
     while session.state.step < num_steps:
         losses.append(train_step(session, read_rows).loss)
@@ -219,22 +223,71 @@ def sample_rows(
     choice: dict[str, Any],
 ) -> dict[str, Any]:
     """Return what the sampler fills in, its plan and the weights."""
-    from megatron_eso.sample.plan import make_plan
+    from megatron_eso.sample.plan import make_block_plan, make_plan
     from megatron_eso.sample.sampler import Choice, fill_rows
 
     session = _replica_session([*overrides, "parallel.sequence=false"], dtype)
-    plan = make_plan(torch.from_numpy(given), **settings)
+    make = make_block_plan if "block_size" in settings else make_plan
+    plan = make(torch.from_numpy(given), **settings)
+    choice = dict(choice)
     if "forced" in choice:
-        choice = {**choice, "forced": torch.from_numpy(choice["forced"])}
-    result = fill_rows(session.replica, torch.from_numpy(rows), plan, Choice(**choice))
+        choice["forced"] = torch.from_numpy(choice["forced"])
+    padding = choice.pop("padding", None)
+    padding = None if padding is None else torch.from_numpy(padding)
+    result = fill_rows(
+        session.replica, torch.from_numpy(rows), plan, Choice(**choice), padding=padding
+    )
     return {
         "tokens": result.tokens.numpy(),
         "log_probs": result.log_probs.numpy(),
         "order": plan.order.numpy(),
         "counts": plan.counts,
         "num_given": plan.num_given,
+        "num_steps": result.num_steps,
         "weights": _weights(session),
     }
+
+
+def uncached_log_probs(
+    overrides: list[str], rows: np.ndarray, order: np.ndarray, counts: list[int], num_given: int
+) -> np.ndarray:
+    """Return [B, L] log-probabilities of a baseline's steps, each by a training pass of its own."""
+    from megatron_eso.objective.rows import Pattern, StackRows, autoregressive_rows
+
+    session = _replica_session(overrides, "fp64")
+    objective, mask_id = session.config.objective, session.config.model.vocab_size - 1
+    truth, taken = torch.from_numpy(rows), torch.from_numpy(order)
+    number, length = truth.shape
+    found = torch.zeros(number, length, dtype=torch.float64)
+    everything = torch.ones(number, length + 1, dtype=torch.bool)
+    place = torch.arange(length).expand(number, length)
+    row = torch.arange(number)[:, None]
+    done = num_given
+    for count in counts:
+        open_ = taken[:, done : done + count]
+        state = truth.scatter(1, taken[:, done:], mask_id)
+        if objective.name == "ar":
+            longer = torch.cat([truth, truth[:, :1]], dim=1)
+            stack = autoregressive_rows(longer, everything, mask_id=mask_id, leading_mask=True)
+            log_probs = session.chunks[0](stack).double().view(number, length).gather(1, open_)
+        else:
+            is_block = objective.name == "bd3lm"
+            entries = (number * is_block + row) * length + open_
+            flat = torch.zeros(entries.numel(), dtype=torch.int64)
+            stack = StackRows(
+                tokens=torch.cat([truth, state]) if is_block else state,
+                positions=torch.cat([place, place]) if is_block else place,
+                num_diffusion=0 if is_block else number, num_pairs=number if is_block else 0,
+                loss_entries=entries.reshape(-1), loss_targets=truth.gather(1, open_).reshape(-1),
+                loss_weights=flat.float(), loss_is_sequential=flat.bool(), loss_rows=flat,
+                loss_positions=flat, num_diffusion_tokens=0, num_sequential_tokens=0,
+                pattern=Pattern.BLOCK if is_block else Pattern.BIDIRECTIONAL,
+                block_size=objective.block_size if is_block else 0,
+            )  # fmt: skip
+            log_probs = session.chunks[0](stack).double().view(number, count)
+        found.scatter_(1, open_, log_probs.detach())
+        done += count
+    return found.numpy()
 
 
 def _replica_session(overrides: list[str], dtype: str) -> Session:

@@ -1,9 +1,11 @@
 """Real processes over gloo for tests: a pool of ranks that run functions of tests/rank_jobs.py.
 
-Starting a process costs seconds (imports), so a pool lives for the whole test session; every job
-builds its own process groups of the layout it wants.
+Starting a process costs seconds (imports), so a pool lives for the whole test session. Every job
+joins a world of its own and leaves it: gloo keeps three threads per group that wake a hundred times a
+second, and groups of finished jobs would slow all later ones down.
 """
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -15,28 +17,42 @@ class RankPool:
     """``size`` processes that are ranks of one world."""
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        port = _free_port()
         self.size = size
-        self._pipes, self._processes = [], []
-        for rank in range(size):
+        self._pipes: list[Any] = []
+        self._processes: list[Any] = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, size, port))
+            process = context.Process(target=_serve, args=(theirs, rank, self.size))
             process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, job: str, *args: Any, timeout: float = 240.0) -> list[Any]:
-        """Return what ``job`` returned on each rank; raise if it failed on any."""
+    def run(self, job: str, *args: Any, timeout: float = 600.0) -> list[Any]:
+        """Return what ``job`` returned on each rank; raise if it failed on any.
+
+        A rank that dies or exceeds ``timeout`` (s) fails this job only: the next one gets new processes.
+        """
+        if not self._processes:
+            self._start()
+        port = _free_port()
         for pipe in self._pipes:
-            pipe.send((job, args))
+            pipe.send((job, args, port))
         replies = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(timeout):
+        for rank, (pipe, process) in enumerate(zip(self._pipes, self._processes, strict=True)):
+            try:
+                if not pipe.poll(timeout):
+                    raise TimeoutError(f"rank {rank} did not finish {job} within {timeout} s")
+                replies.append(pipe.recv())
+            except (TimeoutError, EOFError) as error:
+                process.join(1)
+                code = process.exitcode
                 self.close()
-                raise TimeoutError(f"rank {rank} did not finish {job} within {timeout} s")
-            replies.append(pipe.recv())
+                died = f"rank {rank} died in {job} with exit code {code}"
+                raise AssertionError(died if isinstance(error, EOFError) else str(error)) from error
         failures = [f"rank {r}:\n{value}" for r, (is_ok, value) in enumerate(replies) if not is_ok]
         if failures:
             raise AssertionError(f"{job} failed on\n" + "\n".join(failures))
@@ -47,24 +63,29 @@ class RankPool:
         for process in self._processes:
             process.kill()
             process.join()
+        self._pipes, self._processes = [], []
 
 
-def _serve(pipe: Any, rank: int, size: int, port: int) -> None:
+def _serve(pipe: Any, rank: int, size: int) -> None:
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1"
+    )
     import torch
 
     torch.set_num_threads(1)
+    from megatron_eso.parallel.finish import finish
     from tests import rank_jobs
 
     while True:
-        job, args = pipe.recv()
+        job, args, port = pipe.recv()
+        os.environ["MASTER_PORT"] = str(port)
         try:
-            pipe.send((True, getattr(rank_jobs, job)(*args)))
+            reply = True, getattr(rank_jobs, job)(*args)
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            reply = False, traceback.format_exc()
+        finish()
+        gc.collect()
+        pipe.send(reply)
 
 
 def _free_port() -> int:

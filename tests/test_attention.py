@@ -5,6 +5,7 @@ import torch
 
 from megatron_eso.model.attention.core import segment_attention
 from megatron_eso.model.attention.dense import copies_mask, dense_attention, plain_mask
+from megatron_eso.model.attention.flex import flex_rows_attention
 from megatron_eso.model.attention.split import split_attention
 from megatron_eso.objective.rows import Pattern
 
@@ -21,7 +22,7 @@ def outputs_and_gradients(function, inputs, **settings):
     copies = [x.detach().clone().requires_grad_() for x in inputs]
     out = function(*copies, **settings)
     generator = torch.Generator().manual_seed(9)
-    weight = torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out.dtype)
+    weight = torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out)
     (out * weight).sum().backward()
     return [out.detach(), *(x.grad for x in copies)]
 
@@ -36,6 +37,43 @@ def test_split_equals_dense_forward_and_backward(length, rows, pairs, heads, gro
     dense = outputs_and_gradients(dense_attention, inputs, **settings)
     for a, b in zip(split, dense, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("length", [1, 13, 130])
+@pytest.mark.parametrize(
+    ("pattern", "block_size", "is_padded"),
+    [
+        (Pattern.CAUSAL, 0, False),
+        (Pattern.BLOCK, 4, False),
+        (Pattern.BIDIRECTIONAL, 0, False),
+        (Pattern.BIDIRECTIONAL, 0, True),
+    ],
+)
+def test_flex_equals_dense_forward(length, pattern, block_size, is_padded):
+    inputs = [x.detach() for x in random_inputs(5, 4, 2, length, 8)]
+    is_valid = None
+    if is_padded:
+        is_valid = torch.arange(length) < torch.tensor([length, 1, 2, length, 5])[:, None]
+    settings = {
+        "num_pairs": 0 if pattern is Pattern.BIDIRECTIONAL else 2, "scale": 0.3,
+        "pattern": pattern, "block_size": block_size, "is_valid": is_valid,
+    }  # fmt: skip
+    dense = dense_attention(*inputs, **settings)
+    torch.testing.assert_close(
+        flex_rows_attention(*inputs, **settings), dense, rtol=1e-10, atol=1e-10
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("pattern", [Pattern.CAUSAL, Pattern.BLOCK])
+def test_flex_equals_dense_backward_on_a_gpu(pattern):
+    inputs = [x.detach().float().cuda() for x in random_inputs(5, 4, 2, 256, 32)]
+    settings = {"num_pairs": 2, "scale": 0.3, "pattern": pattern, "block_size": 16}
+    flex = outputs_and_gradients(flex_rows_attention, inputs, **settings)
+    for a, b in zip(flex, outputs_and_gradients(dense_attention, inputs, **settings), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])

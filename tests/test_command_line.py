@@ -93,11 +93,61 @@ def test_eval_prints_a_table_and_writes_json(place):
     assert scores[0]["nats_per_token"] == pytest.approx(trained[0]["nats_per_token"], rel=1e-5)
 
 
+def test_eval_scores_raw_text_as_it_scores_the_same_text_prepared(place):
+    """Packed alone and in order, the text gives the rows that data prepare would write."""
+    text = place / "held-out.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    run("data", "prepare", text, "--out", "held-out", "--sequence-length", 32,
+        "--tokenizer", "data/tokenizer.json", "--validation-fraction", 0, folder=place)  # fmt: skip
+    found = []
+    for data, more in ((text, ["--ranks", 2, "--tensor", 2]), ("held-out/train", [])):
+        run("eval", "runs/first", data, "--metric", "likelihood", "--orders", 3, "--json", "t.json",
+            *more, folder=place)  # fmt: skip
+        found.append(json.loads((place / "t.json").read_text()))
+    assert [s["metric"] for s in found[0]] == [f"likelihood bound, K = {k}" for k in (1, 3)]
+    for raw, prepared in zip(*found, strict=True):
+        assert raw["num_tokens"] == prepared["num_tokens"] > 100
+        assert raw["nats_per_token"] == pytest.approx(prepared["nats_per_token"], rel=1e-5)
+        assert raw["bits_per_byte"] == pytest.approx(prepared["bits_per_byte"], rel=1e-5)
+
+
 def test_sample_prints_the_prompt_and_text_and_repeats_itself(place):
     arguments = ("sample", "runs/first", "--prompt", "document", "--num-samples", 1, "--seed", 3)
     first = run(*arguments, folder=place)
     assert first.split("---\n")[1].startswith("document")
     assert first.split("--- ")[:2] == run(*arguments, folder=place).split("--- ")[:2]
+
+
+def test_sample_fills_gaps_and_writes_the_same_rows_at_any_batch_and_layout(place):
+    arguments = ("sample", "runs/first", "--infill", "document[[6]] is 3", "--num-samples", 3)
+    for name, more in (
+        ("one.jsonl", ["--batch", 3]),
+        ("two.jsonl", ["--batch", 2, "--ranks", 2, "--tensor", 2]),
+        ("pipe.jsonl", ["--batch", 1, "--ranks", 2, "--pipeline", 2]),
+    ):
+        run(*arguments, *more, "--out", name, folder=place)
+    found = [(place / f"{n}.jsonl").read_text().splitlines() for n in ("one", "two", "pipe")]
+    samples = [[json.loads(line)["text"] for line in lines] for lines in found]
+    assert samples[0] == samples[1] == samples[2]
+    assert all(text.startswith("document") and text.endswith(" is 3") for text in samples[0])
+    assert len(set(samples[0])) > 1
+    assert "exists" in run(*arguments, "--out", "one.jsonl", folder=place, code=3)
+    assert "needed; set --ranks 2" in run(*arguments, "--tensor", 2, folder=place, code=2)
+
+
+def test_bench_sample_compares_methods_under_a_judge(place):
+    settings = [*SETTINGS, "train.micro_batch_rows=4", "objective.name=ar"]
+    run("train", "run.yaml", "name=judge", *settings, folder=place)
+    out = run("bench-sample", "runs/first", "runs/judge", "--judge", "runs/judge", "--rows", 3, "--batch",
+              2, "--steps", 4, "--alpha-0", 1, "--alpha-0", 0, "--out", "front", folder=place)  # fmt: skip
+    assert "judge perplexity" in out
+    points = json.loads((place / "front/frontier.json").read_text())
+    assert [p["method"] for p in points] == ["eso alpha_0=1", "eso alpha_0=0", "ar"]
+    assert points[0]["evaluations"] <= 4 and points[2]["evaluations"] == 32
+    assert all(p["judge_perplexity"] > 1 and 0 < p["entropy"] < 3.5 for p in points)
+    assert (place / "front/frontier.png").stat().st_size > 5000
+    refused = run("bench-sample", "runs/judge", "--judge", "runs/first", folder=place, code=2)
+    assert "objective.name=eso" in refused
 
 
 def test_config_show_and_doctor_explain_themselves(place):

@@ -85,14 +85,21 @@ def test_the_single_pass_is_the_chain_rule(one_rank):
 
 
 def test_the_bound_tightens_with_more_orders(one_rank):
-    found = [
-        one_rank.run("scores", [f"eval.likelihood_orders={k}", "objective.alpha_0=1"], 6)[0][1][1]
-        for k in (1, 4, 16)
-    ]
-    assert found[0] > found[1] > found[2]
+    settings = ["eval.likelihood_orders=16", "objective.alpha_0=1"]
+    found = one_rank.run("scores", settings, 6)[0]
+    names = [name for name, _, _ in found]
+    assert names == ["nelbo", *(f"likelihood bound, K = {k}" for k in (1, 10, 16))]
+    assert found[1][1] > found[2][1] > found[3][1]
+    fewer = one_rank.run("scores", [*settings[1:], "eval.likelihood_orders=10"], 6)[0]
+    np.testing.assert_allclose(fewer[-1][1], found[2][1], rtol=1e-12)
 
 
 def test_at_alpha_zero_the_nelbo_is_the_exact_likelihood(one_rank):
     found = one_rank.run("scores", ["objective.alpha_0=0", "eval.likelihood_orders=1"], 6)[0]
     assert [name for name, _, _ in found] == ["likelihood", "likelihood"]
     np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-6)
+
+
+def test_flex_attention_is_refused_on_a_cpu_where_it_cannot_train(one_rank):
+    with pytest.raises(AssertionError, match=r"attention=flex: .* no backward pass on a CPU"):
+        one_rank.run("weights", ["precision.attention=flex"])

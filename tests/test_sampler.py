@@ -8,7 +8,7 @@ from megatron_eso.config.schema import ModelConfig
 from megatron_eso.errors import ConfigError
 from megatron_eso.sample.choose import choose_tokens
 from megatron_eso.sample.plan import make_plan
-from megatron_eso.sample.prompt import rows_with_prompt
+from megatron_eso.sample.prompt import rows_with_gaps, rows_with_prompts
 from tests.rank_jobs import LENGTH, VOCAB, assemble, read_rows
 from tests.reference import ReferenceModel
 
@@ -91,7 +91,25 @@ def test_temperature_zero_takes_the_most_likely_token():
 def test_a_prompt_that_does_not_fit_is_refused(ids, length, message):
     model = ModelConfig(vocab_size=128, max_length=64)
     with pytest.raises(ConfigError, match=message):
-        rows_with_prompt(ids, 1, length, model)
+        rows_with_prompts([ids], length, model)
+
+
+def test_text_with_gaps_becomes_a_row():
+    model = ModelConfig(vocab_size=128, max_length=64)
+    canvas = rows_with_gaps("ab[[3]]c", 2, model, lambda text: [ord(c) - 97 for c in text])
+    assert canvas.tokens.tolist() == [[0, 1, 127, 127, 127, 2]] * 2
+    assert canvas.is_given.tolist() == [[True, True, False, False, False, True]] * 2
+    assert canvas.num_open == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("abc", "no gap"), ("a[[0]]b", "no gap"), ("a[[99]]", "rotary"), ("~[[1]]", "mask token")],
+)
+def test_a_wrong_gap_is_refused(text, message):
+    model = ModelConfig(vocab_size=100, max_length=64)
+    with pytest.raises(ConfigError, match=message):
+        rows_with_gaps(text, 1, model, lambda text: [min(ord(c), 99) for c in text])
 
 
 @pytest.mark.parametrize(
@@ -110,17 +128,36 @@ def test_a_wrong_plan_is_refused(settings, message):
 @pytest.mark.slow
 @pytest.mark.parametrize("alpha_0", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("given", [(), (2, 3, 11)])
-@pytest.mark.parametrize("ranks", ["one", "tensor"])
+@pytest.mark.parametrize("ranks", ["one", "tensor", "pipeline"])
 def test_cached_equals_uncached(one_rank, two_ranks, alpha_0, given, ranks):
     """Teacher-forced log-probabilities equal those of passes over [clean; masks of the step]."""
-    pool, layout = (one_rank, []) if ranks == "one" else (two_ranks, ["parallel.tensor=2"])
-    rows = read_rows(3, [0, 1]).tokens[:, :LENGTH]
+    pool, layout = (one_rank, []) if ranks == "one" else (two_ranks, [f"parallel.{ranks}=2"])
     settings = {"alpha_0": alpha_0, "num_steps": 3, "seed": 5}
+    check_against_uncached(pool, layout, given, settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [(), (2, 3, 11)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "fixed", "alpha_0": 0.6, "num_steps": 4},
+        {"method": "strided", "alpha_0": 1.0, "num_steps": 5},
+        {"method": "left-to-right", "alpha_0": 1.0},
+    ],
+)
+def test_cached_equals_uncached_for_every_plan(one_rank, given, settings):
+    check_against_uncached(one_rank, [], given, {**settings, "seed": 6})
+
+
+def check_against_uncached(pool, layout, given, settings):
+    rows = read_rows(3, [0, 1]).tokens[:, :LENGTH]
     replies = pool.run(
         "sample_rows", layout, "fp64", open_rows(2, given).numpy(), rows.numpy(), settings,
         {"forced": rows.numpy()},
     )  # fmt: skip
     reply = replies[0]
+    assert all(np.array_equal(r["log_probs"], reply["log_probs"]) for r in replies)
     model = ReferenceModel(
         assemble([r["weights"] for r in replies]), heads=4, groups=2, vocab=VOCAB
     )
@@ -177,12 +214,108 @@ def test_the_same_seed_gives_the_same_rows_whatever_the_batch(one_rank):
     assert not np.array_equal(whole["tokens"], other["tokens"])
 
 
+BASELINES = {
+    "ar": (["objective.name=ar"], {"method": "left-to-right", "alpha_0": 0.0}),
+    "mdlm": (["objective.name=mdlm"], {"alpha_0": 1.0, "num_steps": 4}),
+    "bd3lm": (
+        ["objective.name=bd3lm", "objective.block_size=4"],
+        {"block_size": 4, "num_steps": 8},
+    ),
+}
+
+
 @pytest.mark.slow
-def test_an_objective_that_cannot_be_decoded_this_way_is_refused(one_rank):
-    rows = np.zeros((1, LENGTH), dtype=np.int64)
-    given = np.zeros((1, LENGTH), dtype=bool)
-    with pytest.raises(AssertionError, match=r"objective\.name=ar"):
-        one_rank.run(
-            "sample_rows", ["objective.name=ar"], "fp32", given, rows,
-            {"alpha_0": 0.0, "num_steps": 1, "seed": 2}, {},
-        )  # fmt: skip
+@pytest.mark.parametrize("num_given", [0, 6])
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("ranks", ["one", "pipeline"])
+def test_a_baselines_steps_equal_its_training_passes(one_rank, two_ranks, name, num_given, ranks):
+    objective, settings = BASELINES[name]
+    pool, layout = (one_rank, []) if ranks == "one" else (two_ranks, ["parallel.pipeline=2"])
+    rows = read_rows(3, [0, 1]).tokens[:, :LENGTH].numpy()
+    given = open_rows(2, range(num_given)).numpy()
+    reply = pool.run("sample_rows", [*objective, *layout], "fp64", given, rows,
+                     {**settings, "seed": 3}, {"forced": rows})[0]  # fmt: skip
+    assert sum(reply["counts"]) == LENGTH - num_given
+    expected = one_rank.run("uncached_log_probs", objective, rows, reply["order"], reply["counts"],
+                            reply["num_given"])[0]  # fmt: skip
+    np.testing.assert_allclose(reply["log_probs"], expected, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("eso", {"alpha_0": 0.5, "num_steps": 3}),
+        ("ar", {"method": "left-to-right", "alpha_0": 0.0}),
+        ("mdlm", {"alpha_0": 1.0, "num_steps": 3}),
+    ],
+)
+def test_a_left_padded_batch_gives_what_its_rows_give_alone(one_rank, name, settings):
+    """Prompts of 5, 2 and 0 tokens, eight new ones; padding holds arbitrary tokens."""
+    prompts = [[3, 1, 4, 1, 5], [9, 2], []]
+    objective, settings = [f"objective.name={name}"], {**settings, "seed": 4}
+    padding = np.array([5 - len(p) for p in prompts])
+    rows = np.full((3, 13), 7)
+    for row, prompt in enumerate(prompts):
+        rows[row, 5 - len(prompt) : 5] = prompt
+    given = np.tile(np.arange(13) < 5, (3, 1))
+    batch = one_rank.run("sample_rows", objective, "fp64", given, rows, settings,
+                         {"seed": 8, "padding": padding})[0]  # fmt: skip
+    for row, prompt in enumerate(prompts):
+        number = len(prompt)
+        single = one_rank.run(
+            "sample_rows", objective, "fp64", given[:1, 5 - number :], rows[row : row + 1, 5 - number :],
+            {**settings, "first_row": row}, {"seed": 8, "first_row": row},
+        )[0]  # fmt: skip
+        assert np.array_equal(single["tokens"][0], batch["tokens"][row, 5 - number :])
+        np.testing.assert_allclose(
+            single["log_probs"][0], batch["log_probs"][row, 5 - number :], atol=1e-9
+        )
+
+
+@pytest.mark.slow
+def test_rows_that_have_all_ended_are_not_continued(one_rank):
+    rows, given = np.zeros((2, LENGTH), dtype=np.int64), np.zeros((2, LENGTH), dtype=bool)
+    forced = np.full((2, LENGTH), 5)
+    forced[0, 3] = forced[1, 6] = 9
+    reply = one_rank.run(
+        "sample_rows", [], "fp64", given, rows, {"alpha_0": 0.0, "num_steps": 1, "seed": 0},
+        {"forced": forced, "stop_token": 9},
+    )[0]  # fmt: skip
+    assert reply["num_steps"] == 7
+    assert reply["tokens"][1].tolist() == [5] * 6 + [9] * (LENGTH - 6)
+
+
+def test_a_strided_plan_keeps_tokens_of_a_step_apart():
+    plan = make_plan(open_rows(1, (0,)), alpha_0=1.0, num_steps=5, method="strided", seed=0)
+    assert plan.counts == [3] * 5
+    assert plan.order[0].tolist() == [0, 1, 6, 11, 2, 7, 12, 3, 8, 13, 4, 9, 14, 5, 10, 15]
+
+
+def test_a_fixed_plan_has_steps_of_equal_size():
+    plan = make_plan(open_rows(2), alpha_0=0.75, num_steps=4, method="fixed", seed=0)
+    assert plan.counts == [3, 3, 3, 3, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("first_row", [0, 5])
+def test_a_row_has_its_order_whatever_the_batch(first_row):
+    settings = {"alpha_0": 0.6, "num_steps": 3, "seed": 1}
+    whole = make_plan(open_rows(8, (1,)), **settings)
+    part = make_plan(open_rows(2, (1,)), **settings, first_row=first_row)
+    assert torch.equal(part.order, whole.order[first_row : first_row + 2])
+    assert part.counts == whole.counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("objective", "settings", "message"),
+    [
+        ("ar", {"alpha_0": 1.0, "num_steps": 2}, "one token at a time"),
+        ("bd3lm", {"alpha_0": 1.0, "num_steps": 2}, "blocks of 4"),
+    ],
+)
+def test_a_plan_that_an_objective_cannot_follow_is_refused(one_rank, objective, settings, message):
+    rows, given = np.zeros((1, LENGTH), dtype=np.int64), np.zeros((1, LENGTH), dtype=bool)
+    with pytest.raises(AssertionError, match=message):
+        one_rank.run("sample_rows", [f"objective.name={objective}", "objective.block_size=4"],
+                     "fp32", given, rows, {**settings, "seed": 2}, {})  # fmt: skip

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from megatron_eso.errors import CheckpointError
 
 MANIFEST, MARKER, SIDECAR = "MANIFEST.json", "COMMITTED", "esolm.json"
@@ -73,10 +71,23 @@ class CheckpointFolder:
                 return f"{name} has another hash than when it was written"
         return ""
 
-    def commit(self) -> None:
-        """Write the manifest of everything in the folder, then the marker."""
+    def commit(self, known: dict[str, dict[str, Any]] | None = None) -> None:
+        """Write the manifest of everything in the folder, then the marker.
+
+        Args:
+            known: manifest entries of files whose writers have hashed them.
+
+        Raises:
+            OSError: if a file cannot be written, or is not as its writer left it.
+        """
         files = sorted(p for p in self.path.iterdir() if p.name not in (MANIFEST, MARKER))
-        entries = {p.name: {"bytes": p.stat().st_size, "xxh3_128": hash_file(p)} for p in files}
+        entries = dict(known or {})
+        for name, entry in entries.items():
+            if (self.path / name).stat().st_size != entry["bytes"]:
+                raise OSError(f"{name} is not as long as it was written")
+        for p in files:
+            if p.name not in entries:
+                entries[p.name] = {"bytes": p.stat().st_size, "xxh3_128": hash_file(p)}
         write_durably(self.path / MANIFEST, json.dumps({"files": entries}, indent=1))
         write_durably(self.path / MARKER, "")
 
@@ -94,22 +105,29 @@ def list_folders(root: Path) -> list[CheckpointFolder]:
 
 
 def prune(root: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:
-    """Remove old committed checkpoints and uncommitted ones older than the newest; return them."""
+    """Remove what is :func:`unwanted`; return the removed folders."""
+    removed = unwanted(root, keep_last=keep_last, keep_every_steps=keep_every_steps)
+    for folder in removed:
+        remove(folder)
+    return [folder.path for folder in removed]
+
+
+def unwanted(root: Path, *, keep_last: int, keep_every_steps: int | None) -> list[CheckpointFolder]:
+    """Return old committed checkpoints and uncommitted ones older than the newest."""
     folders = list_folders(root)
     committed = [folder for folder in folders if folder.is_committed]
     if not committed:
         return []
     kept = {folder.path for folder in committed[-keep_last:]}
-    removed = []
+    found = []
     for folder in folders:
         is_milestone = keep_every_steps and folder.step % keep_every_steps == 0
         if folder.is_committed and (folder.path in kept or is_milestone):
             continue
         if not folder.is_committed and folder.step >= committed[-1].step:
             continue  # a save under way
-        remove(folder)
-        removed.append(folder.path)
-    return removed
+        found.append(folder)
+    return found
 
 
 def remove(folder: CheckpointFolder) -> None:
@@ -149,6 +167,8 @@ def write_durably(path: Path, text: str) -> None:
 
 def hash_file(path: Path) -> str:
     """Return the xxh3_128 hash of a file's content."""
+    import xxhash  # not on a login node, where checkpoints are listed and pruned
+
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while block := file.read(8 << 20):

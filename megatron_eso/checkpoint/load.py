@@ -68,15 +68,26 @@ def load_training_state(
     average: MovingAverage | None,
     *,
     device: torch.device,
+    num_updates: int | None = None,
 ) -> int:
-    """Load weights, moments and average; return the number of optimizer steps done."""
+    """Load weights, moments and average; return the number of steps done.
+
+    Args:
+        folder: a whole checkpoint.
+        chunks: wrapped model chunks.
+        optimizer: Megatron's optimizer.
+        average: moving average, if the run keeps one.
+        device: where tensors are loaded to.
+        num_updates: times the optimizer has stepped; None: as often as there were steps.
+    """
     sidecar = folder.sidecar()
     step = int(sidecar["step"])
     kinds: tuple[str, ...] = (WEIGHTS, *MOMENTS)
     if average is not None and sidecar["has_ema"]:
         kinds = (*kinds, EMA)
     loaded = _load(template(chunks, kinds, device=device), folder)
-    restore(chunks, optimizer, average, kinds, loaded, step=step)
+    updates = step if num_updates is None else num_updates
+    restore(chunks, optimizer, average, kinds, loaded, step=updates)
     return step
 
 

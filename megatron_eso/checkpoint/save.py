@@ -1,21 +1,25 @@
 """Write checkpoints, beside training if asked, and keep only those that are wanted.
 
-A save has three parts: every rank gathers its tensors (the stall), writes its file (in a child process
-when asynchronous), and rank 0 writes the manifest and the marker (in a thread, since hashing takes
-time). A failed save is reported and leaves older checkpoints as they are.
+A save goes through three phases that all ranks agree on: every rank writes its shard (in a forked
+process when asynchronous), then rank 0 publishes (in a thread: small files, manifest, lease, and last
+the marker), then it is committed. A failure in any phase, on any rank, ends that save on all of them:
+its folder is removed, older checkpoints are as they were, training goes on.
 """
 
 import json
 import logging
-import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from megatron_eso.checkpoint.child import Child
 from megatron_eso.checkpoint.folder import (
     SIDECAR,
     CheckpointFolder,
@@ -24,34 +28,69 @@ from megatron_eso.checkpoint.folder import (
     remove,
     write_durably,
 )
+from megatron_eso.checkpoint.strategy import Plan, Planner
 from megatron_eso.config.schema import CheckpointConfig
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
-
-with quiet_megatron_import():
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron_eso.errors import CheckpointError
+from megatron_eso.launch import events, lease
+from megatron_eso.parallel.exchange import any_rank
 
 log = logging.getLogger(__name__)
+_RENEW_SECONDS = 60.0
+
+
+class Phase(Enum):
+    """Where a save is; the same on every rank."""
+
+    IDLE = "idle"
+    WRITING = "writing"
+    PUBLISHING = "publishing"
 
 
 @dataclass
-class _Pending:
+class _Save:
+    """A save under way on this rank."""
+
     folder: CheckpointFolder
     sidecar: dict[str, Any]
+    plan: Plan
     begin: float
+    child: Child | None = None
+    written: Any = None
+    failure: str = ""
 
 
 class Saver:
     """Writes the checkpoints of one run; every method must be called by all ranks."""
 
-    def __init__(self, root: Path, settings: CheckpointConfig) -> None:
+    def __init__(
+        self,
+        root: Path,
+        settings: CheckpointConfig,
+        device: torch.device,
+        *,
+        owner: str = "",
+        while_waiting: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Prepare to save.
+
+        Args:
+            root: folder of the run's checkpoints.
+            settings: what is kept, and how long a save may take.
+            device: device of the ranks' agreements.
+            owner: holder of the lease, which rank 0 must hold to publish; empty: no lease is asked for.
+            while_waiting: called again and again while a save is waited for.
+        """
         self.root, self.settings = root, settings
-        self._queue = AsyncCallsQueue(persistent=False)
-        self._pending: _Pending | None = None
-        self._committer: threading.Thread | None = None
+        self.kept_step = -1
+        """Step of the newest checkpoint this run committed or continued from; -1: none."""
+        self._device, self._owner, self._while_waiting = device, owner, while_waiting
+        self._planner, self._phase = Planner(), Phase.IDLE
+        self._save: _Save | None = None
+        self._thread: threading.Thread | None = None
+        self._renewed, self._lost_lease = time.monotonic(), ""
 
     def save(self, step: int, state: dict[str, Any], sidecar: dict[str, Any]) -> float:
-        """Write a checkpoint of ``step``; return how long training was stalled, in seconds.
+        """Begin a checkpoint of ``step``; return how long training was stalled, in seconds.
 
         Args:
             step: optimizer steps done.
@@ -61,59 +100,169 @@ class Saver:
         begin = time.perf_counter()
         self.finish()
         folder = folder_of_step(self.root, step)
-        if dist.get_rank() == 0:
-            if folder.path.exists():
-                remove(folder)
-            folder.path.mkdir(parents=True)
-        dist.barrier()
-        request = dist_checkpointing.save(
-            state, str(folder.path), async_sharded_save=self.settings.asynchronous
-        )
-        self._pending = _Pending(folder, sidecar, begin)
-        if request is not None:
-            self._queue.schedule_async_request(request)
+        failure = self._make(folder) if dist.get_rank() == 0 else ""
+        if any_rank([bool(failure)], self._device)[0]:
+            self._report_failure(folder, failure)
+            return time.perf_counter() - begin
+        plan = self._planner.plan(state, folder.path)
+        self._save, self._phase = _Save(folder, sidecar, plan, begin), Phase.WRITING
+        if self.settings.asynchronous:
+            self._save.child = Child(plan.write)
         else:
+            try:
+                self._save.written = plan.write()
+            except Exception as error:  # reported by every rank, below: nothing is swallowed
+                self._save.failure = f"{type(error).__name__}: {error}"
             self.finish()
         return time.perf_counter() - begin
 
-    def poll(self) -> None:
-        """Commit a save whose files are written, without waiting for one that is not."""
-        if self._pending is None:
+    def flags(self) -> list[bool]:
+        """Return what this rank must tell the others: busy, failed, lease lost."""
+        self._renew_lease()
+        save, is_busy, failure = self._save, False, ""
+        if save is not None:
+            is_busy, failure = self._look(save)
+        return [is_busy, bool(failure), bool(self._lost_lease)]
+
+    def advance(self, is_busy: bool, has_failed: bool, is_lease_lost: bool) -> None:
+        """Go on with the save under way, by what any rank said in :meth:`flags`.
+
+        Raises:
+            CheckpointError: on all ranks, if another attempt has taken the run over.
+        """
+        if is_lease_lost:
+            self._abandon(remove_folder=False)  # it may be the other attempt's by now
+            raise CheckpointError(self._lost_lease or "rank 0 lost the lease of the run folder")
+        save = self._save
+        if save is None:
             return
-        self._queue.maybe_finalize_async_calls(blocking=False)
-        if self._queue.get_num_unfinalized_calls() == 0:
-            self._commit()
+        if has_failed:
+            self._abandon()
+        elif not is_busy and self._phase is Phase.WRITING:
+            self._publish(save)
+        elif not is_busy:
+            self.kept_step = save.folder.step
+            self._save, self._phase, self._thread = None, Phase.IDLE, None
+
+    def poll(self) -> None:
+        """Go on with the save under way without waiting."""
+        busy, failed, lost = any_rank(self.flags(), self._device)
+        self.advance(busy, failed, lost)
 
     def finish(self) -> None:
-        """Wait until the save under way, if any, is committed."""
-        if self._pending is not None:
-            self._queue.maybe_finalize_async_calls(blocking=True)
-            self._commit()
-        if self._committer is not None:
-            self._committer.join()
-            self._committer = None
-        dist.barrier()
+        """Wait until the save under way, if any, is committed or has failed."""
+        pause = 0.005
+        while self._save is not None:
+            self.poll()
+            self._while_waiting()
+            if self._save is not None:
+                time.sleep(pause)
+                pause = min(pause * 2, 0.2)
 
-    def _commit(self) -> None:
-        pending, self._pending = self._pending, None
-        dist.barrier()
-        if pending is not None and dist.get_rank() == 0:
-            self._committer = threading.Thread(target=self._write_marker, args=(pending,))
-            self._committer.start()
+    def _look(self, save: _Save) -> tuple[bool, str]:
+        """Return whether this rank is still busy with the phase, and why it failed if it did."""
+        waited = time.perf_counter() - save.begin
+        is_late = waited > self.settings.timeout_seconds
+        late = (
+            f"not done after {waited:.0f} s (checkpoint.timeout_seconds="
+            f"{self.settings.timeout_seconds:g})"
+        )
+        if self._phase is Phase.PUBLISHING:
+            is_busy = self._thread is not None and self._thread.is_alive()
+        elif save.child is None:
+            is_busy = False
+        else:
+            is_busy = save.child.is_running
+            if is_busy and is_late:
+                save.child.kill(late)
+            save.written, save.failure = save.child.result, save.child.failure
+        if is_busy and is_late:
+            save.failure = save.failure or late
+        return is_busy, save.failure
 
-    def _write_marker(self, pending: _Pending) -> None:
-        folder = pending.folder
+    def _make(self, folder: CheckpointFolder) -> str:
         try:
-            write_durably(folder.path / SIDECAR, json.dumps(pending.sidecar, indent=1))
-            folder.commit()
+            if self._owner:
+                lease.require_lease(self.root, self._owner)
+            if folder.path.exists():
+                remove(folder)
+            folder.path.mkdir(parents=True)
+        except CheckpointError as error:
+            self._lost_lease = str(error)
+            return self._lost_lease
+        except OSError as error:
+            return f"its folder cannot be made: {error}"
+        return ""
+
+    def _publish(self, save: _Save) -> None:
+        """Collect what the ranks wrote; rank 0 starts the thread that makes it a checkpoint."""
+        is_first = dist.get_rank() == 0
+        written = [None] * dist.get_world_size() if is_first else None
+        dist.gather_object(save.written, written)
+        self._phase, save.written = Phase.PUBLISHING, None
+        if written is not None:
+            self._thread = threading.Thread(
+                target=self._write_marker, args=(save, written), daemon=True
+            )
+            self._thread.start()
+
+    def _write_marker(self, save: _Save, written: list[Any]) -> None:
+        path = save.folder.path
+        try:
+            save.plan.publish(path, [results for results, _ in written])
+            write_durably(path / SIDECAR, json.dumps(save.sidecar, indent=1))
+            if self._owner:
+                lease.require_lease(self.root, self._owner)
+            save.folder.commit(
+                {name: entry for _, files in written for name, entry in files.items()}
+            )
             prune(
                 self.root,
                 keep_last=self.settings.keep_last,
                 keep_every_steps=self.settings.keep_every_steps,
             )
-        except OSError as error:
-            log.warning("checkpoint %s was not committed: %s", folder.path, error)
-            shutil.rmtree(folder.path, ignore_errors=True)
+        except CheckpointError as error:
+            self._lost_lease = str(error)
+        except Exception as error:  # reported by every rank: nothing is swallowed
+            save.failure = f"{type(error).__name__}: {error}"
+        else:
+            seconds = time.perf_counter() - save.begin
+            log.info("checkpoint %s committed after %.1f s", path, seconds)
+            events.record(self.root.parent, "committed", step=save.folder.step, seconds=seconds)
+
+    def _abandon(self, *, remove_folder: bool = True) -> None:
+        """End the save under way without a result, on all ranks."""
+        save, self._save, self._phase = self._save, None, Phase.IDLE
+        if save is None:
             return
-        seconds = time.perf_counter() - pending.begin
-        log.info("checkpoint %s committed after %.1f s", folder.path, seconds)
+        if save.child is not None:
+            save.child.kill("another rank failed")
+        dist.barrier()  # nobody writes into the folder any more
+        is_published = self._thread is not None and self._thread.is_alive()
+        if dist.get_rank() == 0 and remove_folder and not is_published:
+            remove(save.folder)
+        self._thread = None
+        self._report_failure(save.folder, save.failure)
+
+    def _report_failure(self, folder: CheckpointFolder, failure: str) -> None:
+        """Log why a save failed, from every rank that knows, on rank 0."""
+        everywhere: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(everywhere, failure)
+        if dist.get_rank() == 0:
+            why = "; ".join(f"rank {n}: {text}" for n, text in enumerate(everywhere) if text)
+            log.warning(
+                "SAVE FAILED: checkpoint %s was not written (%s). Training goes on; older checkpoints "
+                "are as they were", folder.path, why,
+            )  # fmt: skip
+            events.record(self.root.parent, "save_failed", step=folder.step, why=why)
+
+    def _renew_lease(self) -> None:
+        if not self._owner or dist.get_rank() or time.monotonic() - self._renewed < _RENEW_SECONDS:
+            return
+        self._renewed = time.monotonic()
+        try:
+            lease.require_lease(self.root, self._owner)
+        except CheckpointError as error:
+            self._lost_lease = str(error)
+        except OSError as error:
+            log.warning("the lease of %s could not be renewed: %s", self.root, error)

@@ -17,7 +17,7 @@ from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.parameters import (
     Shard,
-    gather_full,
+    gather_on,
     set_moments,
     sharded_parameters,
     shards,
@@ -37,19 +37,34 @@ def collect(
     average: MovingAverage | None,
     group: dist.ProcessGroup,
 ) -> dict[str, Any]:
-    """Return the sharded state to save; all data-parallel ranks must call.
+    """Return the sharded state that this rank writes; all data-parallel ranks must call.
 
-    Every tensor is a private copy, so training may go on while it is written.
+    The tensors are spread over the data-parallel ranks: each is gathered on one of them alone. Where
+    a rank holds a whole tensor on the CPU it is not copied: write it, or fork, before the next step.
     """
     owned = shards(optimizer)
-    state = {}
-    for entry in sharded_parameters(chunks):
+    state: dict[str, Any] = {}
+    for index, entry in enumerate(sharded_parameters(chunks)):
+        if not _is_first_copy(entry.replica_id):
+            continue  # a rank of another data-parallel group writes the same values
         shard = owned.get(entry.data)
         for kind, part in _parts(shard, average, entry.data):
             start = shard.start if shard else 0
-            full = gather_full(entry.data, start, part, group)
-            add(state, entry, kind, full)
+            full = gather_on(entry.data, start, part, group, receiver=index % group.size())
+            if full is not None:
+                own = replace(entry, replica_id=_first_of_group(entry.replica_id))
+                add(state, own, kind, full)
     return state
+
+
+def _is_first_copy(replica_id: Any) -> bool:
+    """Return whether the data-parallel group of this rank is the one that writes a tensor."""
+    return not isinstance(replica_id, tuple) or not any(replica_id[:-1])
+
+
+def _first_of_group(replica_id: Any) -> Any:
+    """Return the id of the copy that is written: the last part is the data-parallel rank."""
+    return (*replica_id[:-1], 0) if isinstance(replica_id, tuple) else 0
 
 
 def _parts(
@@ -110,7 +125,7 @@ def restore(
         average: moving average, if the run keeps one.
         kinds: kinds that were loaded.
         loaded: result of loading a :func:`template`.
-        step: optimizer steps done.
+        step: updates done.
     """
     owned = shards(optimizer)
     with torch.no_grad():

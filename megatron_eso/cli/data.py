@@ -37,7 +37,9 @@ def prepare_command(
     packing: Annotated[
         str, typer.Option(help="packed, or separate: a row per document.")
     ] = "packed",
-    validation_fraction: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.05,
+    validation_fraction: Annotated[
+        float, typer.Option(help="Share of documents held out; 0: no validation split.")
+    ] = 0.05,
     bad_documents: Annotated[str, typer.Option(help="error, or skip and count them.")] = "error",
     shard_mib: Annotated[int, typer.Option(help="Largest shard, in MiB.")] = 64,
     compress: Annotated[bool, typer.Option(help="zstd shards, for object stores.")] = False,
@@ -78,8 +80,8 @@ def prepare_command(
     )  # fmt: skip
     state = "already prepared, nothing to do" if done.was_complete else "prepared"
     print(f"{out}: {state}")
-    for split in ("train", "validation"):
-        print(f"  {summary_line(done.manifests[split])}")
+    for _, manifest in sorted(done.manifests.items()):
+        print(f"  {summary_line(manifest)}")
 
 
 app.command("inspect")(inspect_command)

@@ -1,7 +1,9 @@
 """``megatron-eso eval``: score held-out data with a checkpoint."""
 
+import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,58 +13,113 @@ app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 @app.command()
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Run folder or checkpoint folder")],
-    data: Annotated[Path, typer.Argument(help="Held-out split, for example .../validation")],
-    orders: Annotated[int, typer.Option(help="Orders K of the likelihood bound; 0: none")] = 1,
+    data: Annotated[
+        str,
+        typer.Argument(help="Prepared split (.../validation), or any text, jsonl or parquet file"),
+    ],
+    metric: Annotated[str, typer.Option(help="nelbo, likelihood or all")] = "all",
+    orders: Annotated[int, typer.Option(help="Orders K of the likelihood bound")] = 1,
     repeats: Annotated[int, typer.Option(help="Times and masks drawn per row for the NELBO")] = 1,
+    eps: Annotated[float, typer.Option(help="Lower end of the NELBO's times; 0: unbiased")] = 0.0,
     rows: Annotated[int, typer.Option(help="Rows to score; 0: all")] = 0,
     alpha_0: Annotated[
         float | None, typer.Option(help="alpha_0 to score with [as trained]")
     ] = None,
+    text_key: Annotated[str, typer.Option(help="Key or column of raw text")] = "text",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json for raw text [the checkpoint's]")
+    ] = None,
     raw_weights: Annotated[bool, typer.Option(help="Not the moving average")] = False,
+    batch: Annotated[int, typer.Option(help="Stack rows scored at once")] = 16,
+    ranks: Annotated[int, typer.Option(help="Ranks to start on this machine")] = 1,
+    tensor: Annotated[int, typer.Option(help="Tensor ranks")] = 1,
+    pipeline: Annotated[int, typer.Option(help="Pipeline ranks; the rest is data-parallel")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write JSON here")] = None,
 ) -> None:
     """Print the NELBO and the exact-likelihood bound of held-out rows.
 
+    Raw text is encoded with the checkpoint's tokenizer and packed into rows of the trained length.
+
     Examples:
         megatron-eso eval runs/quickstart runs/data/stdlib/validation --orders 4
+        megatron-eso eval runs/quickstart my_notes.txt --metric likelihood --orders 100 --json scores.json
+        megatron-eso eval runs/quickstart runs/data/stdlib/validation --ranks 2 --tensor 2
     """
-    import json
+    if ranks > 1 and "RANK" not in os.environ:
+        from megatron_eso.launch.local import start_ranks
+
+        raise SystemExit(start_ranks(ranks, sys.argv[1:]))
     from dataclasses import replace
 
     import torch
-    from rich.console import Console
-    from rich.table import Table
+    import torch.distributed as dist
 
     from megatron_eso.cli.model_loading import load
     from megatron_eso.config.check import check
-    from megatron_eso.data.reader import ValidationReader
+    from megatron_eso.eval.evaluate import METRICS
     from megatron_eso.eval.evaluate import evaluate as run
     from megatron_eso.parallel.exchange import Rows
     from megatron_eso.parallel.finish import finish
 
-    loaded = load(checkpoint, use_ema=not raw_weights, dtype="fp32", with_tokenizer=False)
+    loaded = load(
+        checkpoint, use_ema=not raw_weights, dtype="fp32", tensor=tensor, pipeline=pipeline,
+        with_tokenizer=False,
+    )  # fmt: skip
     config = loaded.replica.config
     settings = replace(
-        config.eval, likelihood_orders=orders, nelbo_repeats=repeats, alpha_0=alpha_0
-    )
+        config.eval, likelihood_orders=orders, nelbo_repeats=repeats, alpha_0=alpha_0,
+        noise_eps=eps, micro_batch_rows=batch,
+    )  # fmt: skip
     config = replace(config, eval=settings)
     check(config)
-    reader = ValidationReader(
-        data,
-        sequence_length=config.train.sequence_length,
-        vocab_size=config.model.vocab_size,
-    )
+    reader = _reader(data, loaded.folder, tokenizer, config, text_key, rows)
 
     def read(numbers: list[int]) -> Rows:
         got = reader.read(numbers)
         return Rows(torch.from_numpy(got.tokens), torch.from_numpy(got.is_valid))
 
     count = min(rows or reader.num_rows, reader.num_rows)
-    replica = replace(loaded.replica, config=config)
-    scores = run(replica, read, num_rows=count, bytes_per_token=reader.bytes_per_token)
-    table = Table(title=f"{loaded.folder.path} ({loaded.kind}) on {data}: {count} rows")
+    scores = run(
+        replace(loaded.replica, config=config), read, num_rows=count,
+        bytes_per_token=reader.bytes_per_token, metrics=METRICS if metric == "all" else [metric],
+    )  # fmt: skip
+    if dist.get_rank() == 0:
+        _show(scores, f"{loaded.folder.path} ({loaded.kind}) on {data}: {count} rows")
+        if json_file is not None:
+            _write(json_file, scores)
+    finish()
+
+
+def _reader(
+    data: str, folder: Any, tokenizer: Path | None, config: Any, text_key: str, rows: int
+) -> Any:
+    """Return the reader of a prepared split, or of raw text."""
+    from megatron_eso.checkpoint.replica import tokenizer_path
+    from megatron_eso.data.manifest import MANIFEST_NAME
+    from megatron_eso.data.reader import ValidationReader
+    from megatron_eso.data.text_rows import TextRows
+    from megatron_eso.errors import CheckpointError
+
+    shape = {
+        "sequence_length": config.train.sequence_length,
+        "vocab_size": config.model.vocab_size,
+    }
+    if "://" in data or (Path(data) / MANIFEST_NAME).is_file() or not Path(data).exists():
+        return ValidationReader(data, **shape)
+    file = tokenizer or tokenizer_path(folder)
+    if file is None:
+        raise CheckpointError(f"{folder.path} has no tokenizer; give one with --tokenizer")
+    return TextRows(data, file, **shape, text_key=text_key, max_rows=rows)
+
+
+def _show(scores: list[Any], title: str) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("metric", "nats/token", "+-", "perplexity", "bits/token", "bits/byte"):
-        table.add_column(column, justify="left" if column == "metric" else "right")
+        table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
     for s in scores:
         numbers = (
             s.nats_per_token,
@@ -72,7 +129,14 @@ def evaluate(
             s.bits_per_byte,
         )
         table.add_row(s.metric, *(f"{n:.4f}" for n in numbers))
-    Console().print(table)
-    if json_file is not None:
-        json_file.write_text(json.dumps([s.as_dict() for s in scores], indent=1))
-    finish()
+    console = Console()
+    console.print(title, soft_wrap=True)
+    console.print(table)
+
+
+def _write(path: Path, scores: list[Any]) -> None:
+    import json
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps([s.as_dict() for s in scores], indent=1) + "\n")
+    temporary.replace(path)

@@ -17,6 +17,9 @@ from megatron_eso.errors import UserError
 COMMANDS = {
     "data": ("data", "Prepare, inspect and verify data sets."),
     "train": ("train", "Train a model from a run configuration."),
+    "launch": ("launch", "Train under supervision: restart after crashes and hangs."),
+    "checkpoint": ("checkpoint", "List, inspect, verify, prune and compare checkpoints."),
+    "goodput": ("goodput", "Where a run's time went: effective share, faults, timeline."),
     "submit": ("submit", "Submit a run to Slurm; it requeues itself until it is done."),
     "status": ("status", "Where submitted runs are, and where their time went."),
     "logs": ("logs", "The output of a submitted run."),
@@ -25,6 +28,7 @@ COMMANDS = {
     "watch": ("watch", "Start requeued jobs without the credential wait."),
     "eval": ("evaluate", "Score held-out data: NELBO, likelihood bound, perplexity."),
     "sample": ("sample", "Generate text from a checkpoint."),
+    "bench-sample": ("bench_sample", "Speed against quality of samplers, with a plot."),
     "import": ("import_", "Turn an official Eso-LM checkpoint into one of ours."),
     "verify": ("verify", "Compare a checkpoint with log-probabilities of the official code."),
     "plan": ("plan", "Memory, speed, best layout, cost and goodput before booking a GPU."),

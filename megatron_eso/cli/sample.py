@@ -1,7 +1,9 @@
 """``megatron-eso sample``: generate text from a checkpoint."""
 
+import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -11,60 +13,174 @@ app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 @app.command()
 def sample(
     checkpoint: Annotated[Path, typer.Argument(help="Run folder or checkpoint folder")],
-    num_samples: Annotated[int, typer.Option(help="Rows to generate")] = 2,
-    prompt: Annotated[str, typer.Option(help="Text the rows start with")] = "",
+    num_samples: Annotated[int, typer.Option(help="Rows to generate (per prompt)")] = 2,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text a row starts with; repeat it for several rows")
+    ] = None,
+    infill: Annotated[
+        str | None, typer.Option(help="Text with gaps: [[N]] stands for N tokens")
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a row [as trained]")] = None,
+    plan: Annotated[
+        str, typer.Option(help="auto, binomial, fixed, strided or left-to-right")
+    ] = "auto",
     alpha_0: Annotated[
         float | None, typer.Option(help="Share of tokens by diffusion [as trained]")
     ] = None,
     num_steps: Annotated[
         int | None, typer.Option(help="Diffusion steps [as many as tokens]")
     ] = None,
+    tokens_per_step: Annotated[int | None, typer.Option(help="Instead of --num-steps")] = None,
     temperature: Annotated[float, typer.Option(help="0: the most likely token")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus; 1: all tokens")] = 0.9,
-    seed: Annotated[int, typer.Option(help="Same seed, same text")] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed, same text, whatever the batch")] = 0,
+    batch: Annotated[int, typer.Option(help="Rows at once")] = 16,
+    stop_at_end: Annotated[
+        bool, typer.Option(help="End at the end-of-document token, do not go on behind it")
+    ] = False,
+    live: Annotated[bool, typer.Option(help="Watch the first row fill, coloured by step")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the samples to this jsonl file")] = None,
     raw_weights: Annotated[bool, typer.Option(help="Not the moving average")] = False,
+    ranks: Annotated[int, typer.Option(help="Ranks to start on this machine")] = 1,
+    tensor: Annotated[int, typer.Option(help="Tensor ranks")] = 1,
+    pipeline: Annotated[int, typer.Option(help="Pipeline ranks")] = 1,
 ) -> None:
-    """Generate rows with the cached sampler and print them.
+    """Generate rows and print them, or write them to a file.
+
+    Eso-LM, AR, MDLM and BD3-LM checkpoints alike, each with the cache its objective allows.
 
     Examples:
         megatron-eso sample runs/quickstart
         megatron-eso sample runs/quickstart --prompt "def main(" --alpha-0 0 --num-samples 4
+        megatron-eso sample runs/quickstart --infill "def add(a, b):[[12]]return total" --live
+        megatron-eso sample runs/quickstart --num-samples 1000 --tokens-per-step 8 --out samples.jsonl
     """
-    import time
+    from megatron_eso.errors import ConfigError
+    from megatron_eso.sample.generate import PlanSettings, check_settings
 
-    import torch
+    settings = PlanSettings(cast("Any", plan), alpha_0, num_steps, tokens_per_step)
+    check_settings(settings)
+    if infill is not None and (prompt or length):
+        raise ConfigError("--infill gives the whole row; --prompt and --length do not apply")
+    if out is not None and live:
+        raise ConfigError("--live draws in the terminal; leave it out together with --out")
+    if tensor * pipeline != (int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else ranks):
+        raise ConfigError(
+            f"--tensor {tensor} x --pipeline {pipeline} = {tensor * pipeline} ranks are needed; set "
+            f"--ranks {tensor * pipeline}"
+        )
+    if ranks > 1 and "RANK" not in os.environ:
+        from megatron_eso.launch.local import start_ranks
+
+        raise SystemExit(start_ranks(ranks, sys.argv[1:]))
 
     from megatron_eso.cli.model_loading import load
-    from megatron_eso.data.tokenizer import decode
     from megatron_eso.parallel.finish import finish
-    from megatron_eso.sample.plan import make_plan
-    from megatron_eso.sample.prompt import rows_with_prompt
-    from megatron_eso.sample.sampler import Choice, fill_rows
+    from megatron_eso.sample.sampler import Choice
 
-    loaded = load(checkpoint, use_ema=not raw_weights, dtype="fp32")
-    config = loaded.replica.config
-    ids = loaded.tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else []
-    rows, is_given = rows_with_prompt(
-        ids, num_samples, length or config.train.sequence_length, config.model
+    loaded = load(
+        checkpoint, use_ema=not raw_weights, dtype="fp32", tensor=tensor, pipeline=pipeline
     )
-    left = rows.shape[1] - len(ids)
-    plan = make_plan(
-        is_given,
-        alpha_0=config.objective.alpha_0 if alpha_0 is None else alpha_0,
-        num_steps=num_steps or left,
-        seed=seed,
-    )
-    begin = time.perf_counter()
+    canvas = _canvas(loaded, prompt or [""], infill, num_samples, length)
     choice = Choice(temperature=temperature, top_p=top_p, seed=seed)
-    result = fill_rows(loaded.replica, rows, plan, choice)
-    seconds = time.perf_counter() - begin
-    for number, row in enumerate(torch.as_tensor(result.tokens).tolist(), start=1):
-        typer.echo(f"--- sample {number} of {num_samples} ---")
-        typer.echo(decode(loaded.tokenizer, row))
-    tokens = num_samples * left
-    typer.echo(
-        f"--- {tokens} tokens in {plan.num_evaluations} evaluations, {seconds:.1f} s, "
-        f"{tokens / seconds:,.0f} tokens/s, step {loaded.folder.step} ({loaded.kind})"
-    )
+    if stop_at_end:
+        choice.stop_token = _end_token(loaded.tokenizer)
+    _run(loaded, canvas, settings, choice, batch=1 if live else batch, live=live, out=out)
     finish()
+
+
+def _canvas(
+    loaded: Any, prompts: list[str], infill: str | None, num_samples: int, length: int | None
+) -> Any:
+    from megatron_eso.sample.prompt import rows_with_gaps, rows_with_prompts
+
+    def encode(text: str) -> list[int]:
+        return loaded.tokenizer.encode(text, add_special_tokens=False).ids if text else []
+
+    config = loaded.replica.config
+    if infill is not None:
+        return rows_with_gaps(infill, num_samples, config.model, encode)
+    ids = [encode(text) for text in prompts for _ in range(num_samples)]
+    return rows_with_prompts(ids, length or config.train.sequence_length, config.model)
+
+
+def _run(
+    loaded: Any,
+    canvas: Any,
+    settings: Any,
+    choice: Any,
+    *,
+    batch: int,
+    live: bool,
+    out: Path | None,
+) -> None:
+    import time
+    from contextlib import ExitStack
+
+    import torch.distributed as dist
+
+    from megatron_eso.data.tokenizer import decode
+    from megatron_eso.sample.generate import generate
+    from megatron_eso.sample.output import SampleFile
+
+    is_first = dist.get_rank() == 0
+    begin, done, evaluations = time.perf_counter(), 0, 0
+    with ExitStack() as stack:
+        file = None
+        if out is not None and is_first:
+            file = stack.enter_context(SampleFile(out, total=len(canvas.tokens)))
+        watch = _watch(loaded, canvas, choice, stack) if live and is_first else lambda plan: None
+        for part in generate(
+            loaded.replica, canvas, settings, choice, batch_rows=batch, on_plan=watch
+        ):
+            evaluations += part.sampled.num_steps
+            for row, padding in zip(
+                part.sampled.tokens.tolist(), part.padding.tolist(), strict=True
+            ):
+                ids = row[padding:]
+                if choice.stop_token in ids:
+                    ids = ids[: ids.index(choice.stop_token)]
+                text = decode(loaded.tokenizer, ids)
+                if file is not None:
+                    steps = part.sampled.num_steps
+                    file.add(sample=done, seed=choice.seed, nfe=steps, text=text, tokens=ids)
+                elif is_first and not live:
+                    typer.echo(f"--- sample {done + 1} of {len(canvas.tokens)} ---\n{text}")
+                done += 1
+    seconds = time.perf_counter() - begin
+    tokens = len(canvas.tokens) * canvas.num_open
+    if is_first:
+        typer.echo(
+            f"--- {tokens} tokens in {evaluations} evaluations, {seconds:.1f} s, "
+            f"{tokens / seconds:,.0f} tokens/s, step {loaded.folder.step} ({loaded.kind})"
+        )
+
+
+def _watch(loaded: Any, canvas: Any, choice: Any, stack: Any) -> Any:
+    """Return what draws the rows, one after the other, as they fill."""
+    from rich.console import Console
+
+    from megatron_eso.sample.live import LiveRow
+
+    console, rows = Console(), iter(canvas.tokens)
+    drawn: list[LiveRow] = []
+    choice.on_step = lambda step, tokens: drawn[-1].on_step(step, tokens)
+
+    def begin(plan: Any) -> None:
+        stack.close()  # leave the picture of the row before
+        mask_id = loaded.replica.config.model.vocab_size - 1
+        drawn.append(LiveRow(console, loaded.tokenizer, plan.num_evaluations, mask_id))
+        stack.enter_context(drawn[-1]).begin(next(rows))
+
+    return begin
+
+
+def _end_token(tokenizer: Any) -> int:
+    from megatron_eso.data.tokenizer import END_NAMES
+    from megatron_eso.errors import ConfigError
+
+    known = (tokenizer.token_to_id(name) for name in END_NAMES)
+    end = next((token for token in known if token is not None), None)
+    if end is None:
+        raise ConfigError("--stop-at-end: the tokenizer has no end-of-document token")
+    return end

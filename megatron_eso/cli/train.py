@@ -20,8 +20,9 @@ def train(
 ) -> None:
     """Train a model; the same command continues a run that was stopped.
 
-    Under torchrun or Slurm (RANK is set) this process is one rank of the run. Exit codes: 0 finished,
-    75 stopped by a signal with a checkpoint, others are errors.
+    Under torchrun or Slurm (RANK is set) this process is one rank of the run; else several ranks are
+    started and supervised as by `megatron-eso launch`. Exit codes: 0 finished, 75 stopped by a signal
+    with a checkpoint, others are errors (docs/resilience.md).
 
     Examples:
         megatron-eso train configs/run/quickstart.yaml
@@ -29,21 +30,26 @@ def train(
         torchrun --nproc-per-node 8 -m megatron_eso train RUN.yaml
     """
     from megatron_eso.config import check, load_config
+    from megatron_eso.resilience.signals import StopRequest
 
+    stop = StopRequest()
+    if "RANK" in os.environ:
+        stop.install()  # before the imports below, which take seconds
     run_config = load_config(config, overrides)
     if "RANK" not in os.environ:
         number = ranks or run_config.parallel.local_ranks
         check(run_config, number)
         if number > 1:
-            from megatron_eso.launch.local import start_ranks
+            from megatron_eso.cli.launch import launch
 
-            raise SystemExit(start_ranks(number, ["train", str(config), *(overrides or [])]))
+            launch(config, overrides, number)
+        stop.install()
 
     from megatron_eso.parallel.device import Ranks
     from megatron_eso.parallel.finish import finish
     from megatron_eso.train.loop import Run
 
-    code = Run(run_config, Ranks.from_environment(dict(os.environ))).train()
+    code = Run(run_config, Ranks.from_environment(dict(os.environ)), stop).train()
     sys.stdout.flush()
     finish()
     raise SystemExit(code)

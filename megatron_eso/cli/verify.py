@@ -21,7 +21,7 @@ def verify(
 ) -> None:
     """Print the largest difference of each case; exit code 1 if one is above 1e-4 nats.
 
-    Cases: diffusion pass, sequential pass, exact likelihood, cached sampler (without a pipeline).
+    Cases: diffusion pass, sequential pass, exact likelihood, cached sampler.
 
     Examples:
         megatron-eso verify runs/official --expected expected.safetensors
@@ -54,7 +54,7 @@ def verify(
     is_same = all(d.largest is None or d.largest <= TOLERANCE for d in found)
     if is_first:
         for d in found:
-            result = "left out (needs pipeline=1)" if d.largest is None else f"{d.largest:.2e}"
+            result = "left out (needs sequence=false)" if d.largest is None else f"{d.largest:.2e}"
             typer.echo(f"{d.case:<12}{result}  ({d.compared:,} numbers)")
         typer.echo("equal" if is_same else f"DIFFERENT: above {TOLERANCE:g} nats")
     if not is_same:

@@ -220,8 +220,6 @@ def _precision(config: RunConfig) -> Iterator[str]:
             f"precision.backend={precision.backend}, precision.fp8={precision.fp8}: Transformer Engine "
             "layers and FP8 are not supported yet; use backend=torch (or auto) and fp8=off"
         )
-    if precision.attention == "flex":
-        yield "precision.attention=flex is not supported yet; use split (or auto), or dense"
 
 
 def _evaluation(config: RunConfig) -> Iterator[str]:

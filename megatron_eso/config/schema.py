@@ -237,6 +237,14 @@ class CheckpointConfig:
     """Checkpoints at multiples of this many steps are kept for ever; null: none."""
     asynchronous: bool = True
     """Write while training goes on; the stall is reported for each save."""
+    timeout_seconds: float = 1800.0
+    """A save that is not done by then has failed: its writers are ended, training goes on."""
+    local_folder: str | None = None
+    """Folder on this node, in memory (/dev/shm) or on a local disk, for frequent copies of each rank's
+    own state; a restart at the same layout takes the newest valid of these and the shared checkpoints.
+    null: none."""
+    local_every_steps: int = 50
+    """Steps between node-local copies, if there is a local_folder."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue from the newest valid checkpoint in the run folder; never: refuse a folder that
     has one."""
@@ -244,6 +252,33 @@ class CheckpointConfig:
     """Compare the manifest's hashes before loading."""
     init_from: str | None = None
     """Checkpoint whose weights start the run (new optimizer, step 0); null: random weights."""
+
+
+@dataclass(frozen=True)
+class ResilienceConfig:
+    """What a run does about hangs, crashes and steps that go wrong."""
+
+    setup_timeout_seconds: float = 600.0
+    """Limit from a rank's start to its first step, and of any section that has not been timed yet."""
+    min_timeout_seconds: float = 30.0
+    """No limit of a step, an evaluation or a checkpoint is below this."""
+    timeout_factor: float = 3.0
+    """A step, an evaluation or a checkpoint may take this many times the longest so far."""
+    max_restarts_without_progress: int = 3
+    """The launcher gives up after so many faults in a row without a newer checkpoint."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """A loss or gradient that is not finite, also when the step is run again: stop with exit code 5;
+    skip the step's batch; or go back to the newest checkpoint and leave the batch out."""
+    on_spike: Literal["warn", "stop", "skip", "rollback"] = "warn"
+    """A loss far above those before, also when the step is run again."""
+    spike_window: int = 100
+    """Number of losses that a new one is compared with; 0: no spike detection."""
+    spike_deviations: float = 8.0
+    """A spike is this many standard deviations above the mean of the window."""
+    max_skipped_steps: int = 10
+    """Stop with exit code 5 once so many batches were left out."""
+    straggler_every_steps: int = 100
+    """Steps between reports of each rank's step times; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -292,3 +327,5 @@ class RunConfig:
     """What is kept."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation."""
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+    """Hangs, crashes, bad steps."""

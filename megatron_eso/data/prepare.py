@@ -84,7 +84,7 @@ def prepare(
     destination = Destination(str(out)) if is_remote(str(out)) else None
     folder = Path(out) if destination is None else staging or _staging_of(destination.address)
     try:
-        complete = _claim(folder, destination, request, overwrite)
+        complete = _claim(folder, destination, request, overwrite, _splits(options))
         if complete is not None:
             return Prepared(complete, True)
         path = folder / TOKENIZER_NAME
@@ -99,7 +99,7 @@ def prepare(
         write_partitions(partitions, preparation, num_processes=count, progress=progress)
         manifests = _merge(preparation, folder, len(partitions), loaded)
         if destination is not None:
-            _publish(folder, destination)
+            _publish(folder, destination, _splits(options))
         return Prepared(manifests, False)
     except OSError as error:
         raise DataError(describe_write_error(error, folder)) from error
@@ -113,9 +113,10 @@ def check_options(options: PrepareOptions) -> None:
     """
     if options.sequence_length < 1:
         raise DataError(f"--sequence-length {options.sequence_length} must be at least 1")
-    if not 0 < options.validation_fraction < 1:
+    if not 0 <= options.validation_fraction < 1:
         raise DataError(
-            f"--validation-fraction {options.validation_fraction} must lie between 0 and 1"
+            f"--validation-fraction {options.validation_fraction} must lie between 0 (no validation "
+            "split) and 1"
         )
     if options.packing not in ("packed", "separate"):
         raise DataError(f"--packing {options.packing} must be packed or separate")
@@ -123,6 +124,11 @@ def check_options(options: PrepareOptions) -> None:
         raise DataError(f"--bad-documents {options.bad_documents} must be error or skip")
     if not 1 <= options.shard_mib < 4096:
         raise DataError(f"--shard-mib {options.shard_mib} must lie between 1 and 4095")
+
+
+def _splits(options: PrepareOptions) -> tuple[str, ...]:
+    """Return the splits in the order in which they are finished."""
+    return MERGE_ORDER if options.validation_fraction else MERGE_ORDER[1:]
 
 
 def _request(
@@ -146,7 +152,11 @@ def _request(
 
 
 def _claim(
-    folder: Path, destination: Destination | None, request: dict[str, Any], overwrite: bool
+    folder: Path,
+    destination: Destination | None,
+    request: dict[str, Any],
+    overwrite: bool,
+    splits: tuple[str, ...],
 ) -> dict[str, Manifest] | None:
     """Note the request where the output goes, or refuse it if another one's output stands there.
 
@@ -161,7 +171,7 @@ def _claim(
         )
     earlier = destination.claim(REQUEST_NAME, request)
     if earlier == request:
-        complete = destination.manifests(MERGE_ORDER)
+        complete = destination.manifests(splits)
         if complete is not None:
             return complete
     else:  # what an earlier run left in the staging folder is not there any more
@@ -259,17 +269,17 @@ def _merge(
             preparation.work, out, split, num_partitions, tokenizer, preparation.options,
             are_sent=are_sent,
         )
-        for split in MERGE_ORDER
+        for split in _splits(preparation.options)
     }  # fmt: skip
     if not are_sent:
         shutil.rmtree(preparation.work)
     return manifests
 
 
-def _publish(folder: Path, destination: Destination) -> None:
+def _publish(folder: Path, destination: Destination, splits: tuple[str, ...]) -> None:
     """Send what the shards need to be a data set, the train manifest last; empty the folder."""
     destination.write(TOKENIZER_NAME, (folder / TOKENIZER_NAME).read_bytes())
-    for split in MERGE_ORDER:
+    for split in splits:
         destination.send_split(folder, split)
     _remove_prepared(folder)
     folder.rmdir()

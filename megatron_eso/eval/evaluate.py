@@ -5,7 +5,7 @@ every row takes both passes here, each once per repeat; in training it takes one
 averages exact likelihoods over K orders of the alpha_0 family (section 5).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_eso.config.schema import EvalConfig, ObjectiveConfig
-from megatron_eso.eval.scores import Score, log_mean_exp, score
+from megatron_eso.errors import ConfigError
+from megatron_eso.eval.scores import LogMeanExp, Score, is_power_of_ten, score
 from megatron_eso.model.replica import Replica
 from megatron_eso.objective.build import Draw, build_rows
 from megatron_eso.objective.deal import MicroBatch
@@ -23,6 +24,7 @@ from megatron_eso.objective.rows import StackRows, sequential_rows, to_device
 from megatron_eso.parallel.exchange import Rows, read_together
 from megatron_eso.parallel.schedule import run_micro_batches
 
+METRICS = ("nelbo", "likelihood")
 BuildRows = Callable[[Rows, list[int]], StackRows]
 _EVAL_SEED = 20250602  # one seed for all runs, so that runs are compared on the same draws
 
@@ -33,6 +35,8 @@ def evaluate(
     *,
     num_rows: int,
     bytes_per_token: float,
+    metrics: Collection[str] = METRICS,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Score]:
     """Return the scores that ``eval`` settings ask for; the same on every rank.
 
@@ -41,18 +45,43 @@ def evaluate(
         read: returns numbered held-out rows.
         num_rows: rows to score, numbered from 0.
         bytes_per_token: UTF-8 bytes of text per token.
+        metrics: of METRICS; the ar objective's likelihood is its one score under either name.
+        between: called by every rank before each round of micro-batches; it may raise, on all ranks.
+
+    Raises:
+        ConfigError: if a metric does not exist for the objective.
     """
     settings = replica.config.eval
     objective = evaluation_objective(replica.config.objective, settings)
+    check_metrics(objective, metrics)
     for chunk in replica.chunks:
         chunk.eval()
     with torch.no_grad():
-        scores = [nelbo(replica, read, objective, num_rows, bytes_per_token)]
-        if objective.name == "eso" and settings.likelihood_orders:
-            scores.append(likelihood_bound(replica, read, objective, num_rows, bytes_per_token))
+        scores = []
+        given = (replica, read, objective, num_rows, bytes_per_token, between)
+        if "nelbo" in metrics or objective.name == "ar":
+            scores.append(nelbo(*given))
+        if "likelihood" in metrics and objective.name == "eso" and settings.likelihood_orders:
+            scores += likelihood_bounds(*given)
     for chunk in replica.chunks:
         chunk.train()
     return scores
+
+
+def check_metrics(objective: ObjectiveConfig, metrics: Collection[str]) -> None:
+    """Refuse a metric that an objective does not have.
+
+    Raises:
+        ConfigError: naming the ones it has.
+    """
+    for metric in metrics:
+        if metric not in METRICS:
+            raise ConfigError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
+    if objective.name in ("mdlm", "bd3lm") and "nelbo" not in metrics:
+        raise ConfigError(
+            f"a model of objective.name={objective.name} has no exact likelihood under an order, only "
+            "the NELBO; ask for --metric nelbo"
+        )
 
 
 def evaluation_objective(objective: ObjectiveConfig, settings: EvalConfig) -> ObjectiveConfig:
@@ -67,6 +96,7 @@ def nelbo(
     objective: ObjectiveConfig,
     num_rows: int,
     bytes_per_token: float,
+    between: Callable[[], None] = lambda: None,
 ) -> Score:
     """Return the negative evidence lower bound per token (exact for the ar objective)."""
     alpha_0 = objective.alpha_0 if objective.name == "eso" else 1.0
@@ -91,22 +121,27 @@ def nelbo(
         stack_rows_per_row = (1 if alpha_0 > 0 else 0) + (2 if alpha_0 < 1 else 0)
         if objective.name == "bd3lm":
             stack_rows_per_row = 2
-        nats, tokens = row_nats(replica, read, build, num_rows, stack_rows_per_row)
+        nats, tokens = row_nats(replica, read, build, num_rows, stack_rows_per_row, between)
         total = total + nats / repeats
     name = "likelihood" if objective.name == "ar" or alpha_0 == 0 else "nelbo"
     return score(name, total, tokens, bytes_per_token)
 
 
-def likelihood_bound(
+def likelihood_bounds(
     replica: Replica,
     read: Callable[[list[int]], Rows],
     objective: ObjectiveConfig,
     num_rows: int,
     bytes_per_token: float,
-) -> Score:
-    """Return - log mean_k p(x | order_k) per token over K orders; exact for alpha_0 = 0."""
+    between: Callable[[], None] = lambda: None,
+) -> list[Score]:
+    """Return - log mean_k p(x | order_k) per token over the first 1, 10, 100, ... and all K orders.
+
+    One score, exact, for alpha_0 = 0: all orders of its family are the same one.
+    """
     orders = 1 if objective.alpha_0 == 0 else replica.config.eval.likelihood_orders
-    log_probs, tokens = [], torch.zeros(num_rows, dtype=torch.float64)
+    bound = LogMeanExp()
+    scores = []
     for order_number in range(orders):
 
         def build(rows: Rows, numbers: list[int], k: int = order_number) -> StackRows:
@@ -115,10 +150,12 @@ def likelihood_bound(
             mask_id = replica.config.model.vocab_size - 1
             return sequential_rows(ids, is_valid, is_valid, order, mask_id=mask_id)
 
-        nats, tokens = row_nats(replica, read, build, num_rows, 2)
-        log_probs.append(-nats)
-    name = f"likelihood bound, K = {orders}" if objective.alpha_0 > 0 else "likelihood"
-    return score(name, -log_mean_exp(log_probs), tokens, bytes_per_token)
+        nats, tokens = row_nats(replica, read, build, num_rows, 2, between)
+        bound.add(-nats)
+        if bound.count == orders or is_power_of_ten(bound.count):
+            name = f"likelihood bound, K = {bound.count}" if objective.alpha_0 > 0 else "likelihood"
+            scores.append(score(name, -bound.value, tokens, bytes_per_token))
+    return scores
 
 
 def draw_orders(numbers: list[int], is_valid: Tensor, alpha_0: float, k: int) -> Tensor:
@@ -135,6 +172,7 @@ def row_nats(
     build: BuildRows,
     num_rows: int,
     stack_rows_per_row: int,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """Return [B] weighted nats and [B] valid tokens of all rows, float64, the same on every rank."""
     train = replica.config.train
@@ -146,6 +184,7 @@ def row_nats(
     rounds = -(-num_rows // (per_round * layout.data_size))
     result = torch.zeros(2, num_rows, dtype=torch.float64, device=replica.device)
     for index in range(rounds):
+        between()
         # Every data-parallel rank reads in every round, since reading agrees over all ranks.
         first = (index * layout.data_size + layout.data_rank) * per_round
         numbers = list(range(first, first + per_round))

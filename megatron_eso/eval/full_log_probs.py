@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_eso.model.replica import Replica
 from megatron_eso.objective.rows import StackRows, to_device
 from megatron_eso.parallel.schedule import run_micro_batches
-from megatron_eso.sample.sampler import gather_vocabulary
+from megatron_eso.sample.stages import gather_vocabulary
 
 
 def full_log_probs(replica: Replica, rows: StackRows) -> Tensor | None:

@@ -63,9 +63,27 @@ def score(
     )
 
 
-def log_mean_exp(log_probs: list[Float[Tensor, " B"]]) -> Float[Tensor, " B"]:
-    """Return log(mean_k exp(x_k)) per row, streamed over the list."""
-    running = torch.full_like(log_probs[0], -torch.inf)
-    for values in log_probs:
-        running = torch.logaddexp(running, values)
-    return running - math.log(len(log_probs))
+class LogMeanExp:
+    """log(mean_k exp(x_k)) per row, of terms that come one after the other."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._log_sum: Tensor | None = None
+
+    def add(self, log_probs: Float[Tensor, " B"]) -> None:
+        """Take one more term of every row."""
+        self._log_sum = (
+            log_probs if self._log_sum is None else torch.logaddexp(self._log_sum, log_probs)
+        )
+        self.count += 1
+
+    @property
+    def value(self) -> Float[Tensor, " B"]:
+        """Return the mean of the terms so far; there must be one."""
+        assert self._log_sum is not None
+        return self._log_sum - math.log(self.count)
+
+
+def is_power_of_ten(number: int) -> bool:
+    """Return whether a positive number is 1, 10, 100, ..."""
+    return number == 10 ** (len(str(number)) - 1)

@@ -70,12 +70,12 @@ def verify(replica: Replica, expected: Mapping[str, Mapping[str, Tensor]]) -> li
     """Return the difference of every case, the same on every rank; all ranks must call.
 
     Args:
-        replica: the model, at any tensor and pipeline size. The sampler runs without pipeline and
-            sequence parallelism and is left out otherwise.
+        replica: the model, at any tensor and pipeline size. The sampler runs without interleaving
+            and sequence parallelism and is left out otherwise.
         expected: result of :func:`read_expected`.
     """
     parallel = replica.config.parallel
-    can_sample = parallel.pipeline == 1 and not (parallel.tensor > 1 and parallel.sequence)
+    can_sample = parallel.virtual_pipeline == 1 and not (parallel.tensor > 1 and parallel.sequence)
     cases: dict[str, Callable[..., list[Tensor]]] = {
         "diffusion": _diffusion,
         "sequential": _sequential,

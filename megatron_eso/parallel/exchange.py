@@ -77,3 +77,33 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     packed = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(packed)
     return packed.tolist()
+
+
+def send_hidden(layout: Layout, hidden: Tensor) -> None:
+    """Send a segment's hidden states to the next pipeline stage."""
+    dist.send(hidden.contiguous(), group=layout.pipeline_group, group_dst=layout.pipeline_rank + 1)
+
+
+def receive_hidden(
+    layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Receive a segment's hidden states from the previous pipeline stage."""
+    hidden = torch.empty(shape, dtype=dtype, device=device)
+    dist.recv(hidden, group=layout.pipeline_group, group_src=layout.pipeline_rank - 1)
+    return hidden
+
+
+def last_stage_tensor(
+    values: Tensor | None,
+    layout: Layout,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Return what the last pipeline stage holds, on every stage."""
+    if values is None:
+        values = torch.empty(shape, dtype=dtype, device=device)
+    if layout.pipeline_size > 1:
+        values = values.contiguous()
+        dist.broadcast(values, group=layout.pipeline_group, group_src=layout.pipeline_size - 1)
+    return values

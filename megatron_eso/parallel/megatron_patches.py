@@ -129,6 +129,23 @@ def _patch_jit_fuser() -> None:
     jit.disable_jit_fuser()
 
 
+@contextlib.contextmanager
+def without_results_manager() -> Iterator[None]:
+    """Keep Megatron's checkpoint writer from starting a manager process for its results.
+
+    Reason: the process outlives a rank that is killed, and its pipe breaks (EOFError) where a write
+    fails. checkpoint/strategy.py hands results over itself.
+    """
+    with quiet_megatron_import():
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+    module: Any = filesystem_async
+    before, module._results_queue = module._results_queue, NoStream()
+    try:
+        yield
+    finally:
+        module._results_queue = before
+
+
 class NoStream:
     """Stand-in for a CUDA stream or event: the CPU runs in program order, so waiting is done."""
 

@@ -1,6 +1,6 @@
 """Megatron's distributed optimizer and gradient buffers around the model chunks of this rank."""
 
-import math
+import time
 from typing import Any
 
 from torch import nn
@@ -21,7 +21,12 @@ with quiet_megatron_import():
 
 
 def wrap_for_training(
-    chunks: list[nn.Module], config: TransformerConfig, parallel: ParallelConfig, *, on_gpu: bool
+    chunks: list[nn.Module],
+    config: TransformerConfig,
+    parallel: ParallelConfig,
+    clock: "PassClock",
+    *,
+    on_gpu: bool,
 ) -> list[nn.Module]:
     """Return the chunks with gradient buffers that the distributed optimizer reduces.
 
@@ -34,7 +39,7 @@ def wrap_for_training(
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
     )
-    config.finalize_model_grads_func = _finalize_sums
+    config.finalize_model_grads_func = clock
     wrapped = [
         DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
@@ -63,31 +68,40 @@ def build_optimizer(
     return get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
 
 
-def apply_gradients(optimizer: Any, *, learning_rate: float, max_norm: float) -> float:
-    """Clip and apply the gradients; return their global norm before clipping.
+def gradient_norm(optimizer: Any) -> float:
+    """Make the reduced gradients ready and return their global norm before clipping."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
 
-    If the norm is not finite nothing is applied: the weights stay as they are.
-    """
+
+def apply_gradients(optimizer: Any, *, learning_rate: float, max_norm: float, norm: float) -> None:
+    """Clip the gradients and take the step; after :func:`gradient_norm`, whose result is ``norm``."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(norm):
-        return norm
     if max_norm > 0:
         for inner in optimizer.chained_optimizers:
             clip_grad_by_total_norm_fp32(inner.get_parameters(), max_norm, norm)
     optimizer.step_with_ready_grads()
-    return norm
 
 
-def _finalize_sums(
-    model: list[nn.Module],
-    num_tokens: Any = None,
-    pg_collection: Any = None,
-    force_all_reduce: bool | None = False,
-) -> None:
-    """Reduce gradients without Megatron's division by tokens: the loss holds the global counts."""
-    finalize_model_grads(
-        model, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce
-    )
+class PassClock:
+    """Reduces gradients at the end of the passes, and notes when this rank's own work was done.
+
+    What comes after is also waiting for others, which hides a slow rank.
+    """
+
+    def __init__(self) -> None:
+        self.passes_done = 0.0
+
+    def __call__(
+        self,
+        model: list[nn.Module],
+        num_tokens: Any = None,
+        pg_collection: Any = None,
+        force_all_reduce: bool | None = False,
+    ) -> None:
+        """Reduce without Megatron's division by tokens: the loss holds the global counts."""
+        self.passes_done = time.perf_counter()
+        finalize_model_grads(
+            model, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce
+        )

@@ -128,6 +128,36 @@ def gather_full(
     return full.view(parameter.shape)
 
 
+def gather_on(
+    parameter: nn.Parameter,
+    start: int,
+    part: Tensor | None,
+    group: dist.ProcessGroup,
+    *,
+    receiver: int,
+) -> Tensor | None:
+    """Return what :func:`gather_full` does, on one rank of the group alone; None elsewhere.
+
+    Args:
+        parameter: gives shape and device.
+        start: first element of this rank's part.
+        part: flat values; None if this rank holds none of the parameter.
+        group: data-parallel group; all its ranks must call.
+        receiver: rank within the group that gets the tensor.
+    """
+    if part is not None and part.numel() == parameter.numel() and group.size() == 1:
+        if part.device.type == "cpu":
+            # The same memory seen as a tensor of its own: writers copy a view of something larger.
+            part = torch.from_numpy(part.detach().numpy())
+        return part.view(parameter.shape)
+    full = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+    if part is not None:
+        full[start : start + part.numel()] = part
+    if group.size() > 1:
+        dist.reduce(full, dist.get_global_rank(group, receiver), group=group)
+    return full.view(parameter.shape) if group.rank() == receiver else None
+
+
 def set_moments(
     optimizer: Any, shard: Shard, exp_avg: Tensor, exp_avg_sq: Tensor, step: int
 ) -> None:

@@ -20,7 +20,7 @@ class Flops:
     attention: float
     """Scores and weighted values, pairs that are computed."""
     attention_full: float
-    """The same, counting every pair of a row."""
+    """The same, counting every pair of a row (block diffusion: of a row and the keys it is given)."""
     head: float
     """Output head on entries with loss."""
 
@@ -51,14 +51,14 @@ def model_flops_per_step(
         sequence_length: tokens of a row.
         rows: data rows of the global batch.
     """
-    stack_rows, head_rows, pair_share = _shares(objective, sequence_length)
+    stack_rows, head_rows, pair_share, key_rows = _shares(objective, sequence_length)
     tokens = rows * sequence_length
     width = head_size(model) * model.num_heads
     full = 4.0 * width * sequence_length * stack_rows * tokens * model.num_layers
     return Flops(
         layers=2.0 * matrix_parameters_per_layer(model) * model.num_layers * stack_rows * tokens,
         attention=full * pair_share,
-        attention_full=full,
+        attention_full=full * key_rows,
         head=2.0 * model.hidden_size * model.vocab_size * head_rows * tokens,
     )
 
@@ -71,15 +71,18 @@ def matrix_parameters_per_layer(model: ModelConfig) -> int:
     return attention + matrices * hidden * ffn_size(model)
 
 
-def _shares(objective: ObjectiveConfig, length: int) -> tuple[float, float, float]:
-    """Return stack rows per data row, head rows per token, and the share of pairs computed."""
+def _shares(objective: ObjectiveConfig, length: int) -> tuple[float, float, float, float]:
+    """Return stack rows per data row, head rows per token, share of pairs computed, key rows a query row.
+
+    A block-diffusion copy is given its true row and itself: three rows of keys for two of queries.
+    """
     causal = (length + 1) / (2 * length)
     if objective.name == "ar":
-        return 1.0, 1.0, causal
+        return 1.0, 1.0, causal, 1.0
     if objective.name == "mdlm":
-        return 1.0, 0.5, 1.0
+        return 1.0, 0.5, 1.0, 1.0
     if objective.name == "bd3lm":
-        return 2.0, 0.5, 0.5 * (1 + objective.block_size / length)
+        return 2.0, 0.5, 0.5 * (1 + objective.block_size / length), 1.5
     kappa = diffusion_fraction(objective)
     head = kappa * (1 - objective.alpha_0 / 2) + (1 - kappa) * (1 - objective.alpha_0)
-    return kappa + 2 * (1 - kappa), head, causal
+    return kappa + 2 * (1 - kappa), head, causal, 1.0

@@ -1,4 +1,8 @@
-"""Rows to fill, with a prompt at their start."""
+"""Rows to fill: prompts at their start, of equal or different lengths, or text with gaps."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -6,34 +10,96 @@ from torch import Tensor
 from megatron_eso.config.schema import ModelConfig
 from megatron_eso.errors import ConfigError
 
+GAP = re.compile(r"\[\[(\d+)\]\]")
 
-def rows_with_prompt(
-    ids: list[int], num_rows: int, length: int, model: ModelConfig
-) -> tuple[Tensor, Tensor]:
-    """Return [B, L] tokens and which of them are given.
+
+@dataclass(frozen=True)
+class Canvas:
+    """Rows with what is known of them."""
+
+    tokens: Tensor
+    """[B, L]; the mask token where nothing is known."""
+    is_given: Tensor
+    """[B, L] known tokens and padding: as many in every row."""
+    padding: Tensor
+    """[B] columns at the left that do not belong to the row."""
+
+    @property
+    def num_open(self) -> int:
+        """Return the tokens to decide per row."""
+        return int((~self.is_given[0]).sum())
+
+
+def rows_with_prompts(prompts: Sequence[list[int]], length: int, model: ModelConfig) -> Canvas:
+    """Return rows whose longest prompt and new tokens make ``length``; shorter prompts are padded.
+
+    Every row gets as many new tokens as the one with the longest prompt.
+
+    Args:
+        prompts: token ids of each row's start; may be empty.
+        length: tokens of the row with the longest prompt, its prompt included.
+        model: vocabulary and rotary table.
 
     Raises:
-        ConfigError: if the prompt does not fit the row or holds the mask token, or the row is longer
-            than the rotary table.
+        ConfigError: if a prompt does not fit the row or holds the mask token, or the row is longer than
+            the rotary table.
     """
+    if not prompts:
+        raise ConfigError("--num-samples 0 must be at least 1")
+    _check_length(length, model)
+    longest = max(len(ids) for ids in prompts)
+    if longest >= length:
+        raise ConfigError(
+            f"the prompt has {longest} tokens and leaves nothing to decide in a row of {length}; "
+            "shorten it or raise --length"
+        )
+    tokens = torch.full((len(prompts), length), model.vocab_size - 1, dtype=torch.int64)
+    for row, ids in enumerate(prompts):
+        _check_ids(ids, model)
+        tokens[row, longest - len(ids) : longest] = torch.tensor(ids, dtype=torch.int64)
+    is_given = (torch.arange(length) < longest).expand_as(tokens)
+    padding = torch.tensor([longest - len(ids) for ids in prompts])
+    return Canvas(tokens, is_given.clone(), padding)
+
+
+def rows_with_gaps(
+    text: str, num_rows: int, model: ModelConfig, encode: Callable[[str], list[int]]
+) -> Canvas:
+    """Return copies of a text in which ``[[N]]`` stands for N tokens to decide.
+
+    Raises:
+        ConfigError: if there is no gap, the row does not fit, or the text holds the mask token.
+    """
+    known = GAP.split(text)
     if num_rows < 1:
         raise ConfigError(f"--num-samples {num_rows} must be at least 1")
+    if len(known) == 1 or not any(int(size) for size in known[1::2]):
+        raise ConfigError("--infill has no gap; write [[N]] where N tokens are to be filled in")
+    ids: list[int] = []
+    is_open: list[bool] = []
+    for number, part in enumerate(known):
+        is_gap = number % 2 == 1
+        new = [model.vocab_size - 1] * int(part) if is_gap else encode(part) if part else []
+        if not is_gap:
+            _check_ids(new, model)
+        ids += new
+        is_open += [is_gap] * len(new)
+    _check_length(len(ids), model)
+    tokens = torch.tensor(ids).expand(num_rows, -1).clone()
+    is_given = ~torch.tensor(is_open).expand(num_rows, -1)
+    return Canvas(tokens, is_given, torch.zeros(num_rows, dtype=torch.int64))
+
+
+def _check_length(length: int, model: ModelConfig) -> None:
     if length > model.max_length:
         raise ConfigError(
             f"rows of {length} tokens are longer than the model's rotary table ({model.max_length})"
         )
-    if len(ids) >= length:
-        raise ConfigError(
-            f"the prompt has {len(ids)} tokens and leaves nothing to decide in a row of {length}; "
-            "shorten it or raise --length"
-        )
+
+
+def _check_ids(ids: list[int], model: ModelConfig) -> None:
     if ids and max(ids) >= model.vocab_size - 1:
         raise ConfigError(
             f"the prompt holds token {max(ids)}; ids must be below the mask token's "
             f"{model.vocab_size - 1}"
         )
-    tokens = torch.full((num_rows, length), model.vocab_size - 1, dtype=torch.int64)
-    tokens[:, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-    is_given = torch.zeros(num_rows, length, dtype=torch.bool)
-    is_given[:, : len(ids)] = True
-    return tokens, is_given

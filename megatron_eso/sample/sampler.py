@@ -1,7 +1,7 @@
-"""Fill rows step by step with an exact key/value cache.
+"""Fill rows step by step, with the decoder of the model's objective.
 
-Step k feeds [tokens decided in step k-1; masks of step k]; queries see everything kept and are causal
-inside the segment, so a row costs about 2 L token passes whatever the number of steps, and the
+For Eso-LM, step k feeds [tokens decided in step k-1; masks of step k]; queries see everything kept and are
+causal inside the segment, so a row costs about 2 L token passes whatever the number of steps, and the
 log-probabilities equal those of an uncached pass (tests/test_sampler.py).
 """
 
@@ -9,15 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_eso.errors import ConfigError
-from megatron_eso.model.eso_model import EsoModel
 from megatron_eso.model.replica import Replica
-from megatron_eso.objective.randomness import Stream, uniform
-from megatron_eso.sample.cache import Cache
+from megatron_eso.objective.randomness import Stream, uniform_rows
 from megatron_eso.sample.choose import choose_tokens
+from megatron_eso.sample.decoders import make_decoder
 from megatron_eso.sample.plan import DecodingPlan
 
 
@@ -30,6 +28,8 @@ class Sampled:
     log_probs: Tensor
     """[B, L] log-probability of each decided token under the model (before temperature and nucleus), in
     reading order; 0 for given ones."""
+    num_steps: int
+    """Steps taken; fewer than planned if all rows ended before."""
 
 
 @dataclass
@@ -41,6 +41,8 @@ class Choice:
     seed: int = 0
     first_row: int = 0
     """Number of the batch's first row, so that a row's text does not depend on its batch."""
+    stop_token: int | None = None
+    """End once every row holds this token with nothing open before it; the rest becomes this token."""
     forced: Tensor | None = None
     """[B, L] tokens to decide instead of sampling (teacher forcing)."""
     on_step: Callable[[int, Tensor], None] = field(default=lambda step, tokens: None)
@@ -50,94 +52,84 @@ class Choice:
     mask token's), before tokens are chosen."""
 
 
-def fill_rows(replica: Replica, rows: Tensor, plan: DecodingPlan, choice: Choice) -> Sampled:
-    """Decide every position that the plan leaves open.
+def fill_rows(
+    replica: Replica,
+    rows: Tensor,
+    plan: DecodingPlan,
+    choice: Choice,
+    *,
+    padding: Tensor | None = None,
+) -> Sampled:
+    """Decide every position that the plan leaves open; the result is on every rank of the replica.
 
     Args:
-        replica: model without pipeline and sequence parallelism.
+        replica: model without sequence parallelism, at any tensor and pipeline size.
         rows: [B, L] tokens; only those the plan calls given are read.
         plan: order and counts.
         choice: temperature, nucleus, seed.
+        padding: [B] columns at the left of each row that do not belong to it (prompts of different
+            lengths); they count as given. None: none.
 
     Raises:
         ConfigError: for an objective or layout that cannot sample this way.
     """
     _check(replica, choice)
-    model: EsoModel = replica.chunks[0]  # type: ignore[assignment]
-    mask_id = replica.config.model.vocab_size - 1
     num_rows, length = rows.shape
-    order = plan.order.to(replica.device)
-    tokens = torch.full_like(rows, mask_id)
+    device = replica.device
+    order, rows = plan.order.to(device), rows.to(device)
+    padding = torch.zeros(num_rows, dtype=torch.int64) if padding is None else padding
+    padding = padding.to(device)
+    tokens = torch.full_like(rows, replica.config.model.vocab_size - 1)
     given = order[:, : plan.num_given]
     tokens.scatter_(1, given, rows.gather(1, given))
-    log_probs = torch.zeros(num_rows, length, dtype=torch.float64, device=replica.device)
-    cache = Cache(length + max(plan.counts, default=0))
-    fresh, done = given, plan.num_given
-    model.eval()
+    log_probs = torch.zeros(num_rows, length, dtype=torch.float64, device=device)
+    # One number per position, counted from where the row itself begins.
+    numbers = range(choice.first_row, choice.first_row + num_rows)
+    u = uniform_rows(choice.seed, 0, list(numbers), Stream.SAMPLE_TOKEN, length).to(device)
+    decoder = make_decoder(replica, plan, padding)
+    fresh, done, step = given, plan.num_given, 0
+    for chunk in replica.chunks:
+        chunk.eval()
     with torch.no_grad():
-        for step, count in enumerate(plan.counts):
+        for step, count in enumerate(plan.counts, start=1):
             open_ = order[:, done : done + count]
-            logits = _segment_logits(model, tokens, fresh, open_, cache, mask_id)
+            logits = decoder.logits(tokens, fresh, open_)
             choice.on_logits(open_, logits)
-            picked = _pick(logits, open_, choice)
+            picked = _pick(logits, open_, u.gather(1, open_ - padding[:, None]), choice)
             tokens.scatter_(1, open_, picked)
             chosen = torch.log_softmax(logits.double(), dim=2).gather(2, picked[:, :, None])
             log_probs.scatter_(1, open_, chosen[:, :, 0])
             fresh, done = open_, done + count
-            choice.on_step(step, tokens)
-    return Sampled(tokens, log_probs)
+            choice.on_step(step - 1, tokens)
+            if choice.stop_token is not None and _have_ended(
+                tokens, order[:, done:], padding, choice
+            ):
+                tokens.scatter_(1, order[:, done:], choice.stop_token)
+                break
+    return Sampled(tokens, log_probs, step)
 
 
-def _segment_logits(
-    model: EsoModel, tokens: Tensor, fresh: Tensor, open_: Tensor, cache: Cache, mask_id: int
-) -> Tensor:
-    """Feed the fresh clean tokens and the masks; return [B, count, V] logits of the masks."""
-    positions = torch.cat([fresh, open_], dim=1)
-    inputs = torch.cat([tokens.gather(1, fresh), torch.full_like(open_, mask_id)], dim=1)
-    rows = model.attention_rows(positions, store=cache)
-    hidden = model.hidden_states(inputs, rows)
-    cache.keep(fresh.shape[1])
-    num_rows, new = positions.shape
-    slots = torch.arange(new - open_.shape[1], new, device=positions.device)
-    entries = torch.arange(num_rows, device=positions.device)[:, None] * new + slots
-    logits = gather_vocabulary(model.logits(hidden, entries.reshape(-1)), model.decoder.tp_group)
-    return logits[:, :mask_id].view(num_rows, open_.shape[1], mask_id)
+def _have_ended(tokens: Tensor, still_open: Tensor, padding: Tensor, choice: Choice) -> bool:
+    """Return whether every row's first stop token stands before everything that is open."""
+    if not still_open.shape[1]:
+        return False
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    is_stop = (tokens == choice.stop_token) & (columns >= padding[:, None])
+    first_stop = torch.where(is_stop, columns, tokens.shape[1]).amin(dim=1)
+    return bool((first_stop < still_open.amin(dim=1)).all())
 
 
-def gather_vocabulary(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return [N, V] from every tensor rank's [N, V/T] columns."""
-    if group.size() == 1:
-        return logits
-    parts = [torch.empty_like(logits) for _ in range(group.size())]
-    dist.all_gather(parts, logits.contiguous(), group=group)
-    return torch.cat(parts, dim=1)
-
-
-def _pick(logits: Tensor, open_: Tensor, choice: Choice) -> Tensor:
+def _pick(logits: Tensor, open_: Tensor, u: Tensor, choice: Choice) -> Tensor:
     """Return [B, count] tokens, sampled or forced."""
     if choice.forced is not None:
         return choice.forced.to(open_.device).gather(1, open_)
-    num_rows = open_.shape[0]
-    u = torch.stack(
-        [
-            torch.stack(
-                [
-                    uniform(choice.seed, position, choice.first_row + row, Stream.SAMPLE_TOKEN, 1)[
-                        0
-                    ]
-                    for position in open_[row].tolist()
-                ]
-            )
-            for row in range(num_rows)
-        ]
-    )
     flat = choose_tokens(
         logits.reshape(-1, logits.shape[2]),
         u.reshape(-1),
         temperature=choice.temperature,
         top_p=choice.top_p,
     )
-    return flat.view(num_rows, -1)
+    return flat.view(open_.shape)
 
 
 def _check(replica: Replica, choice: Choice) -> None:
@@ -147,13 +139,10 @@ def _check(replica: Replica, choice: Choice) -> None:
             f"temperature={choice.temperature} must not be negative and top_p={choice.top_p} must be in "
             "(0, 1]"
         )
-    if config.objective.name != "eso":
+    if config.parallel.virtual_pipeline > 1 or (
+        config.parallel.tensor > 1 and config.parallel.sequence
+    ):
         raise ConfigError(
-            f"the checkpoint was trained with objective.name={config.objective.name}; this sampler "
-            "decodes Eso-LM checkpoints"
-        )
-    if config.parallel.pipeline > 1 or (config.parallel.tensor > 1 and config.parallel.sequence):
-        raise ConfigError(
-            "sampling runs with parallel.pipeline=1 and parallel.sequence=false; a checkpoint loads at "
-            "any layout"
+            "sampling runs with parallel.virtual_pipeline=1 and parallel.sequence=false; a checkpoint "
+            "loads at any layout"
         )

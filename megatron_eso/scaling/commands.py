@@ -51,7 +51,9 @@ def submit_array(
     script = Path(sweep.folder) / "array.sbatch"
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text(
-        slurm_array_script(sweep_file.resolve(), cells, throttle=throttle, extra=options)
+        slurm_array_script(
+            sweep_file.resolve(), cells, folder=Path.cwd(), throttle=throttle, extra=options
+        )
     )
     return f"{script}: {submit_script(script)}"
 

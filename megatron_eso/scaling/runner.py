@@ -6,6 +6,7 @@ What a cell is worth is read from its files alone, so a runner that was killed l
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -138,13 +139,14 @@ def states_table(states: list[CellState]) -> str:
 
 
 def slurm_array_script(
-    sweep_file: Path, cells: list[Cell], *, throttle: int, extra: list[str]
+    sweep_file: Path, cells: list[Cell], *, folder: Path, throttle: int, extra: list[str]
 ) -> str:
     """Return an sbatch script with one array task per legal cell.
 
     Args:
         sweep_file: the sweep's YAML file.
         cells: the grid; illegal cells get no task.
+        folder: folder the tasks work in: relative paths of the sweep start here.
         throttle: tasks at once.
         extra: further ``#SBATCH`` options, e.g. ``--partition=gpu``.
     """
@@ -157,7 +159,9 @@ def slurm_array_script(
             "#SBATCH --job-name=sweep",
             *(f"#SBATCH {option}" for option in options),
             "set -euo pipefail",
-            f'exec megatron-eso sweep run "{sweep_file}" --cell "$SLURM_ARRAY_TASK_ID"',
+            f"cd {shlex.quote(str(folder))}",
+            f"exec {shlex.quote(sys.executable)} -m megatron_eso sweep run {shlex.quote(str(sweep_file))}"
+            ' --cell "$SLURM_ARRAY_TASK_ID"',
             "",
         ]
     )

@@ -1,53 +1,59 @@
 """The training loop: step, log, evaluate, save, stop, in plain lines."""
 
 import logging
-import shutil
+import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
-from megatron_eso.checkpoint.folder import FORMAT_VERSION, CheckpointFolder, list_folders
-from megatron_eso.checkpoint.load import (
-    find_checkpoint,
-    load_training_state,
-    load_weights,
-    newest_valid,
-    require_same_model,
-)
-from megatron_eso.checkpoint.save import Saver
-from megatron_eso.checkpoint.state import collect
+from megatron_eso.checkpoint.folder import list_folders
 from megatron_eso.config.schema import RunConfig
-from megatron_eso.data.reader import RowReader, ValidationReader
-from megatron_eso.errors import CheckpointError, ConfigError, TrainingError
-from megatron_eso.eval.evaluate import evaluate
-from megatron_eso.eval.scores import Score
-from megatron_eso.eval.unigram import unigram_score
+from megatron_eso.data.reader import RowReader
+from megatron_eso.errors import STOPPED_EXIT_CODE, CheckpointError, ConfigError, TrainingError
+from megatron_eso.launch import events
+from megatron_eso.launch.heartbeat import Heart
 from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.exchange import Rows, any_rank, raise_together
 from megatron_eso.resilience.signals import StopRequest
+from megatron_eso.train.guard import StepGuard
+from megatron_eso.train.keeper import Keeper
 from megatron_eso.train.metrics import Metrics, measured_peak
 from megatron_eso.train.run_folder import RunFolder
 from megatron_eso.train.session import build_session
-from megatron_eso.train.step import train_step
+from megatron_eso.train.stragglers import Stragglers
+from megatron_eso.train.validation import StopAskedError, Validation
 
 log = logging.getLogger(__name__)
-_UNIGRAM_ROWS = 2048  # training rows that the unigram comparison counts
-STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: run the same command again
+_PROGRESS_SECONDS = 10.0  # between notes in the ledger of how far the run is
 
 
 class Run:
     """A run in progress on this rank."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
-        self.stop = StopRequest()
-        self.stop.install()
+    def __init__(self, config: RunConfig, ranks: Ranks, stop: StopRequest | None = None) -> None:
+        """Set everything up and load the newest checkpoint; all ranks must call.
+
+        Args:
+            config: the run.
+            ranks: this process's place.
+            stop: catches signals already; None: begin to.
+        """
+        begin = time.time()
+        if stop is None:
+            stop = StopRequest()
+            stop.install()
+        self.stop = stop
+        self.heart = Heart(
+            os.environ,
+            setup_seconds=config.resilience.setup_timeout_seconds,
+            floor_seconds=config.resilience.min_timeout_seconds,
+            factor=config.resilience.timeout_factor,
+        )
         self.session = session = build_session(config, ranks)
         self.folder = RunFolder(Path(config.folder))
         self._create_folder()
+        self._note("setup", began=begin)
         self.reader = RowReader(
             config.data,
             sequence_length=config.train.sequence_length,
@@ -55,25 +61,18 @@ class Run:
             global_batch_rows=config.train.global_batch_rows,
             seed=config.train.seed,
         )
-        self.validation = {
-            name: ValidationReader(
-                Path(path),
-                sequence_length=config.train.sequence_length,
-                vocab_size=config.model.vocab_size,
-            )
-            for name, path in config.data.validation.items()
-        }
-        self.saver = Saver(self.folder.checkpoints, config.checkpoint)
-        self._resume()
-        if not self._has_room(session.state.step):
-            raise CheckpointError(
-                f"{self.folder.path} has no room for one checkpoint: free space or choose another folder"
-            )
+        self.validation = Validation(config)
+        self.keeper = Keeper(session, self.folder, self.reader, self.heart)
+        self.keeper.resume()
+        self.guard = StepGuard(session, self._read, self.keeper.go_back, self.folder.path)
+        self.stragglers = Stragglers(config.resilience.straggler_every_steps)
         self.metrics = None
         peak = measured_peak(session)
         if self.is_first:
             self._describe(peak)
             self.metrics = Metrics(session, self.folder.path, peak=peak)
+        self._noted = time.monotonic()
+        self._note("ready", step=session.state.step)
 
     @property
     def is_first(self) -> bool:
@@ -84,35 +83,76 @@ class Run:
         """Train to the end or until asked to stop; return the exit code."""
         session, config = self.session, self.session.config
         total = session.derived.total_steps
+        if self._must_stop():
+            return self._stop_early()
         while session.state.step < total:
-            report = train_step(session, self._read)
-            if not report.is_finite:
-                self._give_up(report.step, report.loss, report.grad_norm)
-            self.saver.poll()
+            self.heart.enter("step")
+            self._step()
             step = session.state.step
-            if self.metrics is not None and self.metrics.add(report):
-                self._write_status("running", loss=report.loss)
-            if _is_due(step, config.train.eval_every_steps) and step < total:
-                self._evaluate()
-            if any_rank([self.stop.is_set], session.torch_device)[0]:
+            try:
+                if _is_due(step, config.train.eval_every_steps) and step < total:
+                    self._evaluate()
+            except StopAskedError:
+                return self._stop_early()
+            if self._must_stop():
                 return self._stop_early()
             if _is_due(step, config.train.save_every_steps) and step < total:
                 self._save()
-        if not self._save():
-            raise CheckpointError(
-                f"no room under {self.folder.path} for the last checkpoint: free space and run the same "
-                "command, which continues from the checkpoint before"
-            )
-        scores = self._evaluate()
-        self.saver.finish()
+        return self._finish()
+
+    def _step(self) -> None:
+        try:
+            report = self.guard.step()
+        except TrainingError as error:
+            self._give_up(str(error))
+            raise
+        self.heart.step = self.session.state.step
+        if report is None:
+            return
+        if self.metrics is not None and self.metrics.add(report):
+            self._write_status("running", loss=report.loss)
+        scalars = self.stragglers.add(report)
         if self.metrics is not None:
-            for name, score in self._unigram().items():
-                self.metrics.add_scores(session.state.step, name, [score])
+            for tag, value in (scalars or {}).items():
+                self.metrics.add_scalar(tag, value, report.step)
+        if time.monotonic() - self._noted > _PROGRESS_SECONDS:
+            self._noted = time.monotonic()
+            self._note("progress", step=report.step)
+
+    def _must_stop(self) -> bool:
+        """Return whether a signal came to any rank; the save under way goes on with the same exchange."""
+        saver = self.keeper.saver
+        stop, *saving = any_rank([self.stop.is_set, *saver.flags()], self.session.torch_device)
+        saver.advance(*saving)
+        self.heart.kept_step = saver.kept_step
+        return stop
+
+    def _between_evaluations(self) -> None:
+        self.heart.beat()
+        if self._must_stop():
+            raise StopAskedError
+
+    def _finish(self) -> int:
+        self._save()
+        if not self.keeper.finish():
+            raise CheckpointError(
+                f"the last checkpoint could not be written under {self.folder.path}: free space there and "
+                "run the same command, which continues from the checkpoint before"
+            )
+        try:
+            scores = self._evaluate()
+        except StopAskedError:
+            return self._stop_early()
+        if self.metrics is not None:
+            unigram = self.validation.unigram(self.session.config, self.reader)
+            for name, score in unigram.items():
+                self.metrics.add_scores(self.session.state.step, name, [score])
                 scores[name].append(score.as_dict())
             self.metrics.close()
             self.folder.write_json("evaluation.json", scores)
             self._write_status("finished")
             log.info("finished; everything is in %s", self.folder.path)
+        self._end("finished")
         self.reader.close()
         return 0
 
@@ -137,160 +177,56 @@ class Run:
                 failure = str(error)
         raise_together(failure, ConfigError, self.session.torch_device)
 
-    def _resume(self) -> None:
-        session, settings = self.session, self.session.config.checkpoint
-        found: list[str] = [""]
-        if self.is_first:
-            folder = newest_valid(self.folder.checkpoints, hashes=settings.verify_hashes)
-            found = [str(folder.path) if folder else ""]
-        dist.broadcast_object_list(found, src=0)
-        if found[0]:
-            folder = CheckpointFolder(Path(found[0]))
-            self._require_same_data(folder)
-            session.state.step = load_training_state(
-                folder,
-                session.chunks,
-                session.optimizer,
-                session.average,
-                device=session.torch_device,
-            )
-            if self.is_first:
-                log.info("continuing from %s", folder.path)
-        elif settings.init_from:
-            folder = find_checkpoint(Path(settings.init_from), hashes=settings.verify_hashes)
-            require_same_model(folder, asdict(session.config.model))
-            kind = load_weights(folder, session.chunks, use_ema=True, device=session.torch_device)
-            session.optimizer.reload_model_params()
-            log.info("weights (%s) from %s", kind, folder.path)
-
-    def _require_same_data(self, folder: CheckpointFolder) -> None:
-        require_same_model(folder, asdict(self.session.config.model))
-        stored, mine = folder.sidecar()["data"], self.reader.fingerprint()
-        changed = [name for name, value in mine.items() if stored.get(name) != value]
-        if changed:
-            raise CheckpointError(
-                f"{folder.path} was trained on other data ({', '.join(changed)} differ): continuing "
-                "would repeat or skip samples; restore data.sources or choose another folder"
-            )
-
-    def _save(self) -> bool:
-        """Start writing a checkpoint; return False if there is no room for it."""
-        session, begin = self.session, time.perf_counter()
-        step = session.state.step
-        self.saver.finish()  # the room that a save under way will take is then counted
-        if not self._has_room(step):
-            return False
-        state = collect(
-            session.chunks, session.optimizer, session.average, session.layout.data_group
-        )
-        self.saver.save(step, state, self._sidecar())
-        stall = time.perf_counter() - begin
-        if self.metrics is not None:
-            log.info("checkpoint of step %d: training stalled for %.2f s", step, stall)
+    def _save(self) -> None:
+        begin = time.perf_counter()
+        stall = self.keeper.save()
+        if self.metrics is not None and stall is not None:
+            step = self.session.state.step
             self.metrics.add_scalar("time/checkpoint_stall_seconds", stall, step)
             self.metrics.pause(begin)
-        return True
-
-    def _has_room(self, step: int) -> bool:
-        """Return whether the disk holds one more checkpoint; all ranks agree."""
-        number = sum(p.numel() for chunk in self.session.chunks for p in chunk.parameters())
-        layout = self.session.layout
-        needed = number * 16 * layout.tensor_size * layout.pipeline_size
-        is_full = False
-        if self.is_first:
-            free = shutil.disk_usage(self.folder.path).free
-            is_full = free < needed * 1.1
-            if is_full:
-                log.warning(
-                    "no room for a checkpoint of step %d: %.2f GiB needed, %.2f GiB free under %s; "
-                    "training goes on, older checkpoints stay", step, needed / 2**30, free / 2**30,
-                    self.folder.path,
-                )  # fmt: skip
-        return not any_rank([is_full], self.session.torch_device)[0]
-
-    def _sidecar(self) -> dict:
-        session = self.session
-        return {
-            "format_version": FORMAT_VERSION,
-            "step": session.state.step,
-            "has_ema": session.average is not None,
-            "model": asdict(session.config.model),
-            "objective": asdict(session.config.objective),
-            "sequence_length": session.config.train.sequence_length,
-            "mask_token_id": session.config.model.vocab_size - 1,
-            "data": self.reader.fingerprint(),
-            "tokenizer": str(Path(session.config.data.sources[0].path).parent / "tokenizer.json"),
-            "parallel": asdict(session.config.parallel),
-        }
 
     def _evaluate(self) -> dict:
         """Score every validation set; return the scores by set."""
-        session, begin, results = self.session, time.perf_counter(), {}
-        for name, reader in self.validation.items():
-            if session.average is not None and session.config.eval.use_ema:
-                with session.average.applied(session.chunks):
-                    scores = self._score(reader)
-            else:
-                scores = self._score(reader)
-            results[name] = [score.as_dict() for score in scores]
-            if self.metrics is not None:
-                self.metrics.add_scores(session.state.step, name, scores)
+        begin = time.perf_counter()
+        self.heart.enter("evaluation")
+        found = self.validation.scores(self.session, self._between_evaluations)
         if self.metrics is not None:
+            for name, scores in found.items():
+                self.metrics.add_scores(self.session.state.step, name, scores)
             self.metrics.pause(begin)
-        return results
-
-    def _unigram(self) -> dict[str, Score]:
-        """Score the validation sets with token frequencies of (some of) the training data."""
-        config = self.session.config
-        per_step = list(range(config.train.global_batch_rows))
-        steps = range(-(-_UNIGRAM_ROWS // len(per_step)))
-        train = torch.from_numpy(np.stack([self.reader.read(s, per_step).tokens for s in steps]))
-        scores = {}
-        for name, reader in self.validation.items():
-            rows = list(range(min(config.eval.num_rows, reader.num_rows)))
-            scores[name] = unigram_score(
-                train,
-                torch.from_numpy(reader.read(rows).tokens)[:, :-1],
-                vocab_size=config.model.vocab_size,
-                bytes_per_token=reader.bytes_per_token,
-            )
-        return scores
-
-    def _score(self, reader: ValidationReader) -> list[Score]:
-        def read(rows: list[int]) -> Rows:
-            got = reader.read(rows)
-            return Rows(torch.from_numpy(got.tokens), torch.from_numpy(got.is_valid))
-
-        return evaluate(
-            self.session.replica,
-            read,
-            num_rows=min(self.session.config.eval.num_rows, reader.num_rows),
-            bytes_per_token=reader.bytes_per_token,
-        )
+        self._note("evaluation", seconds=time.perf_counter() - begin)
+        return {name: [score.as_dict() for score in scores] for name, scores in found.items()}
 
     def _stop_early(self) -> int:
         self._save()
-        self.saver.finish()
+        is_kept = self.keeper.finish()
         if self.is_first:
             log.info(
-                "stopped by %s at step %d with a checkpoint; the same command continues",
+                "stopped by %s at step %d %s, %.1f s after the signal; the same command continues",
                 self.stop.name or "a signal to another rank", self.session.state.step,
+                "with a checkpoint" if is_kept else "WITHOUT a checkpoint of this step",
+                self.stop.seconds_ago,
             )  # fmt: skip
             self._write_status("stopped", reason=self.stop.name)
+        self._end("stopped", reason=self.stop.name, seconds=round(self.stop.seconds_ago, 3))
         return STOPPED_EXIT_CODE
 
-    def _give_up(self, step: int, loss: float, norm: float) -> None:
+    def _give_up(self, why: str) -> None:
+        """Save what is good after a step that is not, and say why the run ends."""
         self._save()
-        self.saver.finish()
-        message = (
-            f"step {step}: loss {loss} and gradient norm {norm} are not finite; the update was not "
-            f"applied and step {self.session.state.step} is saved. Lower optimizer.learning_rate="
-            f"{self.session.config.optimizer.learning_rate:g}, use a longer optimizer.warmup_steps or "
-            "precision.dtype=fp32"
-        )
+        self.keeper.finish()
         if self.is_first:
-            self._write_status("failed", reason=message)
-        raise TrainingError(message)
+            self._write_status("failed", reason=why)
+        self._end("failed", reason=why)
+
+    def _end(self, state: str, **facts: object) -> None:
+        self.heart.enter("end")
+        self.keeper.release()
+        self._note("stop", state=state, step=self.session.state.step, **facts)
+
+    def _note(self, event: str, **facts: object) -> None:
+        if self.is_first:
+            events.record(self.folder.path, event, **facts)
 
     def _write_status(self, state: str, **facts: object) -> None:
         self.folder.write_status(

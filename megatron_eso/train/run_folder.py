@@ -25,7 +25,7 @@ from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
 
 # What may differ when a run continues: how it is computed and reported, not what.
-_FREE_SECTIONS = {"parallel", "precision", "checkpoint", "eval"}
+_FREE_SECTIONS = {"parallel", "precision", "checkpoint", "eval", "resilience"}
 _FREE_KEYS = {
     "name", "folder", "train.steps", "train.tokens", "train.micro_batch_rows",
     "train.log_every_steps", "train.eval_every_steps", "train.save_every_steps",

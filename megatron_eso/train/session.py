@@ -4,7 +4,7 @@
 follow from the step.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from megatron_eso.config import derive
 from megatron_eso.config.check import check
 from megatron_eso.config.schema import RunConfig
+from megatron_eso.errors import ConfigError
 from megatron_eso.model.build import build_chunks, resolve_precision
 from megatron_eso.model.initial_weights import initialize
 from megatron_eso.model.replica import Replica
@@ -20,7 +21,7 @@ from megatron_eso.parallel.device import Device, Ranks, choose_device, start_pro
 from megatron_eso.parallel.groups import Layout, build_groups
 from megatron_eso.parallel.matmul_speed import faster_cpu_dtype
 from megatron_eso.parallel.moving_average import MovingAverage
-from megatron_eso.parallel.optimizer import build_optimizer, wrap_for_training
+from megatron_eso.parallel.optimizer import PassClock, build_optimizer, wrap_for_training
 
 
 @dataclass
@@ -28,7 +29,20 @@ class TrainState:
     """What changes from step to step, beside the tensors."""
 
     step: int = 0
-    """Optimizer steps done; the next step has this number."""
+    """Steps done; the next step has this number."""
+    left_out: list[int] = field(default_factory=list)
+    """Steps whose batch is not trained on: the step guard found it bad."""
+    losses: list[float] = field(default_factory=list)
+    """Newest losses, which the step guard compares the next one with."""
+
+    @property
+    def num_updates(self) -> int:
+        """Times the optimizer has changed the weights."""
+        return self.step - sum(step < self.step for step in self.left_out)
+
+    def replace_by(self, other: "TrainState") -> None:
+        """Take over everything from another state."""
+        self.step, self.left_out, self.losses = other.step, other.left_out, other.losses
 
 
 @dataclass
@@ -45,6 +59,7 @@ class Session:
     optimizer: Any
     average: MovingAverage | None
     state: TrainState
+    clock: PassClock
 
     @property
     def replica(self) -> Replica:
@@ -63,6 +78,11 @@ def start_ranks(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, Device, Lay
     device = choose_device(ranks.local_rank)
     start_process_group(ranks, device)
     config = resolve_precision(config, _dtype(config, device))
+    if config.precision.attention == "flex" and not device.is_cuda:
+        raise ConfigError(
+            "precision.attention=flex: PyTorch's FlexAttention has no backward pass on a CPU; use split "
+            "(or auto), or dense"
+        )
     layout = build_groups(config.parallel, seed=config.train.seed)
     return config, device, layout
 
@@ -80,8 +100,9 @@ def build_session(config: RunConfig, ranks: Ranks, *, for_training: bool = True)
     chunks, settings = build_chunks(config, layout, device.torch_device)
     initialize(chunks, config.model, seed=config.train.seed)
     optimizer = average = None
+    clock = PassClock()
     if for_training:
-        chunks = wrap_for_training(chunks, settings, config.parallel, on_gpu=device.is_cuda)
+        chunks = wrap_for_training(chunks, settings, config.parallel, clock, on_gpu=device.is_cuda)
         optimizer = build_optimizer(chunks, config.optimizer, settings)
         if config.optimizer.ema_decay > 0:
             average = MovingAverage(optimizer, config.optimizer.ema_decay, layout.data_group)
@@ -95,6 +116,7 @@ def build_session(config: RunConfig, ranks: Ranks, *, for_training: bool = True)
         optimizer=optimizer,
         average=average,
         state=TrainState(),
+        clock=clock,
     )
 
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from megatron_eso.objective.build import Draw, build_rows
 from megatron_eso.objective.deal import MicroBatch, deal
 from megatron_eso.objective.losses import TokenCounts, loss_sums, mean_loss
 from megatron_eso.objective.rows import StackRows, to_device
-from megatron_eso.parallel.exchange import Rows, read_together, sum_over_ranks
+from megatron_eso.parallel.exchange import Rows, any_rank, read_together, sum_over_ranks
 from megatron_eso.parallel.groups import seed_dropout
-from megatron_eso.parallel.optimizer import apply_gradients
+from megatron_eso.parallel.optimizer import apply_gradients, gradient_norm
 from megatron_eso.parallel.schedule import run_micro_batches
 from megatron_eso.train.learning_rate import learning_rate
 from megatron_eso.train.session import Session
@@ -28,13 +29,30 @@ ReadRows = Callable[[int, list[int]], Rows]
 """Returns the data rows of a step by their numbers in the global batch."""
 
 
+class Quality(IntEnum):
+    """What a step looks like; the worst judgement of any rank counts."""
+
+    GOOD = 0
+    SPIKE = 1
+    NOT_FINITE = 2
+
+
+Judge = Callable[[float, float], Quality]
+"""Judges a step by its loss and gradient norm; only good ones are applied."""
+
+
+def finite_is_good(loss: float, norm: float) -> Quality:
+    """Judge a step by its loss and gradient norm being finite."""
+    return Quality.GOOD if math.isfinite(loss) and math.isfinite(norm) else Quality.NOT_FINITE
+
+
 @dataclass(frozen=True)
 class StepReport:
     """What one step did, the same on every rank."""
 
     step: int
-    is_finite: bool
-    """False: loss or gradient was not finite, nothing was applied and the state stayed."""
+    quality: Quality
+    """Anything but good: nothing was applied, the weights and the state stayed as they were."""
     loss: float
     loss_diffusion: float
     """Weighted diffusion nats per token of the diffusion rows; nan if there are none."""
@@ -45,6 +63,11 @@ class StepReport:
     data_tokens: int
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds by phase."""
+
+    @property
+    def is_applied(self) -> bool:
+        """True if the weights were updated."""
+        return self.quality is Quality.GOOD
 
 
 def micro_batches_of_rank(session: Session) -> list[MicroBatch]:
@@ -60,8 +83,8 @@ def micro_batches_of_rank(session: Session) -> list[MicroBatch]:
     )
 
 
-def train_step(session: Session, read: ReadRows) -> StepReport:
-    """Do the next optimizer step; the state's step counter moves on if the update was applied."""
+def train_step(session: Session, read: ReadRows, judge: Judge = finite_is_good) -> StepReport:
+    """Do the next optimizer step, if no rank finds it bad; only then the state moves on."""
     config, step = session.config, session.state.step
     begin = time.perf_counter()
     if config.model.dropout > 0:
@@ -80,22 +103,21 @@ def train_step(session: Session, read: ReadRows) -> StepReport:
     rows_done = time.perf_counter()
     sums = forward_backward(session, stack, counts)
     passes_done = time.perf_counter()
-    rate = learning_rate(step, config.optimizer, session.derived.total_steps)
-    norm = apply_gradients(
-        session.optimizer, learning_rate=rate, max_norm=config.optimizer.clip_grad_norm
-    )
-    is_finite = math.isfinite(norm) and math.isfinite(sums[0] + sums[1])
-    if is_finite:
-        session.state.step = step + 1
-        if session.average is not None:
-            session.average.update(step + 1)
-    end = time.perf_counter()
     diffusion = sums[0] / counts.diffusion if counts.diffusion else float("nan")
     sequential = sums[1] / counts.sequential if counts.sequential else float("nan")
+    loss = sum(x for x, n in ((diffusion, counts.diffusion), (sequential, counts.sequential)) if n)
+    rate = learning_rate(step, config.optimizer, session.derived.total_steps)
+    norm = gradient_norm(session.optimizer)
+    mine = judge(loss, norm)
+    worse = any_rank([mine >= limit for limit in (1, 2)], session.torch_device)
+    quality = Quality(sum(worse))
+    if quality is Quality.GOOD:
+        _apply(session, rate, norm)
+    end = time.perf_counter()
     return StepReport(
         step=step + 1,
-        is_finite=is_finite,
-        loss=(diffusion if counts.diffusion else 0.0) + (sequential if counts.sequential else 0.0),
+        quality=quality,
+        loss=loss,
         loss_diffusion=diffusion,
         loss_sequential=sequential,
         grad_norm=norm,
@@ -105,9 +127,18 @@ def train_step(session: Session, read: ReadRows) -> StepReport:
             "data": read_done - begin,
             "rows": rows_done - read_done,
             "forward_backward": passes_done - rows_done,
+            "own_passes": session.clock.passes_done - rows_done,
             "optimizer": end - passes_done,
         },
     )
+
+
+def _apply(session: Session, rate: float, norm: float) -> None:
+    limit = session.config.optimizer.clip_grad_norm
+    apply_gradients(session.optimizer, learning_rate=rate, max_norm=limit, norm=norm)
+    session.state.step += 1
+    if session.average is not None:
+        session.average.update(session.state.num_updates)
 
 
 def stack_rows_of_step(

@@ -52,6 +52,7 @@ os._exit(0)
 OBJECTIVES = {
     "ar": ["objective.name=ar"],
     "mdlm": ["objective.name=mdlm"],
+    "bd3lm-16": ["objective.name=bd3lm", "objective.block_size=16"],
     "eso-1": ["objective.alpha_0=1"],
     "eso-0.5": ["objective.alpha_0=0.5"],
     "eso-0.25": ["objective.alpha_0=0.25"],

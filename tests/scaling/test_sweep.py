@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -164,7 +165,13 @@ def test_killing_the_runner_loses_no_finished_cell(tmp_path):
 
 def test_a_slurm_array_has_a_task_per_legal_cell(tmp_path, monkeypatch):
     _, cells = grid(tmp_path)
-    script = slurm_array_script(LAPTOP, cells, throttle=4, extra=["--gpus-per-node=8"])
+    hostile = Path("a $(touch x) \"'sweep.yaml")
+    script = slurm_array_script(
+        hostile, cells, folder=tmp_path, throttle=4, extra=["--gpus-per-node=8"]
+    )
+    words = shlex.split(script.splitlines()[-1])
+    assert words[:6] == ["exec", sys.executable, "-m", "megatron_eso", "sweep", "run"]
+    assert words[6] == str(hostile)
     assert f"{len(cells) - 1}%4" in script and "--cell" in script and "--gpus-per-node=8" in script
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ClusterError, match="sbatch"):

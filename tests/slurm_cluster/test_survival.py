@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.slurm_cluster.conftest import STAND_IN, command, field, state, wait_for
+from tests.slurm_cluster.conftest import ROOT, STAND_IN, command, field, state, wait_for
 
 
 class Run:
@@ -189,6 +189,34 @@ def test_a_sweep_runs_as_an_array(slurm, tmp_path):
         ),
         60,
     )
+
+
+def test_a_scaling_study_runs_as_an_array_with_the_real_trainer(slurm, tmp_path):
+    """Two cells of the laptop study cut down to a second each, on data of their own."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(40):
+        (text / f"{number}.txt").write_text(f"document {number} " * 50)
+    command("data", "prepare", text, "--out", tmp_path / "data", "--sequence-length", 16,
+            "--vocab-size", 280, "--validation-fraction", 0.2)  # fmt: skip
+    (tmp_path / "base.yaml").write_text(
+        f"data:\n  sources: [{{path: {tmp_path}/data/train}}]\n"
+        f"  validation: {{text: {tmp_path}/data/validation}}\n"
+        "train: {sequence_length: 16, global_batch_rows: 4, micro_batch_rows: 4}\n"
+        "precision: {dtype: fp32}\n"
+    )
+    for width in (16, 32):
+        (tmp_path / f"w{width}.yaml").write_text(
+            f"model: {{hidden_size: {width}, num_layers: 1, num_heads: 2, vocab_size: 280}}\n"
+        )
+    (tmp_path / "it's a sweep.yaml").write_text(
+        f"name: two\nfolder: {tmp_path}/two\nbase: base.yaml\nmodels: [w16.yaml, w32.yaml]\n"
+        "objectives: [{name: ar}]\nbudgets: [2.0e+7]\nhardware: cpu\nnum_gpus: 1\n"
+    )
+    sweep = tmp_path / "it's a sweep.yaml"
+    command("sweep", "run", sweep, "--slurm", "--throttle", 1, "--sbatch=--mem=500M",
+            f"--sbatch=--export=ALL,PYTHONPATH={ROOT}", cwd=tmp_path)  # fmt: skip
+    wait_for(lambda: command("sweep", "status", sweep).stdout.count("finished") == 2, 120)
 
 
 @pytest.mark.parametrize(

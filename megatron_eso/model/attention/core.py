@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_eso.model.attention.dense import dense_attention
+from megatron_eso.model.attention.flex import flex_rows_attention
 from megatron_eso.model.attention.rows import AttentionRows
 from megatron_eso.model.attention.split import split_attention
 from megatron_eso.model.rotary import rotate
@@ -70,10 +71,14 @@ class EsoCoreAttention(MegatronModule):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, rows: AttentionRows) -> Tensor:
         if rows.store is not None:
-            return segment_attention(q, k, v, self.scale)
+            is_causal = rows.pattern is Pattern.CAUSAL
+            return segment_attention(
+                q, k, v, self.scale, is_causal=is_causal, is_valid=rows.is_valid
+            )
         if rows.pattern is Pattern.CAUSAL and self.backend == "split":
             return split_attention(q, k, v, num_pairs=rows.num_pairs, scale=self.scale)
-        return dense_attention(
+        attend = flex_rows_attention if self.backend == "flex" else dense_attention
+        return attend(
             q,
             k,
             v,
@@ -85,18 +90,32 @@ class EsoCoreAttention(MegatronModule):
         )
 
 
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Return attention of a new segment that sees all kept keys and is causal within itself.
+def segment_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    is_causal: bool = True,
+    is_valid: Tensor | None = None,
+) -> Tensor:
+    """Return attention of a new segment that sees all kept keys and, inside itself, those before.
 
     Args:
         q: [R, h, n, d].
         k: [R, g, T, d] with T >= n; the last n keys are the segment's own.
         v: [R, g, T, d].
         scale: factor of the scores.
+        is_causal: False: the segment's entries see each other both ways (block diffusion).
+        is_valid: [R, T], False for keys that are padding; every query still sees itself.
     """
     new, total = q.shape[2], k.shape[2]
     mask = None
-    if new > 1:
+    if is_causal and new > 1:
         mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
+    if is_valid is not None:
+        own = torch.eye(new, total, dtype=torch.bool, device=q.device).roll(total - new, dims=1)
+        seen = is_valid[:, None, None, :] if mask is None else mask & is_valid[:, None, None, :]
+        mask = seen | own
     gqa = q.shape[1] != k.shape[1]
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)

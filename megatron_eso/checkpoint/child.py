@@ -1,0 +1,73 @@
+"""Work in a forked process whose outcome is never awaited for ever.
+
+The fork sees memory as it was: tensors on the CPU need no copy to be written while training goes on.
+The child dies with its parent, answers through a pipe, and can be killed at any time.
+"""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from megatron_eso.launch.processes import STOPPING, die_with_parent, release_signals
+
+
+class Child:
+    """A function that runs in a forked process."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        """Start it."""
+        context = multiprocessing.get_context("fork")
+        self._answer, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(
+            target=_run, args=(theirs, self._answer, function, os.getpid()), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self.result: Any = None
+        self.failure = ""
+
+    @property
+    def is_running(self) -> bool:
+        """True until the result is here or the process has failed."""
+        if self._answer.closed:
+            return False
+        if not self._answer.poll():  # a dead process closes its end, which counts as an answer
+            return True
+        try:
+            is_ok, value = self._answer.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            is_ok, value = False, f"the writer process ended with code {self._process.exitcode}"
+        self.result, self.failure = (value, "") if is_ok else (None, str(value))
+        self._end()
+        return False
+
+    def kill(self, why: str) -> None:
+        """End it without a result."""
+        if not self._answer.closed:
+            self._process.kill()
+            self.failure = why
+            self._end()
+
+    def _end(self) -> None:
+        self._answer.close()
+        self._process.join()
+        self._process.close()
+
+
+def _run(answer: Any, other_end: Any, function: Callable[[], Any], parent: int) -> None:
+    for number in STOPPING:  # a stop of the run lets the save under way finish
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    release_signals()
+    die_with_parent(parent)
+    other_end.close()
+    try:
+        outcome = (True, function())
+    except Exception as error:  # whatever it is, the parent reports it: nothing is swallowed
+        outcome = (False, f"{type(error).__name__}: {error}")
+    answer.send(outcome)
+    answer.close()
+    os._exit(0)  # the parent's exit handlers are not ours

@@ -1,0 +1,58 @@
+"""``megatron-eso launch``: train under supervision, starting again after crashes and hangs."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def launch(
+    config: Annotated[Path, typer.Argument(help="Run configuration (YAML)")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Ranks to start on this machine [parallel.local_ranks]")
+    ] = None,
+    warm: Annotated[
+        bool | None,
+        typer.Option(help="Fork ranks from a process that has imported everything [without a GPU]"),
+    ] = None,
+) -> None:
+    """Train on this machine's ranks and restart them from the newest checkpoint after a fault.
+
+    A rank that dies, hangs, or is stopped is noticed; all ranks end and start again. Under srun (RANK
+    is set) this supervises one rank, and the job script restarts all of them.
+    Exit codes: 0 finished, 2 to 6 errors that a restart would not cure, 7 given up after faults in a row
+    without a newer checkpoint, 8 no progress (one rank under srun), 75 stopped by a signal.
+
+    Examples:
+        megatron-eso launch configs/run/quickstart.yaml --ranks 2
+        megatron-eso launch RUN.yaml resilience.max_restarts_without_progress=5
+    """
+    from megatron_eso.config import check, load_config
+    from megatron_eso.launch.environment import rank_environment
+    from megatron_eso.launch.starter import has_gpu
+    from megatron_eso.launch.supervisor import Supervision, supervise
+
+    run_config = load_config(config, overrides)
+    arguments = ["train", str(config), *(overrides or [])]
+    place = rank_environment(os.environ)
+    number = 1 if place else ranks or run_config.parallel.local_ranks
+    if not place:
+        check(run_config, number)
+    settings = run_config.resilience
+    code = supervise(
+        Supervision(
+            arguments=arguments,
+            num_ranks=number,
+            run=Path(run_config.folder),
+            setup_timeout_seconds=settings.setup_timeout_seconds,
+            max_restarts=0 if place else settings.max_restarts_without_progress,
+            is_warm=(not has_gpu() and not place) if warm is None else warm,
+            rank_environment=place or None,
+        )
+    )
+    raise SystemExit(code)

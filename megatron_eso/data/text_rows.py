@@ -1,0 +1,90 @@
+"""Raw text as rows in memory: held-out text that nobody prepared (zero-shot evaluation)."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_eso.data.documents import Document, documents_of
+from megatron_eso.data.pack import RowPacker
+from megatron_eso.data.reader import TokenRows
+from megatron_eso.data.sources import find_files
+from megatron_eso.data.tokenizer import Tokenizer, pieces_of
+from megatron_eso.errors import DataError
+
+
+class TextRows:
+    """Rows of one or more text, jsonl, parquet or arrow files, in reading order."""
+
+    def __init__(
+        self,
+        source: str | Path,
+        tokenizer_path: Path,
+        *,
+        sequence_length: int,
+        vocab_size: int,
+        text_key: str = "text",
+        max_rows: int = 0,
+    ) -> None:
+        """Read and encode the text; nothing is written.
+
+        Args:
+            source: a file, a folder of files, ``stdlib`` or ``hf:NAME``.
+            tokenizer_path: tokenizer.json of the model.
+            sequence_length: L; documents are packed one after the other, each with its end token.
+            vocab_size: vocabulary of the model, mask token included.
+            text_key: key or column of the text.
+            max_rows: stop after this many rows; 0: read all.
+
+        Raises:
+            DataError: for text that cannot be read, a tokenizer of another size, or no row at all.
+        """
+        tokenizer = Tokenizer(tokenizer_path)
+        tokenizer.check_vocabulary(vocab_size, "model.vocab_size")
+        packer = RowPacker(
+            sequence_length=sequence_length,
+            mask_id=tokenizer.mask_id,
+            end_of_document_id=tokenizer.end_of_document_id,
+            separate=False,
+        )
+        self._text_bytes = 0
+        rows: list[NDArray[np.uint32]] = []
+        for row in self._pack(_documents(str(source), text_key), tokenizer, packer):
+            rows.append(row)
+            if len(rows) == max_rows:
+                break
+        if not rows:
+            raise DataError(f"{source} holds no text to score")
+        stored = np.stack(rows).astype(np.int64)
+        self._is_valid = stored != tokenizer.mask_id
+        self._tokens = np.where(self._is_valid, stored, tokenizer.end_of_document_id)
+        self.bytes_per_token = self._text_bytes / packer.num_tokens
+
+    @property
+    def num_rows(self) -> int:
+        """Return the number of rows."""
+        return len(self._tokens)
+
+    def read(self, rows: Sequence[int]) -> TokenRows:
+        """Return rows by number."""
+        wanted = np.array(rows, np.int64)
+        return TokenRows(self._tokens[wanted], self._is_valid[wanted])
+
+    def _pack(
+        self, documents: Iterator[Document], tokenizer: Tokenizer, packer: RowPacker
+    ) -> Iterator[NDArray[np.uint32]]:
+        for document in documents:
+            for piece in pieces_of(document.text):
+                self._text_bytes += len(piece.encode())
+                yield from packer.add(np.array(tokenizer.encode(piece), np.uint32))
+            yield from packer.end_document()
+        yield from packer.finish()
+
+
+def _documents(source: str, text_key: str) -> Iterator[Document]:
+    for piece in find_files([source]):
+        for document in documents_of(piece, text_key=text_key):
+            if document.problem is not None:
+                raise DataError(f"{document.where}: the document {document.problem}")
+            yield document

@@ -1,0 +1,61 @@
+"""The ledger of a run: RUN/events.jsonl, one line per event, only ever appended to.
+
+Launcher and rank 0 write it, `megatron-eso goodput` reads it (launch/ledger.py). Every line carries
+the wall clock and the machine's own clock with its boot, so that a wall clock that jumps is noticed.
+"""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+EVENTS = "events.jsonl"
+log = logging.getLogger(__name__)
+
+
+def record(run: Path, event: str, **facts: Any) -> None:
+    """Append one event; a folder that cannot be written is a warning, never the end of a run."""
+    line = {
+        "event": event,
+        "time": time.time(),
+        "clock": time.monotonic(),
+        "boot": _boot(),
+        "pid": os.getpid(),
+        **facts,
+    }
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        # One write of one line: processes that append at the same time do not mix their lines.
+        descriptor = os.open(run / EVENTS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, (json.dumps(line) + "\n").encode())
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        log.warning("event %s is missing from %s: %s", event, run / EVENTS, error)
+
+
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """Return all events in the order written; a line cut off by a crash is left out."""
+    try:
+        lines = (run / EVENTS).read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    events = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "event" in event and "time" in event:
+            events.append(event)
+    return events
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    except OSError:
+        return ""

@@ -1,0 +1,114 @@
+"""What a rank tells its launcher while it runs: which section it is in, and how long that may take.
+
+Ranks write fixed-size records into one unnamed file that the launcher opened, so nothing is left
+behind whoever is killed. The launcher judges from outside: a rank that is stopped (SIGSTOP), waits
+for ever in a collective, or holds Python's lock cannot tell anybody, but its record stops changing.
+
+The limit of a section is a multiple of the longest time it took so far, never below a floor.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+VARIABLE = "MEGATRON_ESO_HEARTBEAT"
+_BYTES = 128
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A rank's last word."""
+
+    number: int
+    section: str
+    """setup, step, evaluation, checkpoint or end."""
+    step: int
+    """Optimizer steps done."""
+    kept_step: int
+    """Step of the newest checkpoint that a restart would continue from; -1: none."""
+    limit_seconds: float
+
+
+class Board:
+    """The launcher's side: one record per rank of this machine."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._file = tempfile.TemporaryFile()
+        self.descriptor = self._file.fileno()
+        self.num_ranks = num_ranks
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all records."""
+        os.pwrite(self.descriptor, b" " * (_BYTES * self.num_ranks), 0)
+
+    def variable(self, rank: int) -> str:
+        """Return what the rank must find in its environment."""
+        return f"{self.descriptor}:{rank * _BYTES}"
+
+    def read(self, rank: int) -> Beat | None:
+        """Return a rank's last word; None before the first, or if it is half written."""
+        words = os.pread(self.descriptor, _BYTES, rank * _BYTES).decode("ascii", "replace").split()
+        try:
+            number, section, step, kept, limit = words
+            return Beat(int(number), section, int(step), int(kept), float(limit))
+        except ValueError:
+            return None
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._file.close()
+
+
+class Heart:
+    """A rank's side; without a launcher that listens every call does nothing."""
+
+    def __init__(
+        self,
+        environ: Mapping[str, str],
+        *,
+        setup_seconds: float,
+        floor_seconds: float,
+        factor: float,
+    ) -> None:
+        """Start in the section ``setup``.
+
+        Args:
+            environ: the process's environment.
+            setup_seconds: limit of the first section and of any that was never measured.
+            floor_seconds: no limit is below this.
+            factor: a section may take this many times its longest duration so far.
+        """
+        place = environ.get(VARIABLE, "")
+        self._descriptor, self._offset = map(int, place.split(":")) if place else (-1, 0)
+        self._setup, self._floor, self._factor = setup_seconds, floor_seconds, factor
+        self._longest: dict[str, float] = {}
+        self._number, self._section, self._began = 0, "", time.monotonic()
+        self.step, self.kept_step = 0, -1
+        self.enter("setup")
+
+    def enter(self, section: str) -> None:
+        """Begin a section; the one before is measured."""
+        now = time.monotonic()
+        # The first step also builds what later steps reuse: its time says nothing about theirs.
+        if self._section and self._section != "setup" and self._number > 2:
+            before = self._longest.get(self._section, 0.0)
+            self._longest[self._section] = max(before, now - self._began)
+        self._section, self._began = section, now
+        self.beat()
+
+    def beat(self) -> None:
+        """Say that this rank is alive and moving."""
+        self._number += 1
+        if self._descriptor >= 0:
+            limit = self.limit(self._section)
+            text = f"{self._number} {self._section} {self.step} {self.kept_step} {limit:.1f}"
+            os.pwrite(self._descriptor, text.ljust(_BYTES).encode(), self._offset)
+
+    def limit(self, section: str) -> float:
+        """Return how long a section may go without a beat, in seconds."""
+        if section not in self._longest:
+            return max(self._setup, self._floor)
+        return max(self._floor, self._factor * self._longest[section])

@@ -1,0 +1,115 @@
+"""Child processes that end with their parent: no rank, writer or template outlives its launcher.
+
+A child gets a session of its own (the terminal's Ctrl-C reaches it through its launcher alone, once)
+and the kernel kills it when its parent dies. The launcher adopts whatever its ranks leave behind, so
+a writer of a killed rank is found and ended too. Both are Linux calls; elsewhere they do nothing.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Signals that ask a run to save and stop. They wait in a new rank until it is ready for them."""
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of what its dead children leave behind."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when ``parent`` ends; end now if it has."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def spawn(command: Sequence[str], environment: Mapping[str, str], inherit: Sequence[int]) -> int:
+    """Start a command in a session of its own and return its process id.
+
+    Args:
+        command: program and arguments.
+        environment: its whole environment.
+        inherit: file descriptors that stay open in it.
+    """
+    parent = os.getpid()
+    before = hold_signals()  # a handler of ours must not run in the child
+    child = os.fork()
+    if child:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return child
+    try:
+        os.setsid()
+        die_with_parent(parent)
+        for descriptor in inherit:
+            os.set_inheritable(descriptor, True)
+        os.execvpe(command[0], list(command), dict(environment))
+    finally:  # only reached if exec failed
+        os._exit(127)
+
+
+def hold_signals() -> set[signal.Signals]:
+    """Let signals that ask for a stop wait until :func:`release_signals`; return the mask before."""
+    return set(signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING))  # type: ignore[arg-type]
+
+
+def release_signals() -> None:
+    """Take signals that have waited."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+def send(pid: int, number: int) -> None:
+    """Send a signal to one process, which may have ended."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def kill_session(pid: int) -> None:
+    """Kill a child and everything in its session, also what it left behind."""
+    for send_to in (os.killpg, os.kill):
+        try:
+            send_to(pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+
+def reap(wait_seconds: float = 0.0) -> dict[int, int]:
+    """Return the exit codes of children that have ended: pid -> code, or -signal.
+
+    Args:
+        wait_seconds: go on until no child is left, at most this long.
+    """
+    ended: dict[int, int] = {}
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended
+        if pid:
+            ended[pid] = os.waitstatus_to_exitcode(status)
+        elif time.monotonic() >= deadline:
+            return ended
+        else:
+            time.sleep(0.01)
+
+
+def state_of(pid: int) -> str:
+    """Return the kernel's letter for a process: R runs, S sleeps, T is stopped; '' if unknown."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)

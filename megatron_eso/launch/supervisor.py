@@ -1,0 +1,302 @@
+"""Supervise the ranks of a run on this machine: notice deaths and hangs, start again, give up in time.
+
+A fault of one rank ends all of them, since the others wait for it in a collective; they start again
+from the newest valid checkpoint. User errors are not tried again. Restarts in a row without a newer
+checkpoint end the run with an exit code of its own: whatever it is, it will not go away.
+"""
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from megatron_eso.errors import CRASH_LOOP_EXIT_CODE, HANG_EXIT_CODE, STOPPED_EXIT_CODE
+from megatron_eso.launch import events
+from megatron_eso.launch.heartbeat import VARIABLE, Beat, Board
+from megatron_eso.launch.processes import (
+    STOPPING,
+    adopt_orphans,
+    kill_session,
+    reap,
+    send,
+    state_of,
+)
+from megatron_eso.launch.starter import Starter
+
+_FINAL_CODES = (2, 3, 4, 5, 6)  # errors.py: the same command would fail the same way
+_STOP_GRACE_SECONDS, _ERROR_GRACE_SECONDS = 120.0, 10.0
+_POLL_SECONDS, _LONGEST_COUNTED_POLL = 0.05, 1.0
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What is supervised and when to give up."""
+
+    arguments: list[str]
+    """What a rank runs: ``python -m megatron_eso ARGUMENTS``."""
+    num_ranks: int
+    run: Path
+    """Run folder, for the ledger."""
+    setup_timeout_seconds: float = 600.0
+    """From a rank's start to its first word."""
+    max_restarts: int = 3
+    """Restarts in a row without a newer checkpoint; 0: never restart."""
+    is_warm: bool = False
+    """Fork ranks from a template; see launch/template.py."""
+    rank_environment: Mapping[str, str] | None = None
+    """RANK, WORLD_SIZE ... given by srun for the one rank of this task; None: we choose them."""
+    module: str = "megatron_eso"
+    preload: Sequence[str] | None = None
+    """Modules that the template imports; None: those of training."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How one start of the ranks ended."""
+
+    code: int
+    """Exit code for the user if it is not tried again."""
+    is_fault: bool
+    why: str = ""
+    cause: str = ""
+    """killed, crash or hang."""
+    rank: int = -1
+    step: int = 0
+    kept_step: int = -1
+    silent_seconds: float = 0.0
+    """Time since the last sign of progress."""
+
+
+@dataclass
+class _Rank:
+    """A rank as the launcher sees it."""
+
+    pid: int
+    code: int | None = None
+    beat: Beat | None = None
+    silent_seconds: float = 0.0
+
+
+@dataclass
+class _Stop:
+    """Signals that came to the launcher."""
+
+    name: str = ""
+    pids: list[int] = field(default_factory=list)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Pass the signal on to every rank, which agree on a step, save and stop."""
+        self.name = self.name or signal.Signals(number).name
+        for pid in self.pids:
+            send(pid, number)
+
+
+def supervise(settings: Supervision) -> int:
+    """Run the ranks to their end, starting them again after faults; return the exit code."""
+    adopt_orphans()
+    board = Board(settings.num_ranks)
+    stop = _Stop()
+    before = {number: signal.signal(number, stop) for number in STOPPING}
+    base = {**os.environ, **_threads(settings.num_ranks)}
+    preload = {} if settings.preload is None else {"preload": settings.preload}
+    starter = Starter(settings.arguments, [board.descriptor], base, is_warm=settings.is_warm,
+                      module=settings.module, **preload)  # fmt: skip
+    events.record(settings.run, "launch", num_ranks=settings.num_ranks)
+    code = 1
+    try:
+        code = _restart_until_done(settings, starter, board, stop, base)
+    finally:
+        starter.close()
+        reap(wait_seconds=5.0)
+        board.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        events.record(settings.run, "launch_end", code=code)
+    return code
+
+
+def _restart_until_done(
+    settings: Supervision, starter: Starter, board: Board, stop: _Stop, base: dict[str, str]
+) -> int:
+    kept, without_progress = -1, 0
+    while True:
+        ending = _run_once(settings, starter, board, stop, base)
+        if not ending.is_fault:
+            return ending.code
+        without_progress = 0 if ending.kept_step > kept else without_progress + 1
+        kept = max(kept, ending.kept_step)
+        events.record(
+            settings.run, "fault", cause=ending.cause, why=ending.why, rank=ending.rank,
+            step=ending.step, silent_seconds=round(ending.silent_seconds, 3),
+        )  # fmt: skip
+        if stop.name:
+            say(f"{ending.why}; not started again, as {stop.name} asked for a stop")
+            return ending.code
+        if settings.max_restarts == 0:
+            say(ending.why)
+            return ending.code
+        if without_progress >= settings.max_restarts:
+            say(
+                f"{ending.why}; given up after {without_progress} faults in a row without a newer "
+                f"checkpoint than step {max(kept, 0)} (resilience.max_restarts_without_progress="
+                f"{settings.max_restarts}). The messages above name the cause; the same command "
+                "continues"
+            )
+            return CRASH_LOOP_EXIT_CODE
+        say(f"{ending.why}; starting again (newest checkpoint: step {max(ending.kept_step, 0)})")
+
+
+def _run_once(
+    settings: Supervision, starter: Starter, board: Board, stop: _Stop, base: dict[str, str]
+) -> Ending:
+    """Start all ranks and wait until they end or one fails; none is left when this returns."""
+    board.clear()
+    port, ranks = free_port(), []
+    events.record(settings.run, "start", num_ranks=settings.num_ranks)
+    for local in range(settings.num_ranks):
+        own = settings.rank_environment or _environment(local, settings.num_ranks, port)
+        ranks.append(_Rank(starter.start({**base, **own, VARIABLE: board.variable(local)})))
+        stop.pids.append(ranks[-1].pid)
+    if stop.name:  # it came before there was anybody to tell
+        for rank in ranks:
+            send(rank.pid, signal.Signals[stop.name])
+    try:
+        return _watch(settings, starter, board, ranks)
+    finally:
+        stop.pids.clear()
+        for rank in ranks:
+            kill_session(rank.pid)
+        left = {rank.pid for rank in ranks if rank.code is None}
+        deadline = time.monotonic() + 10.0
+        while left and time.monotonic() < deadline:
+            left -= reap().keys()
+            time.sleep(0.01)
+
+
+def _watch(settings: Supervision, starter: Starter, board: Board, ranks: list[_Rank]) -> Ending:
+    last, grace_ends = time.monotonic(), None
+    while True:
+        time.sleep(_POLL_SECONDS)
+        now = time.monotonic()
+        # A machine that was suspended, or a launcher that was stopped, says nothing about the ranks.
+        passed, last = min(now - last, _LONGEST_COUNTED_POLL), now
+        ended = reap()
+        for local, rank in enumerate(ranks):
+            rank.code = ended.get(rank.pid, rank.code)
+            beat = board.read(local)
+            is_silent = beat is None or beat == rank.beat
+            rank.silent_seconds = rank.silent_seconds + passed if is_silent else 0.0
+            rank.beat = beat or rank.beat
+        codes = [rank.code for rank in ranks]
+        if all(code == 0 for code in codes):
+            return Ending(0, is_fault=False)
+        failed = [code for code in codes if code not in (None, 0)]
+        is_agreed = bool(failed) and all(c in (STOPPED_EXIT_CODE, *_FINAL_CODES) for c in failed)
+        if failed and not is_agreed:
+            return _death(ranks)
+        if is_agreed and grace_ends is None:
+            is_stop = STOPPED_EXIT_CODE in failed
+            grace_ends = now + (_STOP_GRACE_SECONDS if is_stop else _ERROR_GRACE_SECONDS)
+        if is_agreed and (None not in codes or now > (grace_ends or now)):
+            return Ending(max(code for code in failed if code), is_fault=False)
+        if not failed:
+            hung = _hung(settings, ranks)
+            if hung is not None:
+                return hung
+
+
+def _death(ranks: list[_Rank]) -> Ending:
+    """Describe the first failure: a signal before an exception, which may only be its echo."""
+    number, rank = min(
+        ((n, r) for n, r in enumerate(ranks) if r.code not in (None, 0)),
+        key=lambda item: (item[1].code or 0) >= 0,
+    )
+    code = rank.code or 0
+    if code < 0:
+        how, cause = f"was killed by {signal.Signals(-code).name}", "killed"
+        if code == -signal.SIGKILL:
+            how += " (out of memory, perhaps: `dmesg` tells)"
+    else:
+        how, cause = f"ended with exit code {code}", "crash"
+    return _fault(ranks, number, cause, how, code if code > 0 else 128 - code)
+
+
+def _hung(settings: Supervision, ranks: list[_Rank]) -> Ending | None:
+    """Return the fault if a rank has been silent for longer than its section allows."""
+    for rank in ranks:
+        limit = rank.beat.limit_seconds if rank.beat else settings.setup_timeout_seconds
+        if rank.code is not None or rank.silent_seconds <= limit:
+            continue
+        # All wait for one: a stopped process is it, else the one that is farthest behind.
+        stopped = [n for n, r in enumerate(ranks) if state_of(r.pid) in ("T", "t")]
+        behind = min(range(len(ranks)), key=lambda n: _place(ranks[n]))
+        section = rank.beat.section if rank.beat else "start"
+        how = (
+            f"shows no progress in section {section!r} after {rank.silent_seconds:.0f} s "
+            f"(limit {limit:.0f} s)" + (", it is stopped (SIGSTOP)" if stopped else "")
+        )
+        _show_stacks(ranks)
+        return _fault(ranks, (stopped or [behind])[0], "hang", how, HANG_EXIT_CODE)
+    return None
+
+
+def _place(rank: _Rank) -> tuple[int, int]:
+    return (rank.beat.step, rank.beat.number) if rank.beat else (-1, -1)
+
+
+def _fault(ranks: list[_Rank], number: int, cause: str, how: str, code: int) -> Ending:
+    beats = [rank.beat for rank in ranks if rank.beat]
+    step = max((beat.step for beat in beats), default=0)
+    is_setup = all(beat.section == "setup" for beat in beats)
+    where = " during start-up" if is_setup else f" after step {step}"
+    return Ending(
+        code=code,
+        is_fault=True,
+        why=f"rank {number} {how}{where}",
+        cause=cause,
+        rank=number,
+        step=step,
+        kept_step=max((beat.kept_step for beat in beats), default=-1),
+        silent_seconds=min((rank.silent_seconds for rank in ranks), default=0.0),
+    )
+
+
+def _show_stacks(ranks: list[_Rank]) -> None:
+    """Let every rank print where it stands (faulthandler answers even while Python's lock is held)."""
+    for rank in ranks:
+        if rank.beat:
+            send(rank.pid, signal.SIGUSR2)
+    time.sleep(0.3)
+
+
+def _environment(local: int, number: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(local),
+        "LOCAL_RANK": str(local),
+        "WORLD_SIZE": str(number),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _threads(number: int) -> dict[str, str]:
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // number, 1))}
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def say(text: str) -> None:
+    """Print a line of the launcher, beside the ranks' output."""
+    print(f"[launch {time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)

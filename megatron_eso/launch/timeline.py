@@ -1,0 +1,39 @@
+"""The ledger as a picture: one bar over time, coloured by cause, faults marked."""
+
+from pathlib import Path
+
+from megatron_eso.errors import UserError
+from megatron_eso.launch.ledger import CAUSES, Ledger
+
+_COLORS = ("tab:green", "tab:red", "tab:blue", "tab:cyan", "tab:purple", "black", "tab:orange",
+           "lightgray")  # fmt: skip
+
+
+def write_timeline(ledger: Ledger, out: Path) -> None:
+    """Write the picture; its format follows from the name (.png, .svg, .pdf).
+
+    Raises:
+        UserError: if matplotlib is missing or the format is unknown.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install 'megatron-eso[plots]'") from None
+    unit, name = (3600.0, "hours") if ledger.elapsed > 7200 else (1.0, "seconds")
+    figure = Figure(figsize=(12, 2.8), layout="constrained")
+    axis = figure.subplots()
+    for cause, color in zip(CAUSES, _COLORS, strict=True):
+        spans = [(s.begin / unit, s.seconds / unit) for s in ledger.stretches if s.cause == cause]
+        if spans:
+            label = f"{cause} {ledger.seconds(cause) / max(ledger.elapsed, 1e-9):.1%}"
+            axis.broken_barh(spans, (0, 1), facecolors=color, label=label)
+    axis.set(
+        xlabel=f"{name} since the first start", yticks=[], xlim=(0, max(ledger.elapsed / unit, 1e-9)),
+        title=f"effective training time {ledger.effective_share:.1%}, {len(ledger.faults)} faults",
+    )  # fmt: skip
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=4, fontsize=8)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(out, dpi=120)
+    except ValueError as error:
+        raise UserError(f"--plot {out}: {error}") from None

@@ -1,0 +1,135 @@
+"""Many samples of one model: plans by objective, batches, and what a batch gave."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from megatron_eso.errors import ConfigError
+from megatron_eso.model.replica import Replica
+from megatron_eso.sample.plan import METHODS, DecodingPlan, Method, make_block_plan, make_plan
+from megatron_eso.sample.prompt import Canvas
+from megatron_eso.sample.sampler import Choice, Sampled, fill_rows
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """How rows are decided; what the model's objective does not know is refused."""
+
+    method: Method | Literal["auto"] = "auto"
+    """binomial, fixed, strided or left-to-right; auto: binomial, and for ar left-to-right."""
+    alpha_0: float | None = None
+    """Share of the tokens by diffusion; None: as trained."""
+    num_steps: int | None = None
+    """Diffusion steps; None: as many as tokens."""
+    tokens_per_step: int | None = None
+    """Instead of num_steps: tokens of a diffusion step, on average."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that were filled together."""
+
+    first_row: int
+    plan: DecodingPlan
+    sampled: Sampled
+    padding: Tensor
+
+
+def check_settings(settings: PlanSettings) -> None:
+    """Refuse settings without a meaning, before a model is loaded.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if settings.method not in ("auto", *METHODS):
+        raise ConfigError(f"--plan {settings.method} is not one of auto, {', '.join(METHODS)}")
+    if settings.alpha_0 is not None and not 0 <= settings.alpha_0 <= 1:
+        raise ConfigError(f"--alpha-0 {settings.alpha_0} must be in [0, 1]")
+    for name in ("num_steps", "tokens_per_step"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if settings.num_steps and settings.tokens_per_step:
+        raise ConfigError("--num-steps and --tokens-per-step say the same thing; give one of them")
+
+
+def plan_for(
+    replica: Replica, canvas: Canvas, settings: PlanSettings, choice: Choice
+) -> DecodingPlan:
+    """Return the plan that the model's objective follows.
+
+    Raises:
+        ConfigError: for settings that the objective does not have.
+    """
+    check_settings(settings)
+    objective, left = replica.config.objective, canvas.num_open
+    common = {"seed": choice.seed, "first_row": choice.first_row}
+    steps = settings.num_steps
+    if settings.tokens_per_step:
+        steps = max(round(left / settings.tokens_per_step), 1)
+    if steps is not None and steps > left:
+        raise ConfigError(f"--num-steps {steps} is more than the {left} tokens to decide")
+    if objective.name == "ar":
+        if settings.method not in ("auto", "left-to-right") or settings.alpha_0 or steps:
+            raise ConfigError(
+                "a model of objective.name=ar decides one token at a time from left to right: --plan, "
+                "--alpha-0 and --num-steps do not apply"
+            )
+        return make_plan(canvas.is_given, alpha_0=0.0, method="left-to-right", **common)
+    if objective.name != "eso" and settings.alpha_0 not in (None, 1.0):
+        raise ConfigError(
+            f"--alpha-0 {settings.alpha_0}: a model of objective.name={objective.name} decides every "
+            "token by diffusion (1)"
+        )
+    method = "binomial" if settings.method == "auto" else settings.method
+    if objective.name == "bd3lm":
+        size = objective.block_size
+        return make_block_plan(
+            canvas.is_given,
+            block_size=size,
+            num_steps=steps,
+            method=method,
+            **common,  # type: ignore[arg-type]
+        )
+    alpha_0 = objective.alpha_0 if objective.name == "eso" else 1.0
+    alpha_0 = alpha_0 if settings.alpha_0 is None else settings.alpha_0
+    if steps is not None and method != "left-to-right" and settings.tokens_per_step:
+        steps = max(round(alpha_0 * left / settings.tokens_per_step), 1)
+    return make_plan(
+        canvas.is_given,
+        alpha_0=alpha_0,
+        num_steps=steps,
+        method=method,
+        **common,  # type: ignore[arg-type]
+    )
+
+
+def generate(
+    replica: Replica,
+    canvas: Canvas,
+    settings: PlanSettings,
+    choice: Choice,
+    *,
+    batch_rows: int = 16,
+    on_plan: Callable[[DecodingPlan], None] = lambda plan: None,
+) -> Iterator[Batch]:
+    """Yield the canvas's rows filled, ``batch_rows`` at a time; rows do not depend on the batch size.
+
+    Args:
+        replica: the model; every rank of the replica must call this alike.
+        canvas: all rows.
+        settings: how they are decided.
+        choice: temperature, nucleus, seed.
+        batch_rows: rows at once.
+        on_plan: called with each batch's plan before it is filled.
+    """
+    for first in range(0, len(canvas.tokens), batch_rows):
+        part = slice(first, first + batch_rows)
+        rows = Canvas(canvas.tokens[part], canvas.is_given[part], canvas.padding[part])
+        mine = replace(choice, first_row=choice.first_row + first)
+        plan = plan_for(replica, rows, settings, mine)
+        on_plan(plan)
+        sampled = fill_rows(replica, rows.tokens, plan, mine, padding=rows.padding)
+        yield Batch(mine.first_row, plan, sampled, rows.padding)

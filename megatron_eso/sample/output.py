@@ -1,0 +1,45 @@
+"""Samples as lines of JSON: whole under the final name, or not there."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_eso.errors import DataError
+
+
+class SampleFile:
+    """Writes samples beside the final name and renames at the end; says how far it is."""
+
+    def __init__(self, path: Path, *, total: int) -> None:
+        if path.exists():
+            raise DataError(f"{path} exists; choose another --out or remove it")
+        self._path, self._total = path, total
+        self._partial = path.with_name(f".{path.name}.partial")
+        self._file: TextIO | None = None
+        self._done = 0
+
+    def __enter__(self) -> "SampleFile":
+        """Open the file."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._partial.open("w")
+        except OSError as error:
+            raise DataError(f"cannot write {self._path}: {error.strerror}") from error
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        """Close; give the file its name if nothing went wrong."""
+        assert self._file is not None
+        self._file.close()
+        if kind is None:
+            self._partial.replace(self._path)
+            print(f"\r{self._done} samples in {self._path}", file=sys.stderr)
+
+    def add(self, **sample: Any) -> None:
+        """Write one sample."""
+        assert self._file is not None
+        self._file.write(json.dumps(sample) + "\n")
+        self._done += 1
+        if sys.stderr.isatty():
+            print(f"\r{self._done} of {self._total} samples", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,147 @@
+"""The step guard: a step whose loss or gradient looks wrong is run again, then left out, or the run stops.
+
+Everything random in a step is a function of (seed, step, row), so a second run of it gives the same
+numbers unless hardware or memory failed in between: that tells a transient fault from a bad batch.
+"""
+
+import logging
+import statistics
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+
+from megatron_eso.errors import TrainingError
+from megatron_eso.launch import events
+from megatron_eso.train.session import Session
+from megatron_eso.train.step import Quality, ReadRows, StepReport, finite_is_good, train_step
+
+log = logging.getLogger(__name__)
+
+
+class Verdict(Enum):
+    """What becomes of a step that is bad twice."""
+
+    WARN = "warn"
+    STOP = "stop"
+    SKIP = "skip"
+    ROLLBACK = "rollback"
+
+
+class StepGuard:
+    """Does training steps and judges them; all ranks see the same numbers and decide the same."""
+
+    def __init__(
+        self, session: Session, read: ReadRows, go_back: Callable[[], bool], run: Path
+    ) -> None:
+        """Prepare to judge.
+
+        Args:
+            session: the run.
+            read: reads the rows of a step.
+            go_back: loads the newest checkpoint; returns False if there is none.
+            run: run folder, for the ledger (rank 0 writes it).
+        """
+        self._session, self._read, self._go_back, self._run = session, read, go_back, run
+        self._settings = session.config.resilience
+
+    def step(self) -> StepReport | None:
+        """Do the next step; return its report, or None if its batch was left out.
+
+        Raises:
+            TrainingError: if a step is bad twice and the policy is to stop, or too many were left out.
+        """
+        state = self._session.state
+        if state.step in state.left_out:
+            state.step += 1
+            return None
+        report = train_step(self._session, self._read, self._judge)
+        if not report.is_applied:
+            report = self._again(report)
+        if report is not None and self._settings.spike_window:
+            state.losses = [*state.losses, report.loss][-self._settings.spike_window :]
+        return report
+
+    def _again(self, first: StepReport) -> StepReport | None:
+        """Run a bad step a second time; return its report if it was applied."""
+        what = self._describe(first)
+        self._tell("step_repeated", f"step {first.step}: {what}; it is run again", first)
+        verdict = self._verdict(first)
+        judge = finite_is_good if verdict is Verdict.WARN else self._judge
+        second = train_step(self._session, self._read, judge)
+        is_same = second.loss == first.loss and second.grad_norm == first.grad_norm
+        if second.is_applied and not is_same:
+            self._tell(
+                "transient", f"step {first.step}: the second run gave loss {second.loss:.6g}, gradient "
+                f"norm {second.grad_norm:.6g}, and is used. The fault was transient: memory or an "
+                "arithmetic unit of a node may be failing", second,
+            )  # fmt: skip
+            return second
+        if second.is_applied:
+            self._tell("spike", f"step {first.step}: {what}, twice; it was applied "
+                       "(resilience.on_spike=warn)", second)  # fmt: skip
+            return second
+        self._leave_out(self._verdict(second), second)
+        return None
+
+    def _leave_out(self, verdict: Verdict, report: StepReport) -> None:
+        state, settings = self._session.state, self._settings
+        what = f"step {report.step}: {self._describe(report)}, twice"
+        if verdict is Verdict.STOP:
+            raise TrainingError(
+                f"{what}; the update was not applied and step {state.step} is saved. Lower optimizer."
+                f"learning_rate={self._session.config.optimizer.learning_rate:g}, use a longer optimizer."
+                "warmup_steps or precision.dtype=fp32, or set resilience.on_nonfinite (on_spike) to skip "
+                "or rollback"
+            )
+        if len(state.left_out) >= settings.max_skipped_steps:
+            raise TrainingError(
+                f"{what}; {len(state.left_out)} batches were left out already "
+                f"(resilience.max_skipped_steps={settings.max_skipped_steps}): this is no matter of single "
+                "batches. Lower optimizer.learning_rate or raise the limit"
+            )
+        bad = state.step
+        state.left_out = sorted({*state.left_out, bad})
+        if verdict is Verdict.ROLLBACK:
+            if not self._go_back():
+                raise TrainingError(
+                    f"{what}; there is no checkpoint to go back to (resilience.on_...=rollback): set "
+                    "train.save_every_steps, or use skip"
+                )
+            self._tell(
+                "rollback", f"{what}; back to step {state.step}, its batch is left out", report
+            )
+        else:
+            state.step += 1
+            self._tell("skipped", f"{what}; its batch is left out", report)
+
+    def _judge(self, loss: float, norm: float) -> Quality:
+        quality = finite_is_good(loss, norm)
+        is_spike = quality is Quality.GOOD and self._is_spike(loss)
+        return Quality.SPIKE if is_spike else quality
+
+    def _is_spike(self, loss: float) -> bool:
+        losses, settings = self._session.state.losses, self._settings
+        if not settings.spike_window or len(losses) < settings.spike_window:
+            return False
+        mean = statistics.fmean(losses)
+        # Losses that hardly differ must not make every small change a spike.
+        spread = max(statistics.pstdev(losses), 1e-3 * abs(mean))
+        return loss > mean + settings.spike_deviations * spread
+
+    def _verdict(self, report: StepReport) -> Verdict:
+        settings = self._settings
+        return Verdict(
+            settings.on_spike if report.quality is Quality.SPIKE else settings.on_nonfinite
+        )
+
+    def _describe(self, report: StepReport) -> str:
+        values = f"loss {report.loss:.6g}, gradient norm {report.grad_norm:.6g}"
+        if report.quality is Quality.NOT_FINITE:
+            return f"{values} are not finite"
+        mean = statistics.fmean(self._session.state.losses)
+        return f"{values}: a spike, the last {len(self._session.state.losses)} have a mean of {mean:.6g}"
+
+    def _tell(self, event: str, text: str, report: StepReport) -> None:
+        if self._session.ranks.rank == 0:
+            log.warning(text)
+            events.record(self._run, event, step=report.step)

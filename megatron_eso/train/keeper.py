@@ -1,0 +1,200 @@
+"""The checkpoints of a run as the loop sees them: continue, save, finish, go back."""
+
+import json
+import logging
+import os
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_eso.checkpoint.folder import FORMAT_VERSION, CheckpointFolder
+from megatron_eso.checkpoint.load import (
+    find_checkpoint,
+    load_training_state,
+    load_weights,
+    newest_valid,
+    require_same_model,
+)
+from megatron_eso.checkpoint.save import Saver
+from megatron_eso.checkpoint.state import collect
+from megatron_eso.data.reader import RowReader
+from megatron_eso.errors import CheckpointError
+from megatron_eso.launch import events, lease
+from megatron_eso.launch.environment import attempt_name
+from megatron_eso.launch.heartbeat import Heart
+from megatron_eso.parallel.exchange import any_rank, raise_together
+from megatron_eso.train.run_folder import RunFolder
+from megatron_eso.train.session import Session, TrainState
+
+log = logging.getLogger(__name__)
+
+
+class Keeper:
+    """Keeps a run's state; every method must be called by all ranks."""
+
+    def __init__(
+        self, session: Session, folder: RunFolder, reader: RowReader, heart: Heart
+    ) -> None:
+        """Take the lease of the run's checkpoints.
+
+        Raises:
+            CheckpointError: if another run or a newer attempt holds it.
+        """
+        self._session, self._folder, self._reader, self._heart = session, folder, reader, heart
+        self._is_first = session.ranks.rank == 0
+        self._owner = lease.owner_name(os.environ) if self._is_first else ""
+        failure = ""
+        if self._is_first:
+            try:
+                lease.acquire(folder.checkpoints, self._owner)
+            except (CheckpointError, OSError) as error:
+                failure = str(error)
+        raise_together(failure, CheckpointError, session.torch_device)
+        self.saver = Saver(
+            folder.checkpoints,
+            session.config.checkpoint,
+            session.torch_device,
+            owner=self._owner,
+            while_waiting=heart.beat,
+        )
+
+    def resume(self) -> None:
+        """Load the newest valid checkpoint, or the weights that the run starts from, if any."""
+        session, settings = self._session, self._session.config.checkpoint
+        folder = self._newest()
+        if folder is not None:
+            self._load(folder)
+            if self._is_first:
+                log.info("continuing from %s", folder.path)
+        elif settings.init_from:
+            folder = find_checkpoint(Path(settings.init_from), hashes=settings.verify_hashes)
+            require_same_model(folder, asdict(session.config.model))
+            kind = load_weights(folder, session.chunks, use_ema=True, device=session.torch_device)
+            session.optimizer.reload_model_params()
+            log.info("weights (%s) from %s", kind, folder.path)
+        if not self._has_room():
+            raise CheckpointError(
+                f"{self._folder.path} has no room for one checkpoint: free space or choose another folder"
+            )
+
+    def go_back(self) -> bool:
+        """Load the newest checkpoint again; return False if there is none.
+
+        What was learnt about bad steps is kept.
+        """
+        self.saver.finish()
+        folder = self._newest()
+        if folder is None:
+            return False
+        left_out = self._session.state.left_out
+        self._load(folder)
+        self._session.state.left_out = sorted({*left_out, *self._session.state.left_out})
+        return True
+
+    def save(self) -> float | None:
+        """Begin a checkpoint of the current step; return its stall in seconds, None if there is no room.
+
+        A step that is kept already is not written again.
+        """
+        session, begin = self._session, time.perf_counter()
+        self._heart.enter("checkpoint")
+        self.saver.finish()  # the room that a save under way will take is then counted
+        step = session.state.step
+        if self.saver.kept_step == step:
+            return time.perf_counter() - begin
+        if not self._has_room():
+            return None
+        state = collect(
+            session.chunks, session.optimizer, session.average, session.layout.data_group
+        )
+        self.saver.save(step, state, self._sidecar())
+        stall = time.perf_counter() - begin
+        if self._is_first:
+            log.info("checkpoint of step %d: training stalled for %.2f s", step, stall)
+            events.record(self._folder.path, "checkpoint", step=step, seconds=stall)
+        return stall
+
+    def finish(self) -> bool:
+        """Wait for the save under way; return whether the current step is kept."""
+        self._heart.enter("checkpoint")
+        self.saver.finish()
+        return self.saver.kept_step == self._session.state.step
+
+    def release(self) -> None:
+        """Give the lease back; under Slurm it belongs to the job script."""
+        if self._is_first and not attempt_name(os.environ):
+            lease.release(self._folder.checkpoints, self._owner)
+
+    def _newest(self) -> CheckpointFolder | None:
+        found: list[str] = [""]
+        if self._is_first:
+            hashes = self._session.config.checkpoint.verify_hashes
+            folder = newest_valid(self._folder.checkpoints, hashes=hashes)
+            found = [str(folder.path) if folder else ""]
+        dist.broadcast_object_list(found, src=0)
+        return CheckpointFolder(Path(found[0])) if found[0] else None
+
+    def _load(self, folder: CheckpointFolder) -> None:
+        session = self._session
+        self._require_same_data(folder)
+        stored = folder.sidecar().get("train_state")
+        state = TrainState(**stored) if stored else TrainState(step=int(folder.sidecar()["step"]))
+        load_training_state(
+            folder,
+            session.chunks,
+            session.optimizer,
+            session.average,
+            device=session.torch_device,
+            num_updates=state.num_updates,
+        )
+        session.state.replace_by(state)
+        self.saver.kept_step = self._heart.kept_step = self._heart.step = state.step
+
+    def _require_same_data(self, folder: CheckpointFolder) -> None:
+        require_same_model(folder, asdict(self._session.config.model))
+        stored, mine = folder.sidecar()["data"], self._reader.fingerprint()
+        changed = [name for name, value in mine.items() if stored.get(name) != value]
+        if changed:
+            raise CheckpointError(
+                f"{folder.path} was trained on other data ({', '.join(changed)} differ): continuing "
+                "would repeat or skip samples; restore data.sources or choose another folder"
+            )
+
+    def _has_room(self) -> bool:
+        """Return whether the disk holds one more checkpoint; all ranks agree."""
+        number = sum(p.numel() for chunk in self._session.chunks for p in chunk.parameters())
+        layout = self._session.layout
+        needed = number * 16 * layout.tensor_size * layout.pipeline_size
+        is_full = False
+        if self._is_first:
+            free = shutil.disk_usage(self._folder.path).free
+            is_full = free < needed * 1.1
+            if is_full:
+                log.warning(
+                    "no room for a checkpoint of step %d: %.2f GiB needed, %.2f GiB free under %s; "
+                    "training goes on, older checkpoints stay", self._session.state.step,
+                    needed / 2**30, free / 2**30, self._folder.path,
+                )  # fmt: skip
+        return not any_rank([is_full], self._session.torch_device)[0]
+
+    def _sidecar(self) -> dict:
+        session = self._session
+        sidecar = {
+            "format_version": FORMAT_VERSION,
+            "step": session.state.step,
+            "train_state": asdict(session.state),
+            "has_ema": session.average is not None,
+            "model": asdict(session.config.model),
+            "objective": asdict(session.config.objective),
+            "sequence_length": session.config.train.sequence_length,
+            "mask_token_id": session.config.model.vocab_size - 1,
+            "data": self._reader.fingerprint(),
+            "tokenizer": str(Path(session.config.data.sources[0].path).parent / "tokenizer.json"),
+            "parallel": asdict(session.config.parallel),
+            "num_ranks": session.ranks.world_size,
+            "written": time.time(),
+        }
+        return json.loads(json.dumps(sidecar))  # a snapshot: the state goes on changing

@@ -1,0 +1,85 @@
+"""Held-out scores of a run in progress; a signal that asks for a stop ends them early."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_eso.config.schema import RunConfig
+from megatron_eso.data.reader import RowReader, ValidationReader
+from megatron_eso.eval.evaluate import evaluate
+from megatron_eso.eval.scores import Score
+from megatron_eso.eval.unigram import unigram_score
+from megatron_eso.parallel.exchange import Rows
+from megatron_eso.train.session import Session
+
+_UNIGRAM_ROWS = 2048  # training rows that the unigram comparison counts
+
+
+class StopAskedError(Exception):
+    """A signal came while an evaluation ran; raised on all ranks at the same place."""
+
+
+class Validation:
+    """The validation sets of a run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._readers = {
+            name: ValidationReader(
+                Path(path),
+                sequence_length=config.train.sequence_length,
+                vocab_size=config.model.vocab_size,
+            )
+            for name, path in config.data.validation.items()
+        }
+
+    def scores(self, session: Session, between: Callable[[], None]) -> dict[str, list[Score]]:
+        """Return the scores of every set.
+
+        Args:
+            session: the run.
+            between: called by all ranks before each round of micro-batches; may raise on all of them.
+        """
+        found = {}
+        for name, reader in self._readers.items():
+            if session.average is not None and session.config.eval.use_ema:
+                with session.average.applied(session.chunks):
+                    found[name] = _score(session, reader, between)
+            else:
+                found[name] = _score(session, reader, between)
+        return found
+
+    def unigram(self, config: RunConfig, training: RowReader) -> dict[str, Score]:
+        """Score the validation sets with token frequencies of (some of) the training data."""
+        per_step = list(range(config.train.global_batch_rows))
+        steps = range(-(-_UNIGRAM_ROWS // len(per_step)))
+        train = torch.from_numpy(np.stack([training.read(s, per_step).tokens for s in steps]))
+        scores = {}
+        for name, reader in self._readers.items():
+            rows = list(range(min(config.eval.num_rows, reader.num_rows)))
+            scores[name] = unigram_score(
+                train,
+                torch.from_numpy(reader.read(rows).tokens)[:, :-1],
+                vocab_size=config.model.vocab_size,
+                bytes_per_token=reader.bytes_per_token,
+            )
+        return scores
+
+
+def _score(session: Session, reader: ValidationReader, between: Callable[[], None]) -> list[Score]:
+    def read(rows: list[int]) -> Rows:
+        got = reader.read(rows)
+        return Rows(torch.from_numpy(got.tokens), torch.from_numpy(got.is_valid))
+
+    try:
+        return evaluate(
+            session.replica,
+            read,
+            num_rows=min(session.config.eval.num_rows, reader.num_rows),
+            bytes_per_token=reader.bytes_per_token,
+            between=between,
+        )
+    finally:
+        for chunk in session.chunks:
+            chunk.train()

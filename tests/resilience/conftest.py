@@ -1,0 +1,130 @@
+"""A tiny run with faults under the real launcher, and the undisturbed run it is compared with."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_eso.checkpoint.compare import compare
+from megatron_eso.checkpoint.folder import list_folders
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = [
+    "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.vocab_size=300",
+    "train.sequence_length=32", "train.global_batch_rows=4", "train.micro_batch_rows=2",
+    "train.log_every_steps=5", "objective.alpha_0=1", "optimizer.ema_decay=0.9", "eval.num_rows=4",
+    "precision.dtype=fp32", "parallel.tensor=2", "checkpoint.keep_last=3",
+    "data.sources=[{path: ../data/train}]", "resilience.straggler_every_steps=0",
+]  # fmt: skip
+
+
+class Faulty:
+    """Starts runs in one folder of data."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.environment.pop("RANK", None)
+
+    def command(self, *arguments, code=0):
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_eso", *map(str, arguments)], cwd=self.folder / "x",
+            env=self.environment, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def start(self, name, *overrides, faults=(), num_ranks=2, **supervision):
+        """Start a supervised run; return the launcher's process."""
+        plan = self.folder / "x" / f"{name}.faults"
+        if not plan.exists():
+            plan.write_text(json.dumps(list(faults)))
+        arguments = ["train", "run.yaml", f"folder={name}", *SETTINGS, *overrides]
+        given = {"arguments": arguments, "num_ranks": num_ranks, "run": name, "is_warm": True}
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.resilience.launcher", json.dumps({**given, **supervision})],
+            cwd=self.folder / "x", env={**self.environment, "FAULTS": str(plan)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def run(self, name, *overrides, code=0, **named):
+        """Run to the end; return the output. Nothing may be left behind."""
+        process = self.start(name, *overrides, **named)
+        out, _ = process.communicate(timeout=1200)
+        assert process.returncode == code, f"exit code {process.returncode}\n{out}"
+        self.assert_nothing_left(name)
+        return out
+
+    def assert_equal(self, one, other):
+        """The newest checkpoints of two runs hold the same bits."""
+        newest = [
+            list_folders(self.folder / "x" / name / "checkpoints")[-1] for name in (one, other)
+        ]
+        assert newest[0].step == newest[1].step
+        assert all(folder.damage(hashes=True) == "" for folder in newest)
+        found = compare(*newest)
+        assert {d.group for d in found} == {"weights", "exp_avg", "exp_avg_sq", "ema"}
+        assert all(d.is_bitwise_equal for d in found), found
+
+    def assert_nothing_left(self, name):
+        """No process of the run is alive and no temporary file of it exists."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and processes_of(name):
+            time.sleep(0.1)
+        assert not processes_of(name)
+        left = [p.name for p in (self.folder / "x" / name).rglob("*") if p.name.endswith(".part")]
+        assert not left
+
+    def events(self, name, kind=None):
+        lines = (self.folder / "x" / name / "events.jsonl").read_text().splitlines()
+        found = [json.loads(line) for line in lines]
+        return [event for event in found if kind in (None, event["event"])]
+
+    def log(self, name):
+        return (self.folder / "x" / name / "log.txt").read_text()
+
+
+def processes_of(name):
+    """Processes started for a run, by an environment that all its processes inherit."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            is_its = process.environ().get("FAULTS", "").endswith(f"/{name}.faults")
+            if is_its and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(scope="session")
+def faulty(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faulty")
+    place = Faulty(folder)
+    (folder / "x").mkdir()
+    (folder / "text").mkdir()
+    for number in range(20):
+        words = " ".join(f"word{(number * i) % 97} is {i % 7}" for i in range(1, 80))
+        (folder / f"text/{number}.txt").write_text(f"document {number}\n{words}\n")
+    place.command("data", "prepare", "../text", "--out", "../data", "--sequence-length", 32,
+                  "--vocab-size", 300, "--validation-fraction", 0.2)  # fmt: skip
+    (folder / "x" / "run.yaml").write_text("data: {validation: {text: ../data/validation}}\n")
+    yield place
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("FAULTS", "").startswith(str(folder)):
+                process.kill()
+        except psutil.Error:
+            continue
+
+
+@pytest.fixture(scope="session")
+def undisturbed(faulty):
+    """Twelve steps without a fault: what every disturbed run must end with."""
+    faulty.run("undisturbed", "train.steps=12", "train.save_every_steps=2")
+    return "undisturbed"

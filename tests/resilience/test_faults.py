@@ -1,0 +1,140 @@
+"""The fault table of docs/resilience.md, with real ranks under the real launcher.
+
+Where a run goes on, it must end with the tensors of an undisturbed run, bit for bit.
+"""
+
+import random
+
+import pytest
+
+pytestmark = pytest.mark.slow
+TWELVE = ("train.steps=12", "train.save_every_steps=2")
+AT_ONCE = (*TWELVE, "checkpoint.asynchronous=false")  # where the step of a restart must be certain
+
+
+def test_every_kind_of_death_and_hang_is_noticed_and_survived(faulty, undisturbed):
+    faults = [
+        {"kind": "kill_in_setup", "rank": 0, "step": "any"},
+        {"kind": "exit", "rank": 1, "step": 3},
+        {"kind": "stop", "rank": 1, "step": 5},
+        {"kind": "gil", "rank": 0, "step": 7},
+        {"kind": "hang", "rank": 1, "step": 9},
+        {"kind": "kill", "rank": 1, "step": 11},
+    ]
+    out = faulty.run("deaths", *AT_ONCE, "resilience.min_timeout_seconds=8", faults=faults)
+    found = faulty.events("deaths", "fault")
+    assert [f["cause"] for f in found] == ["killed", "crash", "hang", "hang", "hang", "killed"]
+    assert [f["step"] for f in found[1:]] == [3, 5, 7, 9, 11]
+    assert "during start-up" in found[0]["why"]
+    assert found[2]["rank"] == 1 and "it is stopped (SIGSTOP)" in found[2]["why"]
+    assert "before_step" in out  # the stack of the rank that holds Python's lock
+    assert found[5]["why"].startswith("rank 1 was killed by SIGKILL")
+    assert [e["step"] for e in faulty.events("deaths", "ready")] == [0, 2, 4, 6, 8, 10]
+    faulty.assert_equal("deaths", undisturbed)
+    report = faulty.command("goodput", "deaths", "--plot", "deaths.png")
+    assert "faults 6" in report and "lost steps 5" in report
+    assert (faulty.folder / "x/deaths.png").stat().st_size > 1000
+
+
+def test_a_killed_launcher_takes_its_ranks_along_and_the_next_one_continues(faulty, undisturbed):
+    process = faulty.start("launcher", *TWELVE, faults=[{"kind": "launcher", "rank": 1, "step": 7}])
+    process.communicate(timeout=600)
+    assert process.returncode == -9
+    faulty.assert_nothing_left("launcher")
+    out = faulty.run("launcher", *TWELVE)
+    assert "continuing from" in out  # the lease of the dead rank was no obstacle
+    faulty.assert_equal("launcher", undisturbed)
+
+
+def test_a_fault_that_comes_back_ends_with_its_own_exit_code(faulty):
+    always = {"kind": "exit", "rank": 1, "step": 5, "always": True}
+    out = faulty.run("loop", *AT_ONCE, faults=[always], code=7, max_restarts=2)
+    assert "given up after 2 faults in a row without a newer checkpoint than step 4" in out
+    assert len(faulty.events("loop", "fault")) == 3  # the first had brought a checkpoint
+
+
+def test_a_save_that_fails_is_loud_and_harms_nothing(faulty, undisturbed):
+    """Full disk in a writer and on rank 0, a dead writer, a slow one: training goes on."""
+    faults = [
+        {"kind": "full_disk", "rank": 1, "step": 4},
+        {"kind": "publish_full", "rank": 0, "step": 6},
+        {"kind": "writer_killed", "rank": 1, "step": 8},
+        {"kind": "writer_slow", "rank": 1, "step": 10},
+    ]
+    out = faulty.run("saves", *TWELVE, "checkpoint.timeout_seconds=4", faults=faults)
+    assert out.count("SAVE FAILED") == 4
+    assert "Traceback" not in out
+    assert not faulty.events("saves", "fault")
+    why = [event["why"] for event in faulty.events("saves", "save_failed")]
+    assert "No space left on device" in why[0] and "No space left on device" in why[1]
+    assert "writer process ended with code -9" in why[2]
+    assert "checkpoint.timeout_seconds=4" in why[3]
+    steps = [line.split()[1] for line in faulty.command("checkpoint", "list", "saves").splitlines()]
+    assert steps == ["2", "12"]
+    faulty.command("checkpoint", "verify", "saves", "--every")
+    faulty.assert_equal("saves", undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "step"),
+    [
+        ("SIGTERM", {"kind": "signal", "rank": 1, "step": 6}, 7),
+        ("SIGUSR1", {"kind": "in_evaluation", "rank": 1, "step": "any"}, 6),
+        ("SIGINT", {"kind": "signal_in_setup", "rank": 0, "step": "any"}, 0),
+    ],
+    ids=["step", "evaluation", "setup"],
+)
+def test_a_signal_to_one_rank_saves_at_an_agreed_step(faulty, undisturbed, name, fault, step):
+    settings = (*TWELVE, "train.eval_every_steps=6")
+    out = faulty.run(name, *settings, faults=[{**fault, "signal": name}], code=75)
+    assert f"at step {step} with a checkpoint" in out and "s after the signal" in out
+    assert faulty.events(name, "stop")[0]["step"] == step
+    faulty.run(name, *settings)
+    faulty.assert_equal(name, undisturbed)
+
+
+def test_a_transient_nan_or_spike_leaves_no_trace(faulty, undisturbed):
+    faults = [{"kind": "nan", "rank": 1, "step": 6}, {"kind": "spike", "rank": 0, "step": 9}]
+    out = faulty.run("transient", *TWELVE, "resilience.spike_window=5", faults=faults)
+    assert out.count("it is run again") == 2
+    faulty.assert_equal("transient", undisturbed)
+
+
+def test_a_nan_that_stays_stops_with_its_own_exit_code(faulty):
+    nan = {"kind": "nan", "rank": 1, "step": 5, "always": True}
+    out = faulty.run("nan", *TWELVE, faults=[nan], code=5)
+    assert "step 5 is saved" in out and "resilience.on_nonfinite" in out
+    assert "step          5" in faulty.command("checkpoint", "list", "nan")
+
+
+def test_skipping_and_rolling_back_leave_the_same_batch_out(faulty):
+    nan = {"kind": "nan", "rank": 1, "step": 5, "always": True}
+    kill = {"kind": "kill", "rank": 0, "step": 9}
+    faulty.run("skip", *AT_ONCE, "resilience.on_nonfinite=skip", faults=[nan])
+    faulty.run("rollback", *AT_ONCE, "resilience.on_nonfinite=rollback", faults=[nan, kill])
+    assert len(faulty.events("rollback", "rollback")) == 1
+    assert len(faulty.events("rollback", "fault")) == 1
+    faulty.assert_equal("skip", "rollback")
+    assert "left_out=[5]" in faulty.command("checkpoint", "inspect", "skip")
+
+
+def test_twenty_random_kills_end_with_the_weights_of_an_undisturbed_run(faulty):
+    """kill -9 on 2 x 2 ranks at seeded moments of 200 steps, a third of them inside saves."""
+    draw, faults = random.Random(4), []
+    for number in range(20):
+        step = 6 + 9 * number + draw.randrange(9)
+        in_save = number % 3 == 0
+        faults.append(
+            {
+                "kind": "kill_in_save" if in_save else "kill",
+                "rank": draw.randrange(4),
+                "step": step - step % 5 + 5 if in_save else step,
+                "after": draw.random() * 0.2,
+            }
+        )
+    settings = ("train.steps=200", "train.save_every_steps=5", "train.log_every_steps=50")
+    faulty.run("kills_none", *settings, num_ranks=4)
+    faulty.run("kills", *settings, num_ranks=4, faults=faults, max_restarts=30)
+    assert 18 <= len(faulty.events("kills", "fault")) <= 20  # two may meet in one restart
+    assert len(faulty.events("kills_none", "fault")) == 0
+    faulty.assert_equal("kills", "kills_none")

@@ -1,0 +1,213 @@
+"""The paper's claim at a size anyone can check: each objective on tiny Shakespeare, a table and a plot.
+
+    python -m tools.numerics --text tinyshakespeare.txt [--out runs/numerics] [--seeds 3] [--jobs 1]
+
+Trains the nanoGPT CPU recipe (configs/run/tiny_shakespeare.yaml) with each objective and seed on the first
+90 % of the characters, scores the last 10 %, and writes numerics.json, numerics.md and numerics.png. Runs
+that are finished are kept, so the command can be stopped and given again.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+CONFIG = Path(__file__).parent.parent / "configs" / "run" / "tiny_shakespeare.yaml"
+LIKELIHOOD_ROWS, ORDERS = 128, 100
+# Stack rows of a batch of 12: a sequential or block row takes two, a diffusion or AR row one.
+OBJECTIVES: dict[str, list[str]] = {
+    "AR, first token given (nanoGPT)": ["objective.name=ar", "objective.leading_mask=false"],
+    "AR": ["objective.name=ar"],
+    "Eso-LM, alpha_0 = 0": ["objective.alpha_0=0", "train.micro_batch_rows=24"],
+    "Eso-LM, alpha_0 = 0.125": ["objective.alpha_0=0.125", "train.micro_batch_rows=18"],
+    "Eso-LM, alpha_0 = 0.25": ["objective.alpha_0=0.25", "train.micro_batch_rows=18"],
+    "Eso-LM, alpha_0 = 0.5": ["objective.alpha_0=0.5", "train.micro_batch_rows=18"],
+    "Eso-LM, alpha_0 = 1": ["objective.alpha_0=1"],
+    "BD3-LM, blocks of 4": [
+        "objective.name=bd3lm", "objective.block_size=4", "train.micro_batch_rows=24",
+    ],
+    "BD3-LM, blocks of 16": [
+        "objective.name=bd3lm", "objective.block_size=16", "train.micro_batch_rows=24",
+    ],
+    "MDLM": ["objective.name=mdlm"],
+}  # fmt: skip
+
+
+def main() -> None:
+    """Prepare, train, score, and show."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare.txt")
+    parser.add_argument("--out", type=Path, default=Path("runs/numerics"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--override", nargs="*", default=[], help="section.key=value for every run")
+    options = parser.parse_args()
+    prepare(options.text, options.out)
+    # Seeds outermost: a first complete table comes early.
+    cells = [(name, seed) for seed in range(1, options.seeds + 1) for name in OBJECTIVES]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        futures = [
+            pool.submit(run_cell, name, seed, options.out, options.override) for name, seed in cells
+        ]
+        for (name, seed), future in zip(cells, futures, strict=True):
+            scores = future.result()
+            print(f"{name}, seed {seed}: " + describe(scores), flush=True)
+    table = collect(options.out, options.seeds)
+    (options.out / "numerics.json").write_text(json.dumps(table, indent=1) + "\n")
+    (options.out / "numerics.md").write_text(as_markdown(table))
+    plot(table, options.out / "numerics.png")
+    print(as_markdown(table))
+
+
+def prepare(text: Path, out: Path) -> None:
+    """Write both parts of the text, a tokenizer of its characters, and the training shards."""
+    whole = text.read_text()
+    cut = int(0.9 * len(whole))
+    out.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", whole[:cut]), ("validation", whole[cut:])):
+        (out / f"{name}.txt").write_text(part)
+    write_character_tokenizer(sorted(set(whole)), out / "tokenizer.json")
+    command(
+        "data", "prepare", out / "train.txt", "--out", out / "data", "--sequence-length", 64,
+        "--tokenizer", out / "tokenizer.json", "--validation-fraction", 0, "--processes", 1,
+    )  # fmt: skip
+
+
+def write_character_tokenizer(characters: list[str], path: Path) -> None:
+    """Write a tokenizer with a token per character and an end-of-document token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    from megatron_eso.data.tokenizer import END_OF_DOCUMENT
+
+    known = {character: number for number, character in enumerate(characters)}
+    core = Tokenizer(models.WordLevel({**known, END_OF_DOCUMENT: len(known)}, END_OF_DOCUMENT))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens([END_OF_DOCUMENT])
+    core.save(str(path))
+
+
+def run_cell(name: str, seed: int, out: Path, overrides: list[str]) -> list[dict]:
+    """Train and score one objective with one seed, unless that was done."""
+    folder = cell_folder(out, name, seed)
+    every, some = folder / "scores.json", folder / "likelihood.json"
+    if not every.is_file() or (name.startswith("Eso") and not some.is_file()):
+        command(
+            "train", CONFIG, *OBJECTIVES[name], f"train.seed={seed}", f"folder={folder}",
+            f"data.sources=[{{path: {out / 'data' / 'train'}}}]", *overrides,
+        )  # fmt: skip
+        text = out / "validation.txt"
+        score = ("eval", folder, text, "--tokenizer", out / "tokenizer.json", "--batch", 64)
+        if name.startswith("Eso"):
+            bounds = ("--metric", "likelihood", "--orders", ORDERS, "--rows", LIKELIHOOD_ROWS)
+            command(*score, *bounds, "--json", some)
+        command(*score, "--repeats", 2, "--json", every)
+    return json.loads(every.read_text())
+
+
+def cell_folder(out: Path, name: str, seed: int) -> Path:
+    """Return where a run stands."""
+    short = "".join(c if c.isalnum() or c == "." else "-" for c in name)
+    return out / f"{short}-seed{seed}"
+
+
+def command(*words: object) -> None:
+    """Run a megatron-eso command; stop with its output if it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_eso", *map(str, words)],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"megatron-eso {' '.join(map(str, words))}\n{done.stdout}{done.stderr}")
+
+
+def describe(scores: list[dict]) -> str:
+    """Return scores in one line."""
+    return ", ".join(f"{s['metric']} {s['nats_per_token']:.4f}" for s in scores)
+
+
+def collect(out: Path, seeds: int) -> list[dict]:
+    """Return a row per objective: mean and spread over the seeds of every score."""
+    table = []
+    for name in OBJECTIVES:
+        found: dict[str, list[float]] = {}
+        for seed in range(1, seeds + 1):
+            folder = cell_folder(out, name, seed)
+            scores = {"": json.loads((folder / "scores.json").read_text())}
+            if (folder / "likelihood.json").is_file():
+                some = f", {LIKELIHOOD_ROWS} rows"
+                scores[some] = json.loads((folder / "likelihood.json").read_text())
+            for suffix, part in scores.items():
+                for score in part:
+                    metric = score["metric"] + suffix
+                    found.setdefault(metric, []).append(score["nats_per_token"])
+        table.append(
+            {
+                "objective": name,
+                "scores": {
+                    metric: {"mean": statistics.mean(v), "spread": max(v) - min(v), "seeds": v}
+                    for metric, v in found.items()
+                },
+            }
+        )
+    return table
+
+
+def as_markdown(table: list[dict]) -> str:
+    """Return the table of means and spreads."""
+    columns = {
+        "NELBO": ("nelbo", "likelihood"),
+        "likelihood, K = 1": ("likelihood bound, K = 1", "likelihood"),
+        **{
+            f"K = {k}, {LIKELIHOOD_ROWS} rows": (
+                f"likelihood bound, K = {k}, {LIKELIHOOD_ROWS} rows",
+                f"likelihood, {LIKELIHOOD_ROWS} rows",
+            )
+            for k in (1, 10, 100)
+        },
+    }
+    lines = ["| objective | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in table:
+        cells = []
+        for names in columns.values():
+            score = next((row["scores"][n] for n in names if n in row["scores"]), None)
+            cells.append(f"{score['mean']:.3f} ({score['spread']:.3f})" if score else "-")
+        lines.append(f"| {row['objective']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(table: list[dict], path: Path) -> None:
+    """Draw the scores of Eso-LM over alpha_0, with the baselines as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    rows = {row["objective"]: row["scores"] for row in table}
+    alphas = [0.0, 0.125, 0.25, 0.5, 1.0]
+    scores = [rows[f"Eso-LM, alpha_0 = {alpha:g}"] for alpha in alphas]
+    bound = [s.get("nelbo", s.get("likelihood")) for s in scores]
+    for number in range(len(bound[0]["seeds"])):
+        axes.plot(alphas, [b["seeds"][number] for b in bound], ".", color="C0", alpha=0.5)
+    axes.plot(alphas, [b["mean"] for b in bound], "-", color="C0", label="Eso-LM, NELBO")
+    exact = [s.get("likelihood bound, K = 1", s.get("likelihood")) for s in scores]
+    axes.plot(alphas, [e["mean"] for e in exact], "--", color="C1", label="Eso-LM, one order")
+    lines = ["AR", "BD3-LM, blocks of 4", "BD3-LM, blocks of 16", "MDLM"]
+    for number, name in enumerate(lines, start=2):
+        score = rows[name].get("nelbo", rows[name].get("likelihood"))
+        axes.axhline(score["mean"], color=f"C{number}", linewidth=1, label=name)
+    axes.set_xlabel("alpha_0: share of tokens made by diffusion")
+    axes.set_ylabel("held-out nats per character")
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
