@@ -14,7 +14,7 @@ from megatron_eso.config.schema import DataConfig, DataSourceConfig
 from megatron_eso.data.prepare import prepare
 from megatron_eso.data.reader import RowReader, ValidationReader
 from megatron_eso.errors import DataError
-from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE, options
+from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE, in_small_shards, options
 
 SHARD = "shard.00000.mds"
 
@@ -150,7 +150,7 @@ def test_a_bounded_cache_drops_old_shards_and_reads_on(store, corpus, tmp_path_f
     folder = tmp_path_factory.mktemp("many") / "set"
     settings = options(sequence_length=SEQUENCE_LENGTH)
     prepare([str(corpus)] * 9, folder, settings, num_processes=1)
-    split_into_small_shards(folder)
+    in_small_shards(folder / "train")
     address = store.upload(folder, "many") + "/train"
     sizes = [path.stat().st_size for path in (folder / "train").glob("*.mds")]
     assert len(sizes) > 3
@@ -168,31 +168,6 @@ def test_a_bounded_cache_drops_old_shards_and_reads_on(store, corpus, tmp_path_f
         assert np.array_equal(reader.read(step, range(64)).tokens, whole[samples])
         assert sum(path.stat().st_size for path in tmp_path.rglob("*.mds")) <= limit
     reader.close()
-
-
-def split_into_small_shards(folder: Path) -> None:
-    """Write the train split again with several shards, as a large data set has."""
-    import dataclasses
-    import json
-
-    from megatron_eso.data import streaming_shim
-    from megatron_eso.data.manifest import load_manifest, sha256_of
-
-    manifest = load_manifest(folder / "train")
-    rows = rows_of(str(folder / "train"))
-    rows[:, 1:][rows[:, 1:] == manifest.end_of_document_id] = manifest.end_of_document_id
-    small = folder / "small"
-    with streaming_shim.mds_writer(
-        small, dtype=manifest.dtype, row_tokens=manifest.row_tokens, shard_bytes=20000, zstd=False
-    ) as writer:
-        for row in rows:
-            writer.write({"tokens": row.astype(manifest.dtype)})
-    count = len(json.loads((small / "index.json").read_text())["shards"])
-    shutil.rmtree(folder / "train")
-    small.rename(folder / "train")
-    dataclasses.replace(
-        manifest, num_shards=count, index_sha256=sha256_of(folder / "train" / "index.json")
-    ).save(folder / "train")
 
 
 def test_a_cache_smaller_than_a_shard_is_refused(store, remote, tmp_path):
