@@ -44,12 +44,24 @@ def tokenizer_of(address: str, manifest: Manifest, data: DataConfig) -> Tokenize
     """Return the tokenizer that made a split."""
     if not is_remote(address):
         return Tokenizer(Path(address) / manifest.tokenizer_file)
-    store = _cached_store(os.path.dirname(address.rstrip("/")), data, True)
-    content = store.read_small(Path(manifest.tokenizer_file).name, manifest.tokenizer_sha256)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
-        path.write_bytes(content)
+        path.write_bytes(tokenizer_json(address, manifest, data))
         return Tokenizer(path)
+
+
+def tokenizer_json(address: str, manifest: Manifest, data: DataConfig) -> bytes:
+    """Return the content of the tokenizer file that made a split.
+
+    Raises:
+        DataError: if it is missing or is another one.
+    """
+    name, folder = manifest.tokenizer_file, address.rstrip("/")
+    if name.startswith("../"):
+        name, folder = name.removeprefix("../"), os.path.dirname(folder)
+    if is_remote(address):
+        return _cached_store(folder, data, True).read_small(name, manifest.tokenizer_sha256)
+    return LocalStore(Path(folder), verify_hashes=True).read_small(name, manifest.tokenizer_sha256)
 
 
 def is_remote(address: str) -> bool:

@@ -56,6 +56,7 @@ class Run:
         self._note("setup", began=begin)
         # One rank whose store, cache or disk fails must not leave the others waiting for it.
         self.reader = together(lambda: _open_rows(config), session.torch_device)
+        together(self._keep_tokenizer, session.torch_device)
         self.validation = together(lambda: Validation(config), session.torch_device)
         self.keeper = Keeper(session, self.folder, self.reader, self.heart)
         self.keeper.resume()
@@ -171,6 +172,11 @@ class Run:
             except ConfigError as error:
                 failure = str(error)
         raise_together(failure, ConfigError, self.session.torch_device)
+
+    def _keep_tokenizer(self) -> None:
+        """Put the data's tokenizer beside the checkpoints."""
+        if self.is_first:
+            self.folder.tokenizer.write_bytes(self.reader.tokenizer_json())
 
     def _save(self) -> None:
         begin = time.perf_counter()
