@@ -6,6 +6,7 @@ second, and groups of finished jobs would slow all later ones down.
 """
 
 import gc
+import importlib
 import multiprocessing
 import os
 import socket
@@ -34,6 +35,7 @@ class RankPool:
     def run(self, job: str, *args: Any, timeout: float = 600.0) -> list[Any]:
         """Return what ``job`` returned on each rank; raise if it failed on any.
 
+        ``job`` is a function of tests/rank_jobs.py, or of another module of tests ("data.jobs.read").
         A rank that dies or exceeds ``timeout`` (s) fails this job only: the next one gets new processes.
         """
         if not self._processes:
@@ -80,7 +82,9 @@ def _serve(pipe: Any, rank: int, size: int) -> None:
         job, args, port = pipe.recv()
         os.environ["MASTER_PORT"] = str(port)
         try:
-            reply = True, getattr(rank_jobs, job)(*args)
+            module, _, name = job.rpartition(".")
+            jobs = importlib.import_module(f"tests.{module}") if module else rank_jobs
+            reply = True, getattr(jobs, name)(*args)
         except BaseException:
             reply = False, traceback.format_exc()
         finish()

@@ -24,7 +24,7 @@ app = typer.Typer(
 @app.command("prepare")
 def prepare_command(
     sources: Annotated[list[str], typer.Argument(help="Files, folders, 'stdlib' or 'hf:NAME'.")],
-    out: Annotated[Path, typer.Option(help="Folder that receives the data set.")],
+    out: Annotated[str, typer.Option(help="Folder that receives the data set; s3://, gs://.")],
     sequence_length: Annotated[int, typer.Option(help="Tokens of a row, L.")] = 512,
     vocab_size: Annotated[
         int | None, typer.Option(help="Tokens, mask included; needed to train a tokenizer.")
@@ -47,6 +47,9 @@ def prepare_command(
     tokenizer_mib: Annotated[int, typer.Option(help="Text to train the tokenizer on, MiB.")] = 256,
     processes: Annotated[int | None, typer.Option(help="Worker processes; default: cores.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Remove what another request left.")] = False,
+    staging: Annotated[
+        Path | None, typer.Option(help="With s3://, gs://: folder for work in progress [cache].")
+    ] = None,
 ) -> None:
     """Turn raw text into a tokenizer and train and validation shards.
 
@@ -56,6 +59,8 @@ def prepare_command(
       megatron-eso data prepare stdlib --out runs/data/stdlib --sequence-length 256 --vocab-size 4096
 
       megatron-eso data prepare a.jsonl.gz b/ --out data/mine --sequence-length 1024 --vocab-size 32768
+
+      megatron-eso data prepare big/ --out s3://bucket/mine --compress --tokenizer tokenizer.json
     """
     from megatron_eso.data.partition import PrepareOptions
     from megatron_eso.data.prepare import prepare
@@ -71,7 +76,7 @@ def prepare_command(
     )  # fmt: skip
     done = prepare(
         sources, out, options, tokenizer=tokenizer, tokenizer_bytes=tokenizer_mib << 20,
-        num_processes=processes, overwrite=overwrite, progress=Progress(),
+        num_processes=processes, overwrite=overwrite, staging=staging, progress=Progress(),
     )  # fmt: skip
     state = "already prepared, nothing to do" if done.was_complete else "prepared"
     print(f"{out}: {state}")

@@ -15,8 +15,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from megatron_eso.data import streaming_shim
+from megatron_eso.data.object_store import StoreError
 from megatron_eso.data.store import ShardFile, StoredFile, check_small, problem_of_open
-from megatron_eso.data.transports import FetchError, Transport
+from megatron_eso.data.transports import Transport
 from megatron_eso.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class CachedStore:
                 problem = self._problem_of_part(part, expected)
                 if problem is None:
                     return
-            except FetchError as error:
+            except StoreError as error:
                 problem = str(error)
                 if error.is_permanent:
                     break

@@ -12,7 +12,7 @@ from megatron_eso.data.manifest import INDEX_NAME, Manifest, load_manifest, sha2
 from megatron_eso.data.merge import renumbered
 from megatron_eso.data.mixture import Mixture
 from megatron_eso.data.open_split import open_split
-from megatron_eso.data.partition import describe_write_error
+from megatron_eso.data.output import new_folder
 from megatron_eso.errors import DataError
 
 SAME = ("tokenizer_sha256", "vocab_size", "sequence_length", "dtype", "packing")
@@ -40,12 +40,7 @@ def merge_splits(folders: list[Path], out: Path) -> Manifest:
     """
     manifests = [load_manifest(folder) for folder in folders]
     _check_alike(folders, manifests)
-    if out.exists() and any(out.iterdir()):
-        raise DataError(f"{out} is not empty; choose another --out")
-    temporary = out.with_name(f"{out.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    with new_folder(out) as temporary:
         shards: list[dict[str, Any]] = []
         for folder in folders:
             for entry in json.loads((folder / INDEX_NAME).read_bytes())["shards"]:
@@ -63,11 +58,6 @@ def merge_splits(folders: list[Path], out: Path) -> Manifest:
             **sums,
         )
         merged.save(temporary)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    except OSError as error:
-        raise DataError(describe_write_error(error, out)) from error
     return merged
 
 

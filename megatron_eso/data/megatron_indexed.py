@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from megatron_eso.data import streaming_shim
 from megatron_eso.data.manifest import INDEX_NAME, Manifest, sha256_of
+from megatron_eso.data.output import new_folder
 from megatron_eso.data.pack import RowPacker
-from megatron_eso.data.partition import describe_write_error
 from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import DataError
 
@@ -90,20 +90,10 @@ def convert_indexed(
         DataError: for a token the tokenizer does not know, or an ``out`` that is not empty.
     """
     dataset, tokenizer = open_indexed(prefix), Tokenizer(tokenizer_path)
-    if out.exists() and any(out.iterdir()):
-        raise DataError(f"{out} is not empty; choose another --out")
-    temporary = out.with_name(f"{out.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    with new_folder(out) as temporary:
         manifest = _write(dataset, temporary, tokenizer, sequence_length, f"{prefix}.bin")
         shutil.copyfile(tokenizer_path, temporary / "tokenizer.json")
         manifest.save(temporary)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    except OSError as error:
-        raise DataError(describe_write_error(error, out)) from error
     return manifest
 
 

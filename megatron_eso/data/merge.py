@@ -16,6 +16,7 @@ from megatron_eso.data.manifest import (
     write_whole,
 )
 from megatron_eso.data.partition import PART_NAME, PrepareOptions, SplitCounts
+from megatron_eso.data.publish import renamed
 from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import DataError
 
@@ -27,8 +28,20 @@ def merge_partitions(
     num_partitions: int,
     tokenizer: Tokenizer,
     options: PrepareOptions,
+    *,
+    are_sent: bool = False,
 ) -> Manifest:
     """Move all partitions' shards of a split to ``out/split`` and write index and manifest.
+
+    Args:
+        work: folder of the finished partitions.
+        out: folder of the data set.
+        split: name of the split.
+        num_partitions: how many there must be.
+        tokenizer: what made the tokens.
+        options: what decided the rows.
+        are_sent: the shards are in an object store, under their partitions' names; only index and
+            manifest are written.
 
     Raises:
         DataError: if a partition is missing or the split has no rows.
@@ -45,7 +58,11 @@ def merge_partitions(
         for name, value in counts.items():
             setattr(total, name, getattr(total, name) + value)
         for entry in json.loads((part / split / INDEX_NAME).read_text())["shards"]:
-            shards.append(_moved(entry, part / split, target, len(shards)))
+            shards.append(
+                renamed(entry, part.name)
+                if are_sent
+                else _moved(entry, part / split, target, len(shards))
+            )
     if not shards:
         raise DataError(
             f"the {split} split got no documents; "
@@ -71,21 +88,21 @@ def merge_partitions(
 
 def renumbered(entry: dict[str, Any], number: int) -> tuple[dict[str, Any], str]:
     """Return a shard's index entry under another number, and which of its files is stored."""
-    renamed = dict(entry)
+    moved = dict(entry)
     for kind in ("raw_data", "zip_data"):
         if entry[kind]:
             suffix = entry[kind]["basename"].split(".", 2)[2]
-            renamed[kind] = {**entry[kind], "basename": f"shard.{number:05d}.{suffix}"}
+            moved[kind] = {**entry[kind], "basename": f"shard.{number:05d}.{suffix}"}
     stored = "zip_data" if entry["zip_data"] else "raw_data"
-    return renamed, stored
+    return moved, stored
 
 
 def _moved(entry: dict[str, Any], source: Path, target: Path, number: int) -> dict[str, Any]:
     """Rename one shard's file to its place in the whole and return its index entry."""
-    renamed, stored = renumbered(entry, number)
-    before, after = source / entry[stored]["basename"], target / renamed[stored]["basename"]
+    moved, stored = renumbered(entry, number)
+    before, after = source / entry[stored]["basename"], target / moved[stored]["basename"]
     if before.exists():
         os.replace(before, after)
     elif not after.exists():
         raise DataError(f"shard {before} is missing; remove {source.parent} and run again")
-    return renamed
+    return moved

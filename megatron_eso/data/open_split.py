@@ -44,12 +44,24 @@ def tokenizer_of(address: str, manifest: Manifest, data: DataConfig) -> Tokenize
     """Return the tokenizer that made a split."""
     if not is_remote(address):
         return Tokenizer(Path(address) / manifest.tokenizer_file)
-    store = _cached_store(os.path.dirname(address.rstrip("/")), data, True)
-    content = store.read_small(Path(manifest.tokenizer_file).name, manifest.tokenizer_sha256)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
-        path.write_bytes(content)
+        path.write_bytes(tokenizer_json(address, manifest, data))
         return Tokenizer(path)
+
+
+def tokenizer_json(address: str, manifest: Manifest, data: DataConfig) -> bytes:
+    """Return the content of the tokenizer file that made a split.
+
+    Raises:
+        DataError: if it is missing or is another one.
+    """
+    name, folder = manifest.tokenizer_file, address.rstrip("/")
+    if name.startswith("../"):
+        name, folder = name.removeprefix("../"), os.path.dirname(folder)
+    if is_remote(address):
+        return _cached_store(folder, data, True).read_small(name, manifest.tokenizer_sha256)
+    return LocalStore(Path(folder), verify_hashes=True).read_small(name, manifest.tokenizer_sha256)
 
 
 def is_remote(address: str) -> bool:
@@ -68,7 +80,7 @@ def _is_compressed(folder: Path) -> bool:
 def _cached_store(address: str, data: DataConfig, verify_hashes: bool) -> CachedStore:
     limit = data.cache_limit_gib
     settings = CacheSettings(
-        root=Path(data.cache_dir) if data.cache_dir else _default_cache(),
+        root=Path(data.cache_dir) if data.cache_dir else default_cache(),
         limit_bytes=None if limit is None else int(limit * 2**30),
         retries=data.retries,
         verify_hashes=verify_hashes,
@@ -77,6 +89,7 @@ def _cached_store(address: str, data: DataConfig, verify_hashes: bool) -> Cached
     return CachedStore(address, transport, settings)
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
+    """Return our folder under the system's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "megatron_eso"

@@ -1,10 +1,10 @@
 """One worker's part of preparing data: read, split, tokenize, pack and write one partition.
 
 A partition is written into ``part-xxxxx.tmp`` and renamed when it is whole, with ``part.json`` as its
-account; one that was interrupted is simply done again.
+account; one that was interrupted is simply done again. With an object store as the output its shards
+are sent there before that.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 from megatron_eso.data import streaming_shim
 from megatron_eso.data.documents import Document, documents_of
+from megatron_eso.data.output import describe_write_error
 from megatron_eso.data.pack import RowPacker
+from megatron_eso.data.publish import Destination
 from megatron_eso.data.sources import Partition
 from megatron_eso.data.tokenizer import Tokenizer, pieces_of
 from megatron_eso.errors import DataError
@@ -58,6 +60,28 @@ class PrepareOptions:
     def dtype(self) -> str:
         """Return the type of the stored tokens: the smallest that holds the vocabulary."""
         return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What every worker of one preparation is told."""
+
+    work: Path
+    """Folder of the finished partitions."""
+    tokenizer_path: Path
+    """tokenizer.json."""
+    options: PrepareOptions
+    """What decides the rows."""
+    address: str | None = None
+    """Object store that receives the shards of finished partitions; None: they stay here."""
+
+    def folder_of(self, partition: Partition) -> Path:
+        """Return the folder of a finished partition."""
+        return self.work / f"part-{partition.number:05d}"
+
+    def is_finished(self, partition: Partition) -> bool:
+        """Return whether an earlier run finished a partition."""
+        return (self.folder_of(partition) / PART_NAME).is_file()
 
 
 @dataclass
@@ -99,46 +123,32 @@ def split_of(document: Document, validation_fraction: float) -> str:
 
 
 def write_partition(
-    partition: Partition,
-    folder: Path,
-    tokenizer_path: Path,
-    options: PrepareOptions,
-    report: Callable[[int, int], None],
+    partition: Partition, preparation: Preparation, report: Callable[[int, int], None]
 ) -> None:
-    """Turn a partition into shards under ``folder/part-xxxxx``.
+    """Turn a partition into shards under ``part-xxxxx``.
 
     Args:
         partition: what to read.
-        folder: work folder of the preparation.
-        tokenizer_path: tokenizer.json.
-        options: what decides the rows.
+        preparation: where to write, with which tokenizer and options.
         report: called with (bytes of text, tokens) done since the last call.
 
     Raises:
         DataError: for a document that cannot be used, no space, no permission.
     """
-    done = folder / f"part-{partition.number:05d}"
+    done = preparation.folder_of(partition)
     temporary = done.with_suffix(".tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        counts = _write_splits(partition, temporary, Tokenizer(tokenizer_path), options, report)
+        tokenizer = Tokenizer(preparation.tokenizer_path)
+        counts = _write_splits(partition, temporary, tokenizer, preparation.options, report)
         account = {split: asdict(count) for split, count in counts.items()}
         (temporary / PART_NAME).write_text(json.dumps(account))
+        if preparation.address is not None:
+            Destination(preparation.address).send_shards(temporary, done.name, SPLITS)
         os.replace(temporary, done)
     except OSError as error:
-        raise DataError(describe_write_error(error, folder)) from error
-
-
-def describe_write_error(error: OSError, folder: Path) -> str:
-    """Return what to do about a failed write."""
-    advice = {
-        errno.ENOSPC: "the disk is full; free space and run the same command again: it continues",
-        errno.EDQUOT: "the disk quota is used up; free space and run the same command again",
-        errno.EACCES: "no permission; choose another --out or change its owner",
-        errno.EROFS: "the file system is read-only; choose another --out",
-    }.get(error.errno or 0, "run the same command again: it continues")
-    return f"cannot write {error.filename or folder} ({error.strerror or error}): {advice}"
+        raise DataError(describe_write_error(error, preparation.work)) from error
 
 
 def _write_splits(

@@ -23,9 +23,12 @@ from megatron_eso.data.manifest import (
     write_whole,
 )
 from megatron_eso.data.merge import merge_partitions
-from megatron_eso.data.partition import PrepareOptions, describe_write_error, split_of
+from megatron_eso.data.open_split import default_cache, is_remote
+from megatron_eso.data.output import describe_write_error
+from megatron_eso.data.partition import Preparation, PrepareOptions, split_of
 from megatron_eso.data.progress import Progress
-from megatron_eso.data.sources import Partition, Piece, find_files, partitions_of
+from megatron_eso.data.publish import Destination
+from megatron_eso.data.sources import Piece, find_files, partitions_of
 from megatron_eso.data.tokenizer import Tokenizer, resolve_tokenizer, train_tokenizer
 from megatron_eso.data.workers import write_partitions
 from megatron_eso.errors import DataError
@@ -48,25 +51,28 @@ class Prepared:
 
 def prepare(
     sources: list[str],
-    out: Path,
+    out: Path | str,
     options: PrepareOptions,
     *,
     tokenizer: str | None = None,
     tokenizer_bytes: int = 256 << 20,
     num_processes: int | None = None,
     overwrite: bool = False,
+    staging: Path | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
     """Prepare ``out/train``, ``out/validation`` and ``out/tokenizer.json`` from the sources.
 
     Args:
         sources: files, folders, ``stdlib``, ``hf:NAME``.
-        out: local folder.
+        out: local folder, or address of an object store (s3://, gs://).
         options: what decides the rows.
         tokenizer: file, folder or published name; None: train one on the text.
         tokenizer_bytes: bytes of text to train it on, at most.
         num_processes: worker processes; None: one per core. It does not change the result.
         overwrite: remove what another request left in ``out``.
+        staging: local folder for work in progress if ``out`` is an object store; None: one for this
+            address under the cache folder. Finished partitions leave it.
         progress: where to show progress.
 
     Raises:
@@ -75,22 +81,28 @@ def prepare(
     check_options(options)
     pieces = find_files(sources)
     request = _request(sources, pieces, options, tokenizer, tokenizer_bytes)
+    destination = Destination(str(out)) if is_remote(str(out)) else None
+    folder = Path(out) if destination is None else staging or _staging_of(destination.address)
     try:
-        _claim(out, request, overwrite)
-        if (out / "train" / MANIFEST_NAME).is_file():
-            return Prepared({split: load_manifest(out / split) for split in _splits(options)}, True)
-        path = out / TOKENIZER_NAME
+        complete = _claim(folder, destination, request, overwrite, _splits(options))
+        if complete is not None:
+            return Prepared(complete, True)
+        path = folder / TOKENIZER_NAME
         if not path.is_file():
             _make_tokenizer(tokenizer, pieces, path, options, tokenizer_bytes, progress)
         loaded = Tokenizer(path)
         loaded.check_vocabulary(options.vocab_size, "--vocab-size")
         partitions = partitions_of(pieces, options.partition_mib and options.partition_mib << 20)
-        work = out / WORK_NAME
+        address = destination.address if destination else None
+        preparation = Preparation(folder / WORK_NAME, path, options, address)
         count = num_processes or multiprocessing.cpu_count()
-        write_partitions(partitions, work, path, options, num_processes=count, progress=progress)
-        return Prepared(_merge(work, out, partitions, loaded, options), False)
+        write_partitions(partitions, preparation, num_processes=count, progress=progress)
+        manifests = _merge(preparation, folder, len(partitions), loaded)
+        if destination is not None:
+            _publish(folder, destination, _splits(options))
+        return Prepared(manifests, False)
     except OSError as error:
-        raise DataError(describe_write_error(error, out)) from error
+        raise DataError(describe_write_error(error, folder)) from error
 
 
 def check_options(options: PrepareOptions) -> None:
@@ -139,19 +151,46 @@ def _request(
     }
 
 
-def _claim(out: Path, request: dict[str, Any], overwrite: bool) -> None:
-    """Note the request in ``out``, or refuse it if another one's output stands there."""
+def _claim(
+    folder: Path,
+    destination: Destination | None,
+    request: dict[str, Any],
+    overwrite: bool,
+    splits: tuple[str, ...],
+) -> dict[str, Manifest] | None:
+    """Note the request where the output goes, or refuse it if another one's output stands there.
+
+    Returns:
+        The manifests if an earlier run with this request had done everything.
+    """
+    if destination is None:
+        _claim_folder(folder, request, overwrite)
+        is_complete = (folder / "train" / MANIFEST_NAME).is_file()
+        return (
+            {split: load_manifest(folder / split) for split in MERGE_ORDER} if is_complete else None
+        )
+    earlier = destination.claim(REQUEST_NAME, request)
+    if earlier == request:
+        complete = destination.manifests(splits)
+        if complete is not None:
+            return complete
+    else:  # what an earlier run left in the staging folder is not there any more
+        if earlier is not None:
+            _refuse_another(destination.address, earlier, request, overwrite)
+            destination.replace(REQUEST_NAME, request, [*MERGE_ORDER, TOKENIZER_NAME])
+        if (folder / REQUEST_NAME).is_file():
+            _remove_prepared(folder)
+    _claim_folder(folder, request, overwrite=True)
+    return None
+
+
+def _claim_folder(out: Path, request: dict[str, Any], overwrite: bool) -> None:
     path = out / REQUEST_NAME
     if path.is_file():
         earlier = json.loads(path.read_text())
-        keys = [key for key in request | earlier if request.get(key) != earlier.get(key)]
-        if keys and not overwrite:
-            changes = "; ".join(f"{k}: {earlier.get(k)} -> {request.get(k)}" for k in keys)
-            raise DataError(
-                f"{out} was prepared from another request ({changes}); choose another --out, or add "
-                "--overwrite to remove what is there"
-            )
-        if keys:
+        if earlier != request:
+            if any((out / name).exists() for name in (*MERGE_ORDER, WORK_NAME)):
+                _refuse_another(str(out), earlier, request, overwrite)
             _remove_prepared(out)
     elif out.is_dir() and any(out.iterdir()):
         raise DataError(
@@ -159,6 +198,22 @@ def _claim(out: Path, request: dict[str, Any], overwrite: bool) -> None:
         )
     out.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(request, indent=2) + "\n")
+
+
+def _refuse_another(
+    out: str, earlier: dict[str, Any], request: dict[str, Any], overwrite: bool
+) -> None:
+    keys = [key for key in request | earlier if request.get(key) != earlier.get(key)]
+    if not overwrite:
+        changes = "; ".join(f"{k}: {earlier.get(k)} -> {request.get(k)}" for k in keys)
+        raise DataError(
+            f"{out} was prepared from another request ({changes}); choose another --out, or add "
+            "--overwrite to remove what is there"
+        )
+
+
+def _staging_of(address: str) -> Path:
+    return default_cache() / "prepare" / sha256(address.encode()).hexdigest()[:16]
 
 
 def _remove_prepared(out: Path) -> None:
@@ -206,15 +261,25 @@ def _training_texts(pieces: list[Piece], options: PrepareOptions, num_bytes: int
 
 
 def _merge(
-    work: Path,
-    out: Path,
-    partitions: list[Partition],
-    tokenizer: Tokenizer,
-    options: PrepareOptions,
+    preparation: Preparation, out: Path, num_partitions: int, tokenizer: Tokenizer
 ) -> dict[str, Manifest]:
+    are_sent = preparation.address is not None
     manifests = {
-        split: merge_partitions(work, out, split, len(partitions), tokenizer, options)
-        for split in _splits(options)
-    }
-    shutil.rmtree(work)
+        split: merge_partitions(
+            preparation.work, out, split, num_partitions, tokenizer, preparation.options,
+            are_sent=are_sent,
+        )
+        for split in _splits(preparation.options)
+    }  # fmt: skip
+    if not are_sent:
+        shutil.rmtree(preparation.work)
     return manifests
+
+
+def _publish(folder: Path, destination: Destination, splits: tuple[str, ...]) -> None:
+    """Send what the shards need to be a data set, the train manifest last; empty the folder."""
+    destination.write(TOKENIZER_NAME, (folder / TOKENIZER_NAME).read_bytes())
+    for split in splits:
+        destination.send_split(folder, split)
+    _remove_prepared(folder)
+    folder.rmdir()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from megatron_eso.config.schema import DataConfig
 from megatron_eso.data.manifest import Manifest
 from megatron_eso.data.mixture import Mixture
-from megatron_eso.data.open_split import open_split
+from megatron_eso.data.open_split import open_split, tokenizer_json
 from megatron_eso.data.order import SampleOrder
 from megatron_eso.data.shards import ShardedRows
 from megatron_eso.errors import DataError
@@ -114,6 +114,14 @@ class RowReader:
             threads.submit(self._warm, step)
         self._num_reads += 1
         return result
+
+    def tokenizer_json(self) -> bytes:
+        """Return the content of the file of the sources' tokenizer.
+
+        Raises:
+            DataError: if it is missing beside the first source, or is another one.
+        """
+        return tokenizer_json(self._data.sources[0].path, self.manifests[0], self._data)
 
     @property
     def tokens_per_epoch(self) -> int:

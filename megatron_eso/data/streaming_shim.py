@@ -92,12 +92,6 @@ def download(remote: str, local: Path, timeout_seconds: float) -> None:
     downloader.download(remote, str(local), timeout_seconds)
 
 
-def upload(local_folder: Path, remote: str, name: str) -> None:
-    """Send one file of a local folder through streaming's uploader of the address's scheme."""
-    uploader = load("storage.upload").CloudUploader.get((str(local_folder), remote), True)
-    uploader.upload_file(name)
-
-
 def _place_bare_packages() -> None:
     if "streaming" in sys.modules:
         return

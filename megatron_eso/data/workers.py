@@ -5,10 +5,9 @@ import os
 import queue
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
-from megatron_eso.data.partition import PART_NAME, PrepareOptions, write_partition
+from megatron_eso.data.partition import Preparation, write_partition
 from megatron_eso.data.progress import Progress
 from megatron_eso.data.sources import Partition
 from megatron_eso.errors import DataError
@@ -19,9 +18,7 @@ _reports: Any = None  # set in each worker process by its initializer
 
 def write_partitions(
     partitions: list[Partition],
-    work: Path,
-    tokenizer_path: Path,
-    options: PrepareOptions,
+    preparation: Preparation,
     *,
     num_processes: int,
     progress: Progress | None,
@@ -31,7 +28,7 @@ def write_partitions(
     Raises:
         DataError: the first error of a worker; work already finished is kept.
     """
-    left = [p for p in partitions if not (work / f"part-{p.number:05d}" / PART_NAME).is_file()]
+    left = [one for one in partitions if not preparation.is_finished(one)]
     if progress is not None:
         if len(left) < len(partitions):
             progress.say(
@@ -41,18 +38,16 @@ def write_partitions(
     if num_processes == 1 or len(left) <= 1:
         report = progress.add if progress is not None else _report_nothing
         for partition in left:
-            write_partition(partition, work, tokenizer_path, options, report)
+            write_partition(partition, preparation, report)
     else:
-        _run_pool(left, work, tokenizer_path, options, num_processes, progress)
+        _run_pool(left, preparation, num_processes, progress)
     if progress is not None:
         progress.finish()
 
 
 def _run_pool(
     partitions: list[Partition],
-    work: Path,
-    tokenizer_path: Path,
-    options: PrepareOptions,
+    preparation: Preparation,
     num_processes: int,
     progress: Progress | None,
 ) -> None:
@@ -62,7 +57,7 @@ def _run_pool(
     count = min(num_processes, len(partitions))
     with ProcessPoolExecutor(count, context, _start_worker, (reports,)) as pool:
         pending: set[Future[None]] = {
-            pool.submit(_work, partition, work, tokenizer_path, options) for partition in partitions
+            pool.submit(_work, partition, preparation) for partition in partitions
         }
         try:
             while pending:
@@ -85,8 +80,8 @@ def _start_worker(reports: Any) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per process
 
 
-def _work(partition: Partition, work: Path, tokenizer_path: Path, options: PrepareOptions) -> None:
-    write_partition(partition, work, tokenizer_path, options, lambda *done: _reports.put(done))
+def _work(partition: Partition, preparation: Preparation) -> None:
+    write_partition(partition, preparation, lambda *done: _reports.put(done))
 
 
 def _drain(reports: Any, progress: Progress | None) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from megatron_eso.errors import DataError
 from megatron_eso.parallel.groups import Layout
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,10 @@ def read_together(
         shape: (n, L + 1).
 
     Raises:
-        DataError: on every rank, naming the first rank that failed and why.
+        DataError: on every rank, naming the ranks that failed and why.
     """
     leader = dist.get_global_rank(layout.model_group, 0)
-    rows, failure = None, ""
-    if dist.get_rank() == leader:
-        try:
-            rows = read()
-        except (DataError, OSError) as error:
-            failure = f"rank {leader}: {error}"
-    raise_together(failure, DataError, device)
+    rows = together(lambda: read() if dist.get_rank() == leader else None, device)
     if layout.model_group.size() == 1:
         assert rows is not None
         return rows
@@ -57,12 +54,44 @@ def read_together(
     return Rows(torch.where(is_valid, packed, -1 - packed), is_valid)
 
 
+def together(use_data: Callable[[], Result], device: torch.device) -> Result:
+    """Return what ``use_data`` returns on this rank; every rank must call.
+
+    Raises:
+        DataError: on every rank if it fails on any, so that none waits for another for ever.
+    """
+    result, failure = None, ""
+    try:
+        result = use_data()
+    except (DataError, OSError) as error:
+        failure = str(error) or type(error).__name__
+    if any_rank([bool(failure)], device)[0]:
+        raise DataError(_said_by(_gathered(failure)))
+    return result  # type: ignore[return-value]
+
+
 def raise_together(failure: str, kind: type[Exception], device: torch.device) -> None:
     """Raise ``kind`` on all ranks if ``failure`` is not empty on any; return otherwise."""
     if any_rank([bool(failure)], device)[0]:
-        messages: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, failure)
-        raise kind("; ".join(message for message in messages if message))
+        raise kind("; ".join(message for message in _gathered(failure) if message))
+
+
+def _gathered(message: str) -> list[str]:
+    messages: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    return messages
+
+
+def _said_by(messages: list[str]) -> str:
+    """Return each message once, with the ranks it came from unless it came from all."""
+    ranks: dict[str, list[str]] = {}
+    for rank, message in enumerate(messages):
+        if message:
+            ranks.setdefault(message, []).append(str(rank))
+    return "; ".join(
+        message if len(by) == len(messages) else f"rank {', '.join(by)}: {message}"
+        for message, by in ranks.items()
+    )
 
 
 def any_rank(flags: list[bool], device: torch.device) -> list[bool]:

@@ -239,7 +239,7 @@ class Keeper:
             "sequence_length": session.config.train.sequence_length,
             "mask_token_id": session.config.model.vocab_size - 1,
             "data": self._reader.fingerprint(),
-            "tokenizer": str(Path(session.config.data.sources[0].path).parent / "tokenizer.json"),
+            "tokenizer": str(self._folder.tokenizer) if self._folder.tokenizer.is_file() else None,
             "parallel": asdict(session.config.parallel),
             "num_ranks": session.ranks.world_size,
             "written": time.time(),

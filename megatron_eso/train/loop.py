@@ -14,7 +14,7 @@ from megatron_eso.errors import STOPPED_EXIT_CODE, CheckpointError, ConfigError,
 from megatron_eso.launch import events
 from megatron_eso.launch.heartbeat import Heart
 from megatron_eso.parallel.device import Ranks
-from megatron_eso.parallel.exchange import Rows, any_rank, raise_together
+from megatron_eso.parallel.exchange import Rows, any_rank, raise_together, together
 from megatron_eso.resilience.signals import StopRequest
 from megatron_eso.train.guard import StepGuard
 from megatron_eso.train.keeper import Keeper
@@ -54,14 +54,10 @@ class Run:
         self.folder = RunFolder(Path(config.folder))
         self._create_folder()
         self._note("setup", began=begin)
-        self.reader = RowReader(
-            config.data,
-            sequence_length=config.train.sequence_length,
-            vocab_size=config.model.vocab_size,
-            global_batch_rows=config.train.global_batch_rows,
-            seed=config.train.seed,
-        )
-        self.validation = Validation(config)
+        # One rank whose store, cache or disk fails must not leave the others waiting for it.
+        self.reader = together(lambda: _open_rows(config), session.torch_device)
+        together(self._keep_tokenizer, session.torch_device)
+        self.validation = together(lambda: Validation(config), session.torch_device)
         self.keeper = Keeper(session, self.folder, self.reader, self.heart)
         self.keeper.resume()
         self.guard = StepGuard(session, self._read, self.keeper.go_back, self.folder.path)
@@ -179,6 +175,11 @@ class Run:
                 failure = str(error)
         raise_together(failure, ConfigError, self.session.torch_device)
 
+    def _keep_tokenizer(self) -> None:
+        """Put the data's tokenizer beside the checkpoints."""
+        if self.is_first:
+            self.folder.tokenizer.write_bytes(self.reader.tokenizer_json())
+
     def _save(self) -> None:
         begin = time.perf_counter()
         stall = self.keeper.save()
@@ -247,6 +248,16 @@ class Run:
         log.info("matmul peak of all ranks: %.1f GFLOP/s (measured)", peak / 1e9)
         epochs = self.session.derived.total_tokens / self.reader.tokens_per_epoch
         log.info("the run reads its data %.2f times", epochs)
+
+
+def _open_rows(config: RunConfig) -> RowReader:
+    return RowReader(
+        config.data,
+        sequence_length=config.train.sequence_length,
+        vocab_size=config.model.vocab_size,
+        global_batch_rows=config.train.global_batch_rows,
+        seed=config.train.seed,
+    )
 
 
 def _is_due(step: int, every: int | None) -> bool:

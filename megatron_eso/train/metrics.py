@@ -114,6 +114,7 @@ class Metrics:
             "tokens_per_second": report.data_tokens / seconds_per_step,
             "model_flops_per_second": self._flops / seconds_per_step,
             "share_of_matmul_peak": self._flops / seconds_per_step / self._peak,
+            "share_waiting_for_data": phases["seconds_data"] / seconds_per_step,
             "memory_gib": self._session.device.memory_gib(),
             **phases,
         }
@@ -124,7 +125,8 @@ class Metrics:
         self._lines.flush()
         for name, value in kept.items():
             if name != "step":
-                group = "time" if name.startswith("seconds") else "train"
+                is_time = name.startswith("seconds") or name == "share_waiting_for_data"
+                group = "time" if is_time else "train"
                 self._board.add_scalar(f"{group}/{name}", value, step)
 
 

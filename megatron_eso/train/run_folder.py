@@ -4,6 +4,7 @@ config.yaml      resolved configuration      run.json     commit, versions, layo
 log.txt          plain log                   metrics.jsonl  one object per logged step
 status.json      where the run is            tensorboard/  event files
 checkpoints/     see checkpoint/folder.py    evaluation.json
+tokenizer.json   a copy, so that the run can be sampled from without its data
 """
 
 import json
@@ -40,6 +41,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.tokenizer = path / "tokenizer.json"
 
     def create(self, config: RunConfig) -> None:
         """Make the folder and write configuration and commit; refuse another run's folder.

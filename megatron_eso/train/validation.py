@@ -1,7 +1,6 @@
 """Held-out scores of a run in progress; a signal that asks for a stop ends them early."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,7 +26,8 @@ class Validation:
     def __init__(self, config: RunConfig) -> None:
         self._readers = {
             name: ValidationReader(
-                Path(path),
+                path,
+                config.data,
                 sequence_length=config.train.sequence_length,
                 vocab_size=config.model.vocab_size,
             )

@@ -2,12 +2,21 @@
 
 import json
 import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megatron_eso.config.schema import DataConfig
+from megatron_eso.data import streaming_shim
+from megatron_eso.data.manifest import load_manifest, sha256_of
+from megatron_eso.data.open_split import open_split
 from megatron_eso.data.partition import PrepareOptions
 from megatron_eso.data.prepare import prepare
+from tests.data.object_store import ObjectStore, environment
 
 SEQUENCE_LENGTH = 16
 VOCAB_SIZE = 300
@@ -37,6 +46,24 @@ def options(**changes) -> PrepareOptions:
 
 
 @pytest.fixture(scope="session")
+def running_store() -> Iterator[ObjectStore]:
+    pytest.importorskip("moto")
+    pytest.importorskip("boto3")
+    running = ObjectStore()
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def store(running_store) -> Iterator[ObjectStore]:
+    """Return the object store, with the environment in which boto3 finds it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(running_store).items():
+            patch.setenv(name, value)
+        yield running_store
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     write_corpus(path)
@@ -49,3 +76,21 @@ def prepared(corpus, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "set"
     prepare([str(corpus)], out, options(), num_processes=1)
     return out
+
+
+def in_small_shards(folder: Path, shard_bytes: int = 20_000) -> None:
+    """Write a split again with several shards, as a large data set has."""
+    manifest = load_manifest(folder)
+    rows = open_split(str(folder), DataConfig()).read(np.arange(manifest.num_samples))
+    small = folder.with_name("small")
+    with streaming_shim.mds_writer(
+        small, dtype=manifest.dtype, row_tokens=manifest.row_tokens, shard_bytes=shard_bytes,
+        zstd=False,
+    ) as writer:  # fmt: skip
+        for row in rows:
+            writer.write({"tokens": row})
+    count = len(json.loads((small / "index.json").read_text())["shards"])
+    shutil.rmtree(folder)
+    small.rename(folder)
+    index = sha256_of(folder / "index.json")
+    replace(manifest, num_shards=count, index_sha256=index).save(folder)

@@ -14,22 +14,9 @@ from megatron_eso.config.schema import DataConfig, DataSourceConfig
 from megatron_eso.data.prepare import prepare
 from megatron_eso.data.reader import RowReader, ValidationReader
 from megatron_eso.errors import DataError
-from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE, options
-from tests.data.object_store import ObjectStore, environment
+from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE, in_small_shards, options
 
 SHARD = "shard.00000.mds"
-
-
-@pytest.fixture(scope="module")
-def store():
-    pytest.importorskip("moto")
-    pytest.importorskip("boto3")
-    running = ObjectStore()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment(running).items():
-            patch.setenv(name, value)
-        yield running
-    running.close()
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +150,7 @@ def test_a_bounded_cache_drops_old_shards_and_reads_on(store, corpus, tmp_path_f
     folder = tmp_path_factory.mktemp("many") / "set"
     settings = options(sequence_length=SEQUENCE_LENGTH)
     prepare([str(corpus)] * 9, folder, settings, num_processes=1)
-    split_into_small_shards(folder)
+    in_small_shards(folder / "train")
     address = store.upload(folder, "many") + "/train"
     sizes = [path.stat().st_size for path in (folder / "train").glob("*.mds")]
     assert len(sizes) > 3
@@ -183,43 +170,18 @@ def test_a_bounded_cache_drops_old_shards_and_reads_on(store, corpus, tmp_path_f
     reader.close()
 
 
-def split_into_small_shards(folder: Path) -> None:
-    """Write the train split again with several shards, as a large data set has."""
-    import dataclasses
-    import json
-
-    from megatron_eso.data import streaming_shim
-    from megatron_eso.data.manifest import load_manifest, sha256_of
-
-    manifest = load_manifest(folder / "train")
-    rows = rows_of(str(folder / "train"))
-    rows[:, 1:][rows[:, 1:] == manifest.end_of_document_id] = manifest.end_of_document_id
-    small = folder / "small"
-    with streaming_shim.mds_writer(
-        small, dtype=manifest.dtype, row_tokens=manifest.row_tokens, shard_bytes=20000, zstd=False
-    ) as writer:
-        for row in rows:
-            writer.write({"tokens": row.astype(manifest.dtype)})
-    count = len(json.loads((small / "index.json").read_text())["shards"])
-    shutil.rmtree(folder / "train")
-    small.rename(folder / "train")
-    dataclasses.replace(
-        manifest, num_shards=count, index_sha256=sha256_of(folder / "train" / "index.json")
-    ).save(folder / "train")
-
-
 def test_a_cache_smaller_than_a_shard_is_refused(store, remote, tmp_path):
     with pytest.raises(DataError, match=r"data\.cache_limit_gib=.* is less than one shard"):
         rows_of(remote, cache_dir=str(tmp_path), cache_limit_gib=1e-6)
 
 
 def test_a_full_cache_disk_is_an_error_that_names_the_setting(store, remote, tmp_path, monkeypatch):
-    from megatron_eso.data import transports
+    from megatron_eso.data import object_store
 
-    def full(self, answer, file, deadline):
+    def full(self, name, file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(transports.S3Transport, "_copy", full)
+    monkeypatch.setattr(object_store.ObjectFolder, "_copy", full)
     with pytest.raises(DataError, match=r"No space left.*data\.cache_dir"):
         rows_of(remote, cache_dir=str(tmp_path))
 

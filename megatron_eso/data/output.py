@@ -1,0 +1,43 @@
+"""Output folders that appear whole or not at all, and what to say when one cannot be written."""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_eso.errors import DataError
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder beside ``out`` that takes its name when the block ends without an error.
+
+    Raises:
+        DataError: if ``out`` is not empty or cannot be written.
+    """
+    try:
+        if out.exists() and any(out.iterdir()):
+            raise DataError(f"{out} is not empty; choose another --out")
+        temporary = out.with_name(f"{out.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    except OSError as error:
+        raise DataError(describe_write_error(error, out)) from error
+
+
+def describe_write_error(error: OSError, folder: Path) -> str:
+    """Return what to do about a failed write."""
+    advice = {
+        errno.ENOSPC: "the disk is full; free space and run the same command again: it continues",
+        errno.EDQUOT: "the disk quota is used up; free space and run the same command again",
+        errno.EACCES: "no permission; choose another --out or change its owner",
+        errno.EROFS: "the file system is read-only; choose another --out",
+        errno.ENOTDIR: "a file is in the way; choose another --out",
+        errno.EEXIST: "a file is in the way; choose another --out",
+    }.get(error.errno or 0, "run the same command again: it continues")
+    return f"cannot write {error.filename or folder} ({error.strerror or error}): {advice}"

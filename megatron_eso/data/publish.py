@@ -1,0 +1,138 @@
+"""``data prepare`` into an object store: a partition's shards go up as it finishes, manifests last.
+
+Shards keep the name of their partition (``part-00003-shard.00000.mds``), since their place in the
+whole is known only at the end; the index gives their order. The account of what was asked
+(``prepare.json``) goes up first, so that another request is refused from any machine.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_eso.data.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, parse_manifest
+from megatron_eso.data.object_store import ObjectFolder, StoreError, speaks_s3
+from megatron_eso.errors import DataError
+
+log = logging.getLogger(__name__)
+ATTEMPTS = 6
+FIRST_PAUSE_SECONDS = 0.5
+TIMEOUT_SECONDS = 120.0  # of one attempt; a shard is below 4 GiB and usually 64 MiB
+Result = TypeVar("Result")
+
+
+class Destination:
+    """The address that receives a prepared data set."""
+
+    def __init__(self, address: str) -> None:
+        """Check that the address can be written to by this program; nothing is sent yet.
+
+        Raises:
+            DataError: for a kind of store that cannot be written to.
+        """
+        if not speaks_s3(address):
+            raise DataError(
+                f"--out {address}: data prepare writes to local folders, s3://, and gs:// with "
+                "GCS_KEY and GCS_SECRET set (keys of Google's S3-compatible interface); for another "
+                "store prepare into a local folder and copy it there"
+            )
+        self.address = address.rstrip("/")
+        self._folder = ObjectFolder.open(self.address, TIMEOUT_SECONDS)
+
+    def read(self, name: str) -> bytes | None:
+        """Return an object's content, or None if there is no such object."""
+        try:
+            return self._try(name, lambda: self._folder.get(name), "read")
+        except DataError as error:
+            if isinstance(error.__cause__, StoreError) and error.__cause__.is_missing:
+                return None
+            raise
+
+    def write(self, name: str, content: bytes) -> None:
+        """Store an object."""
+        self._try(name, lambda: self._folder.put(name, content), "written")
+
+    def claim(self, request_name: str, request: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the request that the address was prepared from; note ours if there is none.
+
+        Raises:
+            DataError: if the address holds objects that ``data prepare`` did not make.
+        """
+        content = self.read(request_name)
+        if content is not None:
+            return json.loads(content)
+        if not self._try("", self._folder.is_empty, "listed"):
+            raise DataError(
+                f"{self.address} is not empty and was not made by data prepare; choose another --out"
+            )
+        self.write(request_name, _json(request))
+        return None
+
+    def replace(self, request_name: str, request: dict[str, Any], names: list[str]) -> None:
+        """Remove what another request left, manifests first, and note ours."""
+        for name in names:
+            self._try(name, lambda name=name: self._folder.remove(name), "removed")
+        self.write(request_name, _json(request))
+
+    def manifests(self, splits: tuple[str, ...]) -> dict[str, Manifest] | None:
+        """Return the manifests of all splits, or None if one is missing."""
+        found = {}
+        for split in splits:
+            name = f"{split}/{MANIFEST_NAME}"
+            content = self.read(name)
+            if content is None:
+                return None
+            found[split] = parse_manifest(content, f"{self.address}/{name}")
+        return found
+
+    def send_shards(self, part: Path, part_name: str, splits: tuple[str, ...]) -> None:
+        """Store the shards of a written partition and remove them here; their indexes stay."""
+        for split in splits:
+            for entry in json.loads((part / split / INDEX_NAME).read_text())["shards"]:
+                local = part / split / stored_name(entry)
+                self.write(f"{split}/{stored_name(renamed(entry, part_name))}", local.read_bytes())
+                local.unlink()
+
+    def send_split(self, folder: Path, split: str) -> None:
+        """Store a split's index and then its manifest."""
+        for name in (INDEX_NAME, MANIFEST_NAME):
+            self.write(f"{split}/{name}", (folder / split / name).read_bytes())
+
+    def _try(self, name: str, call: Callable[[], Result], what: str) -> Result:
+        pause, attempt = FIRST_PAUSE_SECONDS, 1
+        while True:
+            try:
+                return call()
+            except StoreError as error:
+                if error.is_permanent or attempt == ATTEMPTS:
+                    advice = "check the address and the credentials, " * error.is_permanent
+                    raise DataError(
+                        f"{self.address}/{name} could not be {what} after {attempt} of {ATTEMPTS} "
+                        f"attempts: {error}; {advice}run the same command again, it continues"
+                    ) from error
+                log.warning("%s/%s, attempt %d: %s", self.address, name, attempt, error)
+            time.sleep(pause)
+            pause, attempt = 2 * pause, attempt + 1
+
+
+def renamed(entry: dict[str, Any], part_name: str) -> dict[str, Any]:
+    """Return a shard's index entry under the name it has in the store."""
+    return {
+        **entry,
+        **{
+            kind: {**entry[kind], "basename": f"{part_name}-{entry[kind]['basename']}"}
+            for kind in ("raw_data", "zip_data")
+            if entry[kind]
+        },
+    }
+
+
+def stored_name(entry: dict[str, Any]) -> str:
+    """Return the name of the file that holds a shard: the compressed one if there is one."""
+    return (entry["zip_data"] or entry["raw_data"])["basename"]
+
+
+def _json(request: dict[str, Any]) -> bytes:
+    return (json.dumps(request, indent=2) + "\n").encode()
