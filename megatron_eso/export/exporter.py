@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,9 +63,7 @@ def export(
     table = rules(source.model)
     specs = [spec for _, _, group in _work(source, table, DTYPES[dtype]) for spec in group]
     require_room(out, sum(spec.num_bytes for spec in specs))
-    scratch = out.parent / f".{out.name}.part-{os.getpid()}"
-    scratch.mkdir(parents=True)
-    try:
+    with scratch_beside(out) as scratch:
         _write_weights(scratch, source, table, specs, DTYPES[dtype], shard_bytes, progress)
         end = None if tokens is None else tokens.end_of_document_id
         config = describe.config_json(
@@ -77,6 +76,16 @@ def export(
         facts = _facts(source, specs, dtype, kind, found)
         (scratch / "esolm_export.json").write_text(json.dumps(facts, indent=1))
         (scratch / "README.md").write_text(describe.model_card(config, facts, kind))
+    return facts
+
+
+@contextmanager
+def scratch_beside(out: Path) -> Iterator[Path]:
+    """Give a folder beside ``out`` that takes its name at the end, or vanishes if anything fails."""
+    scratch = out.absolute().parent / f".{out.name}.part-{os.getpid()}"
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
         if out.exists():
             out.rmdir()
         scratch.rename(out)
@@ -84,7 +93,6 @@ def export(
         raise CheckpointError(f"{out} cannot be written: {error}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return facts
 
 
 def require_free(out: Path) -> None:

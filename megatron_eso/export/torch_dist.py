@@ -39,7 +39,8 @@ _KNOWN = {
 }  # fmt: skip
 _DTYPES = {
     "float64": torch.float64, "float32": torch.float32, "float16": torch.float16,
-    "bfloat16": torch.bfloat16, "int64": torch.int64, "int32": torch.int32, "int16": torch.int16, "int8": torch.int8,
+    "bfloat16": torch.bfloat16, "int64": torch.int64, "int32": torch.int32, "int16": torch.int16,
+    "int8": torch.int8,
     "uint8": torch.uint8, "bool": torch.bool,
 }  # fmt: skip
 _STORAGES = {
