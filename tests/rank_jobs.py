@@ -397,9 +397,11 @@ def export_checkpoint(overrides: list[str], folder: str) -> None:
             piece.data.add_(0.1 * direction(piece.full_name, piece.global_shape)[piece.slices])
     session.optimizer.reload_model_params()
     state = collect(session.chunks, session.optimizer, session.average, session.layout.data_group)
-    for entry in state.values():
-        if entry.key.startswith("ema."):
-            entry.data.mul_(0.5)
+    for entry in state.values():  # each parameter's kinds follow one another, its weights first
+        if entry.key.startswith("weights."):
+            weight = entry.data
+        elif entry.key.startswith("ema."):
+            entry.data.copy_(0.5 * weight)
     saver = Saver(Path(folder), session.config.checkpoint)
     sidecar = {
         "format_version": 1, "step": 7, "has_ema": True, "model": asdict(session.config.model),

@@ -59,7 +59,7 @@ class TorchDistWriter:
         known.chunks.append(chunk)
         first = self._file.tell()
         # A view's storage may be larger than it; a clone holds these numbers alone.
-        torch.save(part.clone(), _Plain(self._file))
+        torch.save(part.clone(), _Plain(self._file))  # type: ignore[arg-type]
         index = MetadataIndex(name, offset)
         self._places[index] = _StorageInfo(_FILE, first, self._file.tell() - first)
 
