@@ -410,3 +410,23 @@ def export_checkpoint(overrides: list[str], folder: str) -> None:
     }  # fmt: skip
     saver.save(7, state, sidecar)
     saver.finish()
+
+
+def sample_rows_of(
+    folder: str,
+    given: np.ndarray,
+    rows: np.ndarray,
+    settings: dict[str, Any],
+    choice: dict[str, Any],
+) -> dict[str, Any]:
+    """Return what the native sampler fills in with a checkpoint's raw weights, in fp64."""
+    from megatron_eso.checkpoint.load import load_weights
+    from megatron_eso.sample.plan import make_plan
+    from megatron_eso.sample.sampler import Choice, fill_rows
+
+    session = _replica_session(["model.qk_norm=true", "parallel.sequence=false"], "fp64")
+    found = find_checkpoint(Path(folder), hashes=True)
+    load_weights(found, session.chunks, use_ema=False, device=session.torch_device)
+    plan = make_plan(torch.from_numpy(given), **settings)
+    result = fill_rows(session.replica, torch.from_numpy(rows), plan, Choice(**choice))
+    return {"tokens": result.tokens.numpy(), "log_probs": result.log_probs.numpy()}

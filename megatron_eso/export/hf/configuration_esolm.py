@@ -37,6 +37,7 @@ class EsoLMConfig(PretrainedConfig):
         mask_token_id=None,
         initializer_range=0.02,
         tie_word_embeddings=False,
+        layer_types=None,
         **kwargs,
     ):
         """Keep the settings; see the class.
@@ -61,6 +62,10 @@ class EsoLMConfig(PretrainedConfig):
         self.qk_norm = qk_norm
         self.attention_dropout = 0.0
         self.sliding_window = None
+        del layer_types  # always these
+        self.layer_types = [
+            "full_attention"
+        ] * num_hidden_layers  # Qwen3's layers of 4.57 want them
         self.alpha_0 = alpha_0
         self.diffusion_fraction = diffusion_fraction
         self.noise_eps = noise_eps

@@ -82,7 +82,7 @@ def pad_lists(context, continuation, device):
     return tokens.to(device), predicted.to(device), valid.to(device)
 
 
-def likelihood_orders(predicted, valid, order, alpha_0, seed, first_row):
+def likelihood_orders(predicted, valid, order, alpha_0, seed, row_numbers):
     """Return a list of [B, L] prediction orders and their name; see ``log_likelihood``."""
     if (isinstance(order, str) and order != "left-to-right") or order is None:
         raise ValueError(f"order={order!r}: give 'left-to-right', a number of orders, or a tensor")
@@ -95,7 +95,7 @@ def likelihood_orders(predicted, valid, order, alpha_0, seed, first_row):
         for row in range(len(predicted)):
             places = predicted[row].nonzero()[:, 0].tolist()
             if isinstance(order, int):
-                key = uniform(seed, 0, first_row + row, _EVAL_ORDER, 2 * len(places), draw)
+                key = uniform(seed, 0, row_numbers[row], _EVAL_ORDER, 2 * len(places), draw)
                 early = [i for i in range(len(places)) if key[i] < alpha_0]
                 early.sort(key=lambda i: key[len(places) + i])
                 local = early + [i for i in range(len(places)) if i not in set(early)]
@@ -245,9 +245,8 @@ def generate_rows(
         raise ValueError("give input_ids")
     asked_new = kwargs.get("max_new_tokens", kwargs.get("max_length"))
     found = _settings(model, generation_config, dict(kwargs)) | {"asked_new": asked_new}
-    if (found["do_sample"] and not (found["temperature"] or 1.0) > 0) or not 0 < (
-        found["top_p"] or 1
-    ) <= 1:
+    heat = 1.0 if found["temperature"] is None else found["temperature"]
+    if (found["do_sample"] and not heat > 0) or not 0 < (found["top_p"] or 1) <= 1:
         raise ValueError(
             f"temperature={found['temperature']} must be above 0 and top_p={found['top_p']} in (0, 1]"
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import transformers
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutput
@@ -134,7 +135,7 @@ class EsoLMModel(EsoLMPreTrainedModel):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def _mask(self, visible, tokens, dtype):
-        """Return what the attention functions add to the scores: [B or 1, 1, Q, K]."""
+        """Return what the attention functions add to the scores, [B, 1, Q, K], or flex's block mask."""
         if visible is None:
             if self.config._attn_implementation == "sdpa":
                 return None  # its own causal kernel
@@ -143,6 +144,10 @@ class EsoLMModel(EsoLMPreTrainedModel):
                 len(tokens), length, length, dtype=torch.bool, device=tokens.device
             )
             visible = visible.tril()
+        if self.config._attn_implementation == "flex_attention":
+            # Not a mask of scores: the CPU kernel reads past its end where a row is no whole block.
+            shape = (len(visible), None, *visible.shape[1:])
+            return create_block_mask(lambda b, h, q, k: visible[b, q, k], *shape, visible.device)
         hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=tokens.device)
         return torch.where(visible[:, None], torch.zeros_like(hidden), hidden)
 
@@ -282,7 +287,8 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
         weight = config.alpha_0 * (1 - eps) / (1 - keep).clamp(min=1e-9)
         keep = torch.where(is_diffusion, keep, config.alpha_0)
         masked = has_loss & (uniform(*tokens.shape) >= keep[:, None])
-        order = sort_order(masked, valid, uniform(*tokens.shape), is_diffusion)
+        # Prompts (no loss) come first, in reading order, as in generation.
+        order = sort_order(masked, valid, uniform(*tokens.shape), is_diffusion, valid & ~has_loss)
         total = self.lm_head.weight.sum() * 0.0  # a row may draw no mask at all
         rows = is_diffusion.nonzero()[:, 0]
         if len(rows) and bool(masked[rows].any()):
@@ -303,7 +309,7 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def log_likelihood(
-        self, context, continuation, order="left-to-right", alpha_0=None, seed=0, first_row=0
+        self, context, continuation, order="left-to-right", alpha_0=None, seed=0, row_numbers=None
     ):
         """Return exact log p(continuation | context) in one pass per order; :class:`EsoLMLikelihood`.
 
@@ -314,7 +320,7 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
                 permutations of each continuation.
             alpha_0: of the random orders; None: the model's.
             seed: of the random orders.
-            first_row: number of the first row; a row's orders do not depend on its batch.
+            row_numbers: of the rows, which choose their random orders; None: 0, 1, ...
         """
         tokens, predicted, valid = pad_lists(context, continuation, self.device)
         orders, name = likelihood_orders(
@@ -323,7 +329,7 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
             order,
             self.config.alpha_0 if alpha_0 is None else alpha_0,
             seed,
-            first_row,
+            row_numbers or range(len(tokens)),
         )
         width = max(int(predicted.sum(1).max()), 1)
         starts = predicted.int().argmax(dim=1)
@@ -353,8 +359,8 @@ class EsoLMDiTForCausalLM(EsoLMForCausalLM):
     config_class = EsoLMDiTConfig
 
 
-def sort_order(is_masked, valid, key=None, is_shuffled=None):
-    """Return [B, L]: clean entries, masked ones, padding; each by ``key`` or in reading order.
+def sort_order(is_masked, valid, key=None, is_shuffled=None, is_prompt=None):
+    """Return [B, L]: prompts, clean entries, masked ones, padding; each by ``key`` or in reading order.
 
     Args:
         is_masked: [B, L].
@@ -362,6 +368,7 @@ def sort_order(is_masked, valid, key=None, is_shuffled=None):
         key: [B, L] in [0, 1), float64; None: reading order.
         is_shuffled: [B] rows whose masked entries follow the key as well; the others' keep reading
             order.
+        is_prompt: [B, L] clean entries that come first, in reading order.
     """
     length = is_masked.shape[1]
     reading = torch.arange(length, dtype=torch.float64, device=is_masked.device) / length
@@ -370,6 +377,8 @@ def sort_order(is_masked, valid, key=None, is_shuffled=None):
         key = reading
     elif is_shuffled is not None:
         key = torch.where(is_masked & ~is_shuffled[:, None], reading, key)
+    if is_prompt is not None:
+        key = torch.where(is_prompt, reading - 1, key)
     return (key + is_masked.double() + 2 * (~valid).double()).argsort(dim=1, stable=True)
 
 
