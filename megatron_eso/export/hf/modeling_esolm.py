@@ -56,12 +56,8 @@ class EsoLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_flash_attn = False  # takes no mask: right for one pass, silently wrong for the others
     _supports_flash_attn_2 = False
-
-    def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            module.weight.data.normal_(0.0, self.config.initializer_range)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.data.zero_()
+    # No _init_weights: the base class has one for these layers. One that fills `weight.data` would
+    # overwrite loaded weights in transformers 5.0, silently.
 
 
 class _GeluMLP(nn.Module):
