@@ -26,7 +26,12 @@ from megatron_eso.export.watch import watch_run
 
 QK = "model.qk_norm=true"
 ROOT = Path(__file__).parent.parent
-LAYOUTS = {"one": [], "tensor": ["parallel.tensor=2"], "pipeline": ["parallel.pipeline=2"]}
+LAYOUTS = {
+    "one": [],
+    "tensor": ["parallel.tensor=2"],
+    "pipeline": ["parallel.pipeline=2"],
+    "interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,7 @@ def newest(root):
 
 def test_every_layout_gives_the_same_file(checkpoints, exported, tmp_path):
     files = [exported[0] / "model.safetensors"]
-    for name in ("one", "pipeline"):
+    for name in ("one", "pipeline", "interleaved"):
         export(checkpoints / name, tmp_path / name, use_ema=False, verify=False)
         files.append(tmp_path / name / "model.safetensors")
     assert len({file.read_bytes() for file in files}) == 1
