@@ -438,3 +438,48 @@ def forced_log_probs(overrides: list[str], tokens: np.ndarray, orders: np.ndarra
     rows = torch.from_numpy(tokens)
     plan = DecodingPlan(torch.from_numpy(orders), 0, [1] * rows.shape[1])
     return fill_rows(session.replica, rows, plan, Choice(forced=rows)).log_probs.numpy()
+
+
+def export_checkpoint(overrides: list[str], folder: str) -> None:
+    """Write a checkpoint of the small model's initial weights, and a drifted average, as training does."""
+    from dataclasses import asdict
+
+    session = make_session(overrides)
+    with torch.no_grad():
+        for piece in pieces(session.chunks):  # norms of 1 would hide that two were swapped
+            piece.data.add_(0.1 * direction(piece.full_name, piece.global_shape)[piece.slices])
+    session.optimizer.reload_model_params()
+    state = collect(session.chunks, session.optimizer, session.average, session.layout.data_group)
+    for entry in state.values():  # each parameter's kinds follow one another, its weights first
+        if entry.key.startswith("weights."):
+            weight = entry.data
+        elif entry.key.startswith("ema."):
+            entry.data.copy_(0.5 * weight)
+    saver = Saver(Path(folder), session.config.checkpoint)
+    sidecar = {
+        "format_version": 1, "step": 7, "has_ema": True, "model": asdict(session.config.model),
+        "objective": asdict(session.config.objective), "sequence_length": LENGTH,
+        "mask_token_id": VOCAB - 1, "data": {}, "tokenizer": None, "parallel": {},
+    }  # fmt: skip
+    saver.save(7, state, sidecar)
+    saver.finish()
+
+
+def sample_rows_of(
+    folder: str,
+    given: np.ndarray,
+    rows: np.ndarray,
+    settings: dict[str, Any],
+    choice: dict[str, Any],
+) -> dict[str, Any]:
+    """Return what the native sampler fills in with a checkpoint's raw weights, in fp64."""
+    from megatron_eso.checkpoint.load import load_weights
+    from megatron_eso.sample.plan import make_plan
+    from megatron_eso.sample.sampler import Choice, fill_rows
+
+    session = _replica_session(["model.qk_norm=true", "parallel.sequence=false"], "fp64")
+    found = find_checkpoint(Path(folder), hashes=True)
+    load_weights(found, session.chunks, use_ema=False, device=session.torch_device)
+    plan = make_plan(torch.from_numpy(given), **settings)
+    result = fill_rows(session.replica, torch.from_numpy(rows), plan, Choice(**choice))
+    return {"tokens": result.tokens.numpy(), "log_probs": result.log_probs.numpy()}

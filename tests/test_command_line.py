@@ -157,7 +157,21 @@ def test_config_show_and_doctor_explain_themselves(place):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "data", "data prepare", "train", "eval", "sample", "config show", "doctor"]
+    "command",
+    [
+        "",
+        "data",
+        "data prepare",
+        "train",
+        "eval",
+        "sample",
+        "export",
+        "import",
+        "inspect",
+        "verify",
+        "config show",
+        "doctor",
+    ],
 )
 def test_every_command_has_help_with_examples(command, tmp_path):
     out = run(*command.split(), "--help", folder=tmp_path)

@@ -98,6 +98,32 @@ def test_training_goes_on_from_an_imported_checkpoint(imported, two_ranks, layou
 
 
 @pytest.mark.slow
+def test_an_official_model_is_exported_under_its_own_class(imported, tmp_path):
+    """Exported, loaded by transformers, and equal to what the official code computed."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from megatron_eso.export.exporter import export
+
+    facts = export(Path(imported()[0]), tmp_path / "out")
+    assert facts["verification"]["canvas_relative_logits"] < 1e-5
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    assert model.config.model_type == "esolm_dit"
+    case = {
+        n.partition(".")[2]: t for n, t in load_file(EXPECTED).items() if n.startswith("diffusion.")
+    }
+    order, mask_id = case["order"], model.config.mask_token_id
+    canvas = torch.empty_like(case["inputs_sorted"]).scatter(1, order, case["inputs_sorted"])
+    with torch.no_grad():
+        found = model(input_ids=canvas, order=order).logits.log_softmax(2)[..., :mask_id]
+    expected = case["logprobs_sorted"][..., :mask_id]
+    found = found.gather(1, order[:, :, None].expand_as(found))
+    assert (found - expected).abs().max() < 1e-4
+    with pytest.raises(CheckpointError, match="stock architectures"):
+        export(Path(imported()[0]), tmp_path / "stock", kind="backbone")
+
+
+@pytest.mark.slow
 def test_a_full_folder_is_refused(imported, one_rank):
     with pytest.raises(AssertionError, match="is not empty"):
         one_rank.run("import_official", str(CHECKPOINT), imported()[0], {})

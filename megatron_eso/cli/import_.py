@@ -1,4 +1,4 @@
-"""``megatron-eso import``: turn another program's checkpoint into one of ours."""
+"""``megatron-eso import``: turn another program's weights into a checkpoint of ours."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +13,7 @@ class Source(StrEnum):
     """Formats that can be read."""
 
     OFFICIAL = "official"
+    HF = "hf"
 
 
 class Weights(StrEnum):
@@ -24,10 +25,14 @@ class Weights(StrEnum):
 
 @app.command()
 def import_(
-    checkpoint: Annotated[Path, typer.Argument(help="File to read")],
+    checkpoint: Annotated[Path, typer.Argument(help="File (official) or folder (hf) to read")],
     out: Annotated[Path, typer.Option(help="Folder of the new checkpoint; absent or empty")],
     source: Annotated[
-        Source, typer.Option("--from", help="official: Lightning file of the Eso-LM authors' code")
+        Source,
+        typer.Option(
+            "--from",
+            help="official: Lightning file of the Eso-LM authors' code; hf: Llama, Qwen3 or our own export",
+        ),
     ] = Source.OFFICIAL,
     weights: Annotated[
         Weights, typer.Option(help="Averaged or raw weights of the file")
@@ -39,6 +44,9 @@ def import_(
     tokenizer: Annotated[
         Path | None, typer.Option(help="tokenizer.json to keep [the one in the file]")
     ] = None,
+    cut_vocabulary: Annotated[
+        bool, typer.Option(help="hf: drop embedding rows beyond the tokenizer's ids")
+    ] = False,
 ) -> None:
     """Write a checkpoint that eval, sample and training (checkpoint.init_from) load at any layout.
 
@@ -47,9 +55,34 @@ def import_(
     Examples:
         megatron-eso import --from official official.ckpt --out runs/official
         megatron-eso import --from official official.ckpt --out runs/raw --weights raw
+        megatron-eso import --from hf Qwen3-0.6B --out runs/qwen3 --cut-vocabulary
     """
-    from dataclasses import asdict
+    if source is Source.HF:
+        _from_hf(checkpoint, out, cut_vocabulary, sequence_length)
+    else:
+        _from_official(checkpoint, out, weights, num_heads, sequence_length, tokenizer)
 
+
+def _from_hf(source: Path, out: Path, cut_vocabulary: bool, sequence_length: int | None) -> None:
+    from megatron_eso.export.import_hf import import_hf
+
+    found = import_hf(source, out, cut_vocabulary=cut_vocabulary, sequence_length=sequence_length)
+    typer.echo(
+        f"{found.folder.path}: {found.num_parameters:,} numbers, mask token added where missing"
+    )
+    for remark in found.remarks:
+        typer.echo(remark)
+    _print_settings(found.folder.path, found.sequence_length, found.model)
+
+
+def _from_official(
+    checkpoint: Path,
+    out: Path,
+    weights: Weights,
+    num_heads: int | None,
+    sequence_length: int | None,
+    tokenizer: Path | None,
+) -> None:
     from megatron_eso.export.import_official import import_official
     from megatron_eso.parallel.finish import finish
 
@@ -57,12 +90,17 @@ def import_(
         checkpoint, out, weights=weights.value, num_heads=num_heads,
         sequence_length=sequence_length, tokenizer=tokenizer,
     )  # fmt: skip
-    shape = {k: v for k, v in asdict(official.model).items() if v not in (None, False)}
     count = sum(tensor.numel() for tensor in official.weights.values())
     typer.echo(f"{folder.path}: {weights.value} weights, {count:,} numbers after folding")
-    typer.echo("to train on, give megatron-eso train these settings:")
-    typer.echo(
-        f"  checkpoint.init_from={folder.path} train.sequence_length={official.sequence_length}"
-    )
-    typer.echo("  " + " ".join(f"model.{name}={value}" for name, value in shape.items()))
+    _print_settings(folder.path, official.sequence_length, official.model)
     finish()
+
+
+def _print_settings(path: Path, sequence_length: int, model: object) -> None:
+    """Print the settings with which training goes on."""
+    from dataclasses import asdict
+
+    shape = {k: v for k, v in asdict(model).items() if v not in (None, False)}  # type: ignore[call-overload]
+    typer.echo("to train on, give megatron-eso train these settings:")
+    typer.echo(f"  checkpoint.init_from={path} train.sequence_length={sequence_length}")
+    typer.echo("  " + " ".join(f"model.{name}={value}" for name, value in shape.items()))

@@ -1,0 +1,88 @@
+"""``megatron-eso export``: a checkpoint as a folder that transformers loads."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+class Format(StrEnum):
+    """What the folder is for."""
+
+    ESOLM = "esolm"
+    BACKBONE = "backbone"
+
+
+class Dtype(StrEnum):
+    """Format of the exported numbers."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or a run (its newest one)")],
+    out: Annotated[Path, typer.Option(help="Folder to write; absent or empty")],
+    dtype: Annotated[Dtype, typer.Option(help="Stored numbers; fp32 are the masters")] = Dtype.FP32,
+    format: Annotated[
+        Format,
+        typer.Option(help="esolm: own class; backbone: stock Llama/Qwen3, see its model card"),
+    ] = Format.ESOLM,
+    raw_weights: Annotated[bool, typer.Option(help="Not the moving average")] = False,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json [the run's]")] = None,
+    verify: Annotated[
+        bool, typer.Option(help="Compare with an independent forward pass in float32")
+    ] = True,
+    watch: Annotated[
+        bool, typer.Option(help="Export each new checkpoint of a run to OUT/step_N until stopped")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(help="Also upload to this Hugging Face repository (OWNER/NAME)")
+    ] = None,
+) -> None:
+    """Write safetensors, configs, tokenizer, model files and a model card; no GPU, no process group.
+
+    Examples:
+        megatron-eso export runs/quickstart --out exported
+        megatron-eso export runs/quickstart --out exported --dtype bf16 --raw-weights
+        megatron-eso export runs/quickstart --out exports --watch
+    """
+    from megatron_eso.export.exporter import export as write
+    from megatron_eso.export.watch import push_folder, watch_run
+
+    def one(source: Path, target: Path) -> None:
+        facts = write(
+            source, target, dtype=dtype.value, kind=format.value, use_ema=not raw_weights,
+            tokenizer=tokenizer, verify=verify, progress=_bar,
+        )  # fmt: skip
+        typer.echo(
+            f"{target}: step {facts['step']} ({facts['weights']}), {facts['num_parameters']:,} parameters "
+            f"in {facts['num_tensors']} tensors"
+        )
+        for name, value in facts["verification"].items():
+            typer.echo(f"  {name} = {value:.3g}")
+        if push is not None:
+            typer.echo(f"pushed to {push_folder(target, push)}")
+
+    if watch:
+        watch_run(checkpoint, out, one)
+    else:
+        one(checkpoint, out)
+
+
+def _bar(done: int, total: int) -> None:
+    """Show how far writing is, on a terminal alone."""
+    import sys
+
+    if sys.stderr.isatty():
+        filled = 40 * done // max(total, 1)
+        end = "\n" if done >= total else ""
+        print(
+            f"\r[{'#' * filled:<40}] {done / 1e6:,.0f} of {total / 1e6:,.0f} MB",
+            end=end,
+            file=sys.stderr,
+        )

@@ -1,0 +1,34 @@
+"""``megatron-eso inspect``: names, shapes, dtypes, counts, and what could not be exported and why."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Checkpoint, run, or exported folder")],
+    optimizer: Annotated[bool, typer.Option(help="List the optimizer's tensors as well")] = False,
+) -> None:
+    """Print the tensors of a checkpoint or an exported folder; nothing is loaded.
+
+    Examples:
+        megatron-eso inspect runs/quickstart
+        megatron-eso inspect exported
+    """
+    from megatron_eso.errors import CheckpointError
+    from megatron_eso.export.inspect_tensors import inspect as look
+
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no folder")
+    found = look(path)
+    for line in found.lines:
+        if optimizer or not line.name.startswith("exp_avg"):
+            shape = " x ".join(map(str, line.shape))
+            typer.echo(f"{line.name}  [{shape}]  {line.dtype}  -> {line.becomes}")
+    typer.echo(f"{found.num_parameters:,} parameters")
+    for remark in found.remarks:
+        typer.echo(remark)

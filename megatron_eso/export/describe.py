@@ -1,0 +1,193 @@
+"""What goes beside the exported weights: configs, tokenizer, model files, model card."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_eso.config import derive
+from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
+from megatron_eso.data.tokenizer import Tokenizer
+from megatron_eso.errors import CheckpointError
+
+MODEL_FILES = ("configuration_esolm.py", "generation_esolm.py", "modeling_esolm.py")
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def model_type(model: ModelConfig, kind: str) -> tuple[str, str]:
+    """Return the model type and class of a format (``esolm`` or ``backbone``)."""
+    if kind == "backbone":
+        return ("qwen3", "Qwen3ForCausalLM") if model.qk_norm else ("llama", "LlamaForCausalLM")
+    if model.norm == "layernorm":
+        return "esolm_dit", "EsoLMDiTForCausalLM"
+    return "esolm", "EsoLMForCausalLM"
+
+
+def config_json(
+    model: ModelConfig, objective: ObjectiveConfig, *, kind: str, dtype: str, end_id: int | None
+) -> dict[str, Any]:
+    """Return config.json, with both spellings of what transformers 4 and 5 spell differently."""
+    name, architecture = model_type(model, kind)
+    theta = float(model.rotary_base)
+    config: dict[str, Any] = {
+        "model_type": name,
+        "architectures": [architecture],
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": derive.ffn_size(model),
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": derive.num_kv_heads(model),
+        "head_dim": derive.head_size(model),
+        "max_position_embeddings": model.max_length,
+        "rms_norm_eps": model.norm_eps,
+        "hidden_act": "silu" if model.activation == "swiglu" else "gelu_pytorch_tanh",
+        "attention_bias": model.attention_bias,
+        "mlp_bias": model.mlp_bias,
+        "tie_word_embeddings": model.tie_embeddings,
+        "initializer_range": model.init_std,
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "dtype": DTYPE_NAMES[dtype],
+        "torch_dtype": DTYPE_NAMES[dtype],
+        "bos_token_id": end_id,
+        "eos_token_id": end_id,
+        "pad_token_id": end_id,
+        "mask_token_id": model.vocab_size - 1,
+    }
+    if kind == "esolm":
+        # The AR objective with a leading mask is another input than any Eso-LM pass; see inexpressible.
+        config |= {
+            "qk_norm": model.qk_norm,
+            "head_bias": model.head_bias,
+            "alpha_0": objective.alpha_0,
+            "diffusion_fraction": objective.diffusion_fraction,
+            "noise_eps": objective.noise_eps,
+            "auto_map": {
+                "AutoConfig": "configuration_esolm."
+                + ("EsoLMDiTConfig" if name == "esolm_dit" else "EsoLMConfig"),
+                "AutoModelForCausalLM": f"modeling_esolm.{architecture}",
+            },
+        }
+    elif model.qk_norm:
+        config |= {
+            "use_sliding_window": False,
+            "layer_types": ["full_attention"] * model.num_layers,
+        }
+    return config
+
+
+def read_tokenizer(path: Path | None, model: ModelConfig) -> Tokenizer | None:
+    """Return the tokenizer; refuse one that does not match the vocabulary.
+
+    Raises:
+        CheckpointError: naming both numbers.
+    """
+    if path is None:
+        return None
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise CheckpointError(
+            f"tokenizer {path} has ids up to {tokenizer.vocab_size - 2}, but the model's mask token is id "
+            f"{model.vocab_size - 1}: text would be read as masks or overrun the embedding; give the "
+            "tokenizer the model was trained with (--tokenizer FILE)"
+        )
+    return tokenizer
+
+
+def write_beside(
+    folder: Path, config: dict[str, Any], *, tokenizer: Tokenizer | None, kind: str, max_length: int
+) -> None:
+    """Write config.json, generation_config.json, the tokenizer's files and the model's .py files."""
+    _dump(folder / "config.json", config)
+    end = config["eos_token_id"]
+    generation: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    if kind == "esolm":
+        generation["max_new_tokens"] = max(1, min(256, max_length // 2))
+        for name in MODEL_FILES:
+            shutil.copyfile(Path(__file__).parent / "hf" / name, folder / name)
+    _dump(folder / "generation_config.json", generation)
+    if tokenizer is None:
+        return
+    shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
+    end_text = tokenizer.decode([tokenizer.end_of_document_id])
+    _dump(
+        folder / "tokenizer_config.json",
+        {
+            # transformers 5 has another name for this class, which 4 does not know.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": max_length,
+            "bos_token": end_text,
+            "eos_token": end_text,
+            "pad_token": end_text,
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+        },
+    )
+
+
+def _dump(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def model_card(config: dict[str, Any], facts: dict[str, Any], kind: str) -> str:
+    """Return README.md with the source and the verification's numbers."""
+    checked = facts["verification"]
+    lines = [f"| {name} | {value} |" for name, value in checked.items()] if checked else []
+    table = (
+        "\n".join(["| check | found |", "|---|---|", *lines])
+        if lines
+        else "Not verified (--no-verify)."
+    )
+    usage = _BACKBONE if kind == "backbone" else _USAGE
+    return _CARD.format(
+        kind="backbone" if kind == "backbone" else config["model_type"],
+        parameters=f"{facts['num_parameters']:,}",
+        alpha_0=facts["alpha_0"],
+        step=facts["step"],
+        weights=facts["weights"],
+        dtype=config["dtype"],
+        mask=config["mask_token_id"],
+        usage=usage,
+        table=table,
+    )
+
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [esolm, diffusion, {kind}]
+---
+# Eso-LM, {parameters} parameters
+
+An Eso-LM ("Esoteric Language Models", arXiv 2506.01928) trained with megatron_eso: step {step}, {weights}
+weights, alpha_0 = {alpha_0}, stored in {dtype}. The mask token is id {mask}.
+
+{usage}
+## Verified when exported
+
+Against an independent forward pass over the source checkpoint, in float32 (limits: relative logit
+difference 1e-4, KL 1e-8, the same most likely token everywhere):
+
+{table}
+"""
+_USAGE = """    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    prompt = tokenizer("def ", return_tensors="pt")
+    rows = model.generate(**prompt, max_new_tokens=64, alpha_0=0.5, do_sample=True, top_p=0.9, seed=1)
+    scores = model.log_likelihood([[1, 2]], [[3, 4]], order="left-to-right")
+
+`model(input_ids)` takes a canvas with mask tokens in place and returns logits AT each mask: nothing is
+shifted by one. It is no next-token model: stock servers must not load it as one.
+"""
+_BACKBONE = """These are stock {0} weights. Two traps:
+
+1. The model predicts the token AT a mask token from entries in prediction order. Read as a next-token
+   model the same weights give garbage, without an error.
+2. Permuted rows need gathered rotary angles. Given `position_ids` that do not count up, transformers
+   builds a block-diagonal mask (packed sequences) silently, also with FlashAttention at batch 1: pass
+   `position_embeddings` to the layers and a 4-d causal mask of your own.
+
+Use `--format esolm` (the default) unless you know why not.
+""".replace("{0}", "Llama or Qwen3")

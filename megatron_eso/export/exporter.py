@@ -1,0 +1,254 @@
+"""A checkpoint of ours in, a Hugging Face folder out: one tensor in memory at a time, then verified.
+
+Everything is written into a folder beside the target, which gets its name once it is whole and verified.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_eso.checkpoint.folder import MANIFEST, CheckpointFolder, hash_file
+from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
+from megatron_eso.errors import CheckpointError
+from megatron_eso.export import describe
+from megatron_eso.export.mapping import Rule, inexpressible, no_backbone, rules
+from megatron_eso.export.safetensors_writer import SHARD_BYTES, SafetensorsWriter, Spec
+from megatron_eso.export.source import DTYPES, Source, open_source
+from megatron_eso.export.verify_export import rounded, verify_export
+
+Progress = Callable[[int, int], None]
+"""Called with bytes read so far and in all."""
+
+
+def export(
+    path: Path,
+    out: Path,
+    *,
+    dtype: str = "fp32",
+    kind: str = "esolm",
+    use_ema: bool = True,
+    tokenizer: Path | None = None,
+    verify: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Write a Hugging Face folder and return what esolm_export.json says.
+
+    Args:
+        path: checkpoint or run folder.
+        out: folder to write; absent or empty.
+        dtype: ``fp32`` or ``bf16``.
+        kind: ``esolm`` or ``backbone`` (stock Llama or Qwen3).
+        use_ema: the averaged weights, if the run keeps them.
+        tokenizer: tokenizer.json; None: the run's.
+        verify: compare with an independent forward pass.
+        shard_bytes: size of a safetensors file.
+        progress: see :data:`Progress`.
+
+    Raises:
+        CheckpointError: if it cannot be read, expressed, written or verified.
+    """
+    require_free(out)
+    source = open_source(path, use_ema=use_ema)
+    require_expressible(source.model, source.objective, kind)
+    tokens = describe.read_tokenizer(_tokenizer_path(source.folder, tokenizer), source.model)
+    table = rules(source.model)
+    specs = [spec for _, _, group in _work(source, table, DTYPES[dtype]) for spec in group]
+    require_room(out, sum(spec.num_bytes for spec in specs))
+    with scratch_beside(out) as scratch:
+        _write_weights(scratch, source, table, specs, DTYPES[dtype], shard_bytes, progress)
+        end = None if tokens is None else tokens.end_of_document_id
+        config = describe.config_json(
+            source.model, source.objective, kind=kind, dtype=dtype, end_id=end
+        )
+        describe.write_beside(
+            scratch, config, tokenizer=tokens, kind=kind, max_length=source.model.max_length
+        )
+        found = _verify(scratch, source, dtype) if verify else {}
+        facts = _facts(source, specs, dtype, kind, found)
+        (scratch / "esolm_export.json").write_text(json.dumps(facts, indent=1))
+        (scratch / "README.md").write_text(describe.model_card(config, facts, kind))
+    return facts
+
+
+@contextmanager
+def scratch_beside(out: Path) -> Iterator[Path]:
+    """Give a folder beside ``out`` that takes its name at the end, or vanishes if anything fails."""
+    scratch = out.absolute().parent / f".{out.name}.part-{os.getpid()}"
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+        if out.exists():
+            out.rmdir()
+        scratch.rename(out)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def require_free(out: Path) -> None:
+    """Raise if ``out`` is a file or a folder that holds anything."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"--out {out} is not empty; choose another folder or remove it")
+
+
+def require_room(out: Path, needed: int) -> None:
+    """Raise if the disk of ``out`` has not ``needed`` bytes free."""
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed + (16 << 20):
+        raise CheckpointError(
+            f"--out {out} needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on its disk; "
+            "make room, choose another disk, or use --dtype bf16"
+        )
+
+
+def require_expressible(model: ModelConfig, objective: ObjectiveConfig, kind: str) -> None:
+    """Raise with every reason why a model has no Hugging Face form of that kind."""
+    reasons = inexpressible(model, objective.name)
+    if objective.name == "ar" and kind == "esolm":
+        reasons.append(
+            "objective.name=ar is a next-token model, not an Eso-LM: use --format backbone"
+        )
+    if kind == "backbone":
+        reasons += no_backbone(model)
+    if reasons:
+        raise CheckpointError("this model cannot be exported:\n  - " + "\n  - ".join(reasons))
+
+
+def _tokenizer_path(folder: CheckpointFolder, asked: Path | None) -> Path | None:
+    sidecar = folder.sidecar()
+    if asked is not None:
+        return asked
+    named = sidecar.get("tokenizer")
+    if named is None:
+        return None
+    path = folder.path / named if "origin" in sidecar else Path(named)
+    if not path.is_file():
+        raise CheckpointError(
+            f"the run's tokenizer {path} is not there any more; give it with --tokenizer FILE"
+        )
+    return path
+
+
+def _work(
+    source: Source, table: list[Rule], dtype: torch.dtype
+) -> Iterator[tuple[Rule, int | None, list[Spec]]]:
+    """Yield every tensor of ours with the tensors it becomes; check that each is there, and no other."""
+    stored = source.reader.tensors
+    prefix = source.kind + "."
+    wanted = {prefix + rule.ours: rule for rule in table}
+    wrong = [f"{name} is missing" for name in wanted if name not in stored]
+    wrong += [
+        f"{n} has no place in the export"
+        for n in stored
+        if n.startswith(prefix) and n not in wanted
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{source.folder.path} does not hold its model:\n  - " + "\n  - ".join(wrong)
+        )
+    layered = [rule for rule in table if rule.is_layered]
+    first = [rule for rule in table if not rule.is_layered]
+    for rule in first[:1]:
+        yield rule, None, _specs(source, rule, None, dtype)
+    for layer in range(source.model.num_layers):
+        for rule in layered:
+            yield rule, layer, _specs(source, rule, layer, dtype)
+    for rule in first[1:]:
+        yield rule, None, _specs(source, rule, None, dtype)
+
+
+def _specs(source: Source, rule: Rule, layer: int | None, dtype: torch.dtype) -> list[Spec]:
+    shape = source.reader.tensors[f"{source.kind}.{rule.ours}"].shape
+    if layer is not None:
+        if shape[0] != source.model.num_layers:
+            raise CheckpointError(
+                f"{rule.ours} holds {shape[0]} layers, the description says {source.model.num_layers}"
+            )
+        shape = shape[1:]
+    shapes = rule.transform.shapes(source.model, shape)
+    names = [name.format(layer) for name in rule.theirs]
+    return [Spec(n, tuple(s), dtype) for n, s in zip(names, shapes, strict=True)]
+
+
+def _write_weights(
+    folder: Path, source: Source, table: list[Rule], specs: list[Spec], dtype: torch.dtype,
+    shard_bytes: int, progress: Progress,
+) -> None:  # fmt: skip
+    total, done = sum(spec.num_bytes for spec in specs), 0
+    with SafetensorsWriter(folder, specs, shard_bytes) as writer:
+        for rule, layer, group in _work(source, table, dtype):
+            parts = rule.transform.split(source.model, source.read(rule.ours, layer))
+            for spec, part in zip(group, parts, strict=True):
+                writer.write(spec.name, part)
+                done += spec.num_bytes
+            del parts, part
+            progress(done, total)
+
+
+def _verify(folder: Path, source: Source, dtype: str) -> dict[str, Any]:
+    found = verify_export(folder, source.model, rounded(source.read, DTYPES[dtype]))
+    failures = found.failures()
+    if failures:
+        raise CheckpointError(
+            "the export does not compute what the checkpoint computes (this is a bug; nothing was "
+            "written):\n  - " + "\n  - ".join(failures)
+        )
+    return asdict(found)
+
+
+def _facts(
+    source: Source, specs: list[Spec], dtype: str, kind: str, verification: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "source": str(source.folder.path.absolute()),
+        "source_manifest_xxh3_128": hash_file(source.folder.path / MANIFEST),
+        "step": source.folder.step,
+        "weights": source.kind,
+        "format": kind,
+        "dtype": dtype,
+        "alpha_0": source.objective.alpha_0,
+        "num_tensors": len(specs),
+        "num_parameters": sum(spec.num_bytes // spec.dtype.itemsize for spec in specs),
+        "versions": {name: _version(name) for name in ("megatron-eso", "torch", "transformers")},
+        "not_exported": not_exported(source),
+        "verification": verification,
+    }
+
+
+def not_exported(source: Source) -> list[str]:
+    """Return what of the checkpoint the exported folder does not have, and why."""
+    model, stored = source.model, source.reader.tensors
+    other = sorted({name.split(".")[0] for name in stored} - {source.kind})
+    reasons = [f"{name}: not the weights asked for" for name in other]
+    extra = _padded_rows(source)
+    if extra:
+        reasons.append(f"{extra} padded vocabulary rows: they stand for no token")
+    if model.dropout:
+        reasons.append(f"model.dropout={model.dropout}: the exported class has none")
+    return reasons
+
+
+def _padded_rows(source: Source) -> int:
+    return source.reader.tensors[f"{source.kind}.embedding.word_embeddings.weight"].shape[0] - (
+        source.model.vocab_size
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,397 @@
+"""Filling rows step by step, with an exact key/value cache; plans, orders and the choice of tokens.
+
+Step k feeds [tokens decided in step k-1; masks of step k]. Queries see everything kept and are causal
+inside the segment; only clean tokens' keys stay. Rows may differ in padding and in what is open: short
+segments are padded with entries nobody sees. Every random number is a function of (seed, row, position),
+so a row's text does not depend on its batch, and equals that of ``megatron-eso sample``.
+
+Letters: B = rows, W = width of the canvas, F = fresh clean entries, C = masks of a step.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.random import Philox
+from transformers.utils import ModelOutput
+
+_ORDER, _EVAL_ORDER, _PLAN, _TOKEN = 3, 4, 5, 6  # streams, as in megatron_eso.objective.randomness
+_SETTINGS = {"max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "eos_token_id",
+             "pad_token_id", "num_return_sequences", "use_cache", "return_dict_in_generate"}  # fmt: skip
+# Settings of other samplers: their neutral values are accepted, anything else is refused.
+_NEUTRAL = {"num_beams": (None, 1), "repetition_penalty": (None, 1.0), "top_k": (None, 0, 50),
+            "typical_p": (None, 1.0), "min_length": (None, 0), "no_repeat_ngram_size": (None, 0),
+            "bad_words_ids": (None,), "num_beam_groups": (None, 1), "penalty_alpha": (None,),
+            "min_new_tokens": (None,), "length_penalty": (None, 1.0), "min_p": (None,)}  # fmt: skip
+_UNUSED = {"tokenizer", "assistant_model", "synced_gpus", "bos_token_id", "token_type_ids"}
+
+
+@dataclass
+class EsoLMGenerateOutput(ModelOutput):
+    """Filled rows."""
+
+    sequences: torch.Tensor | None = None
+    """[B, W]."""
+    log_probs: torch.Tensor | None = None
+    """[B, W] of each decided token under the model, before temperature and nucleus; else 0."""
+    num_evaluations: int | None = None
+    """Forward passes."""
+
+
+class SegmentCache:
+    """Keys and values of clean tokens; masks' are dropped after their step."""
+
+    def __init__(self):
+        self.kept, self.segments = {}, {}
+
+    def update(self, keys, values, layer, *unused, **unused_too):
+        """Return the kept keys and values [B, g, T, d] followed by the segment's."""
+        if layer in self.kept:
+            keys, values = (
+                torch.cat(pair, dim=2)
+                for pair in zip(self.kept[layer], (keys, values), strict=True)
+            )
+        self.segments[layer] = (keys, values)
+        return keys, values
+
+    def keep(self, number):
+        """Keep the first ``number`` entries of everything seen so far."""
+        self.kept = {i: (k[:, :, :number], v[:, :, :number]) for i, (k, v) in self.segments.items()}
+
+
+def uniform(seed, step, row, stream, count, draw=0):
+    """Return ``count`` float64 numbers in [0, 1), a pure function of the arguments."""
+    raw = Philox(key=[seed, stream], counter=[0, draw, row, step]).random_raw(count)
+    return (np.asarray(raw, dtype=np.uint64) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def pad_lists(context, continuation, device):
+    """Return [B, L] tokens, which of them are the continuation, and which are not padding."""
+    context, continuation = (
+        [[int(i) for i in row] for row in rows] for rows in (context, continuation)
+    )
+    if len(context) != len(continuation):
+        raise ValueError(f"{len(context)} contexts for {len(continuation)} continuations")
+    length = max(len(a) + len(b) for a, b in zip(context, continuation, strict=True))
+    tokens = torch.zeros(len(context), length, dtype=torch.int64)
+    predicted, valid = torch.zeros_like(tokens).bool(), torch.zeros_like(tokens).bool()
+    for row, (first, then) in enumerate(zip(context, continuation, strict=True)):
+        tokens[row, : len(first) + len(then)] = torch.tensor(first + then, dtype=torch.int64)
+        predicted[row, len(first) : len(first) + len(then)] = True
+        valid[row, : len(first) + len(then)] = True
+    return tokens.to(device), predicted.to(device), valid.to(device)
+
+
+def likelihood_orders(predicted, valid, order, alpha_0, seed, row_numbers):
+    """Return a list of [B, L] prediction orders and their name; see ``log_likelihood``."""
+    if (isinstance(order, str) and order != "left-to-right") or order is None:
+        raise ValueError(f"order={order!r}: give 'left-to-right', a number of orders, or a tensor")
+    if isinstance(order, bool) or (isinstance(order, int) and order < 1):
+        raise ValueError(f"order={order}: the number of random orders must be at least 1")
+    num_draws = order if isinstance(order, int) else 1
+    drawn = []
+    for draw in range(num_draws):
+        rows = []
+        for row in range(len(predicted)):
+            places = predicted[row].nonzero()[:, 0].tolist()
+            if isinstance(order, int):
+                key = uniform(seed, 0, row_numbers[row], _EVAL_ORDER, 2 * len(places), draw)
+                early = [i for i in range(len(places)) if key[i] < alpha_0]
+                early.sort(key=lambda i: key[len(places) + i])
+                local = early + [i for i in range(len(places)) if i not in set(early)]
+            elif isinstance(order, str):
+                local = list(range(len(places)))
+            else:
+                local = [int(i) for i in order[row]][: len(places)]
+                if sorted(local) != list(range(len(places))):
+                    raise ValueError(
+                        f"order of row {row} is no permutation of {len(places)} tokens"
+                    )
+            given = (valid[row] & ~predicted[row]).nonzero()[:, 0].tolist()
+            padding = (~valid[row]).nonzero()[:, 0].tolist()
+            rows.append(given + [places[i] for i in local] + padding)
+        drawn.append(torch.tensor(rows, device=predicted.device))
+    if isinstance(order, int):
+        return drawn, f"{order} random order(s) of the family alpha_0={alpha_0:g}, seed {seed}"
+    return drawn, order if isinstance(order, str) else "given by the caller"
+
+
+def _settings(model, generation_config, kwargs):
+    """Return the settings: the call's, else the generation config's; refuse what has no effect."""
+    config = generation_config or model.generation_config
+    found = {name: getattr(config, name, None) for name in _SETTINGS}
+    refused = []
+    for name, neutral in _NEUTRAL.items():
+        value = kwargs.pop(name, getattr(config, name, None))
+        if value not in neutral:
+            refused.append(f"{name}={value}")
+    for name in ("logits_processor", "stopping_criteria"):
+        if kwargs.pop(name, None):
+            refused.append(name)
+    if kwargs.get("max_new_tokens") is not None:
+        found["max_length"] = None
+    elif kwargs.get("max_length") is not None:
+        found["max_new_tokens"] = None
+    for name in list(kwargs):
+        if name in _SETTINGS:
+            value = kwargs.pop(name)
+            found[name] = found[name] if value is None else value
+        elif name in _UNUSED:
+            kwargs.pop(name)
+    refused += [f"{name}={value}" for name, value in kwargs.items() if value is not None]
+    if refused:
+        raise ValueError(
+            "Eso-LM's generate() does not know "
+            + ", ".join(refused)
+            + "; it takes alpha_0, num_steps, "
+            "plan, seed, first_row and " + ", ".join(sorted(_SETTINGS))
+        )
+    return found
+
+
+def _canvas(model, tokens, valid, found):
+    """Return the prompts with masks behind them, and which entries are not padding."""
+    new = found["max_new_tokens"]
+    has_masks = bool((tokens == model.config.mask_token_id).any())
+    if new is None and found["max_length"] is not None:
+        new = found["max_length"] - tokens.shape[1]
+    if has_masks and found["asked_new"] is None:
+        new = 0  # infilling
+    if new is None or new < 0 or (new == 0 and not has_masks):
+        raise ValueError(
+            f"nothing to generate: prompts of {tokens.shape[1]} tokens, max_new_tokens={new}; give "
+            "max_new_tokens, or put mask tokens into input_ids"
+        )
+    length = int(valid.sum(1).max()) + new
+    if length > model.config.max_position_embeddings:
+        raise ValueError(
+            f"{length} tokens are more than max_position_embeddings="
+            f"{model.config.max_position_embeddings}; shorten the prompt or max_new_tokens"
+        )
+    masks = torch.full((len(tokens), new), model.config.mask_token_id, device=tokens.device)
+    return torch.cat([tokens, masks], 1), torch.cat([valid, torch.ones_like(masks).bool()], 1)
+
+
+def row_plan(is_open, alpha_0, num_steps, plan, seed, row):
+    """Return the open positions of one row in the order they are decided, and how many per step.
+
+    Args:
+        is_open: L booleans, without padding.
+        alpha_0: share of positions decided by diffusion.
+        num_steps: diffusion steps T, or the stride S of a strided plan; None: one token a step.
+        plan: ``binomial`` (arXiv 2506.01928, section 4) or ``strided`` (step r: r, r + S, r + 2S, ...).
+        seed: of counts and orders.
+        row: number of the row.
+    """
+    places = [i for i, value in enumerate(is_open) if value]
+    left = len(places)
+    steps = num_steps or max(left, 1)
+    if plan == "strided":
+        groups = [g for g in (places[r::steps] for r in range(steps)) if g]
+        return [p for g in groups for p in g], [len(g) for g in groups]
+    if plan != "binomial":
+        raise ValueError(f"plan={plan!r} must be 'binomial' or 'strided'")
+    if not 0 <= alpha_0 <= 1 or steps < 1:
+        raise ValueError(f"alpha_0={alpha_0} must be in [0, 1] and num_steps={steps} at least 1")
+    draws = uniform(seed, 0, 0, _PLAN, max(left, 1) * steps).reshape(steps, -1)
+    counts, open_ = [], left
+    for step in range(steps):
+        t = 1 - step / steps
+        share = (alpha_0 / steps) / (1 - alpha_0 * (1 - t))
+        count = int((draws[step, :open_] < share).sum())
+        open_ -= count
+        counts += [count] if count else []
+    key = uniform(seed, 0, row, _ORDER, len(is_open))
+    by_key = sorted(places, key=lambda p: key[p])
+    early = by_key[: left - open_]
+    chosen = set(early)
+    return early + [p for p in places if p not in chosen], counts + [1] * open_
+
+
+def choose(logits, u, temperature, top_p):
+    """Return one token per row of [N, V] logits by inverting the cumulative distribution at ``u``."""
+    probs = torch.softmax(logits.double() / temperature, dim=1)
+    ranked, tokens = probs.sort(dim=1, descending=True) if top_p < 1 else (probs, None)
+    if tokens is not None:
+        ranked = ranked.masked_fill(ranked.cumsum(1) - ranked >= top_p, 0.0)
+    cumulative = ranked.cumsum(1)
+    target = (u * cumulative[:, -1])[:, None]
+    picked = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[1] - 1)
+    return (picked if tokens is None else tokens.gather(1, picked))[:, 0]
+
+
+def generate_rows(
+    model, inputs=None, generation_config=None, streamer=None, *, input_ids=None, attention_mask=None,
+    alpha_0=None, num_steps=None, plan="binomial", seed=None, first_row=0, **kwargs,
+):  # fmt: skip
+    """Return [B, W] filled rows (or :class:`EsoLMGenerateOutput`).
+
+    Args:
+        model: the model.
+        inputs: [B, P] prompts; mask tokens in them are filled too (infilling).
+        generation_config: transformers' settings.
+        streamer: gets the tokens of a single row as its decided beginning grows.
+        input_ids: the same as ``inputs``.
+        attention_mask: [B, P] 0 for padding, on either side.
+        alpha_0: share of tokens decided by diffusion; None: the model's. 0 is left to right.
+        num_steps: diffusion steps; None: one token a step.
+        plan: ``binomial``, or ``strided``: step r decides positions r, r + num_steps, ...
+        seed: of everything random; None: drawn from torch's generator.
+        first_row: number of the first row.
+        kwargs: max_new_tokens, do_sample, temperature, top_p, eos_token_id, use_cache, ...
+    """
+    tokens = inputs if input_ids is None else input_ids
+    if tokens is None:
+        raise ValueError("give input_ids")
+    asked_new = kwargs.get("max_new_tokens", kwargs.get("max_length"))
+    found = _settings(model, generation_config, dict(kwargs)) | {"asked_new": asked_new}
+    heat = 1.0 if found["temperature"] is None else found["temperature"]
+    if (found["do_sample"] and not heat > 0) or not 0 < (found["top_p"] or 1) <= 1:
+        raise ValueError(
+            f"temperature={found['temperature']} must be above 0 and top_p={found['top_p']} in (0, 1]"
+        )
+    copies = found["num_return_sequences"] or 1
+    tokens = tokens.repeat_interleave(copies, 0)
+    if attention_mask is None:
+        valid = torch.ones_like(tokens, dtype=torch.bool)
+    else:
+        valid = attention_mask.bool().repeat_interleave(copies, 0)
+    if streamer is not None and len(tokens) > 1:
+        raise ValueError(f"a streamer shows one row, not {len(tokens)}")
+    prompt = tokens.shape[1]
+    canvas, valid = _canvas(model, tokens, valid, found)
+    seed = int(torch.randint(2**31, (1,))) if seed is None else seed
+    share = model.config.alpha_0 if alpha_0 is None else alpha_0
+    steps = _steps(model, canvas, valid, share, num_steps, plan, seed, first_row)
+    was_training = model.training
+    model.eval()
+    try:
+        result = _fill(model, canvas, valid, steps, found, seed, first_row, prompt, streamer)
+    finally:
+        model.train(was_training)
+    return result if found["return_dict_in_generate"] else result.sequences
+
+
+def _steps(model, canvas, valid, alpha_0, num_steps, plan, seed, first_row):
+    """Return [B, W]: -1 given, else the step that decides it; and the order within, as sort keys."""
+    step_of = torch.full(canvas.shape, -1)
+    rank = torch.arange(canvas.shape[1]).repeat(len(canvas), 1)
+    for row in range(len(canvas)):
+        places = valid[row].nonzero()[:, 0]
+        is_open = (canvas[row][places] == model.config.mask_token_id).tolist()
+        order, counts = row_plan(is_open, alpha_0, num_steps, plan, seed, first_row + row)
+        where = places.cpu()[torch.tensor(order, dtype=torch.int64)]
+        step_of[row, where] = torch.repeat_interleave(
+            torch.arange(len(counts)), torch.tensor(counts)
+        )
+        rank[row, where] = torch.arange(len(order))
+    step_of[~valid.cpu()] = -2
+    return step_of, rank
+
+
+def _entries(step_of, rank, lowest, highest, device):
+    """Return [B, n] columns of the entries decided in steps [lowest, highest], and which are real."""
+    wanted = (step_of >= lowest) & (step_of <= highest)
+    width = int(wanted.sum(1).max())
+    key = step_of.long() * rank.shape[1] + rank
+    key = torch.where(wanted, key, torch.iinfo(torch.int64).max)
+    columns = key.argsort(dim=1, stable=True)[:, :width]
+    return columns.to(device), wanted.gather(1, columns).to(device)
+
+
+def _fill(model, canvas, valid, steps, found, seed, first_row, prompt, streamer):
+    step_of, rank = steps
+    positions = (valid.long().cumsum(1) - 1).clamp(min=0)
+    cache = SegmentCache() if found["use_cache"] in (None, True) else None
+    kept_ok = torch.zeros(len(canvas), 0, dtype=torch.bool, device=canvas.device)
+    log_probs = torch.zeros(canvas.shape, dtype=torch.float64, device=canvas.device)
+    num_steps, done, shown = int(step_of.max()) + 1, 0, 0
+    shown = _stream(streamer, canvas, step_of, -1, shown, prompt)
+    for step in range(num_steps):
+        lowest = -1 if cache is None or step == 0 else step - 1
+        fresh, fresh_ok = _entries(step_of, rank, lowest, step - 1, canvas.device)
+        open_, open_ok = _entries(step_of, rank, step, step, canvas.device)
+        ok = torch.cat([fresh_ok, open_ok], 1)
+        places = torch.cat([fresh, open_], 1)
+        new = places.shape[1]
+        causal = torch.ones(new, new, dtype=torch.bool, device=canvas.device).tril()
+        own = torch.eye(new, dtype=torch.bool, device=canvas.device)
+        visible = torch.cat(
+            [kept_ok[:, None].expand(-1, new, -1), causal & ok[:, None] | own], dim=2
+        )
+        hidden = model.model(canvas.gather(1, places), positions.gather(1, places), visible, cache)
+        if cache is not None:
+            cache.keep(kept_ok.shape[1] + fresh.shape[1])
+            kept_ok = torch.cat([kept_ok, fresh_ok], 1)
+        logits = model.real_logits(hidden[:, fresh.shape[1] :][open_ok])
+        row = torch.arange(len(canvas), device=canvas.device)[:, None].expand_as(open_)[open_ok]
+        column = open_[open_ok]
+        picked = _pick(logits, row, positions[row, column], found, seed, first_row)
+        canvas[row, column] = picked
+        chosen = torch.log_softmax(logits.double(), dim=1).gather(1, picked[:, None])[:, 0]
+        log_probs[row, column] = chosen
+        done = step + 1
+        shown = _stream(streamer, canvas, step_of, step, shown, prompt)
+        if _all_ended(canvas, step_of, step, prompt, found["eos_token_id"]):
+            break
+    _cut(canvas, valid, prompt, found)
+    if streamer is not None:
+        streamer.end()
+    return EsoLMGenerateOutput(sequences=canvas, log_probs=log_probs, num_evaluations=done)
+
+
+def _pick(logits, row, position, found, seed, first_row):
+    if not found["do_sample"]:
+        return logits.argmax(dim=1)
+    u = [
+        uniform(seed, p, first_row + r, _TOKEN, 1)[0]
+        for r, p in zip(row.tolist(), position.tolist(), strict=True)
+    ]
+    temperature = 1.0 if found["temperature"] is None else found["temperature"]
+    top_p = 1.0 if found["top_p"] is None else found["top_p"]
+    return choose(logits, torch.tensor(u, device=logits.device), temperature, top_p)
+
+
+def _is_end(tokens, eos):
+    if eos is None:
+        return torch.zeros_like(tokens, dtype=torch.bool)
+    ends = torch.as_tensor(eos if isinstance(eos, (list, tuple)) else [eos], device=tokens.device)
+    return torch.isin(tokens, ends)
+
+
+def _all_ended(canvas, step_of, step, prompt, eos):
+    """Return whether every row has an end token with nothing open before it."""
+    decided = (step_of <= step).to(canvas.device)
+    is_end = _is_end(canvas, eos) & decided
+    is_end[:, :prompt] = False
+    prefix = decided.long().cumprod(1).bool()
+    return bool((is_end & prefix).any(1).all())
+
+
+def _cut(canvas, valid, prompt, found):
+    """Put padding behind the first end token of what was generated behind the prompt."""
+    is_end = _is_end(canvas, found["eos_token_id"])
+    is_end[:, :prompt] = False
+    after = is_end.long().cumsum(1) - is_end.long() > 0
+    eos, pad = found["eos_token_id"], found["pad_token_id"]
+    if pad is None and eos is not None:
+        pad = eos[0] if isinstance(eos, (list, tuple)) else eos
+    if pad is not None:
+        canvas[after] = pad
+
+
+def _stream(streamer, canvas, step_of, step, shown, prompt):
+    """Show what has been decided without a gap from the start; return how much is shown."""
+    if streamer is None:
+        return 0
+    decided = int((step_of[0] <= step).long().cumprod(0).sum())
+    if step < 0:
+        decided = prompt if decided >= prompt else 0
+    if decided > shown:
+        if (
+            shown == 0 and decided > prompt > 0
+        ):  # streamers leave out their first portion, the prompt
+            streamer.put(canvas[:, :prompt].cpu())
+            shown = prompt
+        streamer.put(canvas[0, shown:decided].cpu() if shown else canvas[:, :decided].cpu())
+    return max(decided, shown)

@@ -1,0 +1,384 @@
+"""Eso-LM for transformers: Llama's layers (Qwen3's with ``qk_norm``) over a permuted row.
+
+The model predicts the token AT each mask from the clean tokens and the masks before it in prediction
+order; nothing is shifted by one. The layers get cosines and sines and a mask of ours, and never
+``position_ids``: transformers reads positions that do not count up as packed sequences and builds a
+block-diagonal mask, silently. Stands alone beside the weights; transformers 4.57 and 5.
+
+Letters: B = rows, L = tokens of a row, Q = queries, K = keys, N = entries, V = vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.utils import ModelOutput
+
+from .configuration_esolm import EsoLMConfig, EsoLMDiTConfig
+from .generation_esolm import generate_rows, likelihood_orders, pad_lists
+
+# What callers of other models pass to forward() and what changes nothing here.
+_IGNORED = {"use_cache", "return_dict"}
+_IS_V5 = int(transformers.__version__.split(".")[0]) >= 5
+_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+@dataclass
+class EsoLMLikelihood(ModelOutput):
+    """Exact log-probabilities of continuations, in nats."""
+
+    log_likelihood: torch.Tensor | None = None
+    """[B] float64; with K > 1 orders the log of the mean over orders, a lower bound in expectation."""
+    token_log_probs: torch.Tensor | None = None
+    """[B, N] of the continuation's tokens under the last order; 0 for padding."""
+    is_greedy: torch.Tensor | None = None
+    """[B] True where every token of the continuation was the most likely one."""
+    order: str | None = None
+    """The order(s) used, for reports."""
+
+
+class EsoLMPreTrainedModel(PreTrainedModel):
+    """What transformers must know."""
+
+    config_class = EsoLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _no_split_modules = ["LlamaDecoderLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False  # takes no mask: right for one pass, silently wrong for the others
+    _supports_flash_attn_2 = False
+    # No _init_weights: the base class has one for these layers. One that fills `weight.data` would
+    # overwrite loaded weights in transformers 5.0, silently.
+
+
+class _GeluMLP(nn.Module):
+    """Two matrices with GELU between, of the official code."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(
+            config.intermediate_size, config.hidden_size, bias=config.mlp_bias
+        )
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden):
+        return self.down_proj(self.act_fn(self.up_proj(hidden)))
+
+
+def _norm(config):
+    if isinstance(config, EsoLMDiTConfig):
+        return nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
+    return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+def _layer(config, index):
+    layer = LlamaDecoderLayer(config, index)
+    if config.qk_norm:
+        layer.self_attn = Qwen3Attention(config, index)
+    if isinstance(config, EsoLMDiTConfig):
+        layer.mlp = _GeluMLP(config)
+        layer.input_layernorm, layer.post_attention_layernorm = _norm(config), _norm(config)
+    return layer
+
+
+class EsoLMModel(EsoLMPreTrainedModel):
+    """Embedding, layers and last norm; takes entries in prediction order with their positions."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([_layer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = _norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(self, tokens, positions, visible=None, cache=None):
+        """Return [B, Q, H].
+
+        Args:
+            tokens: [B, Q] ids in prediction order.
+            positions: [B, Q] place of each in reading order.
+            visible: [B, Q, K] True where a query may look at a key; None: causal.
+            cache: keys and values of earlier segments, with ``update`` as transformers' caches.
+        """
+        hidden = self.embed_tokens(tokens)
+        angles = self._angles(positions, hidden.dtype)
+        mask = self._mask(visible, tokens, hidden.dtype)
+        for layer in self.layers:
+            hidden = layer(
+                hidden, attention_mask=mask, past_key_values=cache, position_embeddings=angles
+            )
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        return self.norm(hidden)
+
+    def _angles(self, positions, dtype):
+        # In float64: at position 1000 float32 angles are off by 6e-5.
+        exact = torch.float32 if positions.device.type == "mps" else torch.float64
+        size = self.config.head_dim
+        exponent = torch.arange(0, size, 2, dtype=exact, device=positions.device) / size
+        angles = positions[..., None].to(exact) * self.config.rope_theta**-exponent
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def _mask(self, visible, tokens, dtype):
+        """Return what the attention functions add to the scores, [B, 1, Q, K], or flex's block mask."""
+        if visible is None:
+            if self.config._attn_implementation == "sdpa":
+                return None  # its own causal kernel
+            length = tokens.shape[1]
+            visible = torch.ones(
+                len(tokens), length, length, dtype=torch.bool, device=tokens.device
+            )
+            visible = visible.tril()
+        if self.config._attn_implementation == "flex_attention":
+            # Not a mask of scores: the CPU kernel reads past its end where a row is no whole block.
+            shape = (len(visible), None, *visible.shape[1:])
+            return create_block_mask(lambda b, h, q, k: visible[b, q, k], *shape, visible.device)
+        hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=tokens.device)
+        return torch.where(visible[:, None], torch.zeros_like(hidden), hidden)
+
+
+class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
+    """Canvas forward pass, training loss, exact likelihood, generation."""
+
+    _tied_weights_keys = _TIED if _IS_V5 else list(_TIED)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = EsoLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        """Return the embedding."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        """Replace the embedding."""
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self):
+        """Return the head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        """Replace the head."""
+        self.lm_head = value
+
+    def forward(
+        self, input_ids=None, attention_mask=None, labels=None, order=None, generator=None, **kwargs
+    ):
+        """Return logits of a canvas, or with ``labels`` the training loss.
+
+        Args:
+            input_ids: [B, L] tokens with mask tokens where a prediction is wanted.
+            attention_mask: [B, L] 0 for padding, on either side.
+            labels: [B, L] as for other causal models (not shifted); -100: no loss, always visible. If
+                ``input_ids`` holds mask tokens, their mean cross-entropy; otherwise times, masks and
+                orders are drawn and the Eso-LM loss is returned.
+            order: [B, L] prediction order; None: clean tokens, then masks, each in reading order.
+            generator: of the draws; None: torch's own.
+            kwargs: refused, except what changes nothing.
+
+        Returns:
+            ``logits`` [B, L, V] in reading order, the mask token's at -inf. A mask sees the masks
+            before it in the order; clean entries' logits mean nothing.
+        """
+        wrong = [
+            k for k, v in kwargs.items() if k not in _IGNORED and v is not None and v is not False
+        ]
+        if wrong or input_ids is None:
+            raise ValueError(
+                f"Eso-LM's forward takes input_ids, attention_mask, labels, order; not {wrong}. It "
+                "permutes rows itself, so positions, caches and embeddings cannot be given"
+            )
+        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        valid = valid.bool()
+        is_mask = input_ids == self.config.mask_token_id
+        if labels is not None and not bool(is_mask.any()):
+            return CausalLMOutput(loss=self._loss(input_ids, valid, labels, generator))
+        order = sort_order(is_mask, valid) if order is None else order
+        positions = (valid.long().cumsum(1) - 1).clamp(min=0)
+        hidden = self.model(input_ids.gather(1, order), positions.gather(1, order))
+        back = order.argsort(dim=1)[:, :, None].expand_as(hidden)
+        logits = self.real_logits(hidden.gather(1, back))
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits[is_mask].float(), labels[is_mask])
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def real_logits(self, hidden):
+        """Return the head's logits with the mask token's removed (-inf)."""
+        logits = self.lm_head(hidden)
+        is_mask = torch.arange(logits.shape[-1], device=logits.device) == self.config.mask_token_id
+        return logits.masked_fill(is_mask, -torch.inf)
+
+    def predict_in_order(self, tokens, is_predicted, order, valid):
+        """Return the doubled pass: each predicted entry sees clean tokens and true earlier ones.
+
+        Args:
+            tokens: [B, L] true tokens.
+            is_predicted: [B, L] entries to predict, reading order.
+            order: [B, L] prediction order, padding last.
+            valid: [B, L] False for padding.
+
+        Returns:
+            logits [N, V] of the predicted entries, and their rows and places [N].
+        """
+        num_rows, length = tokens.shape
+        positions = (valid.long().cumsum(1) - 1).clamp(min=0)
+        wanted = is_predicted.gather(1, order)
+        most = int(wanted.sum(1).max())
+        slots = (~wanted).int().argsort(dim=1, stable=True)[:, :most]  # of the copies
+        is_copy = wanted.gather(1, slots)
+        places = order.gather(1, slots)
+        inputs = torch.cat(
+            [tokens.gather(1, order), torch.full_like(places, self.config.mask_token_id)], dim=1
+        )
+        entries = torch.cat([positions.gather(1, order), positions.gather(1, places)], dim=1)
+        slot = torch.arange(length, device=tokens.device)
+        of_true = (slot[:, None] >= slot[None]).expand(num_rows, -1, -1)
+        of_copies = slots[:, :, None] > slot
+        own = torch.eye(most, dtype=torch.bool, device=tokens.device).expand(num_rows, -1, -1)
+        none = torch.zeros(num_rows, length, most, dtype=torch.bool, device=tokens.device)
+        visible = torch.cat(
+            [torch.cat([of_true, none], dim=2), torch.cat([of_copies, own], dim=2)], dim=1
+        )
+        hidden = self.model(inputs, entries, visible)[:, length:]
+        row = torch.arange(num_rows, device=tokens.device)[:, None].expand_as(places)
+        return self.real_logits(hidden[is_copy]), row[is_copy], places[is_copy]
+
+    def _loss(self, tokens, valid, labels, generator):
+        """Return the Eso-LM loss (arXiv 2506.01928, section 3), one draw per row.
+
+        A row takes the diffusion pass with probability kappa; dividing each pass by its probability
+        keeps the two terms balanced in expectation, whatever the batch.
+        """
+        config, device = self.config, tokens.device
+        has_loss = (labels != -100) & valid
+        if not torch.equal(tokens[has_loss], labels[has_loss]):
+            raise ValueError(
+                "labels must equal input_ids where they are not -100: nothing is shifted"
+            )
+        kappa = config.diffusion_fraction
+        if kappa is None:
+            kappa = {0.0: 0.0, 1.0: 1.0}.get(config.alpha_0, 0.5)
+        num_rows, eps = len(tokens), config.noise_eps
+
+        def uniform(*shape):
+            return torch.rand(*shape, generator=generator, device=device, dtype=torch.float64)
+
+        is_diffusion = uniform(num_rows) < kappa
+        keep = config.alpha_0 * (1 - (1 - eps) * (eps + (1 - eps) * uniform(num_rows)))
+        weight = config.alpha_0 * (1 - eps) / (1 - keep).clamp(min=1e-9)
+        keep = torch.where(is_diffusion, keep, config.alpha_0)
+        masked = has_loss & (uniform(*tokens.shape) >= keep[:, None])
+        # Prompts (no loss) come first, in reading order, as in generation.
+        order = sort_order(masked, valid, uniform(*tokens.shape), is_diffusion, valid & ~has_loss)
+        total = self.lm_head.weight.sum() * 0.0  # a row may draw no mask at all
+        rows = is_diffusion.nonzero()[:, 0]
+        if len(rows) and bool(masked[rows].any()):
+            kept, place = masked[rows], order[rows]
+            inputs = tokens[rows].masked_fill(kept, config.mask_token_id).gather(1, place)
+            positions = (valid[rows].long().cumsum(1) - 1).clamp(min=0).gather(1, place)
+            wanted = kept.gather(1, place)
+            logits = self.real_logits(self.model(inputs, positions)[wanted])
+            nats = _nats(logits, tokens[rows].gather(1, place)[wanted])
+            total = total + (nats * weight[rows][wanted.nonzero()[:, 0]]).sum() / kappa
+        rows = (~is_diffusion).nonzero()[:, 0]
+        if len(rows) and bool(masked[rows].any()):
+            logits, row, place = self.predict_in_order(
+                tokens[rows], masked[rows], order[rows], valid[rows]
+            )
+            total = total + _nats(logits, tokens[rows][row, place]).sum() / (1 - kappa)
+        return (total / has_loss.sum().clamp(min=1)).to(torch.float32)
+
+    @torch.no_grad()
+    def log_likelihood(
+        self, context, continuation, order="left-to-right", alpha_0=None, seed=0, row_numbers=None
+    ):
+        """Return exact log p(continuation | context) in one pass per order; :class:`EsoLMLikelihood`.
+
+        Args:
+            context: B lists of ids (or [B, C]); always visible.
+            continuation: B lists of ids (or [B, N]), after the context.
+            order: ``left-to-right``; a number K of random orders of the alpha_0 family; or [B, N]
+                permutations of each continuation.
+            alpha_0: of the random orders; None: the model's.
+            seed: of the random orders.
+            row_numbers: of the rows, which choose their random orders; None: 0, 1, ...
+        """
+        tokens, predicted, valid = pad_lists(context, continuation, self.device)
+        orders, name = likelihood_orders(
+            predicted,
+            valid,
+            order,
+            self.config.alpha_0 if alpha_0 is None else alpha_0,
+            seed,
+            row_numbers or range(len(tokens)),
+        )
+        width = max(int(predicted.sum(1).max()), 1)
+        starts = predicted.int().argmax(dim=1)
+        total = torch.full((len(tokens),), -torch.inf, dtype=torch.float64, device=self.device)
+        for one in orders:
+            logits, row, place = self.predict_in_order(tokens, predicted, one, valid)
+            nats = _nats(logits, tokens[row, place])
+            found = torch.zeros(len(tokens), width, dtype=torch.float64, device=self.device)
+            found[row, place - starts[row]] = -nats
+            miss = torch.zeros(len(tokens), dtype=torch.int64, device=self.device)
+            miss.index_add_(0, row, (logits.argmax(1) != tokens[row, place]).long())
+            total = torch.logaddexp(total, found.sum(1))
+        total = total - torch.log(torch.tensor(float(len(orders)), dtype=torch.float64))
+        return EsoLMLikelihood(
+            log_likelihood=total, token_log_probs=found, is_greedy=miss == 0, order=name
+        )
+
+    @torch.no_grad()
+    def generate(self, inputs=None, generation_config=None, streamer=None, **kwargs):
+        """Return filled rows; see :func:`generation_esolm.generate_rows` for the arguments."""
+        return generate_rows(self, inputs, generation_config, streamer, **kwargs)
+
+
+class EsoLMDiTForCausalLM(EsoLMForCausalLM):
+    """The official code's shape: LayerNorm with bias, GELU MLP, head with bias."""
+
+    config_class = EsoLMDiTConfig
+
+
+def sort_order(is_masked, valid, key=None, is_shuffled=None, is_prompt=None):
+    """Return [B, L]: prompts, clean entries, masked ones, padding; each by ``key`` or in reading order.
+
+    Args:
+        is_masked: [B, L].
+        valid: [B, L].
+        key: [B, L] in [0, 1), float64; None: reading order.
+        is_shuffled: [B] rows whose masked entries follow the key as well; the others' keep reading
+            order.
+        is_prompt: [B, L] clean entries that come first, in reading order.
+    """
+    length = is_masked.shape[1]
+    reading = torch.arange(length, dtype=torch.float64, device=is_masked.device) / length
+    reading = reading.expand(is_masked.shape)
+    if key is None:
+        key = reading
+    elif is_shuffled is not None:
+        key = torch.where(is_masked & ~is_shuffled[:, None], reading, key)
+    if is_prompt is not None:
+        key = torch.where(is_prompt, reading - 1, key)
+    return (key + is_masked.double() + 2 * (~valid).double()).argsort(dim=1, stable=True)
+
+
+def _nats(logits, targets):
+    """Return [N] negative log-probabilities, float64."""
+    log_probs = torch.log_softmax(logits.double(), dim=1)
+    return -log_probs.gather(1, targets[:, None])[:, 0]

@@ -1,0 +1,85 @@
+"""A Hugging Face config.json in our terms; what cannot be expressed is refused with every reason."""
+
+from typing import Any
+
+from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
+from megatron_eso.errors import CheckpointError
+
+OURS = ("esolm", "esolm_dit")
+_KNOWN = ("llama", "qwen3", *OURS)
+
+
+def model_of(config: dict[str, Any]) -> tuple[ModelConfig, ObjectiveConfig]:
+    """Return shape and objective; ``vocab_size`` still without the mask token unless it is ours.
+
+    Raises:
+        CheckpointError: naming every setting that has no counterpart here.
+    """
+    reasons = _reasons(config)
+    if reasons:
+        raise CheckpointError("this model cannot be imported:\n  - " + "\n  - ".join(reasons))
+    kind = config["model_type"]
+    is_dit = kind == "esolm_dit"
+    heads = int(config["num_attention_heads"])
+    model = ModelConfig(
+        hidden_size=int(config["hidden_size"]),
+        num_layers=int(config["num_hidden_layers"]),
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_size=config.get("head_dim") or int(config["hidden_size"]) // heads,
+        ffn_size=int(config["intermediate_size"]),
+        vocab_size=int(config["vocab_size"]),
+        max_length=int(config["max_position_embeddings"]),
+        norm="layernorm" if is_dit else "rmsnorm",
+        norm_eps=float(config["rms_norm_eps"]),
+        activation="gelu" if is_dit else "swiglu",
+        attention_bias=bool(config.get("attention_bias", False)),
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        head_bias=bool(config.get("head_bias", False)),
+        qk_norm=kind == "qwen3" or bool(config.get("qk_norm", False)),
+        rotary_base=rope_theta(config),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+    )
+    objective = ObjectiveConfig(
+        alpha_0=float(config.get("alpha_0", 1.0)),
+        diffusion_fraction=config.get("diffusion_fraction"),
+        noise_eps=float(config.get("noise_eps", 1e-3)),
+    )
+    return model, objective
+
+
+def rope_theta(config: dict[str, Any]) -> float:
+    """Return the rotary base; transformers 4 and 5 spell it differently."""
+    parameters = config.get("rope_parameters") or {}
+    return float(config.get("rope_theta") or parameters.get("rope_theta") or 10000.0)
+
+
+def _reasons(config: dict[str, Any]) -> list[str]:
+    kind = config.get("model_type")
+    if kind not in _KNOWN:
+        return [f"model_type={kind!r}: only {', '.join(_KNOWN)} are read"]
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
+              "max_position_embeddings", "rms_norm_eps")  # fmt: skip
+    reasons = [f"{name} is missing in config.json" for name in needed if name not in config]
+    activation = config.get("hidden_act", "silu")
+    wanted = "gelu_pytorch_tanh" if kind == "esolm_dit" else "silu"
+    if activation != wanted:
+        reasons.append(f"hidden_act={activation!r}: only {wanted!r} is there")
+    for spelling in ("rope_scaling", "rope_parameters"):
+        scaling = config.get(spelling) or {}
+        name = scaling.get("rope_type", scaling.get("type", "default"))
+        if name != "default":
+            reasons.append(
+                f"{spelling} of type {name!r}: the rotary table here is plain (model.rotary_base); with "
+                "scaled angles the imported model would be another one"
+            )
+        if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+            reasons.append("partial_rotary_factor: whole heads are rotated here")
+    plain, new = config.get("rope_theta"), (config.get("rope_parameters") or {}).get("rope_theta")
+    if plain is not None and new is not None and plain != new:
+        reasons.append(f"rope_theta={plain} and rope_parameters.rope_theta={new} disagree")
+    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or []):
+        reasons.append("sliding-window attention: every entry sees all earlier ones here")
+    if config.get("quantization_config"):
+        reasons.append("quantised weights: import the unquantised ones")
+    return reasons

@@ -1,0 +1,178 @@
+"""Hugging Face weights in (Llama, Qwen3, our own exports), a checkpoint of ours out, tensor by tensor.
+
+An autoregressive model gets a mask token: one more id, whose embedding is the mean of the others. Numbers
+are kept bit for bit (float32 holds bfloat16 and float16 exactly).
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_eso.checkpoint.folder import FORMAT_VERSION, SIDECAR, CheckpointFolder, write_durably
+from megatron_eso.config.schema import ModelConfig
+from megatron_eso.data.tokenizer import Tokenizer
+from megatron_eso.errors import CheckpointError, DataError
+from megatron_eso.export.exporter import require_free, require_room, scratch_beside
+from megatron_eso.export.hf_layout import OURS, model_of
+from megatron_eso.export.mapping import Rule, rules
+from megatron_eso.export.streamed import ExportedTensors
+from megatron_eso.export.torch_dist_writer import TorchDistWriter
+
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was written."""
+
+    folder: CheckpointFolder
+    model: ModelConfig
+    sequence_length: int
+    num_parameters: int
+    remarks: list[str]
+
+
+def import_hf(
+    source: Path,
+    out: Path,
+    *,
+    cut_vocabulary: bool = False,
+    sequence_length: int | None = None,
+) -> Imported:
+    """Write a checkpoint from a folder with config.json and safetensors weights.
+
+    Args:
+        source: folder of transformers' files.
+        out: folder of the new checkpoint, absent or empty.
+        cut_vocabulary: drop embedding rows beyond the tokenizer's ids, so that data prepared with that
+            tokenizer fits; otherwise every row is kept.
+        sequence_length: tokens of a row in training; None: the model's longest, at most 1024.
+
+    Raises:
+        CheckpointError: if the model cannot be read or expressed, or ``out`` holds anything.
+    """
+    require_free(out)
+    config = _read_config(source)
+    model, objective = model_of(config)
+    tokenizer, remarks = _tokenizer(source)
+    has_mask = config["model_type"] in OURS
+    rows = model.vocab_size - int(has_mask)
+    if cut_vocabulary and not has_mask:
+        if tokenizer is None:
+            raise CheckpointError("--cut-vocabulary needs a tokenizer.json beside the weights")
+        rows = min(rows, tokenizer.vocab_size - 1)
+    model = replace(model, vocab_size=rows + 1)
+    if tokenizer is not None and tokenizer.vocab_size != model.vocab_size:
+        remarks.append(
+            f"the tokenizer has {tokenizer.vocab_size - 1} ids, the embedding {rows}: to train on text "
+            "prepared with it import with --cut-vocabulary"
+        )
+    tensors = ExportedTensors(source)
+    table = rules(model)
+    _require_names(tensors, table, model)
+    length = min(sequence_length or 1024, model.max_length)
+    with scratch_beside(out) as scratch:
+        require_room(out, _num_numbers(source, tensors) * 4)
+        count = 0
+        with TorchDistWriter(scratch) as writer:
+            for rule, layer in _work(table, model.num_layers):
+                whole = _joined(tensors, rule, layer, model, has_mask)
+                count += whole.numel()
+                writer.write(
+                    f"weights.{rule.ours}", whole, layer=layer, num_layers=model.num_layers
+                )
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer.path, scratch / "tokenizer.json")
+        sidecar = {
+            "format_version": FORMAT_VERSION,
+            "step": 0,
+            "has_ema": False,
+            "model": asdict(model),
+            "objective": asdict(objective),
+            "sequence_length": length,
+            "mask_token_id": model.vocab_size - 1,
+            "data": {},
+            "tokenizer": None if tokenizer is None else "tokenizer.json",
+            "parallel": {},
+            "origin": {"format": "hf", "model_type": config["model_type"], "folder": source.name},
+        }
+        write_durably(scratch / SIDECAR, json.dumps(sidecar, indent=1))
+        CheckpointFolder(scratch).commit()
+    return Imported(CheckpointFolder(out), model, length, count, remarks)
+
+
+def _read_config(source: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((source / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{source}/config.json cannot be read ({error}); give a folder with config.json and "
+            "safetensors weights"
+        ) from None
+    return config
+
+
+def _tokenizer(source: Path) -> tuple[Tokenizer | None, list[str]]:
+    path = source / "tokenizer.json"
+    if not path.is_file():
+        return None, ["no tokenizer.json: sampling and export will ask for one"]
+    try:
+        return Tokenizer(path), []
+    except DataError as error:
+        return None, [f"the tokenizer is left out: {error}"]
+
+
+def _work(table: list[Rule], num_layers: int) -> Iterator[tuple[Rule, int | None]]:
+    for rule in table:
+        yield from ((rule, layer) for layer in (range(num_layers) if rule.is_layered else (None,)))
+
+
+def _require_names(tensors: ExportedTensors, table: list[Rule], model: ModelConfig) -> None:
+    wanted = {n.format(i) for r, i in _work(table, model.num_layers) for n in r.theirs}
+    # Old files repeat tied weights and keep the rotary buffer.
+    extra = {n for n in tensors.files if n.endswith("rotary_emb.inv_freq")}
+    extra |= {"lm_head.weight"} if model.tie_embeddings else set()
+    wrong = [f"{name} is missing" for name in sorted(wanted - set(tensors.files))]
+    wrong += [f"{n} has no place here" for n in sorted(set(tensors.files) - wanted - extra)]
+    if wrong:
+        raise CheckpointError(f"{tensors.folder} cannot be imported:\n  - " + "\n  - ".join(wrong))
+
+
+def _joined(
+    tensors: ExportedTensors, rule: Rule, layer: int | None, model: ModelConfig, has_mask: bool
+) -> Tensor:
+    """Return one tensor of ours, float32."""
+    parts = [tensors.read(name.format(layer)).float() for name in rule.theirs]
+    if rule.theirs[0] in _VOCABULARY and not has_mask:
+        rows = parts[0][: model.vocab_size - 1]
+        is_embedding = rule.theirs[0] == "model.embed_tokens.weight"
+        # The head's row for the mask is never used: the mask is no prediction.
+        mask = rows.mean(dim=0, keepdim=True) if is_embedding else torch.zeros_like(rows[:1])
+        parts = [torch.cat([rows, mask])]
+    found = [tuple(part.shape) for part in parts]
+    whole = rule.transform.join(model, parts)
+    expected = rule.transform.shapes(model, tuple(whole.shape))
+    if found != expected or whole.shape[0] != _rows(rule, model, whole):
+        raise CheckpointError(
+            f"{', '.join(rule.theirs)}: shapes {found}, config.json says {expected}"
+        )
+    return whole
+
+
+def _rows(rule: Rule, model: ModelConfig, whole: Tensor) -> int:
+    """Return how many rows config.json says the tensor has; its own number where it says nothing."""
+    if rule.ours.endswith("linear_fc1.weight"):
+        return (model.ffn_size or 0) * (2 if model.activation == "swiglu" else 1)
+    if rule.ours.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return model.hidden_size
+    return whole.shape[0]
+
+
+def _num_numbers(source: Path, tensors: ExportedTensors) -> int:
+    return sum((source / name).stat().st_size for name in set(tensors.files.values())) // 2

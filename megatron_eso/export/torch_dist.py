@@ -1,0 +1,325 @@
+"""Read tensors of a sharded torch_dist checkpoint: no Megatron, no process group, one piece at a time.
+
+``.metadata`` is a pickle that says which byte range of which ``.distcp`` file holds which part of which
+tensor; every such range is a small torch file of its own. Both are read without running anything: only
+the names below are known, each means a stand-in that keeps its content, and any other name is refused.
+"""
+
+import io
+import mmap
+import pickle
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_eso.errors import CheckpointError
+from megatron_eso.export.inert_pickle import Inert
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_KNOWN = {
+    (_METADATA, name)
+    for name in (
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
+        "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
+    )
+} | {
+    ("torch.distributed.checkpoint.planner", name)
+    for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
+} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("torch", "memory_format"),
+    ("pathlib", "PosixPath"),
+}  # fmt: skip
+_DTYPES = {
+    "float64": torch.float64, "float32": torch.float32, "float16": torch.float16,
+    "bfloat16": torch.bfloat16, "int64": torch.int64, "int32": torch.int32, "int16": torch.int16,
+    "int8": torch.int8,
+    "uint8": torch.uint8, "bool": torch.bool,
+}  # fmt: skip
+_STORAGES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A rectangular part of a tensor and where its bytes are."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    first_byte: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the checkpoint; ``shape`` has the layers in front where they are stacked."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+
+class TorchDistReader:
+    """The tensors of one checkpoint folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors = read_index(folder)
+
+    def read(self, name: str, layer: int | None = None) -> Tensor:
+        """Return one tensor, or one layer of a stacked one.
+
+        Raises:
+            CheckpointError: if parts are missing, overlap, or are damaged.
+        """
+        stored = self.tensors[name]
+        shape = stored.shape if layer is None else stored.shape[1:]
+        chunks = [c for c in stored.chunks if layer is None or c.offsets[0] == layer]
+        self._require_whole(stored, chunks, layer)
+        if len(chunks) == 1:
+            return self._chunk(stored, chunks[0]).reshape(shape)
+        whole = torch.empty((1, *shape) if layer is not None else shape, dtype=stored.dtype)
+        for chunk in chunks:
+            offsets = chunk.offsets if layer is None else (0, *chunk.offsets[1:])
+            place = tuple(slice(o, o + n) for o, n in zip(offsets, chunk.sizes, strict=True))
+            whole[place] = self._chunk(stored, chunk)
+        return whole.reshape(shape)
+
+    def _require_whole(self, stored: StoredTensor, chunks: list[Chunk], layer: int | None) -> None:
+        """Refuse parts that leave gaps, overlap or reach out of the tensor."""
+        shape = stored.shape if layer is None else (1, *stored.shape[1:])
+        starts = [c.offsets if layer is None else (0, *c.offsets[1:]) for c in chunks]
+        inside = all(
+            0 <= o and n > 0 and o + n <= limit
+            for chunk, start in zip(chunks, starts, strict=True)
+            for o, n, limit in zip(start, chunk.sizes, shape, strict=True)
+        )
+        count = sum(_count(chunk.sizes) for chunk in chunks)
+        if not inside or count != _count(shape) or _overlap(starts, chunks):
+            where = "" if layer is None else f", layer {layer},"
+            raise CheckpointError(
+                f"{self.folder}: the {len(chunks)} stored parts of {stored.name}{where} do not make the "
+                f"tensor of shape {tuple(shape)}; the checkpoint is damaged"
+            )
+
+    def _chunk(self, stored: StoredTensor, chunk: Chunk) -> Tensor:
+        path = self.folder / chunk.file
+        try:
+            with open(path, "rb") as file:
+                size = file.seek(0, 2)
+                if chunk.first_byte < 0 or chunk.first_byte + chunk.num_bytes > size:
+                    raise CheckpointError(
+                        f"{path} has {size} bytes; {stored.name} ends at "
+                        f"{chunk.first_byte + chunk.num_bytes}: the checkpoint is incomplete"
+                    )
+                found = _tensor_of_range(file, chunk)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}, {stored.name}: {error}") from None
+        except Exception as error:  # a damaged zip or pickle may fail in any way
+            raise CheckpointError(f"{path}: {stored.name} cannot be read: {error}") from None
+        if found.dtype != stored.dtype or found.shape != torch.Size(chunk.sizes):
+            raise CheckpointError(
+                f"{path}: a part of {stored.name} is {found.dtype} {tuple(found.shape)}, not "
+                f"{stored.dtype} {chunk.sizes}"
+            )
+        return found
+
+
+def read_index(folder: Path) -> dict[str, StoredTensor]:
+    """Return the tensors that ``.metadata`` describes.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or names anything that an index has no use for.
+    """
+    path = folder / ".metadata"
+    try:
+        with open(path, "rb") as file:
+            content = _IndexUnpickler(file).load()
+        described, places = content.state["state_dict_metadata"], content.state["storage_data"]
+        where = {(key.state["fqn"], _sizes(key.state["offset"])): value for key, value in places.items()
+                 if key.state["offset"] is not None}  # fmt: skip
+        return {
+            name: _stored(name, entry.state, where)
+            for name, entry in described.items()
+            if entry.origin.endswith(".TensorStorageMetadata")
+        }
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): no torch_dist checkpoint"
+        ) from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except Exception as error:  # a pickle may fail in any way
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+
+def _stored(name: str, entry: dict[str, Any], where: dict[Any, Any]) -> StoredTensor:
+    chunks = []
+    for chunk in entry["chunks"]:
+        offsets, sizes = _sizes(chunk.state["offsets"]), _sizes(chunk.state["sizes"])
+        place = where[(name, offsets)].state
+        if place.get("transform_descriptors"):
+            raise CheckpointError(f"{name} is stored compressed, which is not read")
+        file = str(place["relative_path"])
+        if Path(file).name != file:
+            raise CheckpointError(f"{name} points to {file!r}, outside the checkpoint's folder")
+        chunks.append(Chunk(offsets, sizes, file, int(place["offset"]), int(place["length"])))
+    dtype = _dtype_of(entry["properties"])
+    return StoredTensor(name, _sizes(entry["size"]), dtype, tuple(chunks))
+
+
+def _dtype_of(properties: Inert) -> torch.dtype:
+    """Return the dtype: the first field of TensorProperties, whose state is a tuple."""
+    state = properties.state
+    dtype = state.get("dtype") if isinstance(state, dict) else state[0]
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"a tensor has an unreadable dtype {dtype!r}")
+    return dtype
+
+
+def _sizes(size: Any) -> tuple[int, ...]:
+    """Return the numbers of a torch.Size, which was read as a stand-in of one tuple."""
+    values = size.args[0] if isinstance(size, Inert) and size.args else size
+    return tuple(int(value) for value in (() if isinstance(values, Inert) else values))
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _overlap(starts: list[tuple[int, ...]], chunks: list[Chunk]) -> bool:
+    boxes = [(s, c.sizes) for s, c in zip(starts, chunks, strict=True)]
+    return any(
+        all(a < b + m and b < a + n for a, n, b, m in zip(first, size, second, other, strict=True))
+        for i, (first, size) in enumerate(boxes)
+        for second, other in boxes[:i]
+    )
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Knows the classes of an index, as stand-ins; nothing is imported or run."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self._stand_ins: dict[str, type[Inert]] = {}
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        """Return a stand-in, or a dtype; refuse every other name."""
+        if module_name == "torch" and global_name in _DTYPES:
+            return _DTYPES[global_name]
+        if (module_name, global_name) not in _KNOWN:
+            raise CheckpointError(
+                f"its pickle names {module_name}.{global_name}, which no checkpoint index needs; it was "
+                "not run. Do not use this file"
+            )
+        origin = f"{module_name}.{global_name}"
+        return self._stand_ins.setdefault(origin, type("Inert", (Inert,), {"origin": origin}))
+
+
+class _ChunkUnpickler(pickle.Unpickler):
+    """Knows one plain tensor, and nothing else."""
+
+    def __init__(self, data: bytes, storages: dict[str, Any]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._read = storages
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        """Return our own function for torch's; refuse every other name."""
+        if (module_name, global_name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module_name, global_name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *rest: torch.as_strided(
+                storage, size, stride, offset
+            )
+        if module_name == "torch" and global_name in _STORAGES:
+            return _STORAGES[global_name]
+        raise CheckpointError(
+            f"its pickle names {module_name}.{global_name}, which no tensor needs; it was not run"
+        )
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        """Return a storage as a flat tensor."""
+        _, dtype, key, _, numel = pid
+        return self._read["storage"](dtype, key, numel)
+
+
+def _tensor_of_range(file: Any, chunk: Chunk) -> Tensor:
+    """Return the tensor stored in a byte range of a file; its pages are mapped, not copied."""
+    first = chunk.first_byte - chunk.first_byte % mmap.ALLOCATIONGRANULARITY
+    skip = chunk.first_byte - first
+    mapped = mmap.mmap(file.fileno(), chunk.num_bytes + skip, access=mmap.ACCESS_COPY, offset=first)
+    view = _Range(mapped, skip, chunk.num_bytes)
+    with zipfile.ZipFile(view) as archive:  # type: ignore[arg-type]
+        names = [n for n in archive.namelist() if n.endswith("/data.pkl")]
+        if len(names) != 1:
+            raise CheckpointError("it holds no tensor")
+        prefix = names[0].removesuffix("data.pkl")
+        order = prefix + "byteorder"
+        if order in archive.namelist() and archive.read(order) != b"little":
+            raise CheckpointError("it is not little-endian")
+
+        def storage(dtype: torch.dtype, key: str, numel: int) -> Tensor:
+            info = archive.getinfo(f"{prefix}data/{key}")
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size < numel * dtype.itemsize:
+                raise CheckpointError(f"storage {key} is too short or compressed")
+            header = skip + info.header_offset
+            name, extra = (
+                int.from_bytes(mapped[header + at : header + at + 2], "little") for at in (26, 28)
+            )
+            return torch.frombuffer(
+                mapped, dtype=dtype, count=numel, offset=header + 30 + name + extra
+            )
+
+        found = _ChunkUnpickler(archive.read(names[0]), {"storage": storage}).load()
+    if not isinstance(found, Tensor):
+        raise CheckpointError("it holds no tensor")
+    return found
+
+
+class _Range(io.RawIOBase):
+    """A part of a mapped file as a file of its own."""
+
+    def __init__(self, mapped: mmap.mmap, first: int, size: int) -> None:
+        self._mapped, self._first, self._size, self._at = mapped, first, size, 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Move and return the place."""
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """Return the place."""
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes."""
+        end = self._size if size is None or size < 0 else min(self._at + size, self._size)
+        data = self._mapped[self._first + self._at : self._first + end]
+        self._at = max(end, self._at)
+        return data

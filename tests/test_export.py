@@ -1,0 +1,387 @@
+"""Exports: the same from every layout, equal to their source, refused when anything is wrong."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_eso.checkpoint.folder import CheckpointFolder
+from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
+from megatron_eso.errors import CheckpointError
+from megatron_eso.export import exporter
+from megatron_eso.export.exporter import export
+from megatron_eso.export.inspect_tensors import inspect
+from megatron_eso.export.mapping import QKV, inexpressible, no_backbone, rules
+from megatron_eso.export.source import open_source
+from megatron_eso.export.torch_dist import TorchDistReader, read_index
+from megatron_eso.export.verify_export import verify_folder
+from megatron_eso.export.watch import watch_run
+
+QK = "model.qk_norm=true"
+ROOT = Path(__file__).parent.parent
+LAYOUTS = {
+    "one": [],
+    "tensor": ["parallel.tensor=2"],
+    "pipeline": ["parallel.pipeline=2"],
+    "interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(two_ranks, tmp_path_factory):
+    """The same weights, saved at three layouts (``one`` is data parallel on two ranks)."""
+    folder = tmp_path_factory.mktemp("layouts")
+    for name, layout in LAYOUTS.items():
+        two_ranks.run("export_checkpoint", [QK, *layout], str(folder / name))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoints, tmp_path_factory):
+    """The verified export of the tensor-parallel checkpoint's raw weights, and what it says."""
+    out = tmp_path_factory.mktemp("exported") / "model"
+    return out, export(checkpoints / "tensor", out, use_ema=False)
+
+
+def copy_of(folder, tmp_path):
+    target = tmp_path / "copy"
+    shutil.copytree(folder, target)
+    return target
+
+
+def newest(root):
+    return next(root.glob("step_*"))
+
+
+def test_every_layout_gives_the_same_file(checkpoints, exported, tmp_path):
+    files = [exported[0] / "model.safetensors"]
+    for name in ("one", "pipeline", "interleaved"):
+        export(checkpoints / name, tmp_path / name, use_ema=False, verify=False)
+        files.append(tmp_path / name / "model.safetensors")
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_the_export_is_verified_far_below_its_limits(exported):
+    found = exported[1]["verification"]
+    assert found["canvas_relative_logits"] < 1e-5
+    assert found["doubled_relative_logits"] < 1e-5
+    assert found["canvas_same_argmax"] == found["doubled_same_argmax"] == 1
+    assert found["tensors"] == exported[1]["num_tensors"]
+
+
+def test_the_average_is_exported_unless_raw_weights_are_asked_for(checkpoints, exported, tmp_path):
+    facts = export(checkpoints / "one", tmp_path / "ema", verify=False)
+    assert facts["weights"] == "ema"
+    raw, averaged = (load_file(f / "model.safetensors") for f in (exported[0], tmp_path / "ema"))
+    assert all(torch.allclose(averaged[name], 0.5 * raw[name]) for name in raw)
+
+
+def test_bfloat16_is_the_masters_rounded_and_verified(checkpoints, exported, tmp_path):
+    out = tmp_path / "bf16"
+    facts = export(checkpoints / "one", out, use_ema=False, dtype="bf16")
+    assert facts["verification"]["canvas_relative_logits"] < 1e-5
+    rounded, full = (load_file(f / "model.safetensors") for f in (out, exported[0]))
+    assert all(torch.equal(rounded[name], full[name].bfloat16()) for name in full)
+
+
+def test_many_shards_hold_the_same_tensors(checkpoints, exported, tmp_path):
+    out = tmp_path / "shards"
+    export(checkpoints / "one", out, use_ema=False, shard_bytes=40_000)
+    files = sorted(out.glob("model-*.safetensors"))
+    assert len(files) > 3
+    whole = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    expected = load_file(exported[0] / "model.safetensors")
+    assert whole.keys() == expected.keys()
+    assert all(torch.equal(whole[name], expected[name]) for name in whole)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_the_tensors_equal_what_torchs_own_reader_finds(checkpoints):
+    import torch.distributed.checkpoint as dcp
+
+    reader = TorchDistReader(newest(checkpoints / "tensor"))
+    state = {name: torch.empty(t.shape) for name, t in reader.tensors.items()}
+    dcp.load(state, checkpoint_id=str(reader.folder), no_dist=True)
+    assert all(torch.equal(reader.read(name), tensor) for name, tensor in state.items())
+
+
+# Mutations of an exported folder, each of which verification must see.
+
+
+def change_config(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
+
+
+def swap(*names):
+    def change(tensors):
+        first, second = (f"model.layers.1.{name}.weight" for name in names)
+        tensors[first], tensors[second] = tensors[second], tensors[first]
+
+    return change
+
+
+def megatron_order_of_heads(tensors):
+    """Cut [q, k, v] out of the fused matrix as if its groups were not interleaved."""
+    model = ModelConfig(hidden_size=32, num_heads=4, num_kv_heads=2)
+    names = [f"model.layers.0.self_attn.{x}_proj.weight" for x in "qkv"]
+    fused = QKV.join(model, [tensors[name] for name in names])
+    for name, part in zip(names, fused.split([32, 16, 16]), strict=True):
+        tensors[name] = part
+
+
+MUTATIONS = {
+    "norm-eps": lambda f: change_config(f, rms_norm_eps=1e-6),
+    "rope-theta": lambda f: change_config(
+        f, rope_theta=11000.0, rope_parameters={"rope_type": "default", "rope_theta": 11000.0}
+    ),
+    "gate-up": lambda f: change_tensors(f, swap("mlp.gate_proj", "mlp.up_proj")),
+    "qkv-layout": lambda f: change_tensors(f, megatron_order_of_heads),
+    "norms": lambda f: change_tensors(f, swap("input_layernorm", "post_attention_layernorm")),
+    "head-norms": lambda f: change_tensors(f, swap("self_attn.q_norm", "self_attn.k_norm")),
+    "lost-layer": lambda f: change_config(f, num_hidden_layers=3),
+    "lost-tensor": lambda f: change_tensors(f, lambda t: t.pop("model.norm.weight")),
+    "not-finite": lambda f: change_tensors(f, lambda t: t["lm_head.weight"][0].fill_(torch.nan)),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_verification_sees(mutation, exported, tmp_path):
+    folder = copy_of(exported[0], tmp_path)
+    MUTATIONS[mutation](folder)
+    try:
+        failures = verify_folder(folder, None).failures()
+    except CheckpointError as error:
+        failures = [str(error)]
+        assert mutation in ("lost-layer", "lost-tensor", "not-finite")
+    assert failures
+
+
+def test_a_layer_lost_on_both_sides_of_the_export_is_seen(exported, tmp_path):
+    """Weights and config agree with each other, but not with the checkpoint."""
+    folder = copy_of(exported[0], tmp_path)
+    change_config(folder, num_hidden_layers=3)
+    change_tensors(folder, lambda t: [t.pop(n) for n in list(t) if ".layers.3." in n])
+    with pytest.raises(CheckpointError, match=r"layers\.3\."):
+        verify_folder(folder, None)
+
+
+def test_a_failed_verification_leaves_nothing(checkpoints, tmp_path, monkeypatch):
+    whole = exporter.rules
+    monkeypatch.setattr(exporter, "rules", lambda model: [_swapped(r) for r in whole(model)])
+    with pytest.raises(CheckpointError, match="canvas_relative_logits"):
+        export(checkpoints / "one", tmp_path / "out", use_ema=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _swapped(rule):
+    if not rule.ours.endswith("linear_fc1.weight"):
+        return rule
+    from dataclasses import replace
+
+    return replace(rule, theirs=rule.theirs[::-1])
+
+
+# Bad input.
+
+
+class Hostile:
+    def __reduce__(self):
+        return (os.mkdir, ("hostile_was_here",))
+
+
+@pytest.mark.parametrize("where", ["index", "chunk"])
+def test_a_hostile_pickle_is_refused_and_not_run(checkpoints, tmp_path, monkeypatch, where):
+    monkeypatch.chdir(tmp_path)
+    folder = copy_of(newest(checkpoints / "one"), tmp_path)
+    if where == "index":
+        (folder / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    else:
+        torch.save(Hostile(), folder / "hostile.distcp")
+        size = (folder / "hostile.distcp").stat().st_size
+        index = pickle.loads((folder / ".metadata").read_bytes())
+        for place in index.storage_data.values():
+            place.relative_path, place.offset, place.length = "hostile.distcp", 0, size
+        (folder / ".metadata").write_bytes(pickle.dumps(index))
+    CheckpointFolder(folder).commit()
+    with pytest.raises(CheckpointError, match=r"posix\.mkdir|os\.mkdir"):
+        export(folder, tmp_path / "out", use_ema=False)
+    assert not (tmp_path / "hostile_was_here").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_index_cannot_point_outside_its_folder(checkpoints, tmp_path):
+    folder = copy_of(newest(checkpoints / "one"), tmp_path)
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    for key in index.storage_data:
+        index.storage_data[key] = _StorageInfo("../secret", 0, 10)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(CheckpointError, match="outside"):
+        read_index(folder)
+
+
+def test_a_half_written_checkpoint_is_refused(checkpoints, tmp_path):
+    folder = copy_of(newest(checkpoints / "one"), tmp_path)
+    (folder / "COMMITTED").unlink()
+    with pytest.raises(CheckpointError, match="never committed"):
+        export(folder, tmp_path / "out")
+
+
+def test_a_lost_file_is_refused(checkpoints, tmp_path):
+    folder = copy_of(newest(checkpoints / "one"), tmp_path)
+    next(folder.glob("*.distcp")).unlink()
+    CheckpointFolder(folder).commit()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        export(folder, tmp_path / "out", use_ema=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_folder_is_refused(checkpoints, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="not empty"):
+        export(checkpoints / "one", tmp_path)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_no_space_is_said_before_anything_is_written(checkpoints, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(exporter.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match=r"GiB.*--dtype bf16"):
+        export(checkpoints / "one", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(checkpoints, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporter.SafetensorsWriter, "write", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        export(checkpoints / "one", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def small_tokenizer(path, size):
+    from tokenizers import Tokenizer, models
+
+    words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
+    from tokenizers.pre_tokenizers import Whitespace
+
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(path))
+    return path
+
+
+def test_a_tokenizer_with_too_many_ids_is_refused(checkpoints, tmp_path):
+    tokenizer = small_tokenizer(tmp_path / "t.json", 100)
+    with pytest.raises(CheckpointError, match=r"ids up to 99.*mask token is id 60"):
+        export(checkpoints / "one", tmp_path / "out", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "message"),
+    [
+        (ModelConfig(norm="layernorm"), "eso", "model.norm=layernorm"),
+        (ModelConfig(head_bias=True), "eso", "model.head_bias"),
+        (ModelConfig(), "mdlm", "objective.name=mdlm"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_by_name(model, objective, message):
+    with pytest.raises(CheckpointError, match=message):
+        exporter.require_expressible(model, ObjectiveConfig(name=objective), "esolm")
+    assert inexpressible(model, objective)
+
+
+def test_an_autoregressive_model_is_a_backbone_alone():
+    objective = ObjectiveConfig(name="ar")
+    exporter.require_expressible(ModelConfig(), objective, "backbone")
+    with pytest.raises(CheckpointError, match="--format backbone"):
+        exporter.require_expressible(ModelConfig(), objective, "esolm")
+    assert no_backbone(ModelConfig(qk_norm=True, mlp_bias=True))
+
+
+def test_the_table_splits_and_joins_without_loss():
+    model = ModelConfig(
+        hidden_size=32, num_heads=4, num_kv_heads=2, vocab_size=61, vocab_padding_multiple=64,
+        attention_bias=True, mlp_bias=True, qk_norm=True, ffn_size=48,
+    )  # fmt: skip
+    for rule in rules(model):
+        shape = {"mlp.linear_fc1.weight": (96, 32), "self_attention.linear_qkv.weight": (64, 32),
+                 "self_attention.linear_qkv.bias": (64,), "mlp.linear_fc1.bias": (96,)}  # fmt: skip
+        ours = torch.randn(shape.get(rule.ours.removeprefix("decoder.layers."), (64, 32)))
+        if rule.ours.startswith(("embedding", "output")):
+            ours[61:] = 0
+        parts = rule.transform.split(model, ours)
+        assert [tuple(p.shape) for p in parts] == rule.transform.shapes(model, tuple(ours.shape))
+        assert torch.equal(rule.transform.join(model, parts), ours)
+
+
+def test_inspect_says_what_becomes_of_every_tensor(checkpoints, exported):
+    found = inspect(checkpoints / "tensor")
+    by_name = {line.name: line for line in found.lines}
+    qkv = by_name["weights.decoder.layers.self_attention.linear_qkv.weight"]
+    assert qkv.shape == (4, 64, 32)
+    assert "q_proj" in qkv.becomes
+    assert "optimizer" in by_name["exp_avg.output_layer.weight"].becomes
+    assert any("3 padded vocabulary rows" in remark for remark in found.remarks)
+    assert inspect(exported[0]).num_parameters == exported[1]["num_parameters"]
+
+
+def test_watch_exports_each_committed_checkpoint_once(checkpoints, tmp_path):
+    run = tmp_path / "run" / "checkpoints"
+    shutil.copytree(newest(checkpoints / "one"), run / "step_0000000007")
+    shutil.copytree(newest(checkpoints / "one"), run / "step_0000000009")
+    (run / "step_0000000009" / "COMMITTED").unlink()
+    done = []
+
+    def one(source, target):
+        done.append(source.name)
+        export(source, target, verify=False)
+
+    for _ in range(2):
+        watch_run(tmp_path / "run", tmp_path / "out", one, poll_seconds=0, is_over=lambda: True)
+    assert done == ["step_0000000007"]
+    CheckpointFolder(run / "step_0000000009").commit()
+    watch_run(tmp_path / "run", tmp_path / "out", one, poll_seconds=0, is_over=lambda: True)
+    assert done == ["step_0000000007", "step_0000000009"]
+
+
+@pytest.mark.slow
+def test_the_command_needs_no_megatron_and_no_process_group(checkpoints, tmp_path):
+    script = (
+        "import sys\nsys.modules['megatron'] = None\nimport torch.distributed as dist\n"
+        "dist.init_process_group = None\nfrom megatron_eso.cli.main import main\nmain()\n"
+    )
+
+    def run(*words):
+        return subprocess.run(
+            [sys.executable, "-c", script, *map(str, words)],
+            capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+
+    done = run("export", checkpoints / "tensor", "--out", tmp_path / "out", "--raw-weights")
+    assert done.returncode == 0, done.stderr
+    assert "canvas_relative_logits" in done.stdout
+    assert open_source(checkpoints / "tensor", use_ema=False).folder.step == 7
+    done = run("verify", tmp_path / "out")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "equal"), done.stderr
+    change_config(tmp_path / "out", rms_norm_eps=1e-6)
+    assert run("verify", tmp_path / "out").returncode == 1
+    done = run("export", checkpoints / "tensor", "--out", tmp_path / "out")
+    assert (done.returncode, done.stderr[:6]) == (4, "error:")

@@ -1,0 +1,154 @@
+"""Weights of transformers' own models, in and out again, bit for bit."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from megatron_eso.errors import CheckpointError
+from megatron_eso.export.exporter import export
+from megatron_eso.export.import_hf import import_hf
+from megatron_eso.export.streamed import streamed_model
+from tests.test_export import small_tokenizer
+
+SHAPE = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
+    "initializer_range": 0.3, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+THETA = {"rope_type": "default", "rope_theta": 50000.0}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=THETA)),
+    "llama-tied": lambda: LlamaForCausalLM(
+        LlamaConfig(**SHAPE, rope_parameters=THETA, tie_word_embeddings=True)
+    ),
+    "llama-biases": lambda: LlamaForCausalLM(
+        LlamaConfig(**SHAPE, rope_parameters=THETA, attention_bias=True, mlp_bias=True)
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, rope_parameters=THETA)),
+    "qwen3-tied": lambda: Qwen3ForCausalLM(
+        Qwen3Config(**SHAPE, rope_parameters=THETA, tie_word_embeddings=True)
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """Save a stock model of random bfloat16 weights; returns its folder, one per kind."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            torch.manual_seed(len(kind))
+            model = MODELS[kind]()
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "norm" in name or name.endswith("bias"):
+                        parameter.normal_(1.0, 0.3)
+            made[kind] = tmp_path_factory.mktemp(kind)
+            model.bfloat16().save_pretrained(made[kind])
+        return made[kind]
+
+    return get
+
+
+def change_config(folder, tmp_path, **values):
+    target = tmp_path / "changed"
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | values
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_in_and_out_again_is_bit_exact(stock, tmp_path, kind):
+    import_hf(stock(kind), tmp_path / "ours")
+    facts = export(tmp_path / "ours", tmp_path / "out", dtype="bf16", kind="backbone")
+    assert facts["verification"]["canvas_relative_logits"] < 1e-5
+    before, after = (load_file(f / "model.safetensors") for f in (stock(kind), tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name][: len(tensor)], tensor), name
+        assert len(after[name]) - len(tensor) == (61 in tensor.shape[:1])
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3-tied"])
+def test_the_backbone_is_the_stock_model_plus_a_mask_row(stock, tmp_path, kind):
+    """Loaded by transformers' own class; logits of the old tokens are the old logits, bit for bit."""
+    from transformers import AutoModelForCausalLM
+
+    import_hf(stock(kind), tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "out", kind="backbone", verify=False)
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)
+        for f in (stock(kind), tmp_path / "out")
+    )
+    assert type(before) is type(after)
+    tokens = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        old, new = before(input_ids=tokens).logits, after(input_ids=tokens).logits
+    assert torch.allclose(new[..., :61], old, rtol=1e-6, atol=1e-5)
+    embedding = after.get_input_embeddings().weight
+    assert torch.allclose(embedding[61], embedding[:61].mean(0), atol=1e-6)
+
+
+def test_our_own_export_comes_back_unchanged(stock, tmp_path):
+    import_hf(stock("qwen3"), tmp_path / "first")
+    export(tmp_path / "first", tmp_path / "out", verify=False)
+    import_hf(tmp_path / "out", tmp_path / "second")
+    export(tmp_path / "second", tmp_path / "again", verify=False)
+    first, again = (f / "model.safetensors" for f in (tmp_path / "out", tmp_path / "again"))
+    assert first.read_bytes() == again.read_bytes()
+    assert streamed_model(tmp_path / "out").config.mask_token_id == 61
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [[], ["parallel.tensor=2"], ["parallel.pipeline=2"]])
+def test_an_imported_model_trains_at_any_layout(stock, tmp_path, two_ranks, layout):
+    found = import_hf(stock("qwen3"), tmp_path / "ours")
+    settings = ["model.head_size=16", "model.ffn_size=64", "model.vocab_size=62", "model.qk_norm=true",
+                "model.vocab_padding_multiple=128", "model.rotary_base=50000", *layout]  # fmt: skip
+    losses = two_ranks.run("train_from", str(found.folder.path), settings)
+    assert losses[0] == losses[1]
+    assert all(0 < loss < 100 for loss in losses[0])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e4}}, "llama3"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
+        ({"rope_theta": 10000.0}, "disagree"),
+        ({"model_type": "mistral"}, "mistral"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"num_hidden_layers": 5}, r"layers\.4\.input_layernorm\.weight is missing"),
+        ({"num_hidden_layers": 3}, r"layers\.3\.\S+ has no place"),
+        ({"intermediate_size": 32}, "config.json says"),
+        ({"use_sliding_window": True}, "sliding"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused_and_nothing_is_left(stock, tmp_path, values, message):
+    source = change_config(stock("llama"), tmp_path, **values)
+    with pytest.raises(CheckpointError, match=message):
+        import_hf(source, tmp_path / "ours")
+    assert [p.name for p in tmp_path.iterdir()] == ["changed"]
+
+
+def test_a_theta_in_either_spelling_is_read(stock, tmp_path):
+    source = change_config(stock("llama"), tmp_path, rope_parameters=None, rope_theta=50000.0)
+    assert import_hf(source, tmp_path / "ours").model.rotary_base == 50000.0
+
+
+def test_the_vocabulary_is_cut_only_when_asked(stock, tmp_path):
+    source = change_config(stock("llama"), tmp_path)
+    small_tokenizer(source / "tokenizer.json", 50)
+    whole = import_hf(source, tmp_path / "whole")
+    assert whole.model.vocab_size == 62
+    assert any("--cut-vocabulary" in remark for remark in whole.remarks)
+    assert import_hf(source, tmp_path / "cut", cut_vocabulary=True).model.vocab_size == 51
+    export(tmp_path / "cut", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"]

@@ -1,0 +1,470 @@
+"""The exported model in transformers' hands: canvas, generation, likelihood, training, tools."""
+
+import importlib.util
+import warnings
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TextStreamer,
+)
+
+from megatron_eso.export.exporter import export
+from megatron_eso.export.hf import register
+from tests.rank_jobs import VOCAB
+from tests.test_export import small_tokenizer
+
+MASK = VOCAB - 1
+NATIVE = ["model.qk_norm=true"]
+
+
+@pytest.fixture(scope="module")
+def folder(two_ranks, tmp_path_factory):
+    """An exported folder with a tokenizer."""
+    root = tmp_path_factory.mktemp("model")
+    two_ranks.run("export_checkpoint", NATIVE, str(root / "checkpoint"))
+    tokenizer = small_tokenizer(root / "t.json", 60)
+    export(root / "checkpoint", root / "out", use_ema=False, tokenizer=tokenizer)
+    return root / "out"
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    register()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+
+def rows(count=3, length=12, seed=0):
+    return torch.randint(
+        0, VOCAB - 1, (count, length), generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def chain_rule(model, tokens, order, given):
+    """Return [B] log p by one canvas pass per token: everything earlier in the order is shown."""
+    total = torch.zeros(len(tokens), dtype=torch.float64)
+    for step in range(given, tokens.shape[1]):
+        place = order[step]
+        canvas = torch.full_like(tokens, MASK)
+        seen = order[:step]
+        canvas[:, seen] = tokens[:, seen]
+        full = [*seen, place, *[p for p in range(tokens.shape[1]) if p not in (*seen, place)]]
+        order_now = torch.tensor(full).expand(len(tokens), -1)
+        with torch.no_grad():
+            logits = model(input_ids=canvas, order=order_now).logits[:, place]
+        total += torch.log_softmax(logits, 1).gather(1, tokens[:, place, None])[:, 0]
+    return total
+
+
+def test_remote_code_and_package_give_the_same_logits(folder, model):
+    remote = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, dtype=torch.float64
+    ).eval()
+    canvas = rows()
+    canvas[:, 5:9] = MASK
+    with torch.no_grad():
+        assert torch.equal(remote(input_ids=canvas).logits, model(input_ids=canvas).logits)
+
+
+def test_the_mask_is_never_predicted(model):
+    canvas = rows()
+    canvas[:, 3] = MASK
+    logits = model(input_ids=canvas).logits
+    assert torch.isneginf(logits[..., MASK]).all()
+    assert torch.isfinite(logits[..., :MASK]).all()
+
+
+@pytest.mark.parametrize("order", ["left-to-right", "given"])
+def test_the_likelihood_is_the_chain_rule(model, order):
+    tokens = rows()
+    if order == "given":
+        local = torch.randperm(8, generator=torch.Generator().manual_seed(1))
+        found = model.log_likelihood(tokens[:, :4], tokens[:, 4:], order=local.expand(3, -1))
+        full = [0, 1, 2, 3, *(4 + local).tolist()]
+    else:
+        found, full = model.log_likelihood(tokens[:, :4], tokens[:, 4:]), list(range(12))
+    expected = chain_rule(model, tokens, full, 4)
+    assert torch.allclose(found.log_likelihood, expected, atol=1e-10)
+    assert torch.allclose(found.token_log_probs.sum(1), expected, atol=1e-10)
+
+
+def test_random_orders_are_averaged_and_do_not_depend_on_the_batch(model):
+    tokens = rows()
+    context, continuation = tokens[:, :4], tokens[:, 4:]
+    four = model.log_likelihood(context, continuation, order=4, alpha_0=0.7, seed=3)
+    assert "4 random" in four.order
+    alone = model.log_likelihood(
+        context[2:], continuation[2:], order=4, alpha_0=0.7, seed=3, row_numbers=[2]
+    )
+    assert torch.allclose(alone.log_likelihood, four.log_likelihood[2:], atol=1e-10)
+    reading = model.log_likelihood(context, continuation)
+    zero = model.log_likelihood(context, continuation, order=3, alpha_0=0.0)
+    assert torch.allclose(zero.log_likelihood, reading.log_likelihood, atol=1e-10)
+
+
+def test_ragged_rows_equal_single_rows(model):
+    tokens = rows()
+    contexts, continuations = [tokens[0, :2].tolist(), []], [tokens[0, 2:9].tolist(), [4, 5]]
+    both = model.log_likelihood(contexts, continuations).log_likelihood
+    for row in range(2):
+        one = model.log_likelihood(contexts[row : row + 1], continuations[row : row + 1])
+        assert torch.allclose(one.log_likelihood, both[row : row + 1], atol=1e-10)
+
+
+def test_greedy_says_whether_every_token_is_the_likeliest(model):
+    prompt = rows(1, 4)
+    text = model.generate(prompt, max_new_tokens=5, alpha_0=0.0, eos_token_id=None, do_sample=False)
+    found = model.log_likelihood(prompt, text[:, 4:])
+    assert bool(found.is_greedy[0])
+    text[0, -1] = (text[0, -1] + 1) % MASK
+    assert not bool(model.log_likelihood(prompt, text[:, 4:]).is_greedy[0])
+
+
+PLANS = {
+    "left-to-right": {"alpha_0": 0.0},
+    "diffusion": {"alpha_0": 1.0, "num_steps": 3},
+    "mixed": {"alpha_0": 0.5},
+    "strided": {"plan": "strided", "num_steps": 3},
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_cached_equals_uncached(model, plan):
+    def run(use_cache):
+        return model.generate(
+            rows(3, 4), max_new_tokens=8, seed=3, do_sample=True, eos_token_id=None,
+            use_cache=use_cache, return_dict_in_generate=True, **PLANS[plan],
+        )  # fmt: skip
+
+    cached, full = run(True), run(False)
+    assert torch.equal(cached.sequences, full.sequences)
+    assert torch.allclose(cached.log_probs, full.log_probs, atol=1e-12)
+    assert cached.num_evaluations == full.num_evaluations
+
+
+def test_the_cached_log_probs_are_the_models(model):
+    """One token a step: their sum is the exact likelihood of the row in reading order."""
+    out = model.generate(
+        rows(2, 4), max_new_tokens=6, alpha_0=0.0, seed=1, do_sample=True, eos_token_id=None,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    exact = model.log_likelihood(out.sequences[:, :4], out.sequences[:, 4:]).log_likelihood
+    assert torch.allclose(out.log_probs.sum(1), exact, atol=1e-10)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_left_padded_batch_equals_single_rows(model, plan):
+    prompts = [rows(1, n, seed=n)[0] for n in (2, 5, 3)]
+    width = max(map(len, prompts))
+    batch = torch.stack([torch.cat([torch.full((width - len(p),), 7), p]) for p in prompts])
+    mask = torch.stack([(torch.arange(width) >= width - len(p)).long() for p in prompts])
+    settings = {
+        "max_new_tokens": 8,
+        "seed": 5,
+        "do_sample": True,
+        "eos_token_id": None,
+        **PLANS[plan],
+    }
+    together = model.generate(batch, attention_mask=mask, **settings)
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt[None], first_row=row, **settings)
+        assert torch.equal(together[row, width - len(prompt) :], alone[0])
+
+
+def test_padding_on_either_side_changes_no_logits(model):
+    canvas = rows(1, 6)
+    canvas[0, 2:4] = MASK
+    pad = torch.full((1, 3), 9)
+    plain = model(input_ids=canvas).logits
+    ones, zeros = torch.ones(1, 6), torch.zeros(1, 3)
+    left = model(input_ids=torch.cat([pad, canvas], 1), attention_mask=torch.cat([zeros, ones], 1))
+    right = model(input_ids=torch.cat([canvas, pad], 1), attention_mask=torch.cat([ones, zeros], 1))
+    masked = canvas[0] == MASK
+    assert torch.allclose(left.logits[:, 3:][:, masked], plain[:, masked], atol=1e-12)
+    assert torch.allclose(right.logits[:, :6][:, masked], plain[:, masked], atol=1e-12)
+
+
+def test_infilling_keeps_what_is_given(model):
+    canvas = rows(2, 10)
+    canvas[0, 2:5] = MASK
+    canvas[1, 6] = MASK
+    filled = model.generate(canvas, alpha_0=1.0, num_steps=2, seed=1, eos_token_id=None)
+    assert filled.shape == canvas.shape
+    given = canvas != MASK
+    assert torch.equal(filled[given], canvas[given])
+    assert not (filled == MASK).any()
+
+
+def test_text_equals_that_of_the_native_sampler(model, one_rank, folder):
+    """Same seed, same plan, same numbers: token for token what megatron-eso sample gives."""
+    import numpy as np
+
+    given = np.zeros((2, 16), dtype=bool)
+    given[:, :4] = True
+    start = np.full((2, 16), MASK)
+    start[:, :4] = rows(2, 4).numpy()
+    native = one_rank.run(
+        "sample_rows_of", str(folder.parent / "checkpoint"), given, start,
+        {"alpha_0": 0.6, "num_steps": 5, "seed": 11}, {"temperature": 0.8, "top_p": 0.9, "seed": 11},
+    )[0]  # fmt: skip
+    ours = model.generate(
+        rows(2, 4), max_new_tokens=12, alpha_0=0.6, num_steps=5, seed=11, do_sample=True,
+        temperature=0.8, top_p=0.9, eos_token_id=None, return_dict_in_generate=True,
+    )  # fmt: skip
+    assert np.array_equal(ours.sequences.numpy(), native["tokens"])
+    assert np.allclose(ours.log_probs.numpy(), native["log_probs"], atol=1e-9)
+
+
+def test_rows_end_at_the_end_token(model):
+    free = model.generate(rows(1, 4), max_new_tokens=10, alpha_0=0.0, eos_token_id=None)
+    end = int(free[0, 6])
+    cut = model.generate(
+        rows(1, 4), max_new_tokens=10, alpha_0=0.0, eos_token_id=end, pad_token_id=3,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    first = 4 + (free[0, 4:] == end).nonzero()[0, 0]
+    assert torch.equal(cut.sequences[0, : first + 1], free[0, : first + 1])
+    assert (cut.sequences[0, first + 1 :] == 3).all()
+    assert cut.num_evaluations == first - 3
+
+
+def test_a_streamer_shows_the_text_once_and_in_order(model, folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    shown = []
+
+    class Recorder(TextStreamer):
+        def put(self, value):
+            shown.append(value.reshape(-1).tolist())
+
+        def end(self):
+            shown.append("end")
+
+    out = model.generate(
+        rows(1, 4), max_new_tokens=6, alpha_0=0.7, num_steps=3, seed=2, eos_token_id=None,
+        streamer=Recorder(tokenizer),
+    )  # fmt: skip
+    assert shown[-1] == "end"
+    assert shown[0] == out[0, :4].tolist()
+    assert [t for part in shown[:-1] for t in part] == out[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 4}, "num_beams=4"),
+        ({"max_new_tokns": 3}, "max_new_tokns"),
+        ({"max_new_tokens": 5000}, "max_position_embeddings"),
+        ({"max_new_tokens": 0}, "nothing to generate"),
+        ({"alpha_0": 2.0, "max_new_tokens": 4}, "alpha_0=2.0"),
+        ({"do_sample": True, "temperature": 0.0, "max_new_tokens": 4}, "temperature"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(rows(1, 4), **settings)
+
+
+def test_positions_and_caches_are_refused(model):
+    with pytest.raises(ValueError, match="position_ids"):
+        model(input_ids=rows(), position_ids=torch.arange(12)[None])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_the_packed_positions_trap_is_not_ours(folder, attention):
+    """Stock Llama misreads permuted positions as packed rows without a warning; our class cannot."""
+    if attention == "flex_attention":
+        pytest.importorskip("torch.nn.attention.flex_attention")
+    register()
+    ours = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
+    ).eval()
+    plain = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    canvas = rows(2)
+    canvas[:, ::2] = MASK
+    order = torch.stack(
+        [torch.randperm(12, generator=torch.Generator().manual_seed(r)) for r in (1, 2)]
+    )
+    with torch.no_grad():
+        found = ours(input_ids=canvas, order=order).logits[..., :MASK]
+        expected = plain(input_ids=canvas, order=order).logits[..., :MASK]
+        assert torch.allclose(found, expected, atol=1e-4)
+        score = ours.log_likelihood(rows(2, 4), rows(2, 6, seed=1)).log_likelihood
+        assert torch.allclose(
+            score, plain.log_likelihood(rows(2, 4), rows(2, 6, seed=1)).log_likelihood, atol=1e-3
+        )
+    if attention != "flex_attention":
+        assert_stock_falls_into_the_trap(attention)
+
+
+def assert_stock_falls_into_the_trap(attention):
+    """If transformers ever changes this, the reason for our own rotary angles can be dropped."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        initializer_range=0.3, attn_implementation=attention,
+    )  # fmt: skip
+    stock = LlamaForCausalLM(config).eval()
+    tokens, order = rows(1), torch.randperm(12, generator=torch.Generator().manual_seed(1))[None]
+    causal = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
+    additive = torch.where(causal, 0.0, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        right = stock(
+            input_ids=tokens, position_ids=order, attention_mask=additive, use_cache=False
+        ).logits
+        trapped = stock(input_ids=tokens, position_ids=order, use_cache=False).logits
+    assert (right - trapped).abs().max() > 0.1 * right.abs().max()
+
+
+@pytest.fixture
+def with_alpha_0(model):
+    """Set the model's alpha_0 for one test."""
+    before = model.config.alpha_0
+
+    def set_to(alpha_0):
+        model.config.alpha_0 = alpha_0
+        return model
+
+    yield set_to
+    model.config.alpha_0 = before
+
+
+def test_the_sequential_loss_is_the_exact_likelihood(with_alpha_0):
+    model, tokens = with_alpha_0(0.0), rows(2, 8)
+    exact = model.log_likelihood([[]] * 2, tokens).log_likelihood
+    loss = model(input_ids=tokens, labels=tokens).loss
+    assert float(loss.detach()) == pytest.approx(float(-exact.sum() / 16), rel=1e-5)
+
+
+def test_the_diffusion_loss_is_the_weighted_sum_of_what_the_masks_predict(with_alpha_0):
+    """The draws repeated by hand: weight alpha_0 / (1 - alpha_t) = 1/t up to noise_eps."""
+    model, tokens = with_alpha_0(1.0), rows(3, 8)
+    loss = model(input_ids=tokens, labels=tokens, generator=torch.Generator().manual_seed(5)).loss
+    draws = torch.Generator().manual_seed(5)
+    _, u, mask_key, key = (
+        torch.rand(*shape, generator=draws, dtype=torch.float64)
+        for shape in ((3,), (3,), (3, 8), (3, 8))
+    )
+    eps = model.config.noise_eps
+    keep = 1 - (1 - eps) * (eps + (1 - eps) * u)
+    masked = mask_key >= keep[:, None]
+    order = (key + masked.double()).argsort(dim=1)
+    with torch.no_grad():
+        logits = model(input_ids=tokens.masked_fill(masked, MASK), order=order).logits
+    nats = -torch.log_softmax(logits, 2).gather(2, tokens[:, :, None])[:, :, 0]
+    total = ((1 - eps) / (1 - keep) * torch.where(masked, nats, 0).sum(1)).sum() / 24
+    assert float(loss.detach()) == pytest.approx(float(total), rel=1e-6)
+
+
+def test_the_two_terms_keep_their_balance(with_alpha_0):
+    """Over many draws the mixed loss is the diffusion term plus the sequential term, each per token."""
+    model, tokens = with_alpha_0(0.5), rows(1, 6).repeat(256, 1)
+    means = {}
+    for kappa in (0.5, 0.25):
+        model.config.diffusion_fraction = kappa
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            losses = [
+                float(model(input_ids=tokens, labels=tokens, generator=generator).loss)
+                for _ in range(4)
+            ]
+        means[kappa] = sum(losses) / len(losses)
+    model.config.diffusion_fraction = None
+    assert means[0.25] == pytest.approx(means[0.5], rel=0.1)
+
+
+def test_prompt_labels_give_no_loss_but_are_seen(with_alpha_0):
+    model, tokens = with_alpha_0(0.0), rows(2, 8)
+    labels = tokens.clone()
+    labels[:, :5] = -100
+    loss = model(input_ids=tokens, labels=labels).loss
+    exact = model.log_likelihood(tokens[:, :5], tokens[:, 5:]).log_likelihood
+    assert float(loss.detach()) == pytest.approx(float(-exact.sum() / 6), rel=1e-5)
+
+
+def test_shifted_labels_are_refused(model):
+    with pytest.raises(ValueError, match="shifted"):
+        model(input_ids=rows(), labels=rows().roll(-1, 1))
+
+
+def gradients(folder, checkpointing):
+    register()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    generator = torch.Generator().manual_seed(4)
+    model(input_ids=rows(4), labels=rows(4), generator=generator).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_gradient_checkpointing_changes_no_gradient(folder):
+    plain, checkpointed = gradients(folder, False), gradients(folder, True)
+    assert all(g is not None for g in plain.values())
+    assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-12) for name in plain)
+
+
+def test_save_and_reload(folder, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path, trust_remote_code=True, dtype=torch.float64
+    )
+    canvas = rows()
+    canvas[:, 4] = MASK
+    assert (tmp_path / "modeling_esolm.py").exists()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=canvas).logits, model(input_ids=canvas).logits)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing:FutureWarning"
+)  # peft 0.21 asks for it
+def test_lora_adapts_and_generates(folder):
+    peft = pytest.importorskip("peft")
+    register()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=2)
+    )
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    adapted(input_ids=rows(), labels=rows()).loss.backward()
+    optimizer.step()
+    out = adapted.generate(input_ids=rows(1, 4), max_new_tokens=3, eos_token_id=None)
+    assert out.shape == (1, 7)
+
+
+def test_a_pipeline_writes_text(folder):
+    from transformers import pipeline
+
+    register()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        writer = pipeline("text-generation", model=str(folder), tokenizer=str(folder), device="cpu")
+        found = writer("w1 w2", max_new_tokens=4, do_sample=False)
+    assert found[0]["generated_text"].startswith("w1 w2")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trainer_lowers_the_loss_of_one_row(folder, tmp_path):
+    if importlib.util.find_spec("accelerate") is None:
+        pytest.skip("accelerate is not installed: transformers' Trainer needs it")
+    from transformers import Trainer, TrainingArguments
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.config.alpha_0 = 0.0  # exact loss: no noise hides what training does
+    data = [{"input_ids": rows(1)[0], "labels": rows(1)[0]}] * 16
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=2, learning_rate=1e-2,
+        logging_steps=1, report_to=[], save_strategy="no", use_cpu=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
