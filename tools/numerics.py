@@ -143,9 +143,9 @@ def collect(out: Path, seeds: int) -> list[dict]:
                 some = f", {LIKELIHOOD_ROWS} rows"
                 scores[some] = json.loads((folder / "likelihood.json").read_text())
             for suffix, part in scores.items():
-                for score in part:
-                    metric = score["metric"] + suffix
-                    found.setdefault(metric, []).append(score["nats_per_token"])
+                # At alpha_0 = 0 the NELBO is the likelihood, and both have that name: one of them counts.
+                for metric, nats in {s["metric"]: s["nats_per_token"] for s in part}.items():
+                    found.setdefault(metric + suffix, []).append(nats)
         table.append(
             {
                 "objective": name,
