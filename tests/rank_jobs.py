@@ -455,7 +455,7 @@ def export_checkpoint(overrides: list[str], folder: str) -> None:
             weight = entry.data
         elif entry.key.startswith("ema."):
             entry.data.copy_(0.5 * weight)
-    saver = Saver(Path(folder), session.config.checkpoint)
+    saver = Saver(Path(folder), session.config.checkpoint, session.torch_device)
     sidecar = {
         "format_version": 1, "step": 7, "has_ema": True, "model": asdict(session.config.model),
         "objective": asdict(session.config.objective), "sequence_length": LENGTH,

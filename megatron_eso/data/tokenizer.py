@@ -28,7 +28,17 @@ PIECE_CHARACTERS = 1 << 20
 class Tokenizer:
     """A loaded ``tokenizer.json``; ``vocab_size`` includes the model's mask token."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, requires_end: bool = True) -> None:
+        """Load a ``tokenizer.json``.
+
+        Args:
+            path: the file.
+            requires_end: refuse a tokenizer without an end-of-document token; an exported model can
+                do without, data cannot.
+
+        Raises:
+            DataError: if it cannot be read, is empty, or has no end-of-document token.
+        """
         self.path = path
         self._tokenizer = load_tokenizer(path)
         known = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -36,14 +46,23 @@ class Tokenizer:
             raise DataError(f"tokenizer {path} has an empty vocabulary")
         self.vocab_size = max(known.values()) + 2
         self.mask_id = self.vocab_size - 1
-        end = next((known[name] for name in END_NAMES if name in known), None)
-        if end is None:
-            raise DataError(
-                f"tokenizer {path} has no end-of-document token; it needs one of "
-                f"{', '.join(END_NAMES)}"
-            )
-        self.end_of_document_id: int = end
+        self.end_id: int | None = next((known[n] for n in END_NAMES if n in known), None)
+        if requires_end and self.end_id is None:
+            raise self._has_no_end()
         self.sha256 = sha256_of(path)
+
+    @property
+    def end_of_document_id(self) -> int:
+        """Id of the end-of-document token."""
+        if self.end_id is None:
+            raise self._has_no_end()
+        return self.end_id
+
+    def _has_no_end(self) -> DataError:
+        return DataError(
+            f"tokenizer {self.path} has no end-of-document token; it needs one of "
+            f"{', '.join(END_NAMES)}"
+        )
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without special tokens around it."""

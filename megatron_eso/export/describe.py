@@ -85,7 +85,7 @@ def read_tokenizer(path: Path | None, model: ModelConfig) -> Tokenizer | None:
     """
     if path is None:
         return None
-    tokenizer = Tokenizer(path)
+    tokenizer = Tokenizer(path, requires_end=False)
     if tokenizer.vocab_size > model.vocab_size:
         raise CheckpointError(
             f"tokenizer {path} has ids up to {tokenizer.vocab_size - 2}, but the model's mask token is id "
@@ -110,7 +110,8 @@ def write_beside(
     if tokenizer is None:
         return
     shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
-    end_text = tokenizer.decode([tokenizer.end_of_document_id])
+    end = tokenizer.end_id
+    end_text = None if end is None else tokenizer.decode([end])
     _dump(
         folder / "tokenizer_config.json",
         {

@@ -65,7 +65,7 @@ def export(
     require_room(out, sum(spec.num_bytes for spec in specs))
     with scratch_beside(out) as scratch:
         _write_weights(scratch, source, table, specs, DTYPES[dtype], shard_bytes, progress)
-        end = None if tokens is None else tokens.end_of_document_id
+        end = None if tokens is None else tokens.end_id
         config = describe.config_json(
             source.model, source.objective, kind=kind, dtype=dtype, end_id=end
         )

@@ -75,8 +75,13 @@ class _GeluMLP(nn.Module):
         return self.down_proj(self.act_fn(self.up_proj(hidden)))
 
 
+def _is_official(config):
+    # By name: loaded as remote code, the configuration's class may be another module's copy.
+    return config.model_type == EsoLMDiTConfig.model_type
+
+
 def _norm(config):
-    if isinstance(config, EsoLMDiTConfig):
+    if _is_official(config):
         return nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
     return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -85,7 +90,7 @@ def _layer(config, index):
     layer = LlamaDecoderLayer(config, index)
     if config.qk_norm:
         layer.self_attn = Qwen3Attention(config, index)
-    if isinstance(config, EsoLMDiTConfig):
+    if _is_official(config):
         layer.mlp = _GeluMLP(config)
         layer.input_layernorm, layer.post_attention_layernorm = _norm(config), _norm(config)
     return layer
