@@ -85,6 +85,7 @@ class Heart:
         self._descriptor, self._offset = map(int, place.split(":")) if place else (-1, 0)
         self._setup, self._floor, self._factor = setup_seconds, floor_seconds, factor
         self._longest: dict[str, float] = {}
+        self._first_step: float | None = None
         self._number, self._section, self._began = 0, "", time.monotonic()
         self.step, self.kept_step = 0, -1
         self.enter("setup")
@@ -92,10 +93,12 @@ class Heart:
     def enter(self, section: str) -> None:
         """Begin a section; the one before is measured."""
         now = time.monotonic()
-        # The first step also builds what later steps reuse: its time says nothing about theirs.
-        if self._section and self._section != "setup" and self._number > 2:
-            before = self._longest.get(self._section, 0.0)
-            self._longest[self._section] = max(before, now - self._began)
+        passed = now - self._began
+        if self._section == "step" and self._first_step is None:
+            # It also builds what later steps reuse: a bound for the second step, no more.
+            self._first_step = passed
+        elif self._section not in ("", "setup"):
+            self._longest[self._section] = max(self._longest.get(self._section, 0.0), passed)
         self._section, self._began = section, now
         self.beat()
 
@@ -109,6 +112,7 @@ class Heart:
 
     def limit(self, section: str) -> float:
         """Return how long a section may go without a beat, in seconds."""
-        if section not in self._longest:
+        longest = self._longest.get(section, self._first_step if section == "step" else None)
+        if longest is None:
             return max(self._setup, self._floor)
-        return max(self._floor, self._factor * self._longest[section])
+        return max(self._floor, self._factor * longest)

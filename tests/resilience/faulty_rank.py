@@ -64,7 +64,11 @@ def before_step(step):
     for _ in faults("stop", step):
         os.kill(os.getpid(), signal.SIGSTOP)
     for _ in faults("gil", step):
-        ctypes.PyDLL(None).sleep(600)  # PyDLL, unlike CDLL, keeps the lock while it calls
+        # PyDLL, unlike CDLL, keeps the lock while it calls. No signal ends the wait for a mutex that
+        # its owner asks for again, as one would end a sleep.
+        mutex = ctypes.create_string_buffer(64)
+        for _ in range(2):
+            ctypes.PyDLL(None).pthread_mutex_lock(mutex)
     for _ in faults("hang", step):
         time.sleep(600)
     for _ in faults("exit", step):

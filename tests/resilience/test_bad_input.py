@@ -73,9 +73,13 @@ def test_the_limit_of_a_section_follows_the_longest_so_far(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     heart = Heart({}, setup_seconds=600, floor_seconds=30, factor=3)
     assert heart.limit("step") == 600  # never timed
-    for seconds in (100, 2, 20, 4):  # the first step is not counted: it builds what others reuse
-        heart.enter("step")
+    heart.enter("step")
+    now[0] += 100
+    heart.enter("step")  # the first step builds what others reuse: a bound until one is timed
+    assert heart.limit("step") == 300
+    for seconds in (2, 20, 4):
         now[0] += seconds
+        heart.enter("step")
     heart.enter("evaluation")
     assert heart.limit("step") == 60
     now[0] += 5
