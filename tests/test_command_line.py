@@ -118,6 +118,23 @@ def test_sample_prints_the_prompt_and_text_and_repeats_itself(place):
     assert first.split("--- ")[:2] == run(*arguments, folder=place).split("--- ")[:2]
 
 
+def test_an_exported_folder_samples_and_scores_as_its_checkpoint_does(place):
+    run("export", "runs/first", "--out", "exported", "--no-verify", folder=place)
+    text, scores = {}, {}
+    for source in ("runs/first", "exported"):
+        out = run("sample", source, "--prompt", "word", "--num-samples", 3, folder=place)
+        text[source] = out.partition("--- sample 1")[2].partition("tokens in")[0]
+        layout = ["--ranks", 2, "--tensor", 2] if source == "exported" else []
+        run("eval", source, "data/validation", "--rows", 6, *layout, "--json", f"{source[:3]}.json",
+            folder=place)  # fmt: skip
+        scores[source] = [
+            s["nats_per_token"] for s in json.loads((place / f"{source[:3]}.json").read_text())
+        ]
+    assert text["exported"] == text["runs/first"] != ""
+    assert scores["exported"] == pytest.approx(scores["runs/first"], abs=1e-6)
+    assert "step 6 (exported)" in out
+
+
 def test_sample_fills_gaps_and_writes_the_same_rows_at_any_batch_and_layout(place):
     arguments = ("sample", "runs/first", "--infill", "document[[6]] is 3", "--num-samples", 3)
     for name, more in (

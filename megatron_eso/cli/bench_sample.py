@@ -117,15 +117,12 @@ def _check_tokenizer(loaded: Any, shared: str | None, judge: Path | None) -> Non
 
     if shared is not None and _hash(loaded) != shared:
         raise ConfigError(
-            f"{loaded.folder.path} and the judge {judge} have different tokenizers, so the judge cannot "
+            f"{loaded.path} and the judge {judge} have different tokenizers, so the judge cannot "
             "read its samples; train them on one data set"
         )
 
 
 def _hash(loaded: Any) -> str:
-    from megatron_eso.checkpoint.replica import tokenizer_path
     from megatron_eso.data.manifest import sha256_of
 
-    path = tokenizer_path(loaded.folder)
-    assert path is not None  # loading asked for the tokenizer
-    return sha256_of(path)
+    return sha256_of(loaded.tokenizer_file)

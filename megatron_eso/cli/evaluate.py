@@ -12,7 +12,7 @@ app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="Run folder or checkpoint folder")],
+    checkpoint: Annotated[Path, typer.Argument(help="Run, checkpoint or exported folder")],
     data: Annotated[
         str,
         typer.Argument(help="Prepared split (.../validation), or any text, jsonl or parquet file"),
@@ -72,7 +72,7 @@ def evaluate(
     )  # fmt: skip
     config = replace(config, eval=settings)
     check(config)
-    reader = _reader(data, loaded.folder, tokenizer, config, text_key, rows)
+    reader = _reader(data, loaded, tokenizer, config, text_key, rows)
 
     def read(numbers: list[int]) -> Rows:
         got = reader.read(numbers)
@@ -84,17 +84,16 @@ def evaluate(
         bytes_per_token=reader.bytes_per_token, metrics=METRICS if metric == "all" else [metric],
     )  # fmt: skip
     if dist.get_rank() == 0:
-        _show(scores, f"{loaded.folder.path} ({loaded.kind}) on {data}: {count} rows")
+        _show(scores, f"{loaded.path} ({loaded.kind}) on {data}: {count} rows")
         if json_file is not None:
             _write(json_file, scores)
     finish()
 
 
 def _reader(
-    data: str, folder: Any, tokenizer: Path | None, config: Any, text_key: str, rows: int
+    data: str, loaded: Any, tokenizer: Path | None, config: Any, text_key: str, rows: int
 ) -> Any:
     """Return the reader of a prepared split, or of raw text."""
-    from megatron_eso.checkpoint.replica import tokenizer_path
     from megatron_eso.data.manifest import MANIFEST_NAME
     from megatron_eso.data.reader import ValidationReader
     from megatron_eso.data.text_rows import TextRows
@@ -106,9 +105,9 @@ def _reader(
     }
     if "://" in data or (Path(data) / MANIFEST_NAME).is_file() or not Path(data).exists():
         return ValidationReader(data, **shape)
-    file = tokenizer or tokenizer_path(folder)
+    file = tokenizer or loaded.tokenizer_file
     if file is None:
-        raise CheckpointError(f"{folder.path} has no tokenizer; give one with --tokenizer")
+        raise CheckpointError(f"{loaded.path} has no tokenizer; give one with --tokenizer")
     return TextRows(data, file, **shape, text_key=text_key, max_rows=rows)
 
 

@@ -12,7 +12,7 @@ app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
 @app.command()
 def sample(
-    checkpoint: Annotated[Path, typer.Argument(help="Run folder or checkpoint folder")],
+    checkpoint: Annotated[Path, typer.Argument(help="Run, checkpoint or exported folder")],
     num_samples: Annotated[int, typer.Option(help="Rows to generate (per prompt)")] = 2,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text a row starts with; repeat it for several rows")
@@ -152,7 +152,7 @@ def _run(
     if is_first:
         typer.echo(
             f"--- {tokens} tokens in {evaluations} evaluations, {seconds:.1f} s, "
-            f"{tokens / seconds:,.0f} tokens/s, step {loaded.folder.step} ({loaded.kind})"
+            f"{tokens / seconds:,.0f} tokens/s, step {loaded.step} ({loaded.kind})"
         )
 
 

@@ -52,7 +52,8 @@ def import_hf(
         out: folder of the new checkpoint, absent or empty.
         cut_vocabulary: drop embedding rows beyond the tokenizer's ids, so that data prepared with that
             tokenizer fits; otherwise every row is kept.
-        sequence_length: tokens of a row in training; None: the model's longest, at most 1024.
+        sequence_length: tokens of a row in training; None: as our export noted, else the model's
+            longest, at most 1024.
 
     Raises:
         CheckpointError: if the model cannot be read or expressed, or ``out`` holds anything.
@@ -76,7 +77,7 @@ def import_hf(
     tensors = ExportedTensors(source)
     table = rules(model)
     _require_names(tensors, table, model)
-    length = min(sequence_length or 1024, model.max_length)
+    length = min(sequence_length or _noted(source).get("sequence_length", 1024), model.max_length)
     with scratch_beside(out) as scratch:
         require_room(out, _num_numbers(source, tensors) * 4)
         count = 0
@@ -118,12 +119,18 @@ def _read_config(source: Path) -> dict[str, Any]:
     return config
 
 
+def _noted(source: Path) -> dict[str, Any]:
+    """Return what our export wrote about itself; nothing for another program's model."""
+    file = source / "esolm_export.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
 def _tokenizer(source: Path) -> tuple[Tokenizer | None, list[str]]:
     path = source / "tokenizer.json"
     if not path.is_file():
         return None, ["no tokenizer.json: sampling and export will ask for one"]
     try:
-        return Tokenizer(path), []
+        return Tokenizer(path, requires_end=False), []
     except DataError as error:
         return None, [f"the tokenizer is left out: {error}"]
 
