@@ -137,6 +137,14 @@ def test_cached_equals_uncached(one_rank, two_ranks, alpha_0, given, ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["one", "tensor", "pipeline"])
+def test_cached_equals_uncached_in_float32(one_rank, two_ranks, ranks):
+    pool, layout = (one_rank, []) if ranks == "one" else (two_ranks, [f"parallel.{ranks}=2"])
+    settings = {"alpha_0": 0.4, "num_steps": 3, "seed": 5}
+    check_against_uncached(pool, layout, (2, 3, 11), settings, dtype="fp32", tolerance=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [(), (2, 3, 11)])
 @pytest.mark.parametrize(
     "settings",
@@ -150,10 +158,10 @@ def test_cached_equals_uncached_for_every_plan(one_rank, given, settings):
     check_against_uncached(one_rank, [], given, {**settings, "seed": 6})
 
 
-def check_against_uncached(pool, layout, given, settings):
+def check_against_uncached(pool, layout, given, settings, *, dtype="fp64", tolerance=1e-10):
     rows = read_rows(3, [0, 1]).tokens[:, :LENGTH]
     replies = pool.run(
-        "sample_rows", layout, "fp64", open_rows(2, given).numpy(), rows.numpy(), settings,
+        "sample_rows", layout, dtype, open_rows(2, given).numpy(), rows.numpy(), settings,
         {"forced": rows.numpy()},
     )  # fmt: skip
     reply = replies[0]
@@ -172,7 +180,7 @@ def check_against_uncached(pool, layout, given, settings):
             visible = torch.ones(total, total, dtype=torch.bool).tril()
             expected = model.log_probs(inputs, torch.cat([seen, new]), visible)[done:]
             np.testing.assert_allclose(
-                found[new], expected.gather(1, row[new][:, None])[:, 0], atol=1e-9
+                found[new], expected.gather(1, row[new][:, None])[:, 0], atol=tolerance, rtol=0
             )
             done = total
 
@@ -238,7 +246,7 @@ def test_a_baselines_steps_equal_its_training_passes(one_rank, two_ranks, name, 
     assert sum(reply["counts"]) == LENGTH - num_given
     expected = one_rank.run("uncached_log_probs", objective, rows, reply["order"], reply["counts"],
                             reply["num_given"])[0]  # fmt: skip
-    np.testing.assert_allclose(reply["log_probs"], expected, atol=1e-9)
+    np.testing.assert_allclose(reply["log_probs"], expected, atol=1e-10, rtol=0)
 
 
 @pytest.mark.slow
@@ -269,7 +277,7 @@ def test_a_left_padded_batch_gives_what_its_rows_give_alone(one_rank, name, sett
         )[0]  # fmt: skip
         assert np.array_equal(single["tokens"][0], batch["tokens"][row, 5 - number :])
         np.testing.assert_allclose(
-            single["log_probs"][0], batch["log_probs"][row, 5 - number :], atol=1e-9
+            single["log_probs"][0], batch["log_probs"][row, 5 - number :], atol=1e-10, rtol=0
         )
 
 
