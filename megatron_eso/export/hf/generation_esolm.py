@@ -135,7 +135,9 @@ def _settings(model, generation_config, kwargs):
     for name in list(kwargs):
         if name in _SETTINGS:
             value = kwargs.pop(name)
-            found[name] = found[name] if value is None else value
+            # None asks for the configuration's value, but for the end token: rows do not end then.
+            is_default = value is None and name != "eos_token_id"
+            found[name] = found[name] if is_default else value
         elif name in _UNUSED:
             kwargs.pop(name)
     refused += [f"{name}={value}" for name, value in kwargs.items() if value is not None]
@@ -201,7 +203,8 @@ def row_plan(is_open, alpha_0, num_steps, plan, seed, row):
         count = int((draws[step, :open_] < share).sum())
         open_ -= count
         counts += [count] if count else []
-    key = uniform(seed, 0, row, _ORDER, len(is_open))
+    # Counted from the first open position, as in megatron_eso.sample.plan.
+    key = dict(zip(places, uniform(seed, 0, row, _ORDER, left), strict=True))
     by_key = sorted(places, key=lambda p: key[p])
     early = by_key[: left - open_]
     chosen = set(early)
@@ -306,6 +309,11 @@ def _fill(model, canvas, valid, steps, found, seed, first_row, prompt, streamer)
     kept_ok = torch.zeros(len(canvas), 0, dtype=torch.bool, device=canvas.device)
     log_probs = torch.zeros(canvas.shape, dtype=torch.float64, device=canvas.device)
     num_steps, done, shown = int(step_of.max()) + 1, 0, 0
+    # One number per position, counted from where the row itself begins: padding changes no text.
+    draws = np.stack(
+        [uniform(seed, 0, first_row + row, _TOKEN, canvas.shape[1]) for row in range(len(canvas))]
+    )
+    draws = torch.from_numpy(draws).to(canvas.device).gather(1, positions)
     shown = _stream(streamer, canvas, step_of, -1, shown, prompt)
     for step in range(num_steps):
         lowest = -1 if cache is None or step == 0 else step - 1
@@ -326,7 +334,7 @@ def _fill(model, canvas, valid, steps, found, seed, first_row, prompt, streamer)
         logits = model.real_logits(hidden[:, fresh.shape[1] :][open_ok])
         row = torch.arange(len(canvas), device=canvas.device)[:, None].expand_as(open_)[open_ok]
         column = open_[open_ok]
-        picked = _pick(logits, row, positions[row, column], found, seed, first_row)
+        picked = _pick(logits, draws[row, column], found)
         canvas[row, column] = picked
         chosen = torch.log_softmax(logits.double(), dim=1).gather(1, picked[:, None])[:, 0]
         log_probs[row, column] = chosen
@@ -340,16 +348,12 @@ def _fill(model, canvas, valid, steps, found, seed, first_row, prompt, streamer)
     return EsoLMGenerateOutput(sequences=canvas, log_probs=log_probs, num_evaluations=done)
 
 
-def _pick(logits, row, position, found, seed, first_row):
+def _pick(logits, draws, found):
     if not found["do_sample"]:
         return logits.argmax(dim=1)
-    u = [
-        uniform(seed, p, first_row + r, _TOKEN, 1)[0]
-        for r, p in zip(row.tolist(), position.tolist(), strict=True)
-    ]
     temperature = 1.0 if found["temperature"] is None else found["temperature"]
     top_p = 1.0 if found["top_p"] is None else found["top_p"]
-    return choose(logits, torch.tensor(u, device=logits.device), temperature, top_p)
+    return choose(logits, draws, temperature, top_p)
 
 
 def _is_end(tokens, eos):
