@@ -310,9 +310,8 @@ def _fill(model, canvas, valid, steps, found, seed, first_row, prompt, streamer)
     log_probs = torch.zeros(canvas.shape, dtype=torch.float64, device=canvas.device)
     num_steps, done, shown = int(step_of.max()) + 1, 0, 0
     # One number per position, counted from where the row itself begins: padding changes no text.
-    draws = np.stack(
-        [uniform(seed, 0, first_row + row, _TOKEN, canvas.shape[1]) for row in range(len(canvas))]
-    )
+    numbers = range(first_row, first_row + len(canvas))
+    draws = np.stack([uniform(seed, 0, row, _TOKEN, canvas.shape[1]) for row in numbers])
     draws = torch.from_numpy(draws).to(canvas.device).gather(1, positions)
     shown = _stream(streamer, canvas, step_of, -1, shown, prompt)
     for step in range(num_steps):
