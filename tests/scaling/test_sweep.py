@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_eso.errors import ClusterError, ConfigError, DataError
-from megatron_eso.scaling.collect import collect, read_table, write_table
+from megatron_eso.scaling.collect import collect, read_table, tensorboard_steps, write_table
 from megatron_eso.scaling.grid import grid_table, make_grid
 from megatron_eso.scaling.report import write_report
 from megatron_eso.scaling.runner import (
@@ -241,3 +241,19 @@ def test_the_commands_run_without_torch(tmp_path):
             [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_another_trainers_tensorboard_folders_are_read(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    for run, factor in (("small", 1.0), ("deep/large", 0.5)):
+        with SummaryWriter(str(tmp_path / "logs" / run)) as writer:
+            for step in (10, 20):
+                writer.add_scalar("lm loss", factor * 100 / step, step)
+                writer.add_scalar("lr", 0.1, step)
+    rows = tensorboard_steps(tmp_path / "logs", "lm loss")
+    assert [(r["cell"], r["step"], r["loss"]) for r in rows] == [
+        ("deep/large", 10, 5.0), ("deep/large", 20, 2.5), ("small", 10, 10.0), ("small", 20, 5.0),
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="there are: lm loss, lr"):
+        tensorboard_steps(tmp_path / "logs", "loss")
