@@ -93,10 +93,11 @@ def _settings(
 
 def _judge(path: Path) -> tuple[Any, str | None]:
     """Return the judge, and the tokenizer's hash if the samples must share it."""
+    from megatron_eso.cli.model_loading import is_exported, load
     from megatron_eso.errors import ConfigError
     from megatron_eso.eval.frontier import hugging_face_judge, our_judge
 
-    if (path / "config.json").is_file():
+    if is_exported(path):
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError as error:
@@ -106,8 +107,6 @@ def _judge(path: Path) -> tuple[Any, str | None]:
         model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True).eval()
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         return hugging_face_judge(model, tokenizer), None
-    from megatron_eso.cli.model_loading import load
-
     loaded = load(path, use_ema=True, dtype="fp32")
     return our_judge(loaded.replica), _hash(loaded)
 

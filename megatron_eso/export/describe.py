@@ -11,6 +11,7 @@ from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import CheckpointError
 
 MODEL_FILES = ("configuration_esolm.py", "generation_esolm.py", "modeling_esolm.py")
+FACTS = "esolm_export.json"
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -125,6 +126,12 @@ def write_beside(
             "model_input_names": ["input_ids", "attention_mask"],
         },
     )
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Return what our export wrote about itself; nothing for another program's model."""
+    file = folder / FACTS
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _dump(path: Path, content: dict[str, Any]) -> None:

@@ -74,7 +74,7 @@ def export(
         )
         found = _verify(scratch, source, dtype) if verify else {}
         facts = _facts(source, specs, dtype, kind, found)
-        (scratch / "esolm_export.json").write_text(json.dumps(facts, indent=1))
+        (scratch / describe.FACTS).write_text(json.dumps(facts, indent=1))
         (scratch / "README.md").write_text(describe.model_card(config, facts, kind))
     return facts
 

@@ -18,6 +18,7 @@ from megatron_eso.checkpoint.folder import FORMAT_VERSION, SIDECAR, CheckpointFo
 from megatron_eso.config.schema import ModelConfig
 from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import CheckpointError, DataError
+from megatron_eso.export.describe import read_facts
 from megatron_eso.export.exporter import require_free, require_room, scratch_beside
 from megatron_eso.export.hf_layout import OURS, model_of
 from megatron_eso.export.mapping import Rule, rules
@@ -77,7 +78,9 @@ def import_hf(
     tensors = ExportedTensors(source)
     table = rules(model)
     _require_names(tensors, table, model)
-    length = min(sequence_length or _noted(source).get("sequence_length", 1024), model.max_length)
+    length = min(
+        sequence_length or read_facts(source).get("sequence_length", 1024), model.max_length
+    )
     with scratch_beside(out) as scratch:
         require_room(out, _num_numbers(source, tensors) * 4)
         count = 0
@@ -117,12 +120,6 @@ def _read_config(source: Path) -> dict[str, Any]:
             "safetensors weights"
         ) from None
     return config
-
-
-def _noted(source: Path) -> dict[str, Any]:
-    """Return what our export wrote about itself; nothing for another program's model."""
-    file = source / "esolm_export.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _tokenizer(source: Path) -> tuple[Tokenizer | None, list[str]]:

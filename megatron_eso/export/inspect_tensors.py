@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_eso.errors import CheckpointError
+from megatron_eso.export.describe import read_facts
 from megatron_eso.export.exporter import not_exported
 from megatron_eso.export.mapping import inexpressible, rules
 from megatron_eso.export.safetensors_writer import NAMES
@@ -87,9 +88,8 @@ def _exported(path: Path) -> Inspection:
             lines.append(Line(name, shape, entry["dtype"], file.name))
             count += int(torch.Size(shape).numel())
     remarks = []
-    facts = path / "esolm_export.json"
-    if facts.is_file():
-        content = json.loads(facts.read_text())
+    content = read_facts(path)
+    if content:
         remarks.append(
             f"from {content['source']}, step {content['step']}, {content['weights']} weights"
         )

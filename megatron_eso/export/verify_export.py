@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_eso.config.schema import ModelConfig
 from megatron_eso.errors import CheckpointError
+from megatron_eso.export.describe import FACTS
 from megatron_eso.export.mapping import rules
 from megatron_eso.export.reference import Read, Row, reference_logits
 from megatron_eso.export.source import DTYPES, open_source
@@ -94,7 +95,7 @@ def verify_folder(folder: Path, against: Path | None) -> Verified:
     Raises:
         CheckpointError: if either cannot be read.
     """
-    file = folder / "esolm_export.json"
+    file = folder / FACTS
     try:
         facts = json.loads(file.read_text())
         source_path, dtype, kind = Path(facts["source"]), DTYPES[facts["dtype"]], facts["weights"]
