@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_eso.model.attention.core import segment_attention
 from megatron_eso.model.attention.dense import copies_mask, dense_attention, plain_mask
 from megatron_eso.model.attention.flex import flex_rows_attention
+from megatron_eso.model.attention.rows import AttentionRows
 from megatron_eso.model.attention.split import split_attention
 from megatron_eso.objective.rows import Pattern
 
@@ -125,7 +126,11 @@ def test_an_entry_never_depends_on_what_it_may_not_see():
 def test_a_segment_sees_what_is_kept_and_is_causal_within_itself(kept, new):
     q, k, v = (x.detach() for x in random_inputs(2, 4, 2, kept + new, 8))
     whole = dense_attention(q, k, v, num_pairs=0, scale=0.4)
-    segment = segment_attention(q[:, :, kept:], k, v, 0.4)
+    rows = AttentionRows(cos=q.new_zeros(0))
+    mask = rows.segment_mask(new, kept + new, q.dtype)
+    segment = scaled_dot_product_attention(
+        q[:, :, kept:], k, v, attn_mask=mask, scale=0.4, enable_gqa=True
+    )
     torch.testing.assert_close(segment, whole[:, :, kept:], rtol=1e-10, atol=1e-10)
 
 

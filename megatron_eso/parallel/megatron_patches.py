@@ -70,6 +70,14 @@ class CudaNamesMeanCpu(TorchFunctionMode):
         return result
 
 
+def without_cuda_names() -> contextlib.AbstractContextManager[Any]:
+    """Return a context without :class:`CudaNamesMeanCpu`, whose Python call slows small operators.
+
+    Only for our own code, which names its devices.
+    """
+    return torch._C.DisableTorchFunction()
+
+
 @contextlib.contextmanager
 def quiet_megatron_import() -> Iterator[None]:
     """Silence what Megatron says at import about packages the CPU path does not use."""

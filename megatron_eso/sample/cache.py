@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 class Cache:
-    """Per layer [T, R, g, d] buffers; implements ``model.attention.rows.KeyValueStore``."""
+    """Per layer [R, g, T, d] buffers, each head's keys side by side as attention reads them.
+
+    Implements ``model.attention.rows.KeyValueStore``.
+    """
 
     def __init__(self, capacity: int) -> None:
         """Make an empty cache.
@@ -25,14 +28,14 @@ class Cache:
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return the kept keys and values followed by a new segment's; see KeyValueStore."""
         if layer not in self._keys:
-            shape = (self.capacity, *key.shape[1:])
+            shape = (*key.shape[1:3], self.capacity, key.shape[3])
             self._keys[layer] = torch.empty(shape, dtype=key.dtype, device=key.device)
             self._values[layer] = torch.empty(shape, dtype=value.dtype, device=value.device)
         end = self.num_kept + key.shape[0]
         keys, values = self._keys[layer], self._values[layer]
-        keys[self.num_kept : end] = key
-        values[self.num_kept : end] = value
-        return keys[:end], values[:end]
+        keys[:, :, self.num_kept : end] = key.permute(1, 2, 0, 3)
+        values[:, :, self.num_kept : end] = value.permute(1, 2, 0, 3)
+        return keys[:, :, :end], values[:, :, :end]
 
     def keep(self, number: int) -> None:
         """Keep the first ``number`` entries of the last segment: its clean tokens."""

@@ -18,7 +18,7 @@ from megatron_eso.model.replica import Replica
 from megatron_eso.objective.rows import Pattern
 from megatron_eso.sample.cache import Cache
 from megatron_eso.sample.plan import DecodingPlan
-from megatron_eso.sample.stages import stage_hidden, stage_logits
+from megatron_eso.sample.stages import Stages
 
 
 class Decoder(Protocol):
@@ -60,7 +60,7 @@ class _Cached:
     """What cached decoders share: the model, the cache, and which kept entries are padding."""
 
     def __init__(self, replica: Replica, padding: Tensor, capacity: int) -> None:
-        self.replica = replica
+        self.stages = Stages(replica)
         self.padding = padding
         self.cache = Cache(capacity)
         self._is_valid: Tensor | None = None
@@ -94,8 +94,7 @@ class EsoDecoder(_Cached):
         columns = torch.cat([fresh, open_], dim=1)
         masks = torch.full_like(open_, self._mask_id)
         slots = torch.arange(fresh.shape[1], columns.shape[1], device=tokens.device)
-        found = stage_logits(
-            self.replica,
+        found = self.stages.logits(
             torch.cat([tokens.gather(1, fresh), masks], dim=1),
             self.positions(columns),
             slots.expand_as(open_),
@@ -137,9 +136,7 @@ class AutoregressiveDecoder(_Cached):
         positions = self.positions(columns)
         last = torch.full_like(open_, inputs.shape[1] - 1)
         is_valid = self.visible(columns)
-        found = stage_logits(
-            self.replica, inputs, positions, last, store=self.cache, is_valid=is_valid
-        )
+        found = self.stages.logits(inputs, positions, last, store=self.cache, is_valid=is_valid)
         self.cache.keep(inputs.shape[1])
         return found
 
@@ -148,7 +145,7 @@ class MaskedDecoder:
     """Feeds the whole row in every step; every entry sees every other."""
 
     def __init__(self, replica: Replica, padding: Tensor) -> None:
-        self.replica = replica
+        self.stages = Stages(replica)
         self.padding = padding
 
     def logits(self, tokens: Tensor, fresh: Tensor, open_: Tensor) -> Tensor:
@@ -157,8 +154,8 @@ class MaskedDecoder:
         columns = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         is_valid = columns >= self.padding[:, None] if bool(self.padding.any()) else None
         positions = (columns - self.padding[:, None]).clamp(min=0)
-        return stage_logits(
-            self.replica, tokens, positions, open_, pattern=Pattern.BIDIRECTIONAL, is_valid=is_valid
+        return self.stages.logits(
+            tokens, positions, open_, pattern=Pattern.BIDIRECTIONAL, is_valid=is_valid
         )
 
 
@@ -189,11 +186,11 @@ class BlockDecoder(_Cached):
         first = int(open_[0, 0]) // self._size * self._size
         while self.cache.num_kept < first:
             done = self._segment(tokens, self.cache.num_kept)
-            stage_hidden(self.replica, *done, store=self.cache, pattern=Pattern.BLOCK)
+            self.stages.hidden(*done, store=self.cache, pattern=Pattern.BLOCK)
             self.cache.keep(self._size)
         inputs, positions = self._segment(tokens, first)
-        return stage_logits(
-            self.replica, inputs, positions, open_ - first, store=self.cache, pattern=Pattern.BLOCK
+        return self.stages.logits(
+            inputs, positions, open_ - first, store=self.cache, pattern=Pattern.BLOCK
         )
 
     def _segment(self, tokens: Tensor, first: int) -> tuple[Tensor, Tensor]:

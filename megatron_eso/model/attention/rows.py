@@ -7,6 +7,7 @@ hands to the core attention untouched (also when it recomputes activations).
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_eso.objective.rows import Pattern
@@ -20,12 +21,12 @@ class KeyValueStore(Protocol):
     """Keeps keys and values between the steps of a sampler."""
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return all keys and values a new segment may see: the kept ones, then its own.
+        """Return all keys and values [R, g, T, d] a new segment may see: the kept ones, then its own.
 
         Args:
             layer: number of the layer on this stage, from 1.
-            key: [n, R, h, d] rotated keys of the new segment.
-            value: [n, R, h, d].
+            key: [n, R, g, d] rotated keys of the new segment.
+            value: [n, R, g, d].
         """
         ...
 
@@ -47,3 +48,32 @@ class AttentionRows(PackedSeqParams):
     """[R, L] of BIDIRECTIONAL rows with padding."""
     store: KeyValueStore | None = None
     """Set while sampling: queries see the store and are causal among themselves."""
+    mask: Tensor | None = None
+    """Of the first layer's :meth:`segment_mask`, for the others."""
+
+    def segment_mask(self, new: int, total: int, dtype: torch.dtype) -> Tensor | None:
+        """Return what is added to the scores of a segment's queries, or None if all see all.
+
+        A query sees all kept keys; inside its segment those up to its own if the pattern is causal,
+        else all; of keys that are not valid only its own.
+
+        Args:
+            new: entries n of the segment.
+            total: keys T, the segment's own last.
+            dtype: of the scores.
+
+        Returns:
+            [n, T] or, with padding, [R, 1, n, T]: 0 or minus infinity.
+        """
+        is_causal = self.pattern is Pattern.CAUSAL and new > 1
+        if self.mask is None and (is_causal or self.is_valid is not None):
+            assert self.cos is not None
+            seen = torch.ones(new, total, dtype=torch.bool, device=self.cos.device)
+            if is_causal:
+                seen = seen.tril(total - new)
+            if self.is_valid is not None:
+                own = torch.eye(new, total, dtype=torch.bool, device=seen.device)
+                seen = (seen & self.is_valid[:, None, None, :]) | own.roll(total - new, dims=1)
+            self.mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            self.mask.masked_fill_(~seen, -torch.inf)
+        return self.mask
