@@ -242,6 +242,6 @@ def _forward(replica: Replica, stack: list[StackRows], num_data: int) -> Tensor 
         stack_rows=len(stack[0].tokens),
         forward_only=True,
     )
-    if not (replica.layout.is_last_stage and replica.layout.tensor_rank == 0):
+    if not replica.layout.reports_losses:
         return None
     return torch.cat([r["nats"] for r in reports])

@@ -17,7 +17,7 @@ from megatron_eso.model.specs import block_spec
 from megatron_eso.objective.rows import StackRows
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 from megatron_eso.parallel.norms import select_entries
-from megatron_eso.parallel.vocabulary_loss import target_log_probs
+from megatron_eso.parallel.vocabulary_loss import Head, target_log_probs
 
 with quiet_megatron_import():
     from megatron.core import tensor_parallel
@@ -106,10 +106,16 @@ class EsoModel(LanguageModule):
         if not self.post_process:
             return hidden
         return target_log_probs(
-            self.logits(hidden, rows.loss_entries),
+            self._entries(hidden, rows.loss_entries),
             rows.loss_targets,
-            num_real_tokens=self.model_shape.vocab_size - 1,
-            group=self.decoder.tp_group,
+            Head(
+                weight=self.head_weight(),
+                bias=self.output_layer.bias,
+                num_real_tokens=self.model_shape.vocab_size - 1,
+                group=self.decoder.tp_group,
+                sums_inputs=not self.config.sequence_parallel,
+            ),
+            loss_gradient=rows.loss_gradient,
         )
 
     def attention_rows(self, positions: Tensor, **rows: Any) -> AttentionRows:
@@ -126,12 +132,22 @@ class EsoModel(LanguageModule):
 
     def logits(self, hidden: Tensor, entries: Tensor) -> Tensor:
         """Return [N, V/T]: the head applied to the flat entries row * L + slot alone."""
+        weight = self.head_weight()
+        return self.output_layer(self._entries(hidden, entries), weight=weight)[0]
+
+    def _entries(self, hidden: Tensor, entries: Tensor) -> Tensor:
         if self.config.sequence_parallel:
+            # Backwards this sums the gradient over ranks.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden)
-        weight = None
+        return select_entries(hidden, entries)
+
+    def head_weight(self) -> Tensor:
+        """Return the head's weight [V/T, H], the embedding's if they are tied."""
         if self.share_embeddings_and_output_weights:
-            weight = self.shared_embedding_or_output_weight()
-        return self.output_layer(select_entries(hidden, entries), weight=weight)[0]
+            return self.shared_embedding_or_output_weight()
+        weight = self.output_layer.weight
+        assert weight is not None
+        return weight
 
 
 def _device(config: TransformerConfig) -> torch.device:

@@ -79,13 +79,9 @@ class SegmentPass:
 
     def logits(self, hidden: Tensor, entries: Tensor) -> Tensor:
         """Return [N, V/T]: the head applied to the flat entries row * n + slot alone."""
-        model = self.model
-        tied = model.share_embeddings_and_output_weights
-        weight: Any = (
-            model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-        )
+        weight, bias = self.model.head_weight(), self.model.output_layer.bias
         with without_cuda_names():
-            return few_linear(select_entries(hidden, entries), weight, model.output_layer.bias)
+            return few_linear(select_entries(hidden, entries), weight, bias)
 
 
 class _Layer:

@@ -5,7 +5,7 @@ both denominators counting all valid tokens of those rows of the global batch, n
 (arXiv 2506.01928, official code).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -39,3 +39,11 @@ def loss_sums(log_probs: Float[Tensor, " N"], rows: StackRows) -> Float[Tensor, 
 def mean_loss(sums: Float[Tensor, " 2"], counts: TokenCounts) -> Float[Tensor, ""]:
     """Return the loss: each sum over the global number of tokens of its rows."""
     return sums[0] / max(counts.diffusion, 1) + sums[1] / max(counts.sequential, 1)
+
+
+def with_loss_gradient(rows: StackRows, counts: TokenCounts) -> StackRows:
+    """Return the rows with d mean_loss / d log_probs, which does not depend on the log-probabilities."""
+    log_probs = torch.zeros_like(rows.loss_weights, requires_grad=True)
+    with torch.enable_grad():
+        loss = mean_loss(loss_sums(log_probs, rows), counts)
+    return replace(rows, loss_gradient=torch.autograd.grad(loss, log_probs)[0])

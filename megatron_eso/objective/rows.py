@@ -61,6 +61,8 @@ class StackRows:
     """Block length of the BLOCK pattern."""
     is_valid: Bool[Tensor, "R L"] | None = None
     """Only for BIDIRECTIONAL rows with padding: entries that may be seen."""
+    loss_gradient: Float[Tensor, " N"] | None = None
+    """Gradient of the step's loss with respect to each entry's log-probability, if known."""
 
 
 def diffusion_rows(

@@ -33,6 +33,11 @@ class Layout:
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
+    def reports_losses(self) -> bool:
+        """True on one rank of each replica: of the tensor ranks that all hold its losses, the first."""
+        return self.is_last_stage and self.tensor_rank == 0
+
+    @property
     def is_first_stage(self) -> bool:
         """True where tokens are embedded."""
         return self.pipeline_rank == 0

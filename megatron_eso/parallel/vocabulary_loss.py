@@ -1,17 +1,54 @@
-"""Log-probability of a target token when the vocabulary is split over tensor ranks.
+"""The head and the log-probability of each target, with one chunk of logits in memory at a time.
 
-Letters: N = entries with loss, V = padded vocabulary, T = tensor ranks; a rank holds V/T columns.
+The head is the widest product of the model, and passes over its logits cost as much time as a third of
+it. So a chunk's logits are made, exponentiated in place in pieces that fit a cache, and used up: where
+the caller knows the loss's gradient (up to a common factor), the head's gradients are summed in the
+forward pass; otherwise the backward pass makes each chunk's logits again.
+
+With e = exp(logit - highest), S = sum of e, and g = dloss / dlog p(target):
+
+    log p = logit_target - highest - log S,   dloss/dlogit = (-g / S) (e - S onehot_target)
+
+so the factor -g / S goes to the [n, H] side of both products and no further pass over [n, V] is needed.
+Letters: N = entries with loss, n = entries of a chunk, H = hidden size, V = padded vocabulary, T = tensor
+ranks; a rank holds V/T columns.
 """
 
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Logits of a chunk. A CPU gains nothing above the size at which products run at full speed.
+_CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+# Logits that are exponentiated together on a CPU: 2 MiB of float32, which a core's cache holds.
+_PIECE_ELEMENTS = 2**19
+# Gradients this close to proportional (relative, each) differ by rounding alone.
+_SAME = 1e-4
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output layer on this tensor rank."""
+
+    weight: Tensor
+    """[V/T, H]."""
+    bias: Tensor | None
+    """[V/T]."""
+    num_real_tokens: int
+    """Ids that count: the vocabulary without the mask token, whose id is the last."""
+    group: dist.ProcessGroup
+    """Tensor-parallel group."""
+    sums_inputs: bool = True
+    """Sum the gradient of the hidden states over the group; False where the gather before does."""
+
 
 def target_log_probs(
-    logits: Tensor, targets: Tensor, *, num_real_tokens: int, group: dist.ProcessGroup
+    hidden: Tensor, targets: Tensor, head: Head, *, loss_gradient: Tensor | None = None
 ) -> Tensor:
     """Return log p(target) of each entry, normalised over the real tokens.
 
@@ -19,50 +56,155 @@ def target_log_probs(
     token of the data, and leaving them in would shift every likelihood.
 
     Args:
-        logits: [N, V/T], this rank's columns; overwritten.
+        hidden: [N, H], the same on every tensor rank.
         targets: [N] token ids, below ``num_real_tokens``.
-        num_real_tokens: ids that count: the vocabulary without the mask token, whose id is the last.
-        group: tensor-parallel group.
+        head: the output layer.
+        loss_gradient: [N] what the loss's gradient with respect to the result will be, up to a common
+            factor, if that is known. Any gradient is right in the backward pass; one that is
+            proportional to this costs no second computation of the logits.
 
     Returns:
-        [N] float32, the same on every tensor rank; differentiable with respect to ``logits``.
+        [N] float32 (float64 for such inputs), the same on every tensor rank; differentiable with
+        respect to ``hidden``, ``head.weight`` and ``head.bias``.
     """
-    return _TargetLogProbs.apply(logits, targets, num_real_tokens, group)
+    known = loss_gradient if torch.is_grad_enabled() else None
+    return _TargetLogProbs.apply(hidden, head.weight, head.bias, targets, known, head)
 
 
 class _TargetLogProbs(torch.autograd.Function):
-    """log softmax at one column, computed in place so that only one [N, V/T] buffer exists."""
-
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, num_real_tokens: int, group: dist.ProcessGroup
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        known: Tensor | None,
+        head: Head,
     ) -> Tensor:
-        first = group.rank() * logits.shape[1]
-        ctx.dtype = logits.dtype
-        work = logits.detach() if logits.dtype in (torch.float32, torch.float64) else logits.float()
-        work[:, max(num_real_tokens - first, 0) :] = -torch.inf
-        highest = work.amax(dim=1)
-        _reduce(highest, dist.ReduceOp.MAX, group)
-        local = targets - first
-        is_here = (local >= 0) & (local < work.shape[1])
-        local = local.clamp(0, work.shape[1] - 1)
-        work.sub_(highest[:, None])
-        target_logit = work.gather(1, local[:, None])[:, 0].masked_fill(~is_here, 0.0)
-        work.exp_()
-        total = work.sum(dim=1)
-        both = torch.stack([target_logit, total])
-        _reduce(both, dist.ReduceOp.SUM, group)
-        work.div_(both[1][:, None])  # now the probabilities, kept for the backward pass
-        ctx.save_for_backward(work, local, is_here)
-        return both[0] - both[1].log()
+        ctx.head, ctx.gradients = head, None
+        if known is not None:
+            ctx.gradients = _Gradients(hidden, head)
+        ctx.save_for_backward(hidden, targets, known)
+        found = []
+        for part, space in _chunks(hidden, head):
+            chunk = _Chunk(hidden[part], targets[part], head, space)
+            found.append(chunk.log_probs)
+            if ctx.gradients is not None and known is not None:
+                ctx.gradients.add(part, chunk, known[part])
+        return torch.cat(found) if found else _no_entries(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        probs, local, is_here = ctx.saved_tensors
-        grad = grads[0]
-        grad_logits = probs.mul_(-grad[:, None])
-        grad_logits.scatter_add_(1, local[:, None], (grad * is_here)[:, None])
-        return grad_logits.to(ctx.dtype), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, targets, known = ctx.saved_tensors
+        grad, gradients = grads[0], ctx.gradients
+        factor = None if gradients is None else _common_factor(grad, known)
+        if gradients is None or factor is None:
+            gradients = _Gradients(hidden, ctx.head)
+            for part, space in _chunks(hidden, ctx.head):
+                chunk = _Chunk(hidden[part], targets[part], ctx.head, space)
+                gradients.add(part, chunk, grad[part])
+        ctx.gradients = None
+        return (*gradients.total(factor), None, None, None)
+
+
+class _Chunk:
+    """A chunk's exponentiated logits; they are used up by the gradients."""
+
+    def __init__(self, hidden: Tensor, targets: Tensor, head: Head, space: Tensor) -> None:
+        torch.mm(hidden, head.weight.t(), out=space)
+        if head.bias is not None:
+            space += head.bias
+        self.hidden = hidden
+        e = space if space.dtype in (torch.float32, torch.float64) else space.float()
+        first = head.group.rank() * e.shape[1]
+        e[:, max(head.num_real_tokens - first, 0) :] = -torch.inf
+        highest = e.amax(dim=1)
+        _reduce(highest, dist.ReduceOp.MAX, head.group)
+        local = targets - first
+        self._is_here = (local >= 0) & (local < e.shape[1])
+        self._local = local.clamp(0, e.shape[1] - 1)[:, None]
+        target_logit = (e.gather(1, self._local)[:, 0] - highest).masked_fill(~self._is_here, 0.0)
+        both = torch.stack([target_logit, _exponentiate(e, highest)])
+        _reduce(both, dist.ReduceOp.SUM, head.group)
+        self.e, self.total = e, both[1]
+        self.log_probs = both[0] - self.total.log()
+
+    def subtract_targets(self) -> Tensor:
+        """Turn e into e - S onehot_target, in place, and return it."""
+        return self.e.scatter_add_(1, self._local, (-self.total * self._is_here)[:, None])
+
+
+class _Gradients:
+    """Gradients of hidden states, weight and bias, summed chunk by chunk."""
+
+    def __init__(self, hidden: Tensor, head: Head) -> None:
+        weight = head.weight
+        self._head = head
+        # Sums over chunks are kept in float32 or better.
+        wide = torch.float64 if weight.dtype is torch.float64 else torch.float32
+        self._hidden = torch.empty_like(hidden)
+        self._weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+        self._bias = None if head.bias is None else self._weight.new_zeros(weight.shape[0])
+
+    def add(self, part: slice, chunk: _Chunk, gradient: Tensor) -> None:
+        """Add a chunk's share for dloss / dlog p = ``gradient`` [n]."""
+        factor = (-gradient / chunk.total)[:, None]
+        e = chunk.subtract_targets().to(chunk.hidden.dtype)
+        self._hidden[part] = (e @ self._head.weight) * factor
+        scaled = (chunk.hidden * factor).to(e.dtype)
+        if self._weight.dtype is e.dtype:
+            self._weight.addmm_(e.t(), scaled)
+        else:
+            self._weight += e.t() @ scaled
+        if self._bias is not None:
+            self._bias += e.t().to(self._bias.dtype) @ factor[:, 0].to(self._bias.dtype)
+
+    def total(self, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the sums times a factor (None: 1), the hidden states' over all tensor ranks."""
+        found = [x for x in (self._hidden, self._weight, self._bias) if x is not None]
+        if factor is not None:
+            found = [x.mul_(factor.to(x.dtype)) for x in found]
+        if self._head.sums_inputs:
+            _reduce(found[0], dist.ReduceOp.SUM, self._head.group)
+        dtype = self._head.weight.dtype
+        return found[0], found[1].to(dtype), found[2].to(dtype) if len(found) > 2 else None
+
+
+def _chunks(hidden: Tensor, head: Head) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the entries of each chunk, as many as fit, evenly; and the space for their logits.
+
+    All chunks share one space: on a CPU the pages of a new one would cost a tenth of the time.
+    """
+    number, width = len(hidden), head.weight.shape[0]
+    most = max(1, _CHUNK_ELEMENTS.get(hidden.device.type, 2**27) // width)
+    num_chunks = -(-number // most)
+    bounds = [number * i // num_chunks for i in range(num_chunks + 1)] if number else [0]
+    space = hidden.new_empty(min(most, number), width)
+    for first, end in itertools.pairwise(bounds):
+        yield slice(first, end), space[: end - first]
+
+
+def _exponentiate(e: Tensor, highest: Tensor) -> Tensor:
+    """Turn logits [n, V/T] into exp(logit - highest), in place; return their sums [n]."""
+    rows = len(e) if e.device.type != "cpu" else max(1, _PIECE_ELEMENTS // e.shape[1])
+    sums = [
+        piece.sub_(top[:, None]).exp_().sum(dim=1)
+        for piece, top in zip(e.split(rows), highest.split(rows), strict=True)
+    ]
+    return torch.cat(sums)
+
+
+def _common_factor(grad: Tensor, known: Tensor) -> Tensor | None:
+    """Return c with grad = c * known for all entries, or None if there is no such number."""
+    factor = (grad * known).sum() / (known * known).sum().clamp(min=torch.finfo(grad.dtype).tiny)
+    expected = factor * known
+    return factor if bool(((grad - expected).abs() <= _SAME * expected.abs()).all()) else None
+
+
+def _no_entries(hidden: Tensor) -> Tensor:
+    dtype = hidden.dtype if hidden.dtype is torch.float64 else torch.float32
+    return torch.empty(0, dtype=dtype, device=hidden.device)
 
 
 def _reduce(tensor: Tensor, op: Any, group: dist.ProcessGroup) -> None:

@@ -11,6 +11,9 @@ from megatron_eso.plan.hardware import Hardware
 from megatron_eso.plan.job import Job
 from megatron_eso.plan.parameters import embedding_parameters, head_parameters, layer_parameters
 
+CHUNK_LOGITS = 2**27
+"""Logits that `parallel/vocabulary_loss.py` makes at a time on a GPU."""
+
 
 @dataclass(frozen=True)
 class StageMemory:
@@ -99,9 +102,14 @@ def _activations(job: Job, stage: int) -> float:
 
 
 def _logits(job: Job) -> float:
-    """Return the fp32 logits of the entries with loss on the last stage: 4 s b V / t."""
-    entries = job.tokens_per_micro_batch * job.head_share
-    return 4.0 * entries * padded_vocab_size(job.config.model) / job.config.parallel.tensor
+    """Return what the head holds on the last stage: a chunk of logits and its weight's fp32 gradient.
+
+    The logits are fp32, with two 16-bit copies if the run is in 16 bits.
+    """
+    width = padded_vocab_size(job.config.model) / job.config.parallel.tensor
+    entries = min(job.tokens_per_micro_batch * job.head_share, CHUNK_LOGITS / width)
+    copies = 4.0 if job.config.precision.dtype == "fp32" else 8.0
+    return (copies * entries + 4.0 * job.config.model.hidden_size) * width
 
 
 def _element_bytes(job: Job) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megatron_eso.config.schema import ObjectiveConfig
 from megatron_eso.objective.build import Draw, build_rows
 from megatron_eso.objective.deal import MicroBatch, deal
-from megatron_eso.objective.losses import TokenCounts, loss_sums, mean_loss
+from megatron_eso.objective.losses import TokenCounts, loss_sums, mean_loss, with_loss_gradient
 from megatron_eso.objective.rows import StackRows, to_device
 from megatron_eso.parallel.exchange import Rows, any_rank, read_together, sum_over_ranks
 from megatron_eso.parallel.groups import seed_dropout
@@ -190,13 +190,13 @@ def forward_backward(
     session.optimizer.zero_grad()
     reports = run_micro_batches(
         forward_step,
-        stack,
+        [with_loss_gradient(rows, counts) for rows in stack],
         session.chunks,
         sequence_length=session.config.train.sequence_length,
         stack_rows=session.config.train.micro_batch_rows,
     )
     local = [0.0, 0.0]
-    if session.layout.is_last_stage and session.layout.tensor_rank == 0:
+    if session.layout.reports_losses:
         local = torch.stack([report["sums"] for report in reports]).double().sum(dim=0).tolist()
     diffusion, sequential = sum_over_ranks(local, session.torch_device)
     return diffusion, sequential
@@ -205,7 +205,7 @@ def forward_backward(
 def global_counts(stack: list[StackRows], session: Session) -> TokenCounts:
     """Return the valid tokens of the global batch, summed over data-parallel ranks."""
     local = [0.0, 0.0]
-    if session.layout.is_last_stage and session.layout.tensor_rank == 0:
+    if session.layout.reports_losses:
         local = [
             float(sum(rows.num_diffusion_tokens for rows in stack)),
             float(sum(rows.num_sequential_tokens for rows in stack)),

@@ -4,9 +4,10 @@ import pytest
 
 from megatron_eso.config.schema import ModelConfig
 from megatron_eso.errors import ConfigError
+from megatron_eso.parallel import vocabulary_loss
 from megatron_eso.plan.estimate import make_plan
 from megatron_eso.plan.hardware import load_hardware
-from megatron_eso.plan.memory import layer_activation_bytes, stage_memory
+from megatron_eso.plan.memory import CHUNK_LOGITS, layer_activation_bytes, stage_memory
 from megatron_eso.plan.parameters import num_parameters
 from megatron_eso.plan.step_time import step_time
 from tests.plan.jobs import job, with_model
@@ -122,3 +123,9 @@ def test_what_does_not_divide_is_refused_with_the_numbers():
 def test_an_unknown_profile_names_the_known_ones():
     with pytest.raises(ConfigError, match="h100"):
         load_hardware("h1000")
+
+
+def test_the_head_holds_one_chunk_of_logits_whatever_the_micro_batch():
+    assert vocabulary_loss._CHUNK_ELEMENTS["cuda"] == CHUNK_LOGITS
+    small, large = (stage_memory(job(micro=rows), H100)[-1].logits for rows in (1, 2))
+    assert small == large == 8 * CHUNK_LOGITS + 4 * 4096 * 131072
