@@ -144,6 +144,36 @@ def train(
     return {"losses": losses, "weights": _weights(session), "state": state}
 
 
+def updates(overrides: list[str], num_steps: int) -> dict[str, Any]:
+    """Train some steps; return the optimizer's kind, and weights beside those of AdamW's formula.
+
+    Loshchilov and Hutter, arXiv 1711.05101, algorithm 2, in float64 on this rank's shards.
+    """
+    session = make_session(overrides)
+    config = session.config.optimizer
+    owned = list(shards(session.optimizer).items())
+    before = [shard.master.detach().double().clone() for _, shard in owned]
+    moments = [[torch.zeros_like(x), torch.zeros_like(x)] for x in before]
+    for step in range(1, num_steps + 1):
+        report = train_step(session, read_rows)
+        for (parameter, shard), x, (first, second) in zip(owned, before, moments, strict=True):
+            # Clipped already.
+            gradient = parameter.main_grad.view(-1)[shard.start : shard.end].double()
+            first.mul_(config.beta1).add_(gradient, alpha=1 - config.beta1)
+            second.mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
+            decay = config.weight_decay if parameter.dim() > 1 else 0.0
+            x.mul_(1 - report.learning_rate * decay)
+            scale = (second / (1 - config.beta2**step)).sqrt() + config.eps
+            x.sub_(report.learning_rate * first / (1 - config.beta1**step) / scale)
+    inner = [each.optimizer for each in session.optimizer.chained_optimizers]
+    return {
+        "kinds": [type(each).__name__ for each in inner],
+        "is_fused": [bool(group["fused"]) for each in inner for group in each.param_groups],
+        "weights": [shard.master.detach().double().numpy() for _, shard in owned],
+        "expected": [x.numpy() for x in before],
+    }
+
+
 def scores(overrides: list[str], num_rows: int) -> list[tuple[str, float, float]]:
     """Return (metric, nats per token, tokens) of made-up held-out rows."""
     session = make_session(overrides)

@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import torch
 from torch import nn
 
 from megatron_eso.config.schema import OptimizerConfig, ParallelConfig
@@ -65,7 +66,24 @@ def build_optimizer(
         params_dtype=config.params_dtype,
         use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
+    built = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
+    for group in built.param_groups:
+        # Megatron marks norms and biases here and leaves the product to its learning-rate scheduler.
+        group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
+    for inner in built.chained_optimizers:
+        _fuse(inner.optimizer)
+    return built
+
+
+def _fuse(optimizer: Any) -> None:
+    """Let PyTorch's AdamW update a parameter in one pass over it, where Megatron found no other Adam.
+
+    Its default passes over the memory once for each of a dozen operations. Megatron builds it without
+    this switch, which is read from the parameter groups in every step.
+    """
+    if type(optimizer) is torch.optim.AdamW:
+        for group in optimizer.param_groups:
+            group["fused"], group["foreach"] = True, False
 
 
 def gradient_norm(optimizer: Any) -> float:

@@ -182,6 +182,7 @@ def set_moments(
         state = inner.optimizer.state[group["params"][order]]
         state["exp_avg"], state["exp_avg_sq"] = exp_avg.clone(), exp_avg_sq.clone()
         if isinstance(inner.optimizer, torch.optim.AdamW):
-            state["step"] = torch.tensor(float(step))
+            # The fused update wants the count beside the moments.
+            state["step"] = torch.tensor(float(step), device=exp_avg.device)
         else:
             group["step"] = step
