@@ -84,7 +84,7 @@ def _gradients(session: Session) -> list[tuple[str, tuple, tuple, np.ndarray]]:
         shard = owned.get(entry.data)
         part = entry.data.main_grad.view(-1)[shard.start : shard.end] if shard else None
         start = shard.start if shard else 0
-        full = gather_full(entry.data, start, part, session.layout.data_group)
+        full = gather_full(entry.data, start, part, session.layout.weights_group)
         for piece in pieces_of(entry, full):
             found.append(
                 (piece.full_name, piece.global_shape, piece.slices, piece.data.numpy().copy())
@@ -131,12 +131,14 @@ def train(
         losses.append(train_step(session, read_rows).loss)
         if saver and session.state.step == save_at:
             state = collect(
-                session.chunks, session.optimizer, session.average, session.layout.data_group
+                session.chunks, session.optimizer, session.average, session.layout.weights_group
             )
             saver.save(session.state.step, state, {"step": session.state.step, "has_ema": True})
     if saver:
         saver.finish()
-    final = collect(session.chunks, session.optimizer, session.average, session.layout.data_group)
+    final = collect(
+        session.chunks, session.optimizer, session.average, session.layout.weights_group
+    )
     state = {
         f"{entry.key}{index}": entry.data.detach().numpy().copy()
         for index, entry in enumerate(final.values())
@@ -452,6 +454,11 @@ def direction(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _gradient_pieces(session: Session) -> list[tuple[str, tuple, tuple, np.ndarray]]:
+    if (
+        session.layout.context_size > 1
+    ):  # the sum that training makes over ranks of the same weights
+        for entry in sharded_parameters(session.chunks):
+            torch.distributed.all_reduce(entry.data.grad, group=session.layout.context_group)
     return [
         (p.full_name, p.global_shape, p.slices, p.data.numpy().copy())
         for entry in sharded_parameters(session.chunks)
@@ -479,7 +486,9 @@ def export_checkpoint(overrides: list[str], folder: str) -> None:
         for piece in pieces(session.chunks):  # norms of 1 would hide that two were swapped
             piece.data.add_(0.1 * direction(piece.full_name, piece.global_shape)[piece.slices])
     session.optimizer.reload_model_params()
-    state = collect(session.chunks, session.optimizer, session.average, session.layout.data_group)
+    state = collect(
+        session.chunks, session.optimizer, session.average, session.layout.weights_group
+    )
     for entry in state.values():  # each parameter's kinds follow one another, its weights first
         if entry.key.startswith("weights."):
             weight = entry.data

@@ -20,6 +20,7 @@ TWO = {
     "tensor-without-sequence": ["parallel.tensor=2", "parallel.sequence=false"],
     "pipeline": ["parallel.pipeline=2"],
     "interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    "context": ["parallel.context=2"],
     "data": [],
 }
 _alone: dict = {}
@@ -73,6 +74,11 @@ def test_one_rank_computes_the_same_another_way(one_rank, change):
         pytest.param(["parallel.tensor=2", "parallel.pipeline=2"], id="tensor-pipeline"),
         pytest.param(["parallel.tensor=2", "train.micro_batch_rows=2"], id="tensor-data"),
         pytest.param(["parallel.pipeline=2", "train.micro_batch_rows=2"], id="pipeline-data"),
+        # Tensor x context ranks outnumber the key/value heads here: context ranks get copies.
+        pytest.param(["parallel.tensor=2", "parallel.context=2"], id="tensor-context"),
+        pytest.param(["parallel.pipeline=2", "parallel.context=2"], id="pipeline-context"),
+        pytest.param(["parallel.context=2", "train.micro_batch_rows=2"], id="context-data"),
+        pytest.param(["parallel.context=4"], id="context"),
     ],
 )
 def test_four_ranks_compute_what_one_computes(one_rank, four_ranks, layout):

@@ -17,6 +17,7 @@ LAYOUTS = {
     "tensor": ["parallel.tensor=2"],
     "pipeline": ["parallel.pipeline=2"],
     "interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    "context": ["parallel.context=2"],
     "data": [],
 }
 
@@ -37,7 +38,7 @@ def test_ten_steps_equal_five_and_a_resume_bitwise(two_ranks, tmp_path, layout, 
 def test_a_checkpoint_continues_at_any_layout(one_rank, two_ranks, tmp_path):
     whole = two_ranks.run("train", LAYOUTS["tensor"], 10, str(tmp_path), 5)
     expected = assemble([reply["weights"] for reply in whole])
-    for name in ("pipeline", "data", "interleaved"):
+    for name in ("pipeline", "data", "interleaved", "context"):
         replies = two_ranks.run("train", LAYOUTS[name], 10, str(tmp_path), None, True)
         np.testing.assert_allclose(replies[0]["losses"], whole[0]["losses"][5:], rtol=1e-6)
         found = assemble([reply["weights"] for reply in replies])

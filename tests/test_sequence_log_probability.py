@@ -13,6 +13,7 @@ WEIGHTS = [0.7, -1.3, 0.4, 1.1]  # advantages of a policy-gradient step
 TWO = {
     "tensor": ["parallel.tensor=2", "parallel.sequence=false"],
     "pipeline": ["parallel.pipeline=2"],
+    "context": ["parallel.context=2"],
     "interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
 }
 
@@ -63,7 +64,7 @@ def test_two_ranks_give_the_same_values_and_gradients(alone, two_ranks, layout):
         np.testing.assert_allclose(reply["values"], alone["values"], rtol=1e-10)
         assert reply["slope"] == pytest.approx(alone["slope"], rel=1e-6)
     ways = [[reply["gradients"] for reply in replies]]
-    if layout == "tensor":
+    if layout != "pipeline" and layout != "interleaved":
         ways.append([reply["direct"]["gradients"] for reply in replies])
     for way in ways:
         found = whole(way)

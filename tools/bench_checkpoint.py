@@ -121,7 +121,7 @@ def _save(
     session.state.step += 1  # another name for every save
     begin = time.perf_counter()
     state: dict[str, Any] = collect(
-        session.chunks, session.optimizer, session.average, session.layout.data_group
+        session.chunks, session.optimizer, session.average, session.layout.weights_group
     )
     saver.save(session.state.step, state, _sidecar(session))
     return time.perf_counter() - begin, saver

@@ -33,7 +33,10 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Stack rows scored at once")] = 16,
     ranks: Annotated[int, typer.Option(help="Ranks to start on this machine")] = 1,
     tensor: Annotated[int, typer.Option(help="Tensor ranks")] = 1,
-    pipeline: Annotated[int, typer.Option(help="Pipeline ranks; the rest is data-parallel")] = 1,
+    pipeline: Annotated[int, typer.Option(help="Pipeline ranks")] = 1,
+    context: Annotated[
+        int, typer.Option(help="Ranks that share long rows; the rest is data-parallel")
+    ] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write JSON here")] = None,
 ) -> None:
     """Print the NELBO and the exact-likelihood bound of held-out rows.
@@ -63,7 +66,7 @@ def evaluate(
 
     loaded = load(
         checkpoint, use_ema=not raw_weights, dtype="fp32", tensor=tensor, pipeline=pipeline,
-        with_tokenizer=False,
+        context=context, with_tokenizer=False,
     )  # fmt: skip
     config = loaded.replica.config
     settings = replace(

@@ -28,6 +28,7 @@ def load(
     dtype: str,
     tensor: int = 1,
     pipeline: int = 1,
+    context: int = 1,
     with_tokenizer: bool = True,
 ) -> Loaded:
     """Load the checkpoint meant by ``path``: its folder, a run's, or a Hugging Face folder.
@@ -42,7 +43,7 @@ def load(
     from megatron_eso.data.tokenizer import load_tokenizer
     from megatron_eso.errors import CheckpointError
 
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=False)
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, context=context, sequence=False)
     if is_exported(path):
         from megatron_eso.export.describe import read_facts
         from megatron_eso.export.import_hf import import_hf

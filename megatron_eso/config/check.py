@@ -150,10 +150,16 @@ def _layout(config: RunConfig) -> Iterator[str]:
     for what, number in divisions.items():
         if number % parallel.tensor:
             yield f"{what} = {number} is not divisible by parallel.tensor={parallel.tensor}"
-    if parallel.sequence and train.sequence_length % parallel.tensor:
+    if train.sequence_length % parallel.context:
         yield (
-            f"train.sequence_length={train.sequence_length} is not divisible by parallel.tensor="
-            f"{parallel.tensor}; set parallel.sequence=false or change the length"
+            f"train.sequence_length={train.sequence_length} is not divisible by parallel.context="
+            f"{parallel.context}; change one of them"
+        )
+    elif parallel.sequence and train.sequence_length % (parallel.tensor * parallel.context):
+        yield (
+            f"train.sequence_length={train.sequence_length} is not divisible by parallel.tensor x "
+            f"parallel.context = {parallel.tensor} x {parallel.context}; set parallel.sequence=false or "
+            "change the length"
         )
     chunks = parallel.pipeline * parallel.virtual_pipeline
     if model.num_layers % chunks:
@@ -163,10 +169,25 @@ def _layout(config: RunConfig) -> Iterator[str]:
         )
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         yield "parallel.virtual_pipeline > 1 needs parallel.pipeline > 1"
-    if parallel.context > 1:
+    yield from _heads_of_context_ranks(config)
+
+
+def _heads_of_context_ranks(config: RunConfig) -> Iterator[str]:
+    """Context ranks share the attention heads of their tensor rank."""
+    model, parallel = config.model, config.parallel
+    ranks, kv_heads = parallel.tensor * parallel.context, derive.num_kv_heads(model)
+    if parallel.context == 1 or kv_heads % parallel.tensor:
+        return
+    if model.num_heads % ranks:
         yield (
-            f"parallel.context={parallel.context}: context parallelism is not supported yet; "
-            "use parallel.tensor with parallel.sequence for long rows"
+            f"model.num_heads={model.num_heads} is not divisible by parallel.tensor x parallel.context = "
+            f"{parallel.tensor} x {parallel.context}: context ranks share the heads of a tensor rank; "
+            "lower parallel.context"
+        )
+    elif kv_heads % ranks and ranks % kv_heads:
+        yield (
+            f"model.num_kv_heads={kv_heads} is neither a multiple nor a divisor of parallel.tensor x "
+            f"parallel.context = {parallel.tensor} x {parallel.context}; change parallel.context"
         )
 
 

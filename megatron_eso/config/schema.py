@@ -194,7 +194,8 @@ class ParallelConfig:
     virtual_pipeline: int = 1
     """Model chunks per pipeline rank; more than 1 is the interleaved schedule."""
     context: int = 1
-    """Ranks that share every row's tokens (context parallelism); needs Transformer Engine."""
+    """Ranks that share every row's tokens (context parallelism). Around the attention they swap tokens
+    for heads, so tensor x context must divide model.num_heads. For rows too long for one rank's memory."""
     sequence: bool = True
     """Split activations between tensor ranks along the row where matrices are not split (sequence
     parallelism); without effect at tensor = 1."""

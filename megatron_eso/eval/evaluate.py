@@ -20,8 +20,8 @@ from megatron_eso.objective.build import Draw, build_rows
 from megatron_eso.objective.deal import MicroBatch
 from megatron_eso.objective.order import likelihood_order
 from megatron_eso.objective.randomness import Stream, uniform_rows
-from megatron_eso.objective.rows import StackRows, sequential_rows, to_device
-from megatron_eso.parallel.exchange import Rows, read_together
+from megatron_eso.objective.rows import StackRows, sequential_rows
+from megatron_eso.parallel.exchange import Rows, read_together, rows_of_rank
 from megatron_eso.parallel.schedule import run_micro_batches
 
 METRICS = ("nelbo", "likelihood")
@@ -193,12 +193,13 @@ def row_nats(
         for begin in range(0, per_round, per_batch):
             part = slice(begin, begin + per_batch)
             built = build(Rows(rows.tokens[part], rows.is_valid[part]), numbers[part])
-            stack.append(to_device(built, replica.device))
+            stack.append(rows_of_rank(built, layout, replica.device))
         nats = _forward(replica, stack, per_batch)
         here = max(min(num_rows - first, per_round), 0)
         if nats is not None and here:
             result[0, first : first + here] = nats[:here]
-            result[1, first : first + here] = rows.is_valid[:here, :-1].sum(dim=1)
+            if layout.context_rank == 0:
+                result[1, first : first + here] = rows.is_valid[:here, :-1].sum(dim=1)
     torch.distributed.all_reduce(result)
     return result[0].cpu(), result[1].cpu()
 
@@ -222,7 +223,7 @@ def _read_padded(
 
 
 def _forward(replica: Replica, stack: list[StackRows], num_data: int) -> Tensor | None:
-    """Return the nats of every data row, on the last stage's first tensor rank alone."""
+    """Return the nats of every data row, of this context rank's entries; None where others report."""
 
     def forward_step(batches: Iterator[StackRows], model: nn.Module) -> Any:
         rows = next(batches)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from megatron_eso.errors import ConfigError
 from megatron_eso.model.replica import Replica
-from megatron_eso.objective.rows import StackRows, sequential_rows, to_device
+from megatron_eso.objective.rows import StackRows, sequential_rows
+from megatron_eso.parallel.exchange import rows_of_rank, sum_over_context
 from megatron_eso.parallel.schedule import run_micro_batches
 
 LossOfRows = Callable[[Tensor, Tensor], Tensor]
@@ -28,7 +29,7 @@ def sequence_log_probability(
 ) -> Tensor:
     """Return [B] log p(row | order) in nats, float64, the same on every tensor rank; differentiable.
 
-    With sequence parallelism or data parallelism the gradients are complete after Megatron's
+    With sequence, context or data parallelism the gradients are complete after Megatron's
     ``finalize_model_grads``, as in training.
 
     Args:
@@ -46,7 +47,7 @@ def sequence_log_probability(
             "pipeline=1 alone; use accumulate_gradients, which takes the loss as a function"
         )
     rows = _likelihood_rows(replica, tokens, orders, is_valid)
-    return _sum_by_row(replica.chunks[0](rows), rows, len(tokens))
+    return _sum_by_row(replica.chunks[0](rows), rows, len(tokens), replica)
 
 
 def accumulate_gradients(
@@ -109,7 +110,7 @@ def _step_of(replica: Replica, loss: LossOfRows, num_rows: int) -> Any:
         rows, numbers = next(batches)
 
         def of_log_probs(log_probs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            by_row = _sum_by_row(log_probs, rows, num_rows)
+            by_row = _sum_by_row(log_probs, rows, num_rows, replica)
             no_tokens = torch.zeros((), dtype=torch.int, device=by_row.device)
             return (
                 loss(by_row, numbers.to(by_row.device)),
@@ -129,10 +130,11 @@ def _likelihood_rows(
     valid = torch.ones_like(tokens, dtype=torch.bool) if is_valid is None else is_valid
     mask_id = replica.config.model.vocab_size - 1
     rows = sequential_rows(tokens, valid, valid, orders, mask_id=mask_id)
-    return to_device(rows, replica.device)
+    return rows_of_rank(rows, replica.layout, replica.device)
 
 
-def _sum_by_row(log_probs: Tensor, rows: StackRows, num_rows: int) -> Tensor:
-    """Return [num_rows] sums of [N] log-probabilities."""
+def _sum_by_row(log_probs: Tensor, rows: StackRows, num_rows: int, replica: Replica) -> Tensor:
+    """Return [num_rows] sums of the log-probabilities [N] of all context ranks."""
     zeros = torch.zeros(num_rows, dtype=torch.float64, device=log_probs.device)
-    return zeros.index_add(0, rows.loss_rows, log_probs.double())
+    own = zeros.index_add(0, rows.loss_rows, log_probs.double())
+    return sum_over_context(own, replica.layout)

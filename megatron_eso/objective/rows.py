@@ -65,6 +65,12 @@ class StackRows:
     """Gradient of the step's loss with respect to each entry's log-probability, if known."""
 
 
+_OF_ENTRIES = (
+    "loss_entries", "loss_targets", "loss_weights", "loss_is_sequential", "loss_rows",
+    "loss_positions", "loss_gradient",
+)  # fmt: skip
+
+
 def diffusion_rows(
     tokens: Int[Tensor, "B L"],
     is_valid: Bool[Tensor, "B L"],
@@ -185,6 +191,32 @@ def join(first: StackRows, second: StackRows) -> StackRows:
         loss_positions=both("loss_positions"),
         num_diffusion_tokens=first.num_diffusion_tokens,
         num_sequential_tokens=second.num_sequential_tokens,
+    )
+
+
+def part_of_rows(rows: StackRows, part: int, num_parts: int) -> StackRows:
+    """Return every ``num_parts``-th entry of each row, from entry ``part`` on, with its losses.
+
+    Dealt out like that, and not in blocks, all parts have about equally many losses: a permuted row
+    ends in its masked entries. ``is_valid`` stays whole, since attention brings the rows together.
+    The token counts go with part 0, so that sums over parts are those of the whole.
+    """
+    if num_parts == 1:
+        return rows
+    length = rows.tokens.shape[1]
+    row, slot = rows.loss_entries // length, rows.loss_entries % length
+    is_here = slot % num_parts == part
+    own = {
+        name: value[is_here] for name in _OF_ENTRIES if (value := getattr(rows, name)) is not None
+    }
+    own["loss_entries"] = (row * (length // num_parts) + slot // num_parts)[is_here]
+    return replace(
+        rows,
+        tokens=rows.tokens[:, part::num_parts].contiguous(),
+        positions=rows.positions[:, part::num_parts].contiguous(),
+        num_diffusion_tokens=rows.num_diffusion_tokens if part == 0 else 0,
+        num_sequential_tokens=rows.num_sequential_tokens if part == 0 else 0,
+        **own,
     )
 
 

@@ -9,7 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_eso.errors import DataError
+from megatron_eso.objective.rows import StackRows, part_of_rows, to_device
 from megatron_eso.parallel.groups import Layout
+from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+
+with quiet_megatron_import():
+    from megatron.core import tensor_parallel
 
 Result = TypeVar("Result")
 
@@ -40,18 +45,23 @@ def read_together(
     Raises:
         DataError: on every rank, naming the ranks that failed and why.
     """
-    leader = dist.get_global_rank(layout.model_group, 0)
+    leader = dist.get_global_rank(layout.replica_group, 0)
     rows = together(lambda: read() if dist.get_rank() == leader else None, device)
-    if layout.model_group.size() == 1:
+    if layout.replica_group.size() == 1:
         assert rows is not None
         return rows
     packed = torch.empty(shape, dtype=torch.int64, device=device)
     if rows is not None:
         packed.copy_(torch.where(rows.is_valid, rows.tokens, -1 - rows.tokens))
-    dist.broadcast(packed, src=leader, group=layout.model_group)
+    dist.broadcast(packed, src=leader, group=layout.replica_group)
     packed = packed.cpu()
     is_valid = packed >= 0
     return Rows(torch.where(is_valid, packed, -1 - packed), is_valid)
+
+
+def rows_of_rank(rows: StackRows, layout: Layout, device: torch.device) -> StackRows:
+    """Return this context rank's part of a micro-batch, on its device."""
+    return to_device(part_of_rows(rows, layout.context_rank, layout.context_size), device)
 
 
 def together(use_data: Callable[[], Result], device: torch.device) -> Result:
@@ -106,6 +116,19 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     packed = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(packed)
     return packed.tolist()
+
+
+def sum_over_context(values: Tensor, layout: Layout) -> Tensor:
+    """Return the sum over context ranks, on all of them.
+
+    Its gradient is that of this rank's values alone: if every rank goes on to the same loss, gradients
+    that are summed over ranks afterwards are complete.
+    """
+    if layout.context_size == 1:
+        return values
+    return tensor_parallel.reduce_from_tensor_model_parallel_region(
+        values, group=layout.context_group
+    )
 
 
 def send_hidden(layout: Layout, hidden: Tensor) -> None:

@@ -22,10 +22,15 @@ class Layout:
     tensor_size: int
     pipeline_rank: int
     pipeline_size: int
-    data_group: dist.ProcessGroup
+    context_rank: int
+    context_size: int
+    weights_group: dist.ProcessGroup
+    """Ranks with the same weights, over which gradients are summed: data x context ranks."""
+    context_group: dist.ProcessGroup
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
-    model_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup
+    """Ranks that compute the same data rows: tensor x context x pipeline ranks."""
 
     @property
     def is_last_stage(self) -> bool:
@@ -34,7 +39,10 @@ class Layout:
 
     @property
     def reports_losses(self) -> bool:
-        """True on one rank of each replica: of the tensor ranks that all hold its losses, the first."""
+        """True on one of the tensor ranks that all hold the same losses.
+
+        Context ranks hold the losses of different entries, so each of them reports its own.
+        """
         return self.is_last_stage and self.tensor_rank == 0
 
     @property
@@ -71,13 +79,36 @@ def build_groups(parallel: ParallelConfig, *, seed: int) -> Layout:
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        data_group=groups.get_data_parallel_group(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
+        weights_group=groups.get_data_parallel_group(with_context_parallel=True),
+        context_group=groups.get_context_parallel_group(),
         tensor_group=groups.get_tensor_model_parallel_group(),
         pipeline_group=groups.get_pipeline_model_parallel_group(),
-        model_group=groups.get_model_parallel_group(),
+        replica_group=_replica_group(parallel, groups),
     )
 
 
-def seed_dropout(seed: int) -> None:
-    """Restart Megatron's random states, so that dropout is a function of the seed given."""
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+def _replica_group(parallel: ParallelConfig, groups: Any) -> dist.ProcessGroup:
+    """Return the group of this rank's replica; Megatron has one without the context ranks alone."""
+    if parallel.context == 1:
+        return groups.get_model_parallel_group()
+    data_ranks: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(data_ranks, groups.get_data_parallel_rank())
+    mine: Any = None
+    for replica in sorted(set(data_ranks)):  # every rank must create every group
+        members = [rank for rank, data_rank in enumerate(data_ranks) if data_rank == replica]
+        group = dist.new_group(members)
+        if dist.get_rank() in members:
+            mine = group
+    return mine
+
+
+def seed_dropout(seed: int, layout: Layout) -> None:
+    """Restart Megatron's random states: dropout is a function of the seed and the place in the layout.
+
+    Megatron itself tells tensor ranks apart, where they hold different entries.
+    """
+    place = layout.pipeline_rank * layout.weights_group.size() + layout.weights_group.rank()
+    own = seed + 7_919_000_003 * place
+    tensor_parallel.model_parallel_cuda_manual_seed(own, force_reset_rng=True)

@@ -141,8 +141,6 @@ def _warnings(job: Job, hardware: Hardware, memory: list[StageMemory]) -> Iterat
             f"the pipeline idles {bubble.pipeline_bubble / bubble.total:.0%} of the step: raise "
             "parallel.virtual_pipeline or train.global_batch_rows"
         )
-    if parallel.context > 1:
-        yield "parallel.context > 1 is planned only: this trainer does not run it yet"
     if len(set(job.stage_layers)) > 1:
         yield (
             f"model.num_layers={config.model.num_layers} is uneven over parallel.pipeline="

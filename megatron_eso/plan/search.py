@@ -67,7 +67,7 @@ def search(
         config: the run; its layout settings are replaced.
         num_gpus: GPUs to use, all of them.
         hardware: profile.
-        max_context: largest context-parallel size to try. The trainer runs 1 only.
+        max_context: largest context-parallel size to try.
         allow_fp8: also try FP8 products.
 
     Raises:
@@ -144,11 +144,21 @@ def _layouts(
         if num_gpus % tensor or any(width % tensor for width in widths):
             continue
         for context in _divisors(max_context):
+            if not _context_shares_heads(config, tensor, context):
+                continue
             for pipeline in _divisors(model.num_layers):
                 if num_gpus % (tensor * context * pipeline):
                     continue
                 for virtual in _divisors(model.num_layers // pipeline) if pipeline > 1 else [1]:
                     yield tensor, context, pipeline, virtual
+
+
+def _context_shares_heads(config: RunConfig, tensor: int, context: int) -> bool:
+    """Return whether ``config.check`` allows the heads of a tensor rank on context ranks."""
+    ranks, kv_heads = tensor * context, num_kv_heads(config.model)
+    if context == 1:
+        return True
+    return config.model.num_heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
 
 
 def _is_legal(job: Job) -> bool:
@@ -158,7 +168,8 @@ def _is_legal(job: Job) -> bool:
         return False
     if job.stack_rows_per_row > 1 and train.micro_batch_rows % 2:
         return False
-    if parallel.sequence and train.sequence_length % (parallel.tensor * parallel.context):
+    shares = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    if train.sequence_length % shares:
         return False
     return parallel.virtual_pipeline == 1 or int(rounds) % parallel.pipeline == 0
 

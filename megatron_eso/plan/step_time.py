@@ -143,13 +143,18 @@ def _tensor_parallel_seconds(job: Job, hardware: Hardware) -> float:
 
 
 def _context_parallel_seconds(job: Job, hardware: Hardware) -> float:
-    """Return the visible time of passing keys and values round the ring, forward and backward."""
-    parallel = job.config.parallel
+    """Return the visible time of swapping tokens for heads and back, forward and backward."""
+    parallel, model = job.config.parallel, job.config.model
     if parallel.context == 1:
         return 0.0
-    keys_values = 2 * job.tokens_per_micro_batch * job.kv_width * 2 / parallel.tensor
+    # Queries and outputs; keys and values, of which every context rank gets a head at least.
+    kv_width = max(job.kv_width, head_size(model) * parallel.tensor * parallel.context)
+    width = 2 * head_size(model) * model.num_heads + 2 * kv_width
+    element = 4.0 if job.config.precision.dtype == "fp32" else 2.0
+    moved = job.tokens_per_micro_batch * width * element / parallel.tensor
+    moved *= (parallel.context - 1) / parallel.context
     speed = _link(hardware, parallel.context * parallel.tensor)
-    return 3 * keys_values * (parallel.context - 1) / speed * hardware.constants.tensor_exposed
+    return 2 * moved / speed * hardware.constants.tensor_exposed
 
 
 def _transfer_seconds(job: Job, hardware: Hardware) -> float:

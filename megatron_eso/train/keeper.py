@@ -138,7 +138,7 @@ class Keeper:
         if not self._has_room():
             return None
         state = collect(
-            session.chunks, session.optimizer, session.average, session.layout.data_group
+            session.chunks, session.optimizer, session.average, session.layout.weights_group
         )
         self.saver.save(step, state, self._sidecar())
         stall = time.perf_counter() - begin
@@ -167,7 +167,7 @@ class Keeper:
         if self._local is None or step <= shared_step:
             return False
         stored = self._local.load(
-            step, session.chunks, session.optimizer, session.average, session.layout.data_group
+            step, session.chunks, session.optimizer, session.average, session.layout.weights_group
         )
         session.state.replace_by(TrainState(**stored))
         self._heart.kept_step = self._heart.step = step

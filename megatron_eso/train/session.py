@@ -105,7 +105,7 @@ def build_session(config: RunConfig, ranks: Ranks, *, for_training: bool = True)
         chunks = wrap_for_training(chunks, settings, config.parallel, clock, on_gpu=device.is_cuda)
         optimizer = build_optimizer(chunks, config.optimizer, settings)
         if config.optimizer.ema_decay > 0:
-            average = MovingAverage(optimizer, config.optimizer.ema_decay, layout.data_group)
+            average = MovingAverage(optimizer, config.optimizer.ema_decay, layout.weights_group)
     return Session(
         config=config,
         derived=derive.derive(config, ranks.world_size),

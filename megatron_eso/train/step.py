@@ -17,8 +17,14 @@ from megatron_eso.config.schema import ObjectiveConfig
 from megatron_eso.objective.build import Draw, build_rows
 from megatron_eso.objective.deal import MicroBatch, deal
 from megatron_eso.objective.losses import TokenCounts, loss_sums, mean_loss, with_loss_gradient
-from megatron_eso.objective.rows import StackRows, to_device
-from megatron_eso.parallel.exchange import Rows, any_rank, read_together, sum_over_ranks
+from megatron_eso.objective.rows import StackRows
+from megatron_eso.parallel.exchange import (
+    Rows,
+    any_rank,
+    read_together,
+    rows_of_rank,
+    sum_over_ranks,
+)
 from megatron_eso.parallel.groups import seed_dropout
 from megatron_eso.parallel.optimizer import apply_gradients, gradient_norm
 from megatron_eso.parallel.schedule import run_micro_batches
@@ -88,7 +94,7 @@ def train_step(session: Session, read: ReadRows, judge: Judge = finite_is_good) 
     config, step = session.config, session.state.step
     begin = time.perf_counter()
     if config.model.dropout > 0:
-        seed_dropout(config.train.seed * 1_000_003 + step)
+        seed_dropout(config.train.seed * 1_000_003 + step, session.layout)
     micro_batches = micro_batches_of_rank(session)
     numbers = [row for micro_batch in micro_batches for row in micro_batch.rows]
     rows = read_together(
@@ -144,7 +150,7 @@ def _apply(session: Session, rate: float, norm: float) -> None:
 def stack_rows_of_step(
     session: Session, rows: Rows, micro_batches: list[MicroBatch]
 ) -> list[StackRows]:
-    """Return the stack rows of every micro-batch of this rank, on its device."""
+    """Return this rank's part of the stack rows of its micro-batches, on its device."""
     config = session.config
     draw = Draw(config.train.seed, session.state.step, num_time_strata(session))
     built, first = [], 0
@@ -158,7 +164,7 @@ def stack_rows_of_step(
             draw,
             mask_id=config.model.vocab_size - 1,
         )
-        built.append(to_device(stack, session.torch_device))
+        built.append(rows_of_rank(stack, session.layout, session.torch_device))
         first = end
     return built
 
@@ -203,7 +209,7 @@ def forward_backward(
 
 
 def global_counts(stack: list[StackRows], session: Session) -> TokenCounts:
-    """Return the valid tokens of the global batch, summed over data-parallel ranks."""
+    """Return the valid tokens of the global batch, summed over the ranks that have them."""
     local = [0.0, 0.0]
     if session.layout.reports_losses:
         local = [

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_eso.model.attention.context import heads_of_whole_rows, tokens_of_all_heads
 from megatron_eso.model.attention.dense import dense_attention
 from megatron_eso.model.attention.flex import flex_rows_attention
 from megatron_eso.model.attention.rows import AttentionRows
@@ -36,6 +37,7 @@ class EsoCoreAttention(MegatronModule):
         self.layer_number = layer_number
         self.backend = backend
         self.scale = softmax_scale or config.kv_channels**-0.5
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -47,7 +49,7 @@ class EsoCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: AttentionRows | None = None,
     ) -> Tensor:
-        """Return [L, R, h d].
+        """Return [L, R, h d]; L is the part of the rows on this context rank.
 
         Args:
             query: [L, R, h, d], not rotated yet.
@@ -62,7 +64,10 @@ class EsoCoreAttention(MegatronModule):
         if rows is None or rows.cos is None or rows.sin is None:
             raise ValueError("EsoCoreAttention needs AttentionRows in packed_seq_params")
         query, key = rotate(query, rows.cos, rows.sin), rotate(key, rows.cos, rows.sin)
-        return self.attend_rotated(query, key, value, rows)
+        if self.context_group is None:
+            return self.attend_rotated(query, key, value, rows)
+        own = heads_of_whole_rows(query, key, value, self.context_group)
+        return tokens_of_all_heads(self.attend_rotated(*own, rows), self.context_group)
 
     def attend_rotated(
         self, query: Tensor, key: Tensor, value: Tensor, rows: AttentionRows
