@@ -32,7 +32,7 @@ def build_chunks(
         chunk = EsoModel(
             settings,
             config.model,
-            attention="dense" if config.precision.attention == "dense" else "split",
+            attention=config.precision.attention,
             pre_process=layout.is_first_stage and index == 0,
             post_process=layout.is_last_stage and index == num_chunks - 1,
             vp_stage=index if num_chunks > 1 else None,

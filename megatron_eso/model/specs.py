@@ -61,7 +61,7 @@ def block_spec(
     Args:
         model: shape; chooses norms, biases and query/key norms.
         num_layers: layers of this stage.
-        attention: kernel, ``split`` or ``dense``.
+        attention: kernel, ``split``, ``dense`` or ``flex``.
     """
     # Megatron's annotations are narrower than what its spec builder takes.
     add_residual: Any = get_bias_dropout_add

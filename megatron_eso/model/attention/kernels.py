@@ -1,15 +1,36 @@
-"""Fused causal attention with its log-sum-exp, forward and backward, one pair per device.
+"""Fused causal attention with its log-sum-exp, forward and backward, one pair per kernel.
 
 PyTorch's public attention hides the log-sum-exp that merging needs, so the operators underneath are
-called. Shapes: [R, h, L, d] for queries, keys, values and outputs, [R, h, L] for the log-sum-exp.
+called. They differ in what they call it: cuDNN's has a further axis, the memory-efficient kernel's is
+padded to whole tiles. Shapes here: [R, h, L, d] for queries, keys, values and outputs, [R, h, L] for the
+log-sum-exp, in float32 or better.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_eso.errors import ConfigError
+
 aten = torch.ops.aten
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+_TILE = 32  # queries whose log-sum-exp the memory-efficient kernel stores together
+
+
+class Facts(NamedTuple):
+    """What decides about the kernel, of a device and the libraries on it."""
+
+    device_type: str
+    capability: tuple[int, int] = (0, 0)
+    """Of a CUDA device: (9, 0) is Hopper."""
+    cudnn: int = 0
+    """Version as cuDNN counts: 91900 is 9.19.0; 0: there is none."""
+    is_deterministic: bool = False
+    """Results must not depend on timing."""
 
 
 class Forward(NamedTuple):
@@ -20,24 +41,64 @@ class Forward(NamedTuple):
     state: tuple
 
 
-def causal_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Forward:
-    """Return causal attention (square, top-left aligned) with its log-sum-exp in float32 or better."""
-    if query.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, True, scale=scale
+class Kernel(NamedTuple):
+    """A pair of functions; ``forward(q, k, v, scale)``, ``backward(grad, q, k, v, forward, scale)``."""
+
+    name: str
+    forward: Callable[[Tensor, Tensor, Tensor, float], Forward]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Forward, float], Gradients]
+
+
+def choose_kernel(facts: Facts, dtype: torch.dtype, head_size: int) -> Kernel:
+    """Return the fastest kernel that computes this; a function of its arguments alone.
+
+    Raises:
+        ConfigError: if none does, naming the settings that help.
+    """
+    if facts.device_type == "cpu":
+        return CPU
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    asked = f"head size {head_size} in {str(dtype).removeprefix('torch.')}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ConfigError(
+            f"no fused attention kernel on CUDA computes {asked}; use precision.attention=dense"
         )
-        return Forward(out, lse, ())
-    if query.dtype in (torch.bfloat16, torch.float16):
-        out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = (
-            aten._scaled_dot_product_flash_attention(
-                query, key, value, 0.0, True, False, scale=scale
-            )
+    step = 8 if is_half else 4
+    if head_size % step:
+        raise ConfigError(
+            f"fused attention kernels on CUDA need a head size that is a multiple of {step}, not {asked} "
+            "(model.head_size); or use precision.attention=dense"
         )
-        return Forward(out, lse, (cum_q, cum_k, max_q, max_k, seed, offset))
-    out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
-        query, key, value, None, True, 0.0, True, scale=scale
+    if is_half and _cudnn_fits(facts, head_size):
+        return CUDNN
+    if is_half and facts.capability >= (8, 0) and head_size <= 256:
+        return FLASH
+    return EFFICIENT
+
+
+def _cudnn_fits(facts: Facts, head_size: int) -> bool:
+    """Return whether to use cuDNN's: the fastest on Hopper and newer, but sums depend on timing."""
+    is_usable = facts.cudnn >= 90300 and facts.cudnn != 91000
+    is_new = facts.capability >= (9, 0)
+    return is_usable and is_new and head_size <= 128 and not facts.is_deterministic
+
+
+@cache
+def facts_of(device: torch.device) -> Facts:
+    """Return what :func:`choose_kernel` must know about a device; it does not change within a run."""
+    if device.type != "cuda":
+        return Facts(device.type)
+    return Facts(
+        device.type,
+        torch.cuda.get_device_capability(device),
+        torch.backends.cudnn.version() or 0,
+        torch.are_deterministic_algorithms_enabled(),
     )
-    return Forward(out, lse, (seed, offset))
+
+
+def causal_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Forward:
+    """Return causal attention (square, top-left aligned) with its log-sum-exp."""
+    return _kernel_for(query).forward(query, key, value, scale)
 
 
 def causal_backward(
@@ -47,26 +108,92 @@ def causal_backward(
     value: Tensor,
     forward: Forward,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Gradients:
     """Return the gradients of query, key and value.
 
-    ``forward.out`` and ``forward.lse`` may have been merged with further keys since: the kernel
-    recomputes its probabilities as exp(score - lse), so it returns its part of the merged softmax.
+    ``forward.out`` and ``forward.lse`` may have been merged with further keys since: the kernels
+    recompute their probabilities as exp(score - lse), so they return their part of the merged softmax.
     """
-    out, lse, state = forward
-    if query.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, query, key, value, out, lse, 0.0, True, scale=scale
+    return _kernel_for(query).backward(grad_out, query, key, value, forward, scale)
+
+
+def _kernel_for(query: Tensor) -> Kernel:
+    return choose_kernel(facts_of(query.device), query.dtype, query.shape[3])
+
+
+def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Forward:
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, True, scale=scale
+    )
+    return Forward(out, lse, ())
+
+
+def _cpu_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, forward: Forward, scale: float
+) -> Gradients:
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, query, key, value, forward.out, forward.lse, 0.0, True, scale=scale
+    )
+
+
+def _cudnn_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Forward:
+    out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = (
+        aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, True, 0.0, True, False, scale=scale
         )
-    if query.dtype in (torch.bfloat16, torch.float16):
-        cum_q, cum_k, max_q, max_k, seed, offset = state
-        return aten._scaled_dot_product_flash_attention_backward(
-            grad_out, query, key, value, out, lse, cum_q, cum_k, max_q, max_k, 0.0, True,
-            seed, offset, scale=scale,
-        )  # fmt: skip
-    seed, offset = state
+    )
+    return Forward(out, lse.view(query.shape[:3]), (seed, offset, cum_q, cum_k, max_q, max_k))
+
+
+def _cudnn_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, forward: Forward, scale: float
+) -> Gradients:
+    seed, offset, cum_q, cum_k, max_q, max_k = forward.state
+    lse = forward.lse.contiguous().unsqueeze(3)
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        grad_out, query, key, value, forward.out, lse, seed, offset, None, cum_q, cum_k,
+        max_q, max_k, 0.0, True, scale=scale,
+    )  # fmt: skip
+
+
+def _flash_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Forward:
+    out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = (
+        aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=scale)
+    )
+    return Forward(out, lse, (cum_q, cum_k, max_q, max_k, seed, offset))
+
+
+def _flash_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, forward: Forward, scale: float
+) -> Gradients:
+    cum_q, cum_k, max_q, max_k, seed, offset = forward.state
+    return aten._scaled_dot_product_flash_attention_backward(
+        grad_out, query, key, value, forward.out, forward.lse, cum_q, cum_k, max_q, max_k,
+        0.0, True, seed, offset, scale=scale,
+    )  # fmt: skip
+
+
+def _efficient_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Forward:
+    out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
+        query, key, value, None, True, 0.0, True, scale=scale
+    )
+    return Forward(out, lse[:, :, : query.shape[2]], (seed, offset))
+
+
+def _efficient_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, forward: Forward, scale: float
+) -> Gradients:
+    seed, offset = forward.state
+    # The kernel wants rows of whole tiles; nobody reads what fills them.
+    lse = torch.nn.functional.pad(forward.lse, (0, -query.shape[2] % _TILE))
     grads = aten._scaled_dot_product_efficient_attention_backward(
-        grad_out, query, key, value, None, out, lse, seed, offset, 0.0, [True, True, True, False],
-        True, scale=scale,
+        grad_out, query, key, value, None, forward.out, lse, seed, offset, 0.0,
+        [True, True, True, False], True, scale=scale,
     )  # fmt: skip
     return grads[:3]
+
+
+CPU = Kernel("cpu flash", _cpu_forward, _cpu_backward)
+CUDNN = Kernel("cudnn", _cudnn_forward, _cudnn_backward)
+FLASH = Kernel("flash", _flash_forward, _flash_backward)
+EFFICIENT = Kernel("memory-efficient", _efficient_forward, _efficient_backward)

@@ -1,0 +1,96 @@
+"""Which kernel a device gets, and that every kernel's calls fit this torch's operators; no GPU needed."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_eso.errors import ConfigError
+from megatron_eso.model.attention import kernels
+from megatron_eso.model.attention.kernels import Facts, choose_kernel
+from megatron_eso.model.attention.split import split_attention
+from megatron_eso.model.rotary import rotate, turned_at_once
+
+HOPPER, AMPERE, TURING = (9, 0), (8, 0), (7, 5)
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("facts", "dtype", "head_size", "name"),
+    [
+        pytest.param(Facts("cpu"), FP32, 20, "cpu flash", id="cpu"),
+        pytest.param(Facts("cuda", HOPPER, 91900), BF16, 128, "cudnn", id="hopper"),
+        pytest.param(Facts("cuda", (10, 0), 91900), BF16, 64, "cudnn", id="blackwell"),
+        pytest.param(Facts("cuda", HOPPER, 91000), BF16, 128, "flash", id="broken-cudnn"),
+        pytest.param(Facts("cuda", HOPPER, 0), BF16, 128, "flash", id="no-cudnn"),
+        pytest.param(Facts("cuda", HOPPER, 91900, True), BF16, 128, "flash", id="deterministic"),
+        pytest.param(Facts("cuda", HOPPER, 91900), BF16, 192, "flash", id="wide-heads"),
+        pytest.param(Facts("cuda", AMPERE, 91900), BF16, 128, "flash", id="ampere"),
+        pytest.param(Facts("cuda", HOPPER, 91900), BF16, 512, "memory-efficient", id="wider-heads"),
+        pytest.param(Facts("cuda", TURING, 91900), torch.float16, 64, "memory-efficient", id="turing"),
+        pytest.param(Facts("cuda", HOPPER, 91900), FP32, 128, "memory-efficient", id="fp32"),
+    ],
+)  # fmt: skip
+def test_the_kernel_follows_from_device_format_and_head_size(facts, dtype, head_size, name):
+    assert choose_kernel(facts, dtype, head_size).name == name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "message"),
+    [(BF16, 36, "multiple of 8"), (FP32, 6, "multiple of 4"), (torch.float64, 64, "dense")],
+)
+def test_what_no_kernel_computes_is_refused_with_what_helps(dtype, head_size, message):
+    with pytest.raises(ConfigError, match=message):
+        choose_kernel(Facts("cuda", HOPPER, 91900), dtype, head_size)
+
+
+class LogSumExps(TorchDispatchMode):
+    """Notes the shape of each log-sum-exp that an attention operator returns or is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.returned, self.given = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if "scaled_dot_product" in func.name():
+            names = [argument.name for argument in func._schema.arguments]
+            if "logsumexp" in names:
+                self.given.append(tuple(args[names.index("logsumexp")].shape))
+            else:
+                self.returned.append(tuple(result[1].shape))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("facts", "dtype", "operator_shape"),
+    [
+        pytest.param(Facts("cuda", HOPPER, 91900), BF16, (2, 4, 50, 1), id="cudnn"),
+        pytest.param(Facts("cuda", AMPERE, 91900), BF16, (2, 4, 50), id="flash"),
+        pytest.param(Facts("cuda", HOPPER, 91900), FP32, (2, 4, 64), id="memory-efficient"),
+    ],
+)
+def test_split_attention_fits_the_operators_of_this_torch(
+    monkeypatch, facts, dtype, operator_shape
+):
+    """On the meta device operators check their arguments and shapes, and compute nothing."""
+    monkeypatch.setattr(kernels, "facts_of", lambda device: facts)
+    inputs = [
+        torch.empty(5, heads, 50, 64, dtype=dtype, device="meta", requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    with LogSumExps() as seen:
+        out = split_attention(*inputs, num_pairs=2, scale=0.1)
+        out.sum().backward()
+    assert (out.shape, out.dtype) == ((5, 4, 50, 64), dtype)
+    assert all(x.grad.shape == x.shape for x in inputs)
+    assert seen.returned[1] == operator_shape  # of the Z rows; the D and X rows' is first
+    assert sorted(seen.given) == sorted(seen.returned)
+
+
+def test_the_rotation_that_a_gpu_compiles_is_the_same():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(6, 3, 2, 8, generator=generator)
+    cos, sin = (torch.randn(6, 3, 1, 4, generator=generator) for _ in range(2))
+    compiled = torch.compile(turned_at_once, backend="eager", fullgraph=True)
+    for sign in (1, -1):
+        torch.testing.assert_close(compiled(x, cos, sin, sign), rotate(x, cos, sin * sign))
