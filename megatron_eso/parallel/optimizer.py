@@ -66,7 +66,7 @@ def build_optimizer(
         params_dtype=config.params_dtype,
         use_distributed_optimizer=True,
     )
-    built = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
+    built: Any = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
     for group in built.param_groups:
         # Megatron marks norms and biases here and leaves the product to its learning-rate scheduler.
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
