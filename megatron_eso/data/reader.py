@@ -6,6 +6,7 @@ as they like. Ranks do not talk to each other here: the loop reads on some and h
 """
 
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from megatron_eso.data.manifest import Manifest
 from megatron_eso.data.mixture import Mixture
 from megatron_eso.data.open_split import open_split, tokenizer_json
 from megatron_eso.data.order import SampleOrder
-from megatron_eso.data.shards import ShardedRows
+from megatron_eso.data.plan_reads import ReadPlans
+from megatron_eso.data.shards import ShardedRows, row_buffers
 from megatron_eso.errors import DataError
 
 # Places whose shards are fetched ahead are looked up once per this many reads.
@@ -67,7 +69,7 @@ class RowReader:
         self._splits = [open_split(source.path, data) for source in data.sources]
         for source, split in zip(data.sources, self._splits, strict=True):
             check_fits(split.manifest, source.path, sequence_length, vocab_size)
-        _check_one_tokenizer(data, self.manifests)
+        _check_alike(data, self.manifests)
         self._mixture = Mixture([source.weight for source in data.sources], seed=seed)
         self._orders = [
             SampleOrder(
@@ -79,6 +81,11 @@ class RowReader:
             )
             for number, split in enumerate(self._splits)
         ]
+        self._plans = ReadPlans(
+            self._orders, self._mixture, self._splits, batch_rows=global_batch_rows
+        )
+        first = self.manifests[0]
+        self._scratch = _Scratch(np.dtype(first.dtype), first.row_tokens)
         self._threads: ThreadPoolExecutor | None = None
         self._process = os.getpid()
         self._ahead: dict[tuple[int, tuple[int, ...]], Future[TokenRows]] = {}
@@ -99,9 +106,7 @@ class RowReader:
         Raises:
             DataError: for a shard that cannot be had whole, naming it.
         """
-        wanted = tuple(int(row) for row in rows)
-        if step < 0 or any(not 0 <= row < self._batch_rows for row in wanted):
-            raise ValueError(f"step {step}, rows {wanted}: rows are 0 to {self._batch_rows - 1}")
+        wanted = tuple(rows)
         if self._data.num_workers == 0:
             return self._read(step, wanted)
         threads = self._thread_pool()
@@ -140,7 +145,8 @@ class RowReader:
 
     def samples_of(self, step: int, rows: Sequence[int]) -> list[tuple[int, int]]:
         """Return (source, sample number) of rows of a step, without reading them."""
-        sources, samples = self._samples(step, rows)
+        places = self._plans.places(np.array([step]), tuple(rows))
+        sources, samples = self._plans.samples(places.reshape(-1))
         return list(zip(sources.tolist(), samples.tolist(), strict=True))
 
     def close(self) -> None:
@@ -152,33 +158,11 @@ class RowReader:
         for split in self._splits:
             split.close()
 
-    def _samples(
-        self, step: int, rows: Sequence[int]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        places = step * self._batch_rows + np.array(rows, np.int64)
-        sources, in_source = self._mixture.split(places)
-        if len(self._orders) == 1:
-            return sources, self._orders[0].samples_at(in_source)
-        samples = np.empty_like(places)
-        for number, order in enumerate(self._orders):
-            chosen = sources == number
-            if chosen.any():
-                samples[chosen] = order.samples_at(in_source[chosen])
-        return sources, samples
-
     def _read(self, step: int, rows: tuple[int, ...]) -> TokenRows:
-        sources, samples = self._samples(step, rows)
-        if len(self._splits) == 1:
-            return token_rows(self._splits[0], samples)
-        row_tokens = self.manifests[0].row_tokens
-        tokens = np.empty((len(rows), row_tokens), np.int64)
-        valid = np.empty((len(rows), row_tokens), np.bool_)
-        for number, split in enumerate(self._splits):
-            chosen = sources == number
-            if chosen.any():
-                part = token_rows(split, samples[chosen])
-                tokens[chosen], valid[chosen] = part.tokens, part.is_valid
-        return TokenRows(tokens, valid)
+        stored, memory = self._scratch.of(len(rows))
+        for part in self._plans.of_step(step, rows):
+            self._splits[part.source].fill(memory, part.places, part.shards, part.offsets)
+        return _checked_rows(stored, self._splits[0].manifest)
 
     def _warm(self, step: int) -> None:
         place = np.array([(step + 1) * self._batch_rows])
@@ -242,12 +226,35 @@ class ValidationReader:
 
 def token_rows(split: ShardedRows, samples: NDArray[np.int64]) -> TokenRows:
     """Return the rows of some samples, with padding marked and replaced by the end token."""
-    stored = split.read(samples)
-    valid = stored != split.manifest.mask_id
+    return _checked_rows(split.read(samples), split.manifest)
+
+
+def _checked_rows(stored: NDArray[Any], manifest: Manifest) -> TokenRows:
+    """Return stored rows as tokens; the memory of ``stored`` is not used any more."""
     tokens = stored.astype(np.int64)
-    if not valid.all():
-        tokens[~valid] = split.manifest.end_of_document_id
+    if manifest.mask_id in stored[:, -1].tolist():  # padding stands at the end of a row
+        valid = stored != manifest.mask_id
+        tokens[~valid] = manifest.end_of_document_id
+    else:
+        valid = np.empty(tokens.shape, np.bool_)
+        valid.fill(True)
     return TokenRows(tokens, valid)
+
+
+class _Scratch(threading.local):
+    """Memory of each thread that rows are read into before they get their final type."""
+
+    def __init__(self, dtype: np.dtype[Any], row_tokens: int) -> None:
+        self._dtype, self._row_tokens = dtype, row_tokens
+        self._stored = np.empty((0, row_tokens), dtype)
+        self._rows: list[memoryview] = []
+
+    def of(self, num_rows: int) -> tuple[NDArray[Any], list[memoryview]]:
+        """Return memory of ``num_rows`` rows, as an array and row by row."""
+        if len(self._rows) != num_rows:
+            self._stored = np.empty((num_rows, self._row_tokens), self._dtype)
+            self._rows = row_buffers(self._stored)
+        return self._stored, self._rows
 
 
 def check_fits(manifest: Manifest, path: str, sequence_length: int, vocab_size: int) -> None:
@@ -269,10 +276,15 @@ def check_fits(manifest: Manifest, path: str, sequence_length: int, vocab_size: 
         )
 
 
-def _check_one_tokenizer(data: DataConfig, manifests: list[Manifest]) -> None:
+def _check_alike(data: DataConfig, manifests: list[Manifest]) -> None:
     for source, manifest in zip(data.sources, manifests, strict=True):
         if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256:
             raise DataError(
                 f"{source.path} was made with another tokenizer than {data.sources[0].path}; a "
                 "mixture needs one (data prepare --tokenizer FILE)"
+            )
+        if manifest.dtype != manifests[0].dtype:
+            raise DataError(
+                f"{source.path} stores tokens as {manifest.dtype}, {data.sources[0].path} as "
+                f"{manifests[0].dtype}; prepare both with the same version"
             )

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from megatron_eso.config.schema import DataConfig, DataSourceConfig
+from megatron_eso.data.plan_reads import ROWS_OF_BLOCK
 from megatron_eso.data.reader import RowReader, ValidationReader
 from megatron_eso.errors import DataError
-from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE
+from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE, in_small_shards
 
 BATCH = 8
 
@@ -72,13 +73,52 @@ def test_a_mixture_reads_each_source_by_its_weight(prepared):
     pairs = [pair for step in range(100) for pair in rows.samples_of(step, range(BATCH))]
     counts = Counter(source for source, _ in pairs)
     assert abs(counts[0] - 600) <= 1
-    read = rows.read(5, range(BATCH)).tokens
-    train = ValidationReader(
-        str(prepared / "train"), sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE
-    )
-    for row, (source, sample) in enumerate(rows.samples_of(5, range(BATCH))):
-        if source == 0:
-            assert np.array_equal(read[row], train.read([sample]).tokens[0])
+
+
+@pytest.fixture(scope="module")
+def many_shards(prepared, tmp_path_factory):
+    """Return the data set again, in many shards."""
+    folder = tmp_path_factory.mktemp("many") / "set"
+    shutil.copytree(prepared, folder)
+    for split in ("train", "validation"):
+        in_small_shards(folder / split, shard_bytes=2500)
+    return folder
+
+
+@pytest.mark.parametrize("splits", [("train",), ("train", "validation")], ids=["one", "mixture"])
+@pytest.mark.parametrize("wanted", [range(BATCH), (6, 1), ()], ids=["all", "some", "none"])
+def test_the_rows_of_any_step_are_the_samples_that_the_order_names(many_shards, splits, wanted):
+    """Reads are planned for blocks of steps: the steps beside a block's ends, and far ones."""
+    rows = reader(*((many_shards / split, number + 1) for number, split in enumerate(splits)))
+    written = [
+        ValidationReader(
+            many_shards / split, sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE
+        )
+        for split in splits
+    ]
+    block = ROWS_OF_BLOCK // max(len(wanted), 1)
+    for step in (0, block - 1, block, 2 * block - 1, 5, 10**9):
+        read = rows.read(step, wanted)
+        named = rows.samples_of(step, wanted)
+        assert len(read.tokens) == len(named) == len(wanted)
+        for row, (source, sample) in enumerate(named):
+            expected = written[source].read([sample])
+            assert np.array_equal(read.tokens[row], expected.tokens[0])
+            assert np.array_equal(read.is_valid[row], expected.is_valid[0])
+
+
+def test_rows_once_read_do_not_change_when_others_are(prepared):
+    rows = reader((prepared / "train", 1))
+    first = rows.read(0, range(BATCH)).tokens
+    kept = first.copy()
+    rows.read(1, range(BATCH))
+    assert np.array_equal(first, kept)
+
+
+@pytest.mark.parametrize(("step", "wanted"), [(-1, [0]), (0, [BATCH]), (0, [-1])])
+def test_rows_and_steps_that_do_not_exist_are_refused(prepared, step, wanted):
+    with pytest.raises(ValueError, match="rows are 0 to 7"):
+        reader((prepared / "train", 1)).read(step, wanted)
 
 
 def test_the_fingerprint_tells_data_mixture_seed_and_batch_apart(prepared):

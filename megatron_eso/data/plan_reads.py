@@ -1,0 +1,121 @@
+"""Where the rows of the next steps lie, worked out for many steps at once.
+
+The order, the mixture and the search for a row's shard are vectorised, so they cost little in bulk
+and much one step at a time. A block of steps is planned for one set of row numbers, which a rank asks
+for again at every step, and kept. What is kept is a function of (step, rows) alone.
+"""
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_eso.data.mixture import Mixture
+from megatron_eso.data.order import SampleOrder
+from megatron_eso.data.shards import ShardedRows
+
+ROWS_OF_BLOCK = 2048  # planned at once, over as many steps as that makes
+BLOCKS_KEPT = 8
+
+Rows = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one step that one source holds."""
+
+    source: int
+    places: list[int]
+    """Where they stand among the rows asked for."""
+    shards: list[int]
+    """Shard of each; equal ones stand side by side."""
+    offsets: list[int]
+    """Bytes from the shard's first row."""
+
+
+class ReadPlans:
+    """Plans the reads of a run; may be used by several threads."""
+
+    def __init__(
+        self,
+        orders: list[SampleOrder],
+        mixture: Mixture,
+        splits: list[ShardedRows],
+        *,
+        batch_rows: int,
+    ) -> None:
+        """Plan nothing yet.
+
+        Args:
+            orders: order of each source.
+            mixture: which source stands at which place.
+            splits: the sources.
+            batch_rows: rows of a step over all ranks.
+        """
+        self._orders, self._mixture, self._splits = orders, mixture, splits
+        self._batch_rows = batch_rows
+        self._lock = threading.Lock()
+        self._blocks: OrderedDict[tuple[int, Rows], list[list[Part]]] = OrderedDict()
+
+    def of_step(self, step: int, rows: Rows) -> list[Part]:
+        """Return the reads of some rows of a step.
+
+        Raises:
+            ValueError: for rows or steps that do not exist.
+        """
+        num_steps = max(ROWS_OF_BLOCK // max(len(rows), 1), 1)
+        number, within = divmod(step, num_steps)
+        block = self._blocks.get((number, rows))
+        if block is None:
+            block = self._plan(number * num_steps, num_steps, rows)
+            with self._lock:
+                self._blocks[number, rows] = block
+                while len(self._blocks) > BLOCKS_KEPT:
+                    self._blocks.popitem(last=False)
+        return block[within]
+
+    def samples(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return source and sample number of places of the run's order."""
+        sources, in_source = self._mixture.split(places)
+        if len(self._orders) == 1:
+            return sources, self._orders[0].samples_at(in_source)
+        samples = np.empty_like(places)
+        for number, order in enumerate(self._orders):
+            chosen = sources == number
+            if chosen.any():
+                samples[chosen] = order.samples_at(in_source[chosen])
+        return sources, samples
+
+    def places(self, steps: NDArray[np.int64], rows: Rows) -> NDArray[np.int64]:
+        """Return the places [steps, rows] of some rows.
+
+        Raises:
+            ValueError: for rows or steps that do not exist.
+        """
+        numbers = np.array(rows, np.int64)
+        is_row = (numbers >= 0) & (numbers < self._batch_rows)
+        if steps.min() < 0 or not is_row.all():
+            raise ValueError(
+                f"rows {rows} from step {steps.min()}: steps begin at 0, rows are 0 to "
+                f"{self._batch_rows - 1}"
+            )
+        return steps[:, None] * self._batch_rows + numbers
+
+    def _plan(self, first: int, num_steps: int, rows: Rows) -> list[list[Part]]:
+        places = self.places(np.arange(first, first + num_steps), rows)
+        sources, samples = (a.reshape(places.shape) for a in self.samples(places.reshape(-1)))
+        return [self._parts(*of_step) for of_step in zip(sources, samples, strict=True)]
+
+    def _parts(self, sources: NDArray[np.int64], samples: NDArray[np.int64]) -> list[Part]:
+        parts = []
+        for number, split in enumerate(self._splits):
+            chosen = np.flatnonzero(sources == number)
+            if not len(chosen):
+                continue
+            shards, offsets = split.locate(samples[chosen])
+            by_shard = np.argsort(shards, kind="stable")
+            numbers = (chosen, shards, offsets)
+            parts.append(Part(number, *(n[by_shard].tolist() for n in numbers)))
+        return parts
