@@ -15,6 +15,7 @@ from megatron_eso.config.schema import RunConfig
 from megatron_eso.eval.evaluate import evaluate
 from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.exchange import Rows, read_together
+from megatron_eso.parallel.optimizer import whole_weights
 from megatron_eso.parallel.parameters import (
     gather_full,
     pieces,
@@ -98,7 +99,10 @@ def weights(overrides: list[str]) -> list[tuple[str, tuple, tuple, np.ndarray]]:
 
 
 def _weights(session: Session) -> list[tuple[str, tuple, tuple, np.ndarray]]:
-    return [(p.full_name, p.global_shape, p.slices, _array(p.data)) for p in pieces(session.chunks)]
+    with whole_weights(session.chunks):
+        return [
+            (p.full_name, p.global_shape, p.slices, _array(p.data)) for p in pieces(session.chunks)
+        ]
 
 
 def _array(data: torch.Tensor) -> np.ndarray:
@@ -522,3 +526,19 @@ def sample_rows_of(
     plan = make_plan(torch.from_numpy(given), **settings)
     result = fill_rows(session.replica, torch.from_numpy(rows), plan, Choice(**choice))
     return {"tokens": result.tokens.numpy(), "log_probs": result.log_probs.numpy()}
+
+
+def attention_of_layers(attention: str) -> set[str]:
+    """Return which kernel the layers of a model hold for a ``precision.attention``."""
+    from megatron_eso.model.build import build_chunks, resolve_precision
+    from megatron_eso.parallel.device import choose_device, start_process_group
+    from megatron_eso.parallel.groups import build_groups
+
+    ranks = Ranks.from_environment(dict(os.environ))
+    device = choose_device(ranks.local_rank)
+    start_process_group(ranks, device)
+    config = resolve_precision(small_config([f"precision.attention={attention}"]), "fp32")
+    layout = build_groups(config.parallel, seed=1)
+    chunks, _ = build_chunks(config, layout, device.torch_device)
+    layers: Any = chunks[0].decoder.layers
+    return {layer.self_attention.core_attention.backend for layer in layers}

@@ -9,6 +9,7 @@ from megatron_eso.model.attention import kernels
 from megatron_eso.model.attention.kernels import Facts, choose_kernel
 from megatron_eso.model.attention.split import split_attention
 from megatron_eso.model.rotary import rotate, turned_at_once
+from megatron_eso.parallel.device import be_deterministic
 
 HOPPER, AMPERE, TURING = (9, 0), (8, 0), (7, 5)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -94,3 +95,16 @@ def test_the_rotation_that_a_gpu_compiles_is_the_same():
     compiled = torch.compile(turned_at_once, backend="eager", fullgraph=True)
     for sign in (1, -1):
         torch.testing.assert_close(compiled(x, cos, sin, sign), rotate(x, cos, sin * sign))
+
+
+def test_the_deterministic_mode_sets_the_environment_and_refuses_a_contrary_one():
+    before = torch.are_deterministic_algorithms_enabled()
+    environ = {"NCCL_ALGO": "Tree"}
+    try:
+        be_deterministic(environ)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert (environ["NCCL_ALGO"], environ["CUBLAS_WORKSPACE_CONFIG"]) == ("Tree", ":4096:8")
+    with pytest.raises(ConfigError, match="NCCL_ALGO=NVLS"):
+        be_deterministic({"NCCL_ALGO": "NVLS"})

@@ -101,6 +101,7 @@ def test_all_violations_are_reported_at_once():
             ],
             "neither a multiple nor a divisor",
         ),
+        (["precision.deterministic=true", "precision.attention=flex"], "repeatable"),
         (["precision.fp8_attention=true"], "head size of exactly 128"),
         (["train.tokens=100"], "exactly one of"),
         (["objective.name=bd3lm", "objective.block_size=7"], "does not divide"),

@@ -86,6 +86,27 @@ def test_four_ranks_compute_what_one_computes(one_rank, four_ranks, layout):
     assert_same(alone(one_rank, "hybrid"), replies)
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param([], id="data"),
+        pytest.param(["model.tie_embeddings=true", "parallel.pipeline=2"], id="pipeline"),
+        pytest.param(["parallel.pipeline=2", "parallel.virtual_pipeline=2"], id="interleaved"),
+    ],
+)
+def test_overlapped_communication_trains_the_same_weights(two_ranks, layout):
+    """Several micro-batches and steps: gradients reduced once, weights gathered before use."""
+    settings = [*layout, "train.micro_batch_rows=2"]
+    plain = two_ranks.run("train", [*settings, "parallel.overlap=false"], 3)
+    hidden = two_ranks.run("train", [*settings, "parallel.overlap=true"], 3)
+    for one, other in zip(plain, hidden, strict=True):
+        np.testing.assert_allclose(other["losses"], one["losses"], rtol=1e-6)
+        for (name, _, _, value), (_, _, _, expected) in zip(
+            other["weights"], one["weights"], strict=True
+        ):
+            np.testing.assert_allclose(value, expected, atol=1e-5, err_msg=name)
+
+
 def test_tied_embeddings_give_the_same_gradients_across_a_pipeline(one_rank, two_ranks):
     tied = ["model.tie_embeddings=true"]
     reference = one_rank.run("loss_and_gradients", tied)[0]

@@ -103,3 +103,11 @@ def test_at_alpha_zero_the_nelbo_is_the_exact_likelihood(one_rank):
 def test_flex_attention_is_refused_on_a_cpu_where_it_cannot_train(one_rank):
     with pytest.raises(AssertionError, match=r"attention=flex: .* no backward pass on a CPU"):
         one_rank.run("weights", ["precision.attention=flex"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "built"),
+    [("auto", "split"), ("split", "split"), ("dense", "dense"), ("flex", "flex")],
+)
+def test_layers_hold_the_kernel_that_the_configuration_names(one_rank, asked, built):
+    assert one_rank.run("attention_of_layers", asked) == [{built}]

@@ -245,6 +245,11 @@ def _precision(config: RunConfig) -> Iterator[str]:
             f"precision.fp8_attention needs a head size of exactly 128, not "
             f"{derive.head_size(config.model)} (model.head_size)"
         )
+    if precision.deterministic and precision.attention == "flex":
+        yield (
+            "precision.deterministic=true with precision.attention=flex: PyTorch does not say that "
+            "FlexAttention's gradients are repeatable; use split (or auto)"
+        )
     wants_fp8 = precision.fp8 != "off" or precision.fp8_attention
     if precision.backend == "te" or wants_fp8:
         yield (

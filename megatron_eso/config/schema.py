@@ -202,8 +202,9 @@ class ParallelConfig:
     recompute: Literal["none", "attention", "full"] = "none"
     """Activations computed again in the backward pass instead of kept: none, those of the attention
     kernel, or whole layers."""
-    overlap: bool = True
-    """Overlap gradient reduction and parameter gathering with computation (CUDA only)."""
+    overlap: bool | None = None
+    """Overlap gradient reduction, parameter gathering and, in the interleaved schedule, the exchange
+    between pipeline stages with computation; null: on GPUs. On CPUs there is nothing to hide it behind."""
     local_ranks: int = 1
     """Ranks that ``megatron-eso train`` starts on this machine when no launcher (torchrun, Slurm) did."""
 
@@ -225,7 +226,8 @@ class PrecisionConfig:
     """Attention kernel: split (fused causal call and analytic self term), dense (mask, the oracle),
     flex (FlexAttention, CUDA); auto: split."""
     deterministic: bool = False
-    """Refuse kernels whose result depends on timing (CUDA)."""
+    """CUDA: the same run on the same GPUs gives the same numbers, bit by bit. Slower: the attention kernel
+    is another one, and NCCL sums in rings or trees. CPUs always do."""
 
 
 @dataclass(frozen=True)

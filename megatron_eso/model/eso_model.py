@@ -17,6 +17,7 @@ from megatron_eso.model.specs import block_spec
 from megatron_eso.objective.rows import StackRows
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 from megatron_eso.parallel.norms import select_entries
+from megatron_eso.parallel.parameters import await_gathered
 from megatron_eso.parallel.vocabulary_loss import Head, target_log_probs
 
 with quiet_megatron_import():
@@ -143,6 +144,7 @@ class EsoModel(LanguageModule):
 
     def head_weight(self) -> Tensor:
         """Return the head's weight [V/T, H], the embedding's if they are tied."""
+        await_gathered(self.output_layer)
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         weight = self.output_layer.weight

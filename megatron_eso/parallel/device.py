@@ -1,6 +1,7 @@
 """The device a rank runs on: CPU with gloo or a GPU with NCCL. Nothing else asks which it is."""
 
 import os
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from megatron_eso.errors import ConfigError
 from megatron_eso.parallel.megatron_patches import apply_cpu_patches, silence_megatron_messages
 
 
@@ -62,6 +64,31 @@ def choose_device(local_rank: int) -> Device:
         return Device(torch.device("cuda", local_rank), "nccl")
     apply_cpu_patches()
     return Device(torch.device("cpu"), "gloo")
+
+
+# Results of NCCL, cuBLAS and Transformer Engine do not depend on timing with these (Megatron-LM asks for
+# the same); each name with the values that are right, the first being set if there is none.
+_DETERMINISTIC = {
+    "NCCL_ALGO": ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS"),
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+}
+
+
+def be_deterministic(environ: MutableMapping[str, str]) -> None:
+    """Set what makes CUDA results repeatable; before the process group starts.
+
+    Raises:
+        ConfigError: if the environment asks for the contrary.
+    """
+    for name, right in _DETERMINISTIC.items():
+        if environ.setdefault(name, right[0]) not in right:
+            raise ConfigError(
+                f"precision.deterministic=true with {name}={environ[name]} in the environment: it must be "
+                f"one of {', '.join(right)}; unset it or set precision.deterministic=false"
+            )
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def start_process_group(ranks: Ranks, device: Device, *, timeout_seconds: float = 600.0) -> None:

@@ -1,6 +1,8 @@
 """Megatron's distributed optimizer and gradient buffers around the model chunks of this rank."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ def wrap_for_training(
 
     Gradients are summed, not averaged: the loss is divided by global counts already.
     """
-    overlap = parallel.overlap and on_gpu
+    overlap = on_gpu if parallel.overlap is None else parallel.overlap
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
@@ -47,7 +49,44 @@ def wrap_for_training(
     ]
     for chunk in wrapped:
         chunk.broadcast_params()
+    if overlap:
+        _tell_schedules(config, wrapped)
     return list(wrapped)
+
+
+def _tell_schedules(config: TransformerConfig, wrapped: list[DistributedDataParallel]) -> None:
+    """Let Megatron's schedules say which micro-batch is the last, and when stages reduce and gather.
+
+    Left to themselves the gradient buffers count how often each parameter was ready in the first step.
+    """
+    several = len(wrapped) > 1
+    for name, calls in {
+        "no_sync_func": [chunk.no_sync for chunk in wrapped],
+        "grad_sync_func": [chunk.start_grad_sync for chunk in wrapped],
+        "param_sync_func": [chunk.start_param_sync for chunk in wrapped],
+    }.items():
+        setattr(config, name, calls if several else calls[0])
+    config.overlap_p2p_comm = several  # the schedule that is not interleaved has no such thing
+
+
+@contextlib.contextmanager
+def whole_weights(chunks: list[nn.Module]) -> Iterator[None]:
+    """Within it no parameters are being gathered: they may be read, or replaced and restored.
+
+    Otherwise they are gathered by the next forward pass, which would undo a replacement.
+    """
+    waiting = [
+        chunk
+        for chunk in chunks
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather
+    ]
+    for chunk in waiting:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in waiting:
+            chunk.enable_forward_pre_hook()
 
 
 def build_optimizer(

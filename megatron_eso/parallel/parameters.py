@@ -94,6 +94,15 @@ def _piece(tensor: ShardedTensor, data: Tensor) -> Piece:
     )
 
 
+def await_gathered(module: nn.Module) -> None:
+    """Wait until a module's own parameters are whole, for code that uses them without calling it.
+
+    Megatron waits in hooks before a module's forward (parallel.overlap).
+    """
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
+
+
 def shards(optimizer: Any) -> dict[nn.Parameter, Shard]:
     """Return the shard of each parameter that this data-parallel rank updates part of.
 

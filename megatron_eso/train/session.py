@@ -4,6 +4,7 @@
 follow from the step.
 """
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +15,18 @@ from megatron_eso.config import derive
 from megatron_eso.config.check import check
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
+from megatron_eso.model.attention.kernels import choose_kernel, facts_of
 from megatron_eso.model.build import build_chunks, resolve_precision
 from megatron_eso.model.initial_weights import initialize
+from megatron_eso.model.megatron_config import DTYPES
 from megatron_eso.model.replica import Replica
-from megatron_eso.parallel.device import Device, Ranks, choose_device, start_process_group
+from megatron_eso.parallel.device import (
+    Device,
+    Ranks,
+    be_deterministic,
+    choose_device,
+    start_process_group,
+)
 from megatron_eso.parallel.groups import Layout, build_groups
 from megatron_eso.parallel.matmul_speed import faster_cpu_dtype
 from megatron_eso.parallel.moving_average import MovingAverage
@@ -76,6 +85,8 @@ def start_ranks(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, Device, Lay
     """Check the configuration for this number of ranks, join the groups, resolve ``auto`` settings."""
     check(config, ranks.world_size)
     device = choose_device(ranks.local_rank)
+    if config.precision.deterministic and device.is_cuda:
+        be_deterministic(os.environ)
     start_process_group(ranks, device)
     config = resolve_precision(config, _dtype(config, device))
     if config.precision.attention == "flex" and not device.is_cuda:
@@ -83,6 +94,7 @@ def start_ranks(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, Device, Lay
             "precision.attention=flex: PyTorch's FlexAttention has no backward pass on a CPU; use split "
             "(or auto), or dense"
         )
+    attention_kernel(config, device)
     layout = build_groups(config.parallel, seed=config.train.seed)
     return config, device, layout
 
@@ -118,6 +130,19 @@ def build_session(config: RunConfig, ranks: Ranks, *, for_training: bool = True)
         state=TrainState(),
         clock=clock,
     )
+
+
+def attention_kernel(config: RunConfig, device: Device) -> str:
+    """Return the name of the kernel that the attention will run.
+
+    Raises:
+        ConfigError: if the device has none for this head size and number format.
+    """
+    precision = config.precision
+    if precision.attention != "split":
+        return precision.attention
+    dtype, size = DTYPES[precision.dtype], derive.head_size(config.model)
+    return f"split, {choose_kernel(facts_of(device.torch_device), dtype, size).name} kernel"
 
 
 def _dtype(config: RunConfig, device: Device) -> str:

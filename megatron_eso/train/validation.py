@@ -11,6 +11,7 @@ from megatron_eso.eval.evaluate import evaluate
 from megatron_eso.eval.scores import Score
 from megatron_eso.eval.unigram import unigram_score
 from megatron_eso.parallel.exchange import Rows
+from megatron_eso.parallel.optimizer import whole_weights
 from megatron_eso.train.session import Session
 
 _UNIGRAM_ROWS = 2048  # training rows that the unigram comparison counts
@@ -42,12 +43,13 @@ class Validation:
             between: called by all ranks before each round of micro-batches; may raise on all of them.
         """
         found = {}
-        for name, reader in self._readers.items():
-            if session.average is not None and session.config.eval.use_ema:
-                with session.average.applied(session.chunks):
+        with whole_weights(session.chunks):
+            for name, reader in self._readers.items():
+                if session.average is not None and session.config.eval.use_ema:
+                    with session.average.applied(session.chunks):
+                        found[name] = _score(session, reader, between)
+                else:
                     found[name] = _score(session, reader, between)
-            else:
-                found[name] = _score(session, reader, between)
         return found
 
     def unigram(self, config: RunConfig, training: RowReader) -> dict[str, Score]:
