@@ -79,9 +79,32 @@ def test_a_finished_run_is_not_trained_again(place):
 
 def test_a_longer_run_continues_where_the_shorter_ended(place):
     shutil.copytree(place / "runs/first", place / "runs/longer")
-    run("train", "run.yaml", "name=longer", *SETTINGS, "train.steps=8", folder=place)
+    run("train", "run.yaml", "name=longer", *SETTINGS, "train.steps=8", "train.profile_steps=[7]",
+        "train.profile_ranks=[0,1]", "train.save_every_steps=7", "parallel.local_ranks=2",
+        folder=place)  # fmt: skip
     lines = [json.loads(s) for s in (place / "runs/longer/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_profiled_step_leaves_a_trace_and_a_table_that_adds_up(place):
+    """Of the run of the test before."""
+    folder = place / "runs/longer/profile"
+    names = [f"step_0000007_rank_0000{rank}" for rank in (0, 1)]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        f"{name}.{suffix}" for name in names for suffix in ("json", "txt")
+    ]
+    trace = json.loads((folder / f"{names[0]}.json").read_text())["traceEvents"]
+    assert any("scaled_dot_product" in event.get("name", "") for event in trace)
+    seconds, shares = {}, {}
+    for line in (folder / f"{names[0]}.txt").read_text().splitlines()[1:]:
+        words = line.split()
+        *name, whole, share, _, _ = words
+        seconds[" ".join(name)], shares[" ".join(name)] = float(whole), float(share.rstrip("%"))
+    expected = {"data", "rows", "forward", "backward", "gradient sum", "optimizer", "checkpoint"}
+    assert set(seconds) == expected | {"other", "step"}
+    assert all(value > 0 for value in seconds.values())
+    assert sum(seconds.values()) == pytest.approx(2 * seconds["step"], abs=0.002)
+    assert shares["other"] < 50
 
 
 def test_eval_prints_a_table_and_writes_json(place):

@@ -149,6 +149,10 @@ class TrainConfig:
     """Steps between progress lines; TensorBoard gets every step that is logged."""
     eval_every_steps: int | None = None
     """Steps between evaluations; null: only at the end."""
+    profile_steps: list[int] = field(default_factory=list)
+    """Steps, numbered as in the log, of which a trace and a table of phases go to the run's folder."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks on which these steps are profiled. A profiled step is slower."""
     save_every_steps: int | None = None
     """Steps between checkpoints; null: only at the end and on a signal."""
 

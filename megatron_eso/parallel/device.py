@@ -50,6 +50,10 @@ class Device:
             return torch.cuda.max_memory_allocated() / 2**30
         return psutil.Process().memory_info().rss / 2**30
 
+    def gpu_name(self) -> str:
+        """Return the driver's name of the GPU; empty on a CPU."""
+        return torch.cuda.get_device_name(self.torch_device) if self.is_cuda else ""
+
     def synchronize(self) -> None:
         """Wait for everything issued to the device."""
         if self.is_cuda:

@@ -10,6 +10,7 @@ from torch import nn
 
 from megatron_eso.config.schema import OptimizerConfig, ParallelConfig
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.phases import phase
 
 with quiet_megatron_import():
     from megatron.core.distributed import (
@@ -159,6 +160,7 @@ class PassClock:
     ) -> None:
         """Reduce without Megatron's division by tokens: the loss holds the global counts."""
         self.passes_done = time.perf_counter()
-        finalize_model_grads(
-            model, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce
-        )
+        with phase("gradient sum"):
+            finalize_model_grads(
+                model, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce
+            )

@@ -34,6 +34,11 @@ class Flops:
         """Forward and backward."""
         return 3 * self.forward
 
+    def hardware(self, recompute: str) -> float:
+        """Forward and backward, and what ``parallel.recompute`` computes again; never the head."""
+        again = {"none": 0.0, "attention": self.attention, "full": self.layers + self.attention}
+        return self.training + again[recompute]
+
     @property
     def training_full_attention(self) -> float:
         """Forward and backward, every pair of a row counted."""

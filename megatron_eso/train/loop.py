@@ -15,10 +15,12 @@ from megatron_eso.launch import events
 from megatron_eso.launch.heartbeat import Heart
 from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.exchange import Rows, any_rank, raise_together, together
+from megatron_eso.parallel.phases import phase
 from megatron_eso.resilience.signals import StopRequest
 from megatron_eso.train.guard import StepGuard
 from megatron_eso.train.keeper import Keeper
 from megatron_eso.train.metrics import Metrics, measured_peak
+from megatron_eso.train.profile import Profile
 from megatron_eso.train.run_folder import RunFolder
 from megatron_eso.train.session import attention_kernel, build_session
 from megatron_eso.train.stragglers import Stragglers
@@ -62,6 +64,7 @@ class Run:
         self.keeper.resume()
         self.guard = StepGuard(session, self._read, self.keeper.go_back, self.folder.path)
         self.stragglers = Stragglers(config.resilience.straggler_every_steps)
+        self.profile = Profile(config.train, self.folder.path, ranks.rank)
         self.metrics = None
         peak = measured_peak(session)
         if self.is_first:
@@ -82,19 +85,20 @@ class Run:
         if self._must_stop():
             return self._stop_early()
         while session.state.step < total:
-            self.heart.enter("step")
-            self._step()
-            step = session.state.step
-            try:
-                if _is_due(step, config.train.eval_every_steps) and step < total:
-                    self._evaluate()
-            except StopAskedError:
-                return self._stop_early()
-            if self._must_stop():
-                return self._stop_early()
-            if _is_due(step, config.train.save_every_steps) and step < total:
-                self._save()
-            self.keeper.copy_locally()
+            with self.profile.step(session.state.step + 1):
+                self.heart.enter("step")
+                self._step()
+                step = session.state.step
+                try:
+                    if _is_due(step, config.train.eval_every_steps) and step < total:
+                        self._evaluate()
+                except StopAskedError:
+                    return self._stop_early()
+                if self._must_stop():
+                    return self._stop_early()
+                if _is_due(step, config.train.save_every_steps) and step < total:
+                    self._save()
+                self.keeper.copy_locally()
         return self._finish()
 
     def _step(self) -> None:
@@ -182,7 +186,8 @@ class Run:
 
     def _save(self) -> None:
         begin = time.perf_counter()
-        stall = self.keeper.save()
+        with phase("checkpoint"):
+            stall = self.keeper.save()
         if self.metrics is not None and stall is not None:
             step = self.session.state.step
             self.metrics.add_scalar("time/checkpoint_stall_seconds", stall, step)
@@ -192,7 +197,8 @@ class Run:
         """Score every validation set; return the scores by set."""
         begin = time.perf_counter()
         self.heart.enter("evaluation")
-        found = self.validation.scores(self.session, self._between_evaluations)
+        with phase("evaluation"):
+            found = self.validation.scores(self.session, self._between_evaluations)
         if self.metrics is not None:
             for name, scores in found.items():
                 self.metrics.add_scores(self.session.state.step, name, scores)

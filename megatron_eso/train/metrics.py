@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_eso.eval.scores import Score
 from megatron_eso.parallel.matmul_speed import matmul_flops_per_second
 from megatron_eso.plan.flops import model_flops_per_step
+from megatron_eso.plan.peaks import peak_of
 from megatron_eso.train.session import Session
 from megatron_eso.train.step import StepReport
 
@@ -32,12 +33,15 @@ class Metrics:
         """
         config = session.config
         self._session, self._peak = session, peak
-        self._flops = model_flops_per_step(
+        flops = model_flops_per_step(
             config.model,
             config.objective,
             sequence_length=config.train.sequence_length,
             rows=config.train.global_batch_rows,
-        ).training
+        )
+        self._flops = flops.training
+        self._hardware_flops = flops.hardware(config.parallel.recompute)
+        self._gpu_peaks = _gpu_peaks(session)
         self._board = SummaryWriter(str(folder / "tensorboard"))
         self._lines = open(folder / "metrics.jsonl", "a")
         self._since, self._steps = time.perf_counter(), 0
@@ -114,10 +118,19 @@ class Metrics:
             "tokens_per_second": report.data_tokens / seconds_per_step,
             "model_flops_per_second": self._flops / seconds_per_step,
             "share_of_matmul_peak": self._flops / seconds_per_step / self._peak,
+            **self._utilisation(seconds_per_step),
             "share_waiting_for_data": phases["seconds_data"] / seconds_per_step,
             "memory_gib": self._session.device.memory_gib(),
             **phases,
         }
+
+    def _utilisation(self, seconds_per_step: float) -> dict[str, float]:
+        """Return the shares of a known GPU's peaks: of the model's operations, and of all that ran."""
+        found = {}
+        for name, peak in self._gpu_peaks.items():
+            found[f"mfu{name}"] = self._flops / seconds_per_step / peak
+            found[f"hfu{name}"] = self._hardware_flops / seconds_per_step / peak
+        return found
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         kept = {k: v for k, v in values.items() if not (isinstance(v, float) and math.isnan(v))}
@@ -140,6 +153,27 @@ def measured_peak(session: Session) -> float:
     return sum_over_ranks([mine], session.torch_device)[0]
 
 
+def _gpu_peaks(session: Session) -> dict[str, float]:
+    """Return the peaks of all ranks' GPUs: BF16 and, where it is used, FP8; nothing on CPUs."""
+    name = session.device.gpu_name()
+    peak = peak_of(name)
+    if peak is None:
+        if name:
+            log.info("the peak of %s is not known (plan/peaks.py): no MFU", name)
+        return {}
+    number, uses_fp8 = session.ranks.world_size, session.config.precision.fp8 != "off"
+    peaks = {"": peak.bf16 * number}
+    return {**peaks, "_fp8": peak.fp8 * number} if uses_fp8 and peak.fp8 else peaks
+
+
+def _share(values: dict[str, Any]) -> str:
+    """Return how near the run is to the peaks: a known GPU's, else that of measured matmuls."""
+    if "mfu" not in values:
+        return f"{values['share_of_matmul_peak']:.0%} of matmul"
+    text = f"MFU {values['mfu']:.1%}, HFU {values['hfu']:.1%}"
+    return text if "mfu_fp8" not in values else f"{text}; of FP8's peak {values['mfu_fp8']:.1%}"
+
+
 def _line(report: StepReport, values: dict[str, Any], total: int, seconds: float) -> str:
     parts = []
     if not math.isnan(report.loss_diffusion):
@@ -151,7 +185,7 @@ def _line(report: StepReport, values: dict[str, Any], total: int, seconds: float
         f"step {report.step}/{total}  loss {report.loss:.4f} ({', '.join(parts)})  "
         f"{values['tokens_per_second']:,.0f} tokens/s  "
         f"{values['model_flops_per_second'] / 1e9:,.1f} GFLOP/s "
-        f"({values['share_of_matmul_peak']:.0%} of matmul)  "
+        f"({_share(values)})  "
         f"{values['memory_gib']:.1f} GiB  lr {report.learning_rate:.2e}  "
         f"norm {report.grad_norm:.2f}  {left // 60}:{left % 60:02d} left"
     )

@@ -29,7 +29,8 @@ from megatron_eso.errors import ConfigError
 _FREE_SECTIONS = {"parallel", "precision", "checkpoint", "eval", "resilience"}
 _FREE_KEYS = {
     "name", "folder", "train.steps", "train.tokens", "train.micro_batch_rows",
-    "train.log_every_steps", "train.eval_every_steps", "train.save_every_steps",
+    "train.log_every_steps", "train.profile_steps", "train.profile_ranks",
+    "train.eval_every_steps", "train.save_every_steps",
     "data.num_workers", "data.prefetch_shards", "data.cache_dir", "data.cache_limit_gib",
     "data.retries", "data.timeout_seconds", "data.verify_hashes", "data.validation",
 }  # fmt: skip

@@ -27,6 +27,7 @@ from megatron_eso.parallel.exchange import (
 )
 from megatron_eso.parallel.groups import seed_dropout
 from megatron_eso.parallel.optimizer import apply_gradients, gradient_norm
+from megatron_eso.parallel.phases import phase
 from megatron_eso.parallel.schedule import run_micro_batches
 from megatron_eso.train.learning_rate import learning_rate
 from megatron_eso.train.session import Session
@@ -97,15 +98,17 @@ def train_step(session: Session, read: ReadRows, judge: Judge = finite_is_good) 
         seed_dropout(config.train.seed * 1_000_003 + step, session.layout)
     micro_batches = micro_batches_of_rank(session)
     numbers = [row for micro_batch in micro_batches for row in micro_batch.rows]
-    rows = read_together(
-        lambda: read(step, numbers),
-        session.layout,
-        session.torch_device,
-        shape=(len(numbers), config.train.sequence_length + 1),
-    )
+    with phase("data"):
+        rows = read_together(
+            lambda: read(step, numbers),
+            session.layout,
+            session.torch_device,
+            shape=(len(numbers), config.train.sequence_length + 1),
+        )
     read_done = time.perf_counter()
-    stack = stack_rows_of_step(session, rows, micro_batches)
-    counts = global_counts(stack, session)
+    with phase("rows"):
+        stack = stack_rows_of_step(session, rows, micro_batches)
+        counts = global_counts(stack, session)
     rows_done = time.perf_counter()
     sums = forward_backward(session, stack, counts)
     passes_done = time.perf_counter()
@@ -113,12 +116,13 @@ def train_step(session: Session, read: ReadRows, judge: Judge = finite_is_good) 
     sequential = sums[1] / counts.sequential if counts.sequential else float("nan")
     loss = sum(x for x, n in ((diffusion, counts.diffusion), (sequential, counts.sequential)) if n)
     rate = learning_rate(step, config.optimizer, session.derived.total_steps)
-    norm = gradient_norm(session.optimizer)
-    mine = judge(loss, norm)
-    worse = any_rank([mine >= limit for limit in (1, 2)], session.torch_device)
-    quality = Quality(sum(worse))
-    if quality is Quality.GOOD:
-        _apply(session, rate, norm)
+    with phase("optimizer"):
+        norm = gradient_norm(session.optimizer)
+        mine = judge(loss, norm)
+        worse = any_rank([mine >= limit for limit in (1, 2)], session.torch_device)
+        quality = Quality(sum(worse))
+        if quality is Quality.GOOD:
+            _apply(session, rate, norm)
     end = time.perf_counter()
     return StepReport(
         step=step + 1,
@@ -182,7 +186,8 @@ def forward_backward(
 
     def forward_step(micro_batches: Iterator[StackRows], model: nn.Module) -> Any:
         rows = next(micro_batches)
-        log_probs = model(rows)
+        with phase("forward"):
+            log_probs = model(rows)
 
         def loss(log_probs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             sums = loss_sums(log_probs, rows)
@@ -194,13 +199,14 @@ def forward_backward(
     for chunk in session.chunks:
         chunk.zero_grad_buffer()  # type: ignore[operator]
     session.optimizer.zero_grad()
-    reports = run_micro_batches(
-        forward_step,
-        [with_loss_gradient(rows, counts) for rows in stack],
-        session.chunks,
-        sequence_length=session.config.train.sequence_length,
-        stack_rows=session.config.train.micro_batch_rows,
-    )
+    with phase("backward"):  # and what the schedule does between passes
+        reports = run_micro_batches(
+            forward_step,
+            [with_loss_gradient(rows, counts) for rows in stack],
+            session.chunks,
+            sequence_length=session.config.train.sequence_length,
+            stack_rows=session.config.train.micro_batch_rows,
+        )
     local = [0.0, 0.0]
     if session.layout.reports_losses:
         local = torch.stack([report["sums"] for report in reports]).double().sum(dim=0).tolist()

@@ -1,0 +1,150 @@
+"""Profiles chosen steps on chosen ranks: a trace to look at, and a table of where the time went.
+
+RUN/profile/step_0000010_rank_00000.json   Chrome trace, for https://ui.perfetto.dev or chrome://tracing
+                                  .txt     the table
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+from megatron_eso.config.schema import TrainConfig
+from megatron_eso.parallel.phases import PREFIX, waiting_for_device
+
+log = logging.getLogger(__name__)
+Interval = tuple[float, float]
+_ON_CPU, _ON_GPU = "gloo:", ("nccl:", "ncclDevKernel", "ncclKernel")
+_OTHER = "other"
+
+
+@dataclass(frozen=True)
+class PhaseTime:
+    """Where a part of a step's wall-clock time went, in seconds."""
+
+    name: str
+    seconds: float
+    """Without the phases inside it."""
+    communication: float
+    """Of these, spent on exchanges between ranks that no computation on the device hides."""
+
+
+class Profile:
+    """Profiles the steps that ``train.profile_steps`` names, on this rank if it is one of those."""
+
+    def __init__(self, settings: TrainConfig, folder: Path, rank: int) -> None:
+        self._steps = frozenset(settings.profile_steps) if rank in settings.profile_ranks else ()
+        self._folder, self._rank = folder / "profile", rank
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Profile what runs within, if step ``number`` (as in the log) is to be."""
+        if number not in self._steps:
+            yield
+            return
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=activities) as profiler, waiting_for_device():
+            with torch.profiler.record_function(PREFIX + _OTHER):
+                yield
+        self._write(number, profiler)
+
+    def _write(self, number: int, profiler: torch.profiler.profile) -> None:
+        begin = time.perf_counter()
+        name = f"step_{number:07d}_rank_{self._rank:05d}"
+        text = "\n".join(table(phase_times(profiler.events() or [])))
+        try:
+            self._folder.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(self._folder / f"{name}.json"))
+            (self._folder / f"{name}.txt").write_text(text + "\n")
+        except OSError as error:
+            log.warning("the profile of step %d cannot be written: %s", number, error)
+        if self._rank == 0:
+            log.info(
+                "profile of step %d (%.1f s to write) in %s:\n%s",
+                number, time.perf_counter() - begin, self._folder, text,
+            )  # fmt: skip
+
+
+def phase_times(events: Iterable[Any]) -> list[PhaseTime]:
+    """Return the phases of a profiled step in the order in which they began.
+
+    Args:
+        events: of torch's profiler: ``name``, ``time_range`` in microseconds, ``device_type``.
+    """
+    phases: list[tuple[str, Interval]] = []
+    exchanges: list[Interval] = []
+    kernels: list[Interval] = []
+    for event in events:
+        when = (event.time_range.start, event.time_range.end)
+        on_gpu = event.device_type is DeviceType.CUDA
+        if event.name.startswith(PREFIX):
+            if not on_gpu:
+                phases.append((event.name.removeprefix(PREFIX), when))
+        elif event.name.startswith(_ON_GPU if on_gpu else _ON_CPU):
+            exchanges.append(when)
+        elif on_gpu:
+            kernels.append(when)
+    visible = _without(_union(exchanges), _union(kernels))
+    phases.sort(key=lambda phase: (phase[1][0], -phase[1][1]))
+    found: dict[str, list[float]] = {}
+    for index, (name, (begin, end)) in enumerate(phases):
+        inner = _union(i for _, i in phases[index + 1 :] if i[0] >= begin and i[1] <= end)
+        own = _without([(begin, end)], inner)
+        sums = found.setdefault(name, [0.0, 0.0])
+        sums[0] += _length(own)
+        sums[1] += _length(own) - _length(_without(own, visible))
+    return [PhaseTime(name, s / 1e6, c / 1e6) for name, (s, c) in found.items()]
+
+
+def table(phases: list[PhaseTime]) -> list[str]:
+    """Return the table's lines; shares are of the step's time."""
+    total = sum(phase.seconds for phase in phases) or 1.0
+    rows = [*(p for p in phases if p.name != _OTHER), *(p for p in phases if p.name == _OTHER)]
+    rows.append(PhaseTime("step", total, sum(phase.communication for phase in phases)))
+    lines = [f"{'phase':<16}{'seconds':>10}{'share':>8}  {'of it communication':>20}"]
+    for row in rows:
+        share = row.communication / row.seconds if row.seconds else 0.0
+        lines.append(
+            f"{row.name:<16}{row.seconds:>10.4f}{row.seconds / total:>8.1%}  "
+            f"{row.communication:>12.4f} {share:>7.1%}"
+        )
+    return lines
+
+
+def _union(intervals: Iterable[Interval]) -> list[Interval]:
+    """Return disjoint intervals, in order, that cover the same time."""
+    merged: list[Interval] = []
+    for begin, end in sorted(intervals):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+def _without(intervals: list[Interval], taken: list[Interval]) -> list[Interval]:
+    """Return what is left of disjoint intervals outside others; both in order."""
+    left = []
+    for begin, end in intervals:
+        for first, last in taken:
+            if last <= begin or first >= end:
+                continue
+            if first > begin:
+                left.append((begin, first))
+            begin = max(begin, last)
+        if begin < end:
+            left.append((begin, end))
+    return left
+
+
+def _length(intervals: list[Interval]) -> float:
+    return sum(end - begin for begin, end in intervals)
