@@ -123,7 +123,7 @@ def train(
     if load:
         found = find_checkpoint(Path(str(folder)), hashes=True)
         session.state.step = load_training_state(
-            found, session.chunks, session.optimizer, session.average, device=session.torch_device
+            found, session.chunks, session.optimizer, session.average
         )
     saver = (
         Saver(Path(str(folder)), session.config.checkpoint, session.torch_device)
@@ -404,7 +404,7 @@ def train_from(folder: str, overrides: list[str]) -> list[float]:
     session = make_session(overrides)
     found = find_checkpoint(Path(folder), hashes=True)
     require_same_model(found, asdict(session.config.model))
-    load_weights(found, session.chunks, use_ema=True, device=session.torch_device)
+    load_weights(found, session.chunks, use_ema=True)
     session.optimizer.reload_model_params()
     return [train_step(session, read_rows).loss for _ in range(2)]
 
@@ -522,7 +522,7 @@ def sample_rows_of(
 
     session = _replica_session(["model.qk_norm=true", "parallel.sequence=false"], "fp64")
     found = find_checkpoint(Path(folder), hashes=True)
-    load_weights(found, session.chunks, use_ema=False, device=session.torch_device)
+    load_weights(found, session.chunks, use_ema=False)
     plan = make_plan(torch.from_numpy(given), **settings)
     result = fill_rows(session.replica, torch.from_numpy(rows), plan, Choice(**choice))
     return {"tokens": result.tokens.numpy(), "log_probs": result.log_probs.numpy()}

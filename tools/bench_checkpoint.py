@@ -45,7 +45,7 @@ def main() -> None:
     if options.resume:
         folder = find_checkpoint(options.folder, hashes=True)
         session.state.step = load_training_state(
-            folder, session.chunks, session.optimizer, session.average, device=session.torch_device
+            folder, session.chunks, session.optimizer, session.average
         )
         loaded = time.perf_counter() - begin
         train_step(session, read)

@@ -14,16 +14,19 @@ from megatron_eso.checkpoint.state import (
     EMA,
     MOMENTS,
     WEIGHTS,
-    loaded_by_parameter,
+    places_of_training,
+    places_of_weights,
     restore,
-    template,
+    sharded_places,
 )
+from megatron_eso.checkpoint.straight_reader import straight_reading
 from megatron_eso.errors import CheckpointError
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 from megatron_eso.parallel.moving_average import MovingAverage
 
 with quiet_megatron_import():
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
 log = logging.getLogger(__name__)
@@ -67,7 +70,6 @@ def load_training_state(
     optimizer: Any,
     average: MovingAverage | None,
     *,
-    device: torch.device,
     num_updates: int | None = None,
 ) -> int:
     """Load weights, moments and average; return the number of steps done.
@@ -77,7 +79,6 @@ def load_training_state(
         chunks: wrapped model chunks.
         optimizer: Megatron's optimizer.
         average: moving average, if the run keeps one.
-        device: where tensors are loaded to.
         num_updates: times the optimizer has stepped; None: as often as there were steps.
     """
     sidecar = folder.sidecar()
@@ -85,22 +86,21 @@ def load_training_state(
     kinds: tuple[str, ...] = (WEIGHTS, *MOMENTS)
     if average is not None and sidecar["has_ema"]:
         kinds = (*kinds, EMA)
-    loaded = _load(template(chunks, kinds, device=device), folder)
+    places = list(places_of_training(chunks, optimizer, average, kinds))
+    _load(sharded_places(places), folder)
     updates = step if num_updates is None else num_updates
-    restore(chunks, optimizer, average, kinds, loaded, step=updates)
+    restore([place for _, place in places], optimizer, average, step=updates)
     return step
 
 
-def load_weights(
-    folder: CheckpointFolder, chunks: Iterable[nn.Module], *, use_ema: bool, device: torch.device
-) -> str:
+def load_weights(folder: CheckpointFolder, chunks: Iterable[nn.Module], *, use_ema: bool) -> str:
     """Load weights alone into model chunks; return which kind was loaded."""
-    chunks = list(chunks)
     kind = EMA if use_ema and folder.sidecar()["has_ema"] else WEIGHTS
-    loaded = _load(template(chunks, (kind,), device=device), folder)
+    places = list(places_of_weights(chunks, kind))
+    _load(sharded_places(places), folder)
     with torch.no_grad():
-        for parameter, tensors in loaded_by_parameter(chunks, (kind,), loaded):
-            parameter.copy_(tensors[kind])
+        for _, place in places:
+            place.parameter.copy_(place.tensors[kind])
     return kind
 
 
@@ -119,10 +119,14 @@ def require_same_model(folder: CheckpointFolder, model: dict[str, Any]) -> None:
         )
 
 
-def _load(state: dict[str, Any], folder: CheckpointFolder) -> dict[str, Any]:
-    keys = list(state)
+def _load(state: dict[str, ShardedTensor], folder: CheckpointFolder) -> None:
+    """Fill the tensors of a sharded state."""
+    wanted: dict[str, Any] = {key: entry.data for key, entry in state.items()}
     try:
-        loaded: Any = dist_checkpointing.load(state, str(folder.path))
+        with straight_reading():
+            loaded: Any = dist_checkpointing.load(state, str(folder.path))
     except (CheckpointingException, CheckpointException, OSError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint {folder.path} cannot be loaded: {error}") from error
-    return {key: loaded[key] for key in keys}
+    for key, tensor in wanted.items():
+        if loaded[key].data_ptr() != tensor.data_ptr():
+            tensor.copy_(loaded[key])

@@ -121,7 +121,7 @@ class LocalCopies:
                 shard.master.copy_(tensors[0])
                 if tensors[1] is not None:
                     device = shard.master.device
-                    exp_avg, exp_avg_sq = (t.to(device) for t in tensors[1:3])
+                    exp_avg, exp_avg_sq = (t.to(device, copy=True) for t in tensors[1:3])
                     set_moments(optimizer, shard, exp_avg, exp_avg_sq, header["num_updates"])
                 if average is not None:
                     average.parts[parameter].copy_(tensors[3])

@@ -32,7 +32,7 @@ def load_replica(
 ) -> tuple[Replica, str]:
     """Return a model with the checkpoint's weights, and which weights they are (weights or ema)."""
     chunks, _ = build_chunks(config, layout, device.torch_device)
-    kind = load_weights(folder, chunks, use_ema=use_ema, device=device.torch_device)
+    kind = load_weights(folder, chunks, use_ema=use_ema)
     for chunk in chunks:
         chunk.eval()
     return Replica(config, layout, device.torch_device, list(chunks)), kind

@@ -6,7 +6,7 @@ weights in bf16 are not stored: they are the masters, rounded.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from megatron_eso.parallel.parameters import (
 
 with quiet_megatron_import():
     from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 WEIGHTS, EMA = "weights", "ema"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -78,18 +79,6 @@ def _parts(
         yield EMA, average.parts.get(parameter)
 
 
-def template(
-    chunks: Iterable[nn.Module], kinds: Iterable[str], *, device: torch.device
-) -> dict[str, Any]:
-    """Return a sharded state of empty tensors to load ``kinds`` into."""
-    state: dict[str, Any] = {}
-    for entry in sharded_parameters(chunks):
-        for kind in kinds:
-            empty = torch.empty(entry.data.shape, dtype=torch.float32, device=device)
-            add(state, entry, kind, empty)
-    return state
-
-
 def add(state: dict[str, Any], entry: Any, kind: str, data: Tensor) -> None:
     """Add one tensor to a sharded state under its kind's name."""
     changes: dict[str, Any] = {"key": f"{kind}.{entry.key}", "data": data}
@@ -98,45 +87,99 @@ def add(state: dict[str, Any], entry: Any, kind: str, data: Tensor) -> None:
     state[f"{kind}.{entry.key}.{len(state)}"] = replace(entry, **changes)
 
 
-def loaded_by_parameter(
-    chunks: Iterable[nn.Module], kinds: tuple[str, ...], loaded: dict[str, Any]
-) -> Iterator[tuple[nn.Parameter, dict[str, Tensor]]]:
-    """Yield each parameter with its loaded tensors by kind, in the order of :func:`template`."""
-    values = list(loaded.values())
-    for index, entry in enumerate(sharded_parameters(chunks)):
-        first = index * len(kinds)
-        yield entry.data, dict(zip(kinds, values[first : first + len(kinds)], strict=True))
+@dataclass(frozen=True)
+class Place:
+    """Where the tensors of one parameter are loaded to."""
+
+    parameter: nn.Parameter
+    tensors: dict[str, Tensor]
+    """By kind, in the parameter's shape, float32."""
+    shard: Shard | None
+    """What this rank's optimizer updates of the parameter; None: nothing."""
+    is_final: bool
+    """The tensors are the optimizer's own and the average's own memory: nothing has to be copied."""
+
+
+def places_of_training(
+    chunks: Iterable[nn.Module],
+    optimizer: Any,
+    average: MovingAverage | None,
+    kinds: Iterable[str],
+) -> Iterator[tuple[Any, Place]]:
+    """Yield each parameter's sharding description and the place that its tensors are loaded to."""
+    owned, kinds = shards(optimizer), tuple(kinds)
+    for entry in sharded_parameters(chunks):
+        parameter = entry.data
+        shard = owned.get(parameter)
+        is_final = shard is not None and shard.end - shard.start == parameter.numel()
+        final: dict[str, Tensor] = {}
+        if shard is not None and is_final:
+            final[WEIGHTS] = shard.master.detach().view(parameter.shape)
+            if average is not None:
+                final[EMA] = average.parts[parameter].view(parameter.shape)
+        tensors = {k: final[k] if k in final else _empty_like(parameter) for k in kinds}
+        yield entry, Place(parameter, tensors, shard, is_final)
+
+
+def places_of_weights(chunks: Iterable[nn.Module], kind: str) -> Iterator[tuple[Any, Place]]:
+    """Yield each parameter's sharding description and a place for one tensor of its shape."""
+    for entry in sharded_parameters(chunks):
+        yield entry, Place(entry.data, {kind: _empty_like(entry.data)}, None, is_final=False)
+
+
+def sharded_places(places: Iterable[tuple[Any, Place]]) -> dict[str, ShardedTensor]:
+    """Return the sharded state that loads into some places."""
+    state: dict[str, ShardedTensor] = {}
+    for entry, place in places:
+        for kind, data in place.tensors.items():
+            for tensor in _sharded(entry, f"{kind}.{entry.key}", data):
+                state[f"{tensor.key}.{len(state)}"] = tensor
+    return state
+
+
+def _sharded(entry: Any, key: str, data: Tensor) -> list[ShardedTensor]:
+    """Return the sharded tensors of one parameter, as views of ``data``.
+
+    Megatron's factories would join their parts after loading, in new memory.
+    """
+    if not isinstance(entry, ShardedTensorFactory):
+        return [replace(entry, key=key, data=data, dtype=data.dtype)]
+    built = entry.build_fn(key, data, entry.replica_id, None)
+    return list(built.values()) if isinstance(built, dict) else list(built)
 
 
 def restore(
-    chunks: list[nn.Module],
-    optimizer: Any,
-    average: MovingAverage | None,
-    kinds: tuple[str, ...],
-    loaded: dict[str, Any],
-    *,
-    step: int,
+    places: Iterable[Place], optimizer: Any, average: MovingAverage | None, *, step: int
 ) -> None:
-    """Put loaded tensors into the model, the optimizer and the average.
+    """Take loaded tensors over into the model, the optimizer and the average.
 
     Args:
-        chunks: wrapped model chunks.
+        places: where the tensors are.
         optimizer: Megatron's optimizer.
         average: moving average, if the run keeps one.
-        kinds: kinds that were loaded.
-        loaded: result of loading a :func:`template`.
         step: updates done.
     """
-    owned = shards(optimizer)
     with torch.no_grad():
-        for parameter, tensors in loaded_by_parameter(chunks, kinds, loaded):
-            parameter.copy_(tensors[WEIGHTS])
-            shard = owned.get(parameter)
+        for place in places:
+            parameter, shard = place.parameter, place.shard
+            _put(parameter, place.tensors[WEIGHTS])
             if shard is None:
                 continue
-            flat = {k: v.reshape(-1)[shard.start : shard.end] for k, v in tensors.items()}
-            shard.master.copy_(flat[WEIGHTS])
+            flat = {k: v.reshape(-1)[shard.start : shard.end] for k, v in place.tensors.items()}
+            if not place.is_final:  # a part that keeps the whole alive would cost its memory
+                flat = {kind: tensor.clone() for kind, tensor in flat.items()}
+            _put(shard.master, flat[WEIGHTS])
             if step and all(kind in flat for kind in MOMENTS):
                 set_moments(optimizer, shard, flat["exp_avg"], flat["exp_avg_sq"], step)
             if average is not None:
-                average.parts[parameter].copy_(flat.get(EMA, flat[WEIGHTS]))
+                _put(average.parts[parameter], flat.get(EMA, flat[WEIGHTS]))
+
+
+def _put(target: Tensor, value: Tensor) -> None:
+    """Copy values, unless they are there already."""
+    if target.data_ptr() != value.data_ptr() or target.dtype != value.dtype:
+        target.copy_(value)
+
+
+def _empty_like(parameter: nn.Parameter) -> Tensor:
+    return torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)

@@ -177,7 +177,7 @@ def own_memory(part: Tensor) -> Tensor:
 def set_moments(
     optimizer: Any, shard: Shard, exp_avg: Tensor, exp_avg_sq: Tensor, step: int
 ) -> None:
-    """Set Adam's moments and step count of a shard.
+    """Set Adam's moments and step count of a shard; the tensors become the optimizer's.
 
     Torch's AdamW counts steps per parameter, in a tensor of its own; Transformer Engine's FusedAdam
     and Apex's count them per group. Megatron's own loading shares one step tensor between all
@@ -189,7 +189,7 @@ def set_moments(
         index, order = inner.model_param_group_index_map[shard.parameter]
         group = inner.optimizer.param_groups[index]
         state = inner.optimizer.state[group["params"][order]]
-        state["exp_avg"], state["exp_avg_sq"] = exp_avg.clone(), exp_avg_sq.clone()
+        state["exp_avg"], state["exp_avg_sq"] = exp_avg, exp_avg_sq
         if isinstance(inner.optimizer, torch.optim.AdamW):
             # The fused update wants the count beside the moments.
             state["step"] = torch.tensor(float(step), device=exp_avg.device)

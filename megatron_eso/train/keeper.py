@@ -82,7 +82,7 @@ class Keeper:
         elif settings.init_from:
             folder = find_checkpoint(Path(settings.init_from), hashes=settings.verify_hashes)
             require_same_model(folder, asdict(session.config.model))
-            kind = load_weights(folder, session.chunks, use_ema=True, device=session.torch_device)
+            kind = load_weights(folder, session.chunks, use_ema=True)
             session.optimizer.reload_model_params()
             log.info("weights (%s) from %s", kind, folder.path)
         if not self._has_room():
@@ -194,7 +194,6 @@ class Keeper:
             session.chunks,
             session.optimizer,
             session.average,
-            device=session.torch_device,
             num_updates=state.num_updates,
         )
         session.state.replace_by(state)
