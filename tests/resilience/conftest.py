@@ -39,12 +39,34 @@ class Faulty:
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def start(self, name, *overrides, faults=(), num_ranks=2, **supervision):
-        """Start a supervised run; return the launcher's process."""
+    def torchrun(self, name, *overrides, faults=()):
+        """Run two ranks under torchrun, with the environment that its restarts need."""
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=2",
+            "--monitor-interval=0.1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m",
+            "tests.resilience.faulty_rank", *self.arguments(name, overrides),
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, cwd=self.folder / "x", capture_output=True, text=True, timeout=600,
+            env={**self.environment, "FAULTS": str(self.plan(name, faults)),
+                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        self.assert_nothing_left(name)
+
+    def plan(self, name, faults):
+        """Write down a run's faults, unless it goes on with those it had; return the file."""
         plan = self.folder / "x" / f"{name}.faults"
         if not plan.exists():
             plan.write_text(json.dumps(list(faults)))
-        arguments = ["train", "run.yaml", f"folder={name}", *SETTINGS, *overrides]
+        return plan
+
+    def arguments(self, name, overrides):
+        return ["train", "run.yaml", f"folder={name}", *SETTINGS, *overrides]
+
+    def start(self, name, *overrides, faults=(), num_ranks=2, **supervision):
+        """Start a supervised run; return the launcher's process."""
+        plan, arguments = self.plan(name, faults), self.arguments(name, overrides)
         given = {"arguments": arguments, "num_ranks": num_ranks, "run": name, "is_warm": True}
         return subprocess.Popen(
             [sys.executable, "-m", "tests.resilience.launcher", json.dumps({**given, **supervision})],

@@ -11,7 +11,7 @@ nan        the step's gradient norm is nan       spike  the step's loss is 1000 
 full_disk  writing a shard fails as on a full disk     publish_full  writing the metadata does
 fill_disk  takes all room of the disk with "file" while a shard is written; free_disk  removes it
 writer_killed, writer_slow  the writer process is killed, sleeps
-signal     sends "signal" to itself   in_evaluation  the same inside the evaluation
+signal     sends "signal" to itself   in_evaluation, signal_in_compilation  the same there
 """
 
 import ctypes
@@ -22,6 +22,8 @@ import signal
 import threading
 import time
 from pathlib import Path
+
+import torch
 
 from megatron_eso.checkpoint import strategy
 from megatron_eso.cli import main
@@ -55,7 +57,19 @@ def kill_later(seconds):
     threading.Thread(target=run, daemon=True).start()
 
 
+def compile_something():
+    """Compile a function by torch.compile, with a compiler in which a signal may arrive."""
+
+    def compiler(graph, inputs):
+        signal_myself("signal_in_compilation")
+        return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=compiler)(torch.zeros(1))
+
+
 def before_step(step):
+    if "signal_in_compilation" in Path(os.environ["FAULTS"]).read_text() and step == 0:
+        compile_something()
     for _ in faults("launcher", step):
         os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(60)

@@ -51,6 +51,12 @@ def test_a_killed_launcher_takes_its_ranks_along_and_the_next_one_continues(faul
     faulty.assert_equal("launcher", undisturbed)
 
 
+def test_torchrun_starts_a_killed_rank_again_from_the_newest_checkpoint(faulty, undisturbed):
+    faulty.torchrun("torchrun", *AT_ONCE, faults=[{"kind": "kill", "rank": 1, "step": 7}])
+    assert [e["step"] for e in faulty.events("torchrun", "ready")] == [0, 6]
+    faulty.assert_equal("torchrun", undisturbed)
+
+
 def test_a_fault_that_comes_back_ends_with_its_own_exit_code(faulty):
     always = {"kind": "exit", "rank": 1, "step": 5, "always": True}
     out = faulty.run("loop", *AT_ONCE, faults=[always], code=7, max_restarts=2)
@@ -96,16 +102,18 @@ def test_a_save_that_fails_is_loud_and_harms_nothing(faulty, undisturbed):
         ("SIGTERM", {"kind": "signal", "rank": 1, "step": 6}, 7),
         ("SIGUSR1", {"kind": "in_evaluation", "rank": 1, "step": "any"}, 6),
         ("SIGINT", {"kind": "signal_in_setup", "rank": 0, "step": "any"}, 0),
+        ("SIGTERM", {"kind": "signal_in_compilation", "rank": 1, "step": "any"}, 1),
     ],
-    ids=["step", "evaluation", "setup"],
+    ids=["step", "evaluation", "setup", "compilation"],
 )
 def test_a_signal_to_one_rank_saves_at_an_agreed_step(faulty, undisturbed, name, fault, step):
-    settings = (*TWELVE, "train.eval_every_steps=6")
-    out = faulty.run(name, *settings, faults=[{**fault, "signal": name}], code=75)
+    settings, run = (*TWELVE, "train.eval_every_steps=6"), f"{name}{step}"
+    out = faulty.run(run, *settings, faults=[{**fault, "signal": name}], code=75)
     assert f"at step {step} with a checkpoint" in out and "s after the signal" in out
-    assert faulty.events(name, "stop")[0]["step"] == step
-    faulty.run(name, *settings)
-    faulty.assert_equal(name, undisturbed)
+    stop = faulty.events(run, "stop")[0]
+    assert stop["step"] == step and stop["seconds"] < 60
+    faulty.run(run, *settings)
+    faulty.assert_equal(run, undisturbed)
 
 
 def test_a_transient_nan_or_spike_leaves_no_trace(faulty, undisturbed):
