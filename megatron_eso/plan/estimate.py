@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_eso.config.derive import head_size, total_steps
+from megatron_eso.config.derive import head_size, padded_vocab_size, total_steps
 from megatron_eso.plan.flops import Flops, model_flops_per_step
 from megatron_eso.plan.goodput import Failures, expected_share
 from megatron_eso.plan.hardware import Hardware
@@ -12,6 +12,9 @@ from megatron_eso.plan.job import Job, require_placeable
 from megatron_eso.plan.memory import StageMemory, stage_memory
 from megatron_eso.plan.parameters import num_parameters
 from megatron_eso.plan.step_time import StepTime, step_time
+
+COLUMNS = 128
+"""Matrix kernels work on tiles of this many columns; a part of one costs as much as a whole one."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +128,12 @@ def _warnings(job: Job, hardware: Hardware, memory: list[StageMemory]) -> Iterat
     size = head_size(config.model)
     if config.precision.fp8 != "off" and size != 128:
         yield f"head size {size} under FP8: FP8 attention needs 128 (model.head_size)"
-    if config.model.vocab_size % (128 * parallel.tensor):
+    padded = padded_vocab_size(config.model)
+    if padded % (COLUMNS * parallel.tensor):
         yield (
-            f"model.vocab_size={config.model.vocab_size} is no multiple of 128 x parallel.tensor="
-            f"{parallel.tensor}: the head is padded (model.vocab_padding_multiple)"
+            f"the vocabulary, {padded} with its padding, gives each of parallel.tensor={parallel.tensor} "
+            f"ranks {padded / parallel.tensor:g} columns, no multiple of {COLUMNS}: the head's products run "
+            f"slower; set model.vocab_padding_multiple={COLUMNS * parallel.tensor}"
         )
     if parallel.tensor > hardware.gpus_per_node:
         yield (

@@ -106,9 +106,11 @@ def test_overflow_names_the_setting_to_change():
     assert any("GB of 80 GB" in w and "parallel.tensor" in w for w in warnings)
 
 
-def test_an_odd_vocabulary_is_mentioned():
-    odd = with_model(job(tensor=2), vocab_size=50257)
-    assert any("vocab_padding_multiple" in w for w in make_plan(odd, H100).warnings)
+def test_a_vocabulary_that_leaves_part_of_a_tile_to_a_rank_is_mentioned():
+    case = with_model(job(tensor=4), vocab_size=128256)  # 32,064 columns a rank
+    assert any("vocab_padding_multiple=512" in w for w in make_plan(case, H100).warnings)
+    even = with_model(job(tensor=4), vocab_size=128256, vocab_padding_multiple=512)
+    assert not any("columns" in w for w in make_plan(even, H100).warnings)
 
 
 def test_what_does_not_divide_is_refused_with_the_numbers():
