@@ -180,6 +180,17 @@ def updates(overrides: list[str], num_steps: int) -> dict[str, Any]:
     }
 
 
+def clipped(overrides: list[str]) -> dict[str, float]:
+    """Return the norm of the first step's gradients before clipping and after."""
+    session = make_session(overrides)
+    report = train_step(session, read_rows)
+    parts = [parameter.main_grad for parameter in shards(session.optimizer)]
+    return {
+        "before": report.grad_norm,
+        "after": float(torch.stack([x.norm() for x in parts]).norm()),
+    }
+
+
 def scores(overrides: list[str], num_rows: int) -> list[tuple[str, float, float]]:
     """Return (metric, nats per token, tokens) of made-up held-out rows."""
     session = make_session(overrides)

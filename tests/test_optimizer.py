@@ -1,6 +1,12 @@
 """The optimizer Megatron builds updates as AdamW's formula says, in one pass over each parameter."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
+import torch
+
+from megatron_eso.parallel.norms import RMSNorm
 
 
 def test_three_updates_follow_the_formula(one_rank):
@@ -13,3 +19,29 @@ def test_torch_updates_a_parameter_in_one_pass(one_rank):
     found = one_rank.run("updates", [], 1)[0]
     assert found["kinds"] == ["AdamW"]
     assert all(found["is_fused"])
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])
+def test_gradients_are_clipped_to_the_norm_asked_for(one_rank, max_norm):
+    found = one_rank.run("clipped", [f"optimizer.clip_grad_norm={max_norm}"])[0]
+    limit = min(max_norm or float("inf"), found["before"])
+    assert found["before"] > 0.5
+    assert found["after"] == pytest.approx(limit, rel=1e-5)
+
+
+def test_the_norm_on_a_cpu_is_torchs_with_its_gradients():
+    config = SimpleNamespace(params_dtype=torch.float64, sequence_parallel=False)
+    ours, theirs = RMSNorm(config, 24, eps=1e-5), torch.nn.RMSNorm(24, eps=1e-5).double()
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, 7, 3, 24, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        ours.weight.copy_(torch.rand(24, generator=generator))
+        theirs.weight.copy_(ours.weight)
+    results = []
+    for norm in (ours, theirs):
+        inputs = x.clone().requires_grad_()
+        out = norm(inputs)
+        out.backward(grad)
+        results.append((out.detach(), inputs.grad, norm.weight.grad))
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)

@@ -58,7 +58,9 @@ def main() -> None:
     print("\n| calibrated on | largest error of the other three |\n|---|---|")
     for pair in itertools.combinations(range(len(runs)), 2):
         rows = _compare(runs, pair, hardware)
-        print(f"| {'; '.join(runs[i].name for i in pair)} | {max(abs(r.error) for r in rows):.0%} |")
+        print(
+            f"| {'; '.join(runs[i].name for i in pair)} | {max(abs(r.error) for r in rows):.0%} |"
+        )
 
 
 def _predictions(runs: list[Measured], known: tuple[int, int], hardware: Hardware) -> list[str]:
@@ -90,7 +92,9 @@ def _prepare(folder: Path) -> Path:
     if not (data / "train" / "manifest.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         draw = random.Random(1)
-        words = ["".join(draw.choices("etaoinshrdlucmfw", k=draw.randint(2, 9))) for _ in range(9000)]
+        words = [
+            "".join(draw.choices("etaoinshrdlucmfw", k=draw.randint(2, 9))) for _ in range(9000)
+        ]
         source.write_text(" ".join(draw.choices(words, k=400_000)))
         _run("data", "prepare", str(source), "--out", str(data), "--sequence-length", str(LENGTH),
              "--vocab-size", str(VOCABULARY), "--validation-fraction", "0")  # fmt: skip

@@ -20,7 +20,6 @@ with quiet_megatron_import():
     )
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
-    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -136,9 +135,11 @@ def apply_gradients(optimizer: Any, *, learning_rate: float, max_norm: float, no
     """Clip the gradients and take the step; after :func:`gradient_norm`, whose result is ``norm``."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    if max_norm > 0:
-        for inner in optimizer.chained_optimizers:
-            clip_grad_by_total_norm_fp32(inner.get_parameters(), max_norm, norm)
+    if 0 < max_norm < norm:
+        # Megatron's own clipping makes a scaled copy of every gradient where Apex is missing.
+        parameters = [x for inner in optimizer.chained_optimizers for x in inner.get_parameters()]
+        gradients = [x.grad for x in parameters if x.grad is not None]
+        torch._foreach_mul_(gradients, max_norm / norm)
     optimizer.step_with_ready_grads()
 
 

@@ -132,8 +132,8 @@ def _warnings(job: Job, hardware: Hardware, memory: list[StageMemory]) -> Iterat
     if padded % (COLUMNS * parallel.tensor):
         yield (
             f"the vocabulary, {padded} with its padding, gives each of parallel.tensor={parallel.tensor} "
-            f"ranks {padded / parallel.tensor:g} columns, no multiple of {COLUMNS}: the head's products run "
-            f"slower; set model.vocab_padding_multiple={COLUMNS * parallel.tensor}"
+            f"ranks {padded / parallel.tensor:g} columns, no multiple of {COLUMNS}: the head's products "
+            f"run slower; set model.vocab_padding_multiple={COLUMNS * parallel.tensor}"
         )
     if parallel.tensor > hardware.gpus_per_node:
         yield (
