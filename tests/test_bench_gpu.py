@@ -1,0 +1,61 @@
+"""The GPU benchmark runs, on a CPU with tiny shapes: what will be measured is known to work."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench") / "results.json"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tools.bench_gpu", "--smoke", "--out", str(out)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
+
+
+def test_every_section_gives_finite_numbers(rows):
+    by_section = {}
+    for row in rows:
+        by_section.setdefault(row["section"], []).append(row)
+        assert all(math.isfinite(v) and v > 0 for v in row.values() if isinstance(v, float)), row
+    expected = [
+        "machine",
+        "correctness",
+        "losses",
+        "attention",
+        "training",
+        "head",
+        "sampling",
+        "fp8",
+    ]
+    assert list(by_section) == expected
+    assert {row["what"].split(": ")[1] for row in by_section["training"]} == {
+        "AR", "Eso-LM alpha_0 = 1", "Eso-LM alpha_0 = 0.25", "MDLM",
+    }  # fmt: skip
+
+
+def test_the_kernels_are_right_before_they_are_fast(rows):
+    bounds = {"bfloat16": 0.02, "float32": 1e-5}
+    checked = [row for row in rows if row["section"] == "correctness" and "out" in row]
+    assert len(checked) == 4  # split and dense; FlexAttention has no backward pass on a CPU
+    for row in checked:
+        bound = bounds[row["what"].split(", ")[1]]
+        assert max(row[name] for name in ("out", "d_query", "d_key", "d_value")) < bound, row
+
+
+def test_bf16_trains_as_fp32_does(rows):
+    losses = next(row for row in rows if row["section"] == "losses")
+    assert losses["last_fp32"] < losses["first"]
+    assert losses["largest_gap"] < 0.01

@@ -1,0 +1,374 @@
+"""Everything that a GPU must show, in one table: right first, then fast.
+
+    python -m tools.bench_gpu                      all sections, about 8 minutes on one H100
+    python -m tools.bench_gpu --section training   one of them (may be repeated)
+    python -m tools.bench_gpu --smoke              tiny shapes, on a CPU too: that it runs, not how fast
+
+Results are printed as they come and kept in --out (JSON). What does not fit the memory, or what this
+machine does not have, says so in its place. Aims (issue "The H100 path") stand beside what they are for.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_eso.errors import ConfigError
+from megatron_eso.model.attention.dense import dense_attention
+from megatron_eso.model.attention.flex import flex_rows_attention
+from megatron_eso.model.attention.split import split_attention
+from megatron_eso.parallel.matmul_speed import matmul_flops_per_second
+from megatron_eso.parallel.vocabulary_loss import Head, target_log_probs
+from megatron_eso.plan.flops import model_flops_per_step
+from megatron_eso.plan.peaks import peak_of
+from megatron_eso.train.session import Session
+from megatron_eso.train.step import train_step
+from tools.bench_gpu_parts import (
+    DEVICE,
+    ON_GPU,
+    attention_inputs,
+    batch_settings,
+    best_seconds,
+    change_batch,
+    counting_rows,
+    forward_backward,
+    free_memory,
+    make_session,
+    official_attention,
+    outputs_and_gradients,
+    random_rows,
+    relative_error,
+    seconds_per_row,
+)  # fmt: skip
+
+OBJECTIVES = {
+    "AR": ["objective.name=ar"],
+    "Eso-LM alpha_0 = 1": ["objective.alpha_0=1"],
+    "Eso-LM alpha_0 = 0.25": ["objective.alpha_0=0.25"],
+    "MDLM": ["objective.name=mdlm"],
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes of a benchmark: full ones, or tiny ones that show it runs."""
+
+    shapes: dict[str, list[str]]
+    """Model settings by label."""
+    lengths: tuple[int, ...]
+    """Tokens of a row in training and in attention."""
+    step_tokens: int
+    """Tokens of a training step; a fourth of them at once."""
+    heads: int
+    head_size: int
+    vocab: int
+    sampling_lengths: tuple[int, ...]
+    loss_steps: int
+    repeats: int
+
+
+FULL = Sizes(
+    shapes={
+        "1B": ["model.hidden_size=2048", "model.num_layers=16", "model.num_heads=16",
+               "model.ffn_size=5504", "model.vocab_size=32768"],
+        "7B-shaped, 4 layers": ["model.hidden_size=4096", "model.num_layers=4", "model.num_heads=32",
+                                "model.ffn_size=11008", "model.vocab_size=32768"],
+    },
+    lengths=(4096, 16384), step_tokens=65536, heads=32, head_size=128, vocab=32768,
+    sampling_lengths=(2048, 8192), loss_steps=50, repeats=3,
+)  # fmt: skip
+SMOKE = Sizes(
+    shapes={"tiny": ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2",
+                     "model.vocab_size=64"]},
+    lengths=(64,), step_tokens=512, heads=2, head_size=16, vocab=64, sampling_lengths=(48,),
+    loss_steps=4, repeats=1,
+)  # fmt: skip
+
+
+class Report:
+    """Prints rows as they come and keeps them in a file."""
+
+    def __init__(self, out: Path | None) -> None:
+        self._out, self._rows = out, []
+
+    def section(self, title: str) -> None:
+        """Begin a table."""
+        self._title = title
+        print(f"\n## {title}\n", flush=True)
+
+    def row(self, what: str, **values: Any) -> None:
+        """Add a result."""
+        self._rows.append({"section": self._title, "what": what, **values})
+        shown = "  ".join(f"{name} {_shown(value)}" for name, value in values.items())
+        print(f"{what:<44} {shown}", flush=True)
+        if self._out is not None:
+            self._out.write_text(json.dumps(self._rows, indent=1) + "\n")
+
+
+def main() -> None:
+    """Run the sections asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--section", action="append", choices=SECTIONS)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    arguments = parser.parse_args()
+    if not ON_GPU and not arguments.smoke:
+        raise SystemExit("no GPU here; --smoke shows that the benchmark runs")
+    sizes, report = SMOKE if arguments.smoke else FULL, Report(arguments.out)
+    report.section("machine")
+    name = torch.cuda.get_device_name() if ON_GPU else "CPU"
+    report.row(name, torch=torch.__version__, cudnn=torch.backends.cudnn.version(),
+               matmul_tflops=matmul_flops_per_second(
+                   torch.bfloat16, DEVICE, size=8192 if ON_GPU else 512) / 1e12)  # fmt: skip
+    for section in arguments.section or SECTIONS:
+        begin = time.perf_counter()
+        report.section(section)
+        try:
+            SECTIONS[section](sizes, report)
+        except (torch.OutOfMemoryError, ConfigError) as error:
+            free_memory()
+            report.row(section, result=f"not measured: {error}")
+        print(f"({time.perf_counter() - begin:.0f} s)", flush=True)
+
+
+def correctness(sizes: Sizes, report: Report) -> None:
+    """Errors of outputs and gradients against a dense mask in float64, relative to the largest value."""
+    inputs = attention_inputs(rows=6, heads=4, length=8 * sizes.head_size, size=sizes.head_size)
+    settings = {"num_pairs": 2, "scale": sizes.head_size**-0.5}
+    exact = outputs_and_gradients(dense_attention, inputs, torch.float64, settings)
+    ways = {"split": split_attention, "flex": flex_rows_attention, "dense": dense_attention}
+    for name, way in ways.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            label = f"{name}, {str(dtype).removeprefix('torch.')}"
+            if name == "flex" and not ON_GPU:
+                report.row(label, error="flex has no backward pass on a CPU")
+                continue
+            found = outputs_and_gradients(way, inputs, dtype, settings)
+            errors = [relative_error(a, b) for a, b in zip(found, exact, strict=True)]
+            report.row(
+                label, **dict(zip(("out", "d_query", "d_key", "d_value"), errors, strict=True))
+            )
+
+
+def losses(sizes: Sizes, report: Report) -> None:
+    """Losses of the same steps in bf16 and fp32, of rows that can be learnt."""
+    shape = SMOKE.shapes["tiny"]
+    if sizes is not SMOKE:
+        shape = [
+            "model.hidden_size=256",
+            "model.num_layers=4",
+            "model.num_heads=4",
+            "model.vocab_size=512",
+        ]
+    settings = [
+        *shape, *batch_settings(16 * 64, 64), "objective.alpha_0=0.5", "optimizer.learning_rate=0.001",
+    ]  # fmt: skip
+    found = {}
+    for dtype in ("bf16", "fp32"):
+        session = make_session([*settings, f"precision.dtype={dtype}"])
+        read = counting_rows(64, session.config.model.vocab_size - 1)
+        found[dtype] = [train_step(session, read).loss for _ in range(sizes.loss_steps)]
+    gaps = [abs(a - b) / b for a, b in zip(found["bf16"], found["fp32"], strict=True)]
+    report.row(
+        f"{sizes.loss_steps} steps, bf16 against fp32", first=found["fp32"][0],
+        last_bf16=found["bf16"][-1], last_fp32=found["fp32"][-1], largest_gap=max(gaps),
+        mean_gap=sum(gaps) / len(gaps),
+    )  # fmt: skip
+
+
+def attention(sizes: Sizes, report: Report) -> None:
+    """The sequential pass's attention: split; our rows under flex; the official 2L mask under flex."""
+    for length in sizes.lengths:
+        inputs = attention_inputs(rows=2, heads=sizes.heads, length=length, size=sizes.head_size)
+        inputs = [x.bfloat16() for x in inputs]
+        scale = sizes.head_size**-0.5
+        ways: dict[str, Callable[..., Tensor]] = {
+            "split": partial(split_attention, num_pairs=1, scale=scale),
+            "flex, X and Z rows": partial(flex_rows_attention, num_pairs=1, scale=scale),
+            "flex, official 2L mask": official_attention(length, scale),
+        }  # fmt: skip
+        base: float | None = None
+        for name, way in ways.items():
+            forward = best_seconds(lambda w=way, i=inputs: w(*i), sizes.repeats)
+            if not ON_GPU and name != "split":
+                report.row(f"L = {length}: {name}", forward_ms=forward * 1e3)
+                continue
+            both = best_seconds(lambda w=way, i=inputs: forward_backward(w, i), sizes.repeats)
+            base = base or both
+            pairs = 2 * length * length / 2 * 4 * sizes.heads * sizes.head_size
+            report.row(f"L = {length}: {name}", forward_ms=forward * 1e3, both_ms=both * 1e3,
+                       tflops=3.5 * pairs / both / 1e12, of_split=both / base)  # fmt: skip
+        print("aim: split at least 1.3 x as fast as flex")
+
+
+def training(sizes: Sizes, report: Report) -> None:
+    """Tokens/s, TFLOP/s and MFU of whole steps, the optimizer included."""
+    for label, shape in sizes.shapes.items():
+        dtype = "bf16" if ON_GPU else "fp32"
+        session = make_session(
+            [
+                *shape,
+                *batch_settings(sizes.step_tokens, max(sizes.lengths)),
+                f"precision.dtype={dtype}",
+            ]
+        )
+        for length in sizes.lengths:
+            _training_of_length(sizes, report, session, f"{label}, L = {length}", length)
+        del session
+        free_memory()
+    print("aims: MFU >= 45 % at 7B-shaped layers; Eso-LM alpha_0 = 1 >= 0.98 x AR")
+
+
+def _training_of_length(
+    sizes: Sizes, report: Report, session: Session, label: str, length: int
+) -> None:
+    base: float | None = None
+    for name, objective in OBJECTIVES.items():
+        change_batch(session, [*objective, *batch_settings(sizes.step_tokens, length)])
+        read = random_rows(length, session.config.model.vocab_size - 1)
+        if ON_GPU:
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            seconds = best_seconds(lambda r=read: train_step(session, r), sizes.repeats)
+        except torch.OutOfMemoryError:
+            free_memory()
+            report.row(f"{label}: {name}", result="out of memory")
+            continue
+        config = session.config
+        rows = config.train.global_batch_rows
+        flops = model_flops_per_step(
+            config.model, config.objective, sequence_length=length, rows=rows
+        )
+        speed = rows * length / seconds
+        base = base or speed
+        report.row(f"{label}: {name}", tokens_per_second=speed, of_ar=speed / base,
+                   tflops=flops.training / seconds / 1e12, mfu=_mfu(flops.training / seconds),
+                   memory_gib=session.device.memory_gib())  # fmt: skip
+
+
+def head(sizes: Sizes, report: Report) -> None:
+    """The output head, both ways: on masked entries alone, on all, and with all logits at once."""
+    entries, hidden_size = sizes.step_tokens // 4, sizes.heads * sizes.head_size
+    session = make_session(
+        [*SMOKE.shapes["tiny"], *batch_settings(SMOKE.step_tokens, 64)], for_training=False
+    )  # for its groups
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    hidden = torch.randn(entries, hidden_size, device=DEVICE, dtype=dtype, requires_grad=True)
+    weight = (
+        torch.randn(sizes.vocab, hidden_size, device=DEVICE, dtype=dtype)
+        .mul_(0.02)
+        .requires_grad_()
+    )
+    targets = torch.randint(0, sizes.vocab - 1, (entries,), device=DEVICE)
+
+    def ours(number: int) -> None:
+        layer = Head(weight, None, sizes.vocab - 1, session.layout.tensor_group)
+        known = torch.full((number,), -1.0 / number, device=DEVICE)
+        found = target_log_probs(hidden[:number], targets[:number], layer, loss_gradient=known)
+        (found * known).sum().backward()
+
+    def all_logits() -> None:
+        torch.nn.functional.cross_entropy((hidden @ weight.t()).float(), targets).backward()
+
+    half = best_seconds(lambda: ours(entries // 2), sizes.repeats)
+    ways = {"half of the entries": half, "all entries": best_seconds(lambda: ours(entries), sizes.repeats),
+            "all logits at once": best_seconds(all_logits, sizes.repeats)}  # fmt: skip
+    for name, seconds in ways.items():
+        report.row(
+            f"{entries} entries, V = {sizes.vocab}: {name}",
+            ms=seconds * 1e3,
+            of_half=seconds / half,
+        )
+
+
+def sampling(sizes: Sizes, report: Report) -> None:
+    """Seconds of one row at one token per step, from steps timed at three places of it."""
+    longest = max(sizes.sampling_lengths)
+    shape = [
+        "model.hidden_size=768",
+        "model.num_layers=12",
+        "model.num_heads=12",
+        "model.vocab_size=50258",
+    ]
+    if sizes is SMOKE:
+        shape = next(iter(sizes.shapes.values()))
+    session = make_session(
+        [
+            *shape,
+            f"model.max_length={longest + 1}",
+            *batch_settings(sizes.step_tokens, sizes.lengths[0]),
+        ],
+        for_training=False,
+    )
+    for length in sizes.sampling_lengths:
+        base: float | None = None
+        for name in ("eso", "ar", "mdlm"):
+            seconds = seconds_per_row(session, name, length, num_steps=8 * sizes.repeats)
+            base = base or seconds
+            report.row(
+                f"L = {length}: {name}, one token per step", seconds=seconds, of_eso=seconds / base
+            )
+
+
+def fp8(sizes: Sizes, report: Report) -> None:
+    """FP8 products and attention against BF16, if Transformer Engine is installed. Aim: 1.25 x BF16."""
+    if not ON_GPU or find_spec("transformer_engine") is None:
+        report.row("FP8", result="not measured: needs a GPU and Transformer Engine")
+        return
+    label, shape = list(sizes.shapes.items())[-1]
+    ways = {
+        "BF16": [],
+        "FP8 products": ["precision.fp8=tensorwise"],
+        "FP8 products and attention": ["precision.fp8=tensorwise", "precision.fp8_attention=true"],
+    }
+    for length in sizes.lengths:
+        base: float | None = None
+        for name, settings in ways.items():
+            batch = batch_settings(sizes.step_tokens, length)
+            session = make_session([*shape, *batch, "objective.alpha_0=1", "precision.dtype=bf16",
+                                "precision.backend=te", *settings])  # fmt: skip
+            read = random_rows(length, session.config.model.vocab_size - 1)
+            seconds = best_seconds(lambda s=session, r=read: train_step(s, r), sizes.repeats)
+            base = base or seconds
+            speed = session.config.train.global_batch_rows * length / seconds
+            report.row(
+                f"{label}, L = {length}: {name}", tokens_per_second=speed, of_bf16=base / seconds
+            )
+            del session
+            free_memory()
+
+
+SECTIONS: dict[str, Callable[[Sizes, Report], None]] = {
+    "correctness": correctness,
+    "losses": losses,
+    "attention": attention,
+    "training": training,
+    "head": head,
+    "sampling": sampling,
+    "fp8": fp8,
+}
+
+
+def _mfu(flops_per_second: float) -> float | None:
+    peak = peak_of(torch.cuda.get_device_name()) if ON_GPU else None
+    return None if peak is None else flops_per_second / peak.bf16
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return "-" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""What bench_gpu.py measures with: sessions, inputs, clocks, and the official scheme's attention."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_eso.config import derive, load_config
+from megatron_eso.parallel.device import Ranks
+from megatron_eso.parallel.exchange import Rows
+from megatron_eso.sample.generate import PlanSettings, plan_for
+from megatron_eso.sample.plan import DecodingPlan
+from megatron_eso.sample.prompt import rows_with_prompts
+from megatron_eso.sample.sampler import Choice, fill_rows
+from megatron_eso.train.session import Session, build_session
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+_PLACES = (1 / 6, 1 / 2, 5 / 6)
+
+
+def make_session(settings: list[str], *, for_training: bool = True) -> Session:
+    """Return a session on this process alone."""
+    config = load_config(None, ["train.steps=1000000", *settings])
+    return build_session(config, Ranks(0, 1, 0), for_training=for_training)
+
+
+def change_batch(session: Session, settings: list[str]) -> None:
+    """Give a session another objective and batch; the model stays."""
+    new = load_config(None, ["train.steps=1000000", *settings])
+    session.config = replace(session.config, objective=new.objective, train=new.train)
+    session.derived = derive.derive(session.config, 1)
+
+
+def batch_settings(step_tokens: int, length: int) -> list[str]:
+    """Return settings of a step of ``step_tokens`` data tokens; two stack rows at once, or more."""
+    rows = max(step_tokens // length, 4)
+    at_once = max(step_tokens // 4 // length, 2)
+    return [f"model.max_length={length}", f"train.sequence_length={length}",
+            f"train.global_batch_rows={rows}", f"train.micro_batch_rows={at_once}"]  # fmt: skip
+
+
+def random_rows(length: int, num_tokens: int) -> Callable[[int, list[int]], Rows]:
+    """Return a reader of random rows."""
+
+    def read(step: int, rows: list[int]) -> Rows:
+        tokens = torch.randint(0, num_tokens, (len(rows), length + 1))
+        return Rows(tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+    return read
+
+
+def counting_rows(length: int, num_tokens: int) -> Callable[[int, list[int]], Rows]:
+    """Return rows that count on from a start, a function of step and row: they can be learnt."""
+
+    def read(step: int, rows: list[int]) -> Rows:
+        start = torch.tensor([31 * step + 7 * row for row in rows])[:, None]
+        tokens = (start + torch.arange(length + 1)) % num_tokens
+        return Rows(tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+    return read
+
+
+def attention_inputs(*, rows: int, heads: int, length: int, size: int) -> list[Tensor]:
+    """Return queries, keys and values in float32."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (rows, heads, length, size)
+    return [torch.randn(shape, generator=generator).to(DEVICE) for _ in range(3)]
+
+
+def forward_backward(way: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """Return output and gradients for a fixed gradient of the output."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = way(*leaves)
+    generator = torch.Generator().manual_seed(2)
+    out.backward(torch.randn(out.shape, generator=generator).to(out))
+    return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
+
+
+def outputs_and_gradients(
+    way: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype, settings: dict
+) -> list[Tensor]:
+    """Return what :func:`forward_backward` does, computed in a number format."""
+    return forward_backward(lambda *x: way(*x, **settings), [x.to(dtype) for x in inputs])
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Return the largest difference, relative to the largest value."""
+    return float((found.double() - exact).abs().max() / exact.abs().max())
+
+
+def official_attention(length: int, scale: float) -> Callable[..., Tensor]:
+    """Return the official scheme's attention of a sequential row: [z; x], 2L long, under one block mask."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def may_look(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        is_z, key_is_x = query < length, key >= length
+        of_z = (query == key) | (key_is_x & (query > key - length))
+        return torch.where(is_z, of_z, key_is_x & (query >= key))
+
+    mask = create_block_mask(may_look, None, None, 2 * length, 2 * length, device=str(DEVICE))
+    function = torch.compile(flex_attention) if ON_GPU else flex_attention
+
+    def attend(*rows: Tensor) -> Tensor:
+        q, k, v = (torch.cat([x[1:], x[:1]], dim=2) for x in rows)  # X stands before Z in our rows
+        out: Any = function(q, k, v, block_mask=mask, scale=scale)
+        return out
+
+    return attend
+
+
+def best_seconds(run: Callable[[], object], repeats: int) -> float:
+    """Return the best time of a call, after one that compiles and warms up."""
+    run()
+    times = []
+    for _ in range(repeats):
+        synchronize()
+        begin = time.perf_counter()
+        run()
+        synchronize()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def free_memory() -> None:
+    """Give memory that is not used back to the GPU."""
+    if ON_GPU:
+        torch.cuda.empty_cache()
+
+
+def seconds_per_row(session: Session, objective: str, length: int, *, num_steps: int) -> float:
+    """Return the seconds of one row at one token per step.
+
+    Args:
+        session: a model, whatever it was trained for.
+        objective: eso, ar or mdlm.
+        length: tokens of the row.
+        num_steps: steps timed at each of three places, after one that fills the cache.
+    """
+    replica = session.replica
+    changed = replace(replica.config.objective, name=objective)
+    replica = replace(replica, config=replace(replica.config, objective=changed))
+    canvas = rows_with_prompts([[]], length, replica.config.model)
+    settings = PlanSettings()
+    if objective != "ar":
+        alpha_0 = 1.0 if objective == "eso" else None
+        settings = PlanSettings(alpha_0=alpha_0, method="fixed", num_steps=length)
+    plan = plan_for(replica, canvas, settings, Choice(seed=1))
+    per_step = []
+    for place in _PLACES:
+        begin = round(place * (length - num_steps - 1))
+        part = DecodingPlan(plan.order, begin, plan.counts[begin : begin + num_steps + 1])
+        ends: list[float] = []
+
+        def note(step: int, tokens: torch.Tensor, ends: list[float] = ends) -> None:
+            if tokens.is_cuda:
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+        fill_rows(replica, torch.zeros_like(plan.order), part, Choice(seed=1, on_step=note))
+        per_step.append((ends[-1] - ends[0]) / (len(ends) - 1))
+    return length * sum(per_step) / len(per_step)
