@@ -99,12 +99,12 @@ def test_the_rotation_that_a_gpu_compiles_is_the_same():
 
 def test_the_deterministic_mode_sets_the_environment_and_refuses_a_contrary_one():
     before = torch.are_deterministic_algorithms_enabled()
-    environ = {"NCCL_ALGO": "Tree"}
+    environ = {"NCCL_ALGO": "Tree,Ring"}
     try:
         be_deterministic(environ)
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(before)
-    assert (environ["NCCL_ALGO"], environ["CUBLAS_WORKSPACE_CONFIG"]) == ("Tree", ":4096:8")
+    assert (environ["NCCL_ALGO"], environ["CUBLAS_WORKSPACE_CONFIG"]) == ("Tree,Ring", ":4096:8")
     with pytest.raises(ConfigError, match="NCCL_ALGO=NVLS"):
         be_deterministic({"NCCL_ALGO": "NVLS"})

@@ -83,6 +83,27 @@ def test_a_known_gradient_saves_the_second_computation_of_the_logits(
     assert len(made) == 5 * times
 
 
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make a CPU wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_gpu_is_not_waited_for_and_a_wrong_promise_gives_no_number(many_chunks, monkeypatch):
+    monkeypatch.setattr(vocabulary_loss, "_waiting_is_cheap", lambda device: False)
+    inputs, targets, gradient = make_inputs(has_bias=True)
+    with NoWaiting():
+        _, grads = ours(inputs, targets, gradient, gradient * 3)
+    for found, expected in zip(grads, plain(inputs, targets, gradient)[1], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    wrong = gradient.clone()
+    wrong[3] *= 1.01
+    _, grads = ours(inputs, targets, gradient, wrong)
+    assert all(torch.isnan(x).all() for x in grads)
+
+
 def test_without_gradients_none_are_computed(many_chunks, monkeypatch):
     inputs, targets, gradient = make_inputs(has_bias=True)
     monkeypatch.setattr(vocabulary_loss, "_Gradients", None)

@@ -71,7 +71,7 @@ def choose_device(local_rank: int) -> Device:
 
 
 # Results of NCCL, cuBLAS and Transformer Engine do not depend on timing with these (Megatron-LM asks for
-# the same); each name with the values that are right, the first being set if there is none.
+# the same); each name with the values that are right, of which the first is set if there is none.
 _DETERMINISTIC = {
     "NCCL_ALGO": ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS"),
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
@@ -86,10 +86,10 @@ def be_deterministic(environ: MutableMapping[str, str]) -> None:
         ConfigError: if the environment asks for the contrary.
     """
     for name, right in _DETERMINISTIC.items():
-        if environ.setdefault(name, right[0]) not in right:
+        if not set(environ.setdefault(name, right[0]).split(",")) <= set(right):
             raise ConfigError(
                 f"precision.deterministic=true with {name}={environ[name]} in the environment: it must be "
-                f"one of {', '.join(right)}; unset it or set precision.deterministic=false"
+                f"of {', '.join(right)}; unset it or set precision.deterministic=false"
             )
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

@@ -60,8 +60,9 @@ def target_log_probs(
         targets: [N] token ids, below ``num_real_tokens``.
         head: the output layer.
         loss_gradient: [N] what the loss's gradient with respect to the result will be, up to a common
-            factor, if that is known. Any gradient is right in the backward pass; one that is
-            proportional to this costs no second computation of the logits.
+            factor, if that is known: then the backward pass need not compute the logits again. On a CPU it
+            does if the gradient turns out to be another; on a GPU looking would mean waiting for all that
+            was issued, so there the gradients become not-a-number, which the step guard sees.
 
     Returns:
         [N] float32 (float64 for such inputs), the same on every tensor rank; differentiable with
@@ -196,10 +197,17 @@ def _exponentiate(e: Tensor, highest: Tensor) -> Tensor:
 
 
 def _common_factor(grad: Tensor, known: Tensor) -> Tensor | None:
-    """Return c with grad = c * known for all entries, or None if there is no such number."""
+    """Return c with grad = c * known for all entries; if there is none, None, or nan on a GPU."""
     factor = (grad * known).sum() / (known * known).sum().clamp(min=torch.finfo(grad.dtype).tiny)
     expected = factor * known
-    return factor if bool(((grad - expected).abs() <= _SAME * expected.abs()).all()) else None
+    is_same = ((grad - expected).abs() <= _SAME * expected.abs()).all()
+    if _waiting_is_cheap(grad.device):
+        return factor if bool(is_same) else None
+    return torch.where(is_same, factor, torch.nan)
+
+
+def _waiting_is_cheap(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def _no_entries(hidden: Tensor) -> Tensor:
