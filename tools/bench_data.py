@@ -2,14 +2,17 @@
 
 Reading: rows in shuffled order through our reader without worker threads, np.memmap over one flat file
 of the same tokens in the same order, and streaming's own StreamingDataset. Preparing: `data prepare`
-against the tokenizer alone on as many processes. Order: time and memory until the first row of a
-resumed run of 10 and 50 million samples. Rounds alternate, the best of each counts.
+against the tokenizer alone on as many processes. Waiting: the share of the quick start's steps that
+waits for data. Order: time and memory until the first row of a resumed run of 10 and 50 million
+samples. Rounds alternate, the best of each counts. A name (reading, preparing, waiting, order) runs
+that part alone.
 """
 
 import json
 import multiprocessing
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,11 +37,15 @@ VOCAB_SIZE = 32768
 SAMPLES_OF_A_SHARD = 16384
 
 
-def main() -> None:
-    """Run the three benchmarks and print their ratios."""
-    with tempfile.TemporaryDirectory() as folder:
-        bench_reading(Path(folder))
-        bench_preparing(Path(folder))
+def main(parts: list[str]) -> None:
+    """Run some of the benchmarks, or all, and print their ratios."""
+    benches = {"reading": bench_reading, "preparing": bench_preparing, "waiting": bench_waiting}
+    for name, bench in benches.items():
+        if not parts or name in parts:
+            with tempfile.TemporaryDirectory() as folder:
+                bench(Path(folder))
+    if parts and "order" not in parts:
+        return
     for num_samples in (10_000_000, 50_000_000):
         command = [sys.executable, "-m", "tools.bench_data", str(num_samples)]
         print(subprocess.run(command, check=True, capture_output=True, text=True).stdout, end="")
@@ -101,6 +108,22 @@ def bench_preparing(folder: Path) -> None:
         print(f"preparing, {name}, {processes} processes: {speed / 1e6:.2f} M tokens/s")
     ratio = speeds["data prepare"] / speeds["tokenizer alone"]
     print(f"preparing, data prepare / tokenizer alone: {ratio:.2f} (aim 0.9)")
+
+
+def bench_waiting(folder: Path) -> None:
+    """Print the share of a step that waits for data, over the later half of steps of the quick start."""
+    prepare([STDLIB], folder / "set", PrepareOptions(128, 2048))
+    command = [
+        sys.executable, "-m", "megatron_eso", "train", "configs/run/quickstart.yaml",
+        f"folder={folder / 'run'}", f"data.sources=[{{path: '{folder}/set/train'}}]",
+        f"data.validation={{stdlib: '{folder}/set/validation'}}", "train.steps=60",
+        "train.log_every_steps=10", "train.eval_every_steps=null", "eval.num_rows=4",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [one for line in lines if "loss" in (one := json.loads(line)) and one["step"] > 30]
+    share = statistics.mean(one["share_waiting_for_data"] for one in steps)
+    print(f"quick start: {share:.2%} of a step waits for data (aim: below 1 %)")
 
 
 def bench_order(num_samples: int) -> None:
@@ -194,7 +217,7 @@ def manifest_tokens(folder: Path) -> list[int]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if len(sys.argv) == 2 and sys.argv[1].isdigit():
         bench_order(int(sys.argv[1]))
     else:
-        main()
+        main(sys.argv[1:])

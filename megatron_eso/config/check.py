@@ -32,6 +32,7 @@ def violations(config: RunConfig, world_size: int | None = None) -> list[str]:
         _evaluation,
         _baselines,
         _resilience,
+        _data,
     )
     found = [message for rule in rules for message in rule(config)]
     if world_size is not None:
@@ -305,5 +306,25 @@ def _resilience(config: RunConfig) -> Iterator[str]:
     for name in ("keep_last", "local_every_steps"):
         if getattr(checkpoint, name) < 1:
             yield f"checkpoint.{name}={getattr(checkpoint, name)} must be at least 1"
-    if checkpoint.timeout_seconds <= 0:
-        yield f"checkpoint.timeout_seconds={checkpoint.timeout_seconds} must be positive"
+    for name in ("checkpoint.timeout_seconds", "resilience.spike_deviations"):
+        section, key = name.split(".")
+        if getattr(getattr(config, section), key) <= 0:
+            yield f"{name}={getattr(getattr(config, section), key)} must be positive"
+    if checkpoint.keep_every_steps is not None and checkpoint.keep_every_steps < 1:
+        yield (
+            f"checkpoint.keep_every_steps={checkpoint.keep_every_steps} must be at least 1; null keeps "
+            "no milestones"
+        )
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    least = {"num_workers": 0, "prefetch_shards": 0, "retries": 1, "shuffle_block_size": 1,
+             "shuffle_canonical_nodes": 1}  # fmt: skip
+    for name, bound in least.items():
+        if getattr(data, name) < bound:
+            yield f"data.{name}={getattr(data, name)} must be at least {bound}"
+    if data.timeout_seconds <= 0:
+        yield f"data.timeout_seconds={data.timeout_seconds} must be positive"
+    if data.cache_limit_gib is not None and data.cache_limit_gib <= 0:
+        yield f"data.cache_limit_gib={data.cache_limit_gib} must be positive; null sets no bound"

@@ -35,12 +35,17 @@ def write_partitions(
                 f"continuing: {len(partitions) - len(left)} of {len(partitions)} parts done"
             )
         progress.begin(sum(partition.num_bytes for partition in left))
-    if num_processes == 1 or len(left) <= 1:
-        report = progress.add if progress is not None else _report_nothing
-        for partition in left:
-            write_partition(partition, preparation, report)
-    else:
-        _run_pool(left, preparation, num_processes, progress)
+    try:
+        if num_processes == 1 or len(left) <= 1:
+            report = progress.add if progress is not None else _report_nothing
+            for partition in left:
+                write_partition(partition, preparation, report)
+        else:
+            _run_pool(left, preparation, num_processes, progress)
+    except KeyboardInterrupt:
+        if progress is not None:
+            progress.say("interrupted: finished parts are kept, the same command continues")
+        raise
     if progress is not None:
         progress.finish()
 

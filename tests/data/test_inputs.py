@@ -1,6 +1,7 @@
 """Inputs of every kind give the same rows, bad ones an error that names file and line."""
 
 import gzip
+import io
 import json
 import multiprocessing
 import os
@@ -10,9 +11,11 @@ import time
 import numpy as np
 import pytest
 
+from megatron_eso.data import workers
 from megatron_eso.data.documents import documents_of
 from megatron_eso.data.manifest import load_manifest
 from megatron_eso.data.prepare import prepare
+from megatron_eso.data.progress import Progress
 from megatron_eso.data.reader import ValidationReader
 from megatron_eso.data.sources import find_files, partitions_of
 from megatron_eso.data.tokenizer import PIECE_CHARACTERS, Tokenizer, pieces_of
@@ -211,6 +214,25 @@ def test_rows_do_not_depend_on_the_number_of_processes_nor_on_being_killed(prepa
         expected = rows(tmp_path / "one" / split)
         assert np.array_equal(rows(tmp_path / "two" / split), expected)
         assert np.array_equal(rows(tmp_path / "killed" / split), expected)
+
+
+def test_an_interruption_says_that_the_same_command_continues(
+    prepared, corpus, tmp_path, monkeypatch
+):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workers, "write_partition", interrupted)
+    said = io.StringIO()
+    arguments = {"tokenizer": str(prepared / "tokenizer.json"), "num_processes": 1}
+    with pytest.raises(KeyboardInterrupt):
+        prepare(
+            [str(corpus)], tmp_path / "set", options(), progress=Progress(stream=said), **arguments
+        )
+    assert "the same command continues" in said.getvalue()
+    monkeypatch.undo()
+    prepare([str(corpus)], tmp_path / "set", options(), **arguments)
+    assert np.array_equal(rows(tmp_path / "set" / "train"), rows(prepared / "train"))
 
 
 def test_an_output_without_permission_or_space_is_named(prepared, corpus, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The reader: rows by (step, row) alone, whoever reads which and with how many threads."""
 
+import multiprocessing
 import shutil
 from collections import Counter
 
@@ -105,6 +106,32 @@ def test_the_rows_of_any_step_are_the_samples_that_the_order_names(many_shards, 
             expected = written[source].read([sample])
             assert np.array_equal(read.tokens[row], expected.tokens[0])
             assert np.array_equal(read.is_valid[row], expected.is_valid[0])
+
+
+def send_rows(pipe, path, rows=None):
+    """Send rows of two steps from a child process, by the parent's reader or by one of its own."""
+    rows = rows or reader((path, 1), num_workers=2)
+    pipe.send([rows.read(step, range(BATCH)).tokens for step in (3, 4)])
+    rows.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_child_process_of_either_start_method_reads_the_same_rows(many_shards, method):
+    rows = reader((many_shards / "train", 1), num_workers=2)
+    expected = [rows.read(step, range(BATCH)).tokens for step in (3, 4)]
+    context = multiprocessing.get_context(method)
+    ours, theirs = context.Pipe(duplex=False)
+    # A forked child inherits the reader, its open shards and planned reads, but not its threads.
+    own = (rows,) if method == "fork" else ()
+    child = context.Process(target=send_rows, args=(theirs, many_shards / "train", *own))
+    child.start()
+    assert ours.poll(60)
+    assert np.array_equal(ours.recv(), expected)
+    child.join(30)
+    assert child.exitcode == 0
+    assert np.array_equal(rows.read(4, range(BATCH)).tokens, expected[1])
+    rows.close()
 
 
 def test_rows_once_read_do_not_change_when_others_are(prepared):
