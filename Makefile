@@ -21,7 +21,7 @@ test: $(VENV)/ready ## all tests but those on a real Slurm cluster
 
 test-slurm: $(VENV)/ready ## the tests on a real Slurm cluster on this machine (installs its daemons)
 	bash tools/install_slurm.sh
-	$(BIN)/python -m pytest tests -q -m slurm
+	$(BIN)/python -m pytest tests/slurm_cluster -q -n 3 --dist loadfile --durations=5
 
 check: $(VENV)/ready ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Install Slurm's daemons for the tests marked `slurm`, without starting any of them. Debian or
-# Ubuntu, as root; elsewhere it says why nothing was done and exits 0, and those tests skip.
+# Install Slurm's daemons for the tests marked `slurm`, without starting any of them, and what the
+# stand-in for pyxis is compiled with. Debian or Ubuntu, as root; elsewhere it says why nothing was
+# done and exits 0, and those tests skip.
 set -uo pipefail
-if [ -x /usr/sbin/slurmctld ] && [ -x /usr/sbin/slurmd ] && command -v sbatch ip >/dev/null; then
+if [ -x /usr/sbin/slurmctld ] && [ -x /usr/sbin/slurmd ] && command -v sbatch >/dev/null &&
+    command -v ip >/dev/null && command -v gcc >/dev/null && [ -e /usr/include/slurm/spank.h ]; then
     echo "Slurm is here: $(dpkg-query -W -f '${Version}' slurmd 2>/dev/null)"
     exit 0
 fi
@@ -19,7 +21,7 @@ if [ ! -e "$policy" ]; then
 fi
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq &&
-    apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client iproute2 >/dev/null &&
+    apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client iproute2 gcc libc6-dev libslurm-dev >/dev/null &&
     echo "installed $(dpkg-query -W -f '${Version}' slurmd 2>/dev/null)" ||
     echo "NO SLURM: apt-get could not install it; the tests marked slurm will be skipped" >&2
 exit 0

@@ -39,13 +39,25 @@ def submit(
 
     from megatron_eso.launch import submit as launcher
     from megatron_eso.launch.profile import load_profile
+    from megatron_eso.plan.fit import plan_lines, require_time_for_a_checkpoint
 
     given = overrides or []
     own = [o.removeprefix("cluster.") for o in given if o.startswith("cluster.")]
     own += [f"nodes={nodes}"] if nodes else []
     rest = [o for o in given if not o.startswith("cluster.")]
     tasks = [shlex.split(task) for task in sweep] if sweep else None
-    plan = launcher.prepare(config, rest, load_profile(cluster, own), tasks)
+    profile = load_profile(cluster, own)
+    plan = launcher.prepare(config, rest, profile, tasks)
+    require_time_for_a_checkpoint(
+        plan.config,
+        gb_per_second=profile.checkpoint_gb_per_second,
+        signal_seconds=profile.survival.signal_seconds,
+    )
+    if profile.hardware:
+        for line in plan_lines(
+            plan.config, profile.nodes * profile.tasks_per_node, profile.hardware
+        ):
+            typer.echo(line, err=True)
     if dry_run:
         typer.echo(plan.script)
         return

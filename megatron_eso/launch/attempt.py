@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_eso.launch import lease
+from megatron_eso.launch.pairs import slow_nodes
 from megatron_eso.launch.records import Records, read_json, write_json
 
+# slurm-gcp's words for a spot machine that was taken back: the node boots again and is not sick.
+_BLAMELESS = "Preempted instance"
 _DOWN = ("down", "drain", "fail", "error", "unknown", "power")
 
 
@@ -86,7 +89,7 @@ def _reason(ending: Ending, state: str) -> str:
     return "the ranks ended without a word (crash, out of memory, or a lost node)"
 
 
-def begin(records: Records, attempt: str, nodes: list[str]) -> str:
+def begin(records: Records, attempt: str, nodes: list[str], started: float | None = None) -> str:
     """Return ``go``, or ``done`` if the run has finished; see the module's text."""
     status = records.status()
     if status.get("state") == "finished":
@@ -102,20 +105,22 @@ def begin(records: Records, attempt: str, nodes: list[str]) -> str:
         print(f"bad node {node}: {why}", file=sys.stderr)
     step = records.checkpoint_step()
     records.set_state(status_before=status.get("updated"), step_before=step)
-    records.add_event(attempt, "begin", nodes=nodes, step=step)
+    records.add_event(attempt, "begin", nodes=nodes, step=step, started=started)
     return "go"
 
 
-def choose(records: Records, attempt: str, nodes: list[str], need: int, checked: bool) -> str:
+def choose(
+    records: Records,
+    attempt: str,
+    nodes: list[str],
+    need: int,
+    checked: bool,
+    min_gb_per_second: float = 0.0,
+) -> str:
     """Return the nodes that train, in Slurm's order, or what to do if too few are healthy."""
-    sick: dict[str, str] = {}
-    if checked:
-        for node in nodes:
-            report = read_json(records.folder / "health" / attempt / f"{node}.json")
-            problems = report.get("problems", ["gave no answer to the health check"])
-            if problems:
-                sick[node] = "; ".join(problems)
-                print(f"bad node {node}: {sick[node]}", file=sys.stderr)
+    sick = _sick(records, attempt, nodes, min_gb_per_second) if checked else {}
+    for node, why in sick.items():
+        print(f"bad node {node}: {why}", file=sys.stderr)
     state = records.state()
     records.add_bad_nodes(sick, state.get("bad_node_hours", 24.0))
     listed = records.bad_nodes()
@@ -134,8 +139,29 @@ def choose(records: Records, attempt: str, nodes: list[str], need: int, checked:
     return f"{verb} {','.join(sorted(listed))}"
 
 
+def _sick(records: Records, attempt: str, nodes: list[str], minimum: float) -> dict[str, str]:
+    """Return the nodes that failed their checks, and why."""
+    folder = records.folder / "health" / attempt
+    sick: dict[str, str] = {}
+    for node in nodes:
+        report = read_json(folder / f"{node}.json")
+        problems = report.get("problems", ["gave no answer to the health check"])
+        if problems:
+            sick[node] = "; ".join(problems)
+    if minimum and len(nodes) > 1:
+        speeds = {node: read_json(folder / f"{node}.pairs.json") for node in nodes}
+        sick |= slow_nodes(speeds, [node for node in nodes if node not in sick], minimum)
+    return sick
+
+
 def end(records: Records, attempt: str, options: argparse.Namespace) -> str:
     """Return what the batch script does now."""
+    held = lease.read(records.run / "checkpoints")
+    if held and held["owner"] != attempt:
+        # This attempt's node was cut off and Slurm started the job elsewhere: a requeue from here
+        # would end the new attempt, and the records are its now.
+        print(f"leave: a newer attempt, {held['owner']}, is at work", file=sys.stderr)
+        return "leave"
     state, status = records.state(), records.status()
     troubles = {n: w for n, w in node_troubles().items() if n in options.nodes.split(",")}
     reported = read_json(records.folder / "node_faults.json")
@@ -167,12 +193,15 @@ def end(records: Records, attempt: str, options: argparse.Namespace) -> str:
 
 
 def node_troubles() -> dict[str, str]:
-    """Return the nodes that Slurm calls down or drained, with its reason."""
+    """Return the nodes that Slurm calls down or drained, with its reason.
+
+    Without spot machines that were taken back: in a day, a run would forbid itself all its nodes.
+    """
     done = subprocess.run(["sinfo", "-hN", "-o", "%N|%T|%E"], capture_output=True, text=True)
     found = {}
     for line in done.stdout.splitlines():
         node, state, reason = line.split("|", 2)
-        if state.startswith(_DOWN) or state.endswith("*"):
+        if (state.startswith(_DOWN) or state.endswith("*")) and _BLAMELESS not in reason:
             found[node] = f"Slurm says {state} ({reason})"
     return found
 
@@ -202,13 +231,16 @@ def main() -> None:
     for name in ("need", "checked", "code", "term", "usr1", "max-attempts",
                  "in-job-left"):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=0)
+    parser.add_argument("--min-gb-per-second", type=float, default=0.0)
+    parser.add_argument("--started", type=float, help="time of the job script's first line")
     parser.add_argument("--bad-node-hours", type=float, default=24.0)
     options = parser.parse_args()
     records, nodes = Records(options.run), options.nodes.split(",")
     if options.verb == "begin":
-        print(begin(records, options.attempt, nodes))
+        print(begin(records, options.attempt, nodes, options.started))
     elif options.verb == "choose":
-        print(choose(records, options.attempt, nodes, options.need, bool(options.checked)))
+        print(choose(records, options.attempt, nodes, options.need, bool(options.checked),
+                     options.min_gb_per_second))  # fmt: skip
     elif options.verb == "launching":
         records.add_event(options.attempt, "launching", nodes=nodes)
     elif options.verb == "chained":

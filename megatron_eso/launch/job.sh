@@ -1,6 +1,7 @@
 # ----- below this line every job is the same text: megatron_eso/launch/job.sh -----
 # No `set -e`: the script must live to decide about the requeue.
 set -uo pipefail
+started=$EPOCHREALTIME
 ATTEMPT="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 export MEGATRON_ESO_ATTEMPT="$ATTEMPT" PYTHONPATH="$CODE" PYTHONSAFEPATH=1
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
@@ -41,11 +42,28 @@ act() { # a decision of the helper: done | leave | requeue [NODES] | hold [NODES
 }
 
 cd "$SUBMIT_FOLDER" || { say "the node cannot see $SUBMIT_FOLDER"; exit 1; }
-mapfile -t hosts < <(if [ -n "${SLURM_HOSTFILE:-}" ]; then sort -u "$SLURM_HOSTFILE"; else scontrol show hostnames "$SLURM_JOB_NODELIST"; fi)
+# The order of the ranks' nodes is the topology's: Slurm's own, or a site's file (one line a node or a task).
+mapfile -t hosts < <(if [ -n "${SLURM_HOSTFILE:-}" ]; then awk '!seen[$0]++' "$SLURM_HOSTFILE"; else scontrol show hostnames "$SLURM_JOB_NODELIST"; fi)
+has_order=${SLURM_HOSTFILE:+1}
+unset SLURM_HOSTFILE
 all_hosts=$(IFS=,; echo "${hosts[*]}")
 say "nodes $all_hosts"
-begun=$(helper begin --nodes "$all_hosts") || { say "cannot begin"; exit 1; }
+begun=$(helper begin --nodes "$all_hosts" --started "$started") || { say "cannot begin"; exit 1; }
 [ "$begun" = go ] || act "$begun"
+
+# The network plugin's libraries, set inside the container.
+# shellcheck disable=SC2016
+library_script='
+[ -z "${RANK_LIBRARY_PATH:-}" ] || export LD_LIBRARY_PATH=$RANK_LIBRARY_PATH${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+'
+measure_pairs() { # all-reduces between neighbours, in the ranks' own container and network
+    set_network
+    set_container
+    timeout --kill-after=10 "$HEALTH_TIMEOUT" srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" \
+        --ntasks-per-node=1 --kill-on-bad-exit=0 "${SRUN_ARGUMENTS[@]}" "${CONTAINER[@]}" \
+        bash -c "$library_script exec \"\$@\"" pair "${WRAP[@]}" "$PYTHON" -m megatron_eso.parallel.pair_bandwidth \
+        --folder "$RUN/slurm/health/$ATTEMPT" --nodes "$all_hosts" --port "$((20000 + SLURM_JOB_ID * 13 % 10000))"
+}
 
 choose_nodes() { # sets chosen; sick nodes stay out
     chosen=$all_hosts
@@ -54,7 +72,9 @@ choose_nodes() { # sets chosen; sick nodes stay out
             --ntasks-per-node=1 --kill-on-bad-exit=0 \
             "$HOST_PYTHON" -m megatron_eso.launch.health --run "$RUN" --attempt "$ATTEMPT" "${HEALTH_ARGUMENTS[@]}"
     fi
-    choice=$(helper choose --nodes "$all_hosts" --need "$TRAIN_NODES" --checked "$HEALTH") || { say "cannot choose nodes"; exit 1; }
+    [ "$HEALTH" = 0 ] || [ "$MIN_PAIR_SPEED" = 0 ] || [ "${#hosts[@]}" = 1 ] || measure_pairs
+    choice=$(helper choose --nodes "$all_hosts" --need "$TRAIN_NODES" --checked "$HEALTH" \
+        --min-gb-per-second "$MIN_PAIR_SPEED") || { say "cannot choose nodes"; exit 1; }
     read -r verb chosen <<<"$choice"
     # shellcheck disable=SC2086
     [ "$verb" = run ] || { [ "$term" = 1 ] && exit 1; act $choice; }
@@ -73,9 +93,8 @@ choose_nodes() { # sets chosen; sick nodes stay out
 # kill the ranks that are still saving. Signals are ignored until the trainer catches them (it would
 # die of them), and repeated, so that one that came too early is not lost.
 # shellcheck disable=SC2016
-rank_script='
+rank_script=$library_script'
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
-[ -z "${RANK_LIBRARY_PATH:-}" ] || export LD_LIBRARY_PATH=$RANK_LIBRARY_PATH${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 (trap "" TERM USR1; exec "$@") & pid=$!
 pass_on() { while kill -s "$1" "$pid" 2>/dev/null; do sleep 5; done & }
 trap "pass_on TERM" TERM; trap "pass_on USR1" USR1
@@ -87,13 +106,23 @@ wait "$pid"; code=$?
 [ "$code" = 75 ] && code=0
 exit "$code"'
 export POLL_METADATA RANK_PYTHON="$PYTHON"
+place_ranks() { # sets placement
+    placement=(--ntasks-per-node="$TASKS_PER_NODE" --nodelist="$chosen")
+    [ -n "$has_order" ] || return 0
+    local file=$RUN/slurm/hosts.$ATTEMPT host task
+    for host in ${chosen//,/ }; do
+        for ((task = 0; task < TASKS_PER_NODE; task++)); do echo "$host"; done
+    done >"$file"
+    placement=(--distribution=arbitrary --nodelist="$file")
+}
 run_ranks() { # sets code
     code=1
     if [ "$usr1" = 0 ] && [ "$term" = 0 ]; then
         helper launching --nodes "$chosen"
-        srun --nodes="$TRAIN_NODES" --ntasks="$((TRAIN_NODES * TASKS_PER_NODE))" --ntasks-per-node="$TASKS_PER_NODE" \
-            --nodelist="$chosen" --kill-on-bad-exit=1 --wait=120 \
-            "${SRUN_ARGUMENTS[@]}" "${CONTAINER[@]}" bash -c "$rank_script" rank "${TRAIN[@]}" &
+        place_ranks
+        srun --nodes="$TRAIN_NODES" --ntasks="$((TRAIN_NODES * TASKS_PER_NODE))" \
+            "${placement[@]}" --kill-on-bad-exit=1 --wait=120 \
+            "${SRUN_ARGUMENTS[@]}" "${CONTAINER[@]}" bash -c "$rank_script" rank "${WRAP[@]}" "${TRAIN[@]}" &
         srun_pid=$!
         while kill -0 "$srun_pid" 2>/dev/null; do wait "$srun_pid"; done # a trapped signal ends `wait` early
         wait "$srun_pid"

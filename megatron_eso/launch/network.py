@@ -70,9 +70,10 @@ network_mounts=()
 
 NETWORKS = {"plain": _PLAIN, "tcpx": _TCPX, "tcpxo": _TCPXO, "gib": _GIB}
 
+# set_container sets CONTAINER, options of srun, and WRAP, words before a rank's command.
 _NO_CONTAINER = """\
 set_container() { :; }
-CONTAINER=()
+CONTAINER=() WRAP=()
 """
 
 # The host's values of these variables must win over the image's, hence --container-env.
@@ -84,21 +85,21 @@ set_container() {
     CONTAINER=(--container-image="$IMAGE" --container-env="$names" --container-mounts="${mounts%,}"
         --container-workdir="$SUBMIT_FOLDER")
 }
-CONTAINER=()
+CONTAINER=() WRAP=()
 """
 
 _APPTAINER = """\
 set_container() {
     local mount
-    TRAIN=("$IMAGE" "${TRAIN[@]}")
+    WRAP=(apptainer exec --nv --pwd "$SUBMIT_FOLDER")
     for mount in "$RUN:$RUN" "$SUBMIT_FOLDER:$SUBMIT_FOLDER" "${network_mounts[@]}" "${MOUNTS[@]}"; do
-        TRAIN=(--bind "$mount" "${TRAIN[@]}")
+        WRAP+=(--bind "$mount")
     done
-    TRAIN=(apptainer exec --nv --pwd "$SUBMIT_FOLDER" "${TRAIN[@]}")
+    WRAP+=("$IMAGE")
     # The rank's own shell runs on the host.
     export RANK_PYTHON="$HOST_PYTHON"
 }
-CONTAINER=()
+CONTAINER=() WRAP=()
 """
 
 CONTAINERS = {"none": _NO_CONTAINER, "pyxis": _PYXIS, "apptainer": _APPTAINER}

@@ -5,6 +5,7 @@
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -41,8 +42,11 @@ class HealthConfig:
     """A command of the site, run by bash on each node; a non-zero exit means sick."""
     max_clock_skew_seconds: float = 30.0
     """Largest difference between a node's clock and the shared file system's; above it, sick."""
+    min_pair_gb_per_second: float = 0.0
+    """All-reduce speed in GB/s between one process of a node and one of its neighbour; a node below it
+    with both neighbours is sick. 0: not measured, as it costs a start of torch on every node."""
     timeout_seconds: int = 120
-    """Limit for the check of all nodes; a node that has not answered by then is sick."""
+    """Limit for the check of all nodes, and again for their pairs; a silent node is sick."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,11 @@ class ClusterProfile:
     """Python 3.11+ of the batch script's helpers on the nodes; standard library only."""
     network: Literal["plain", "tcpx", "tcpxo", "gib"] = "plain"
     """plain: NCCL as it is; tcpx: A3 High; tcpxo: A3 Mega; gib: A3 Ultra."""
+    hardware: str = ""
+    """Hardware profile of the planner (configs/hardware): `submit` refuses a run that does not fit into
+    the GPUs' memory and shows the planner's warnings. Empty: not asked."""
+    checkpoint_gb_per_second: float = 1.0
+    """Speed at which all nodes together write a checkpoint; signal_seconds must leave time for one."""
     shared_folders: list[str] = field(default_factory=list)
     """Folders that login and compute nodes share; runs elsewhere are refused. Empty: not checked."""
     boot_minutes: int = 0
@@ -156,21 +165,31 @@ def minutes_of(limit: str) -> float:
     return first + second / 60
 
 
-def _problems(profile: ClusterProfile):
+def _problems(profile: ClusterProfile) -> Iterator[str]:
+    yield from _wrong_numbers(profile)
+    yield from _wrong_words(profile)
+
+
+def _wrong_numbers(profile: ClusterProfile) -> Iterator[str]:
     survival = profile.survival
     for name in ("nodes", "tasks_per_node", "cpus_per_task"):
         if getattr(profile, name) < 1:
             yield f"{name}={getattr(profile, name)} must be at least 1"
+    if profile.checkpoint_gb_per_second <= 0:
+        yield f"checkpoint_gb_per_second={profile.checkpoint_gb_per_second:g} must be positive"
     if survival.spare_nodes < 0 or profile.gpus_per_node < 0:
         yield "spare_nodes and gpus_per_node must not be negative"
-    if profile.container.runtime != "none" and not profile.container.image:
-        yield f"container.runtime={profile.container.runtime} needs container.image"
     limit = minutes_of(profile.time_limit)
     if limit * 60 <= survival.signal_seconds + 120:
         yield (
             f"time_limit={profile.time_limit} ({limit:g} min) leaves no time to train before "
             f"survival.signal_seconds={survival.signal_seconds}; use a longer limit"
         )
+
+
+def _wrong_words(profile: ClusterProfile) -> Iterator[str]:
+    if profile.container.runtime != "none" and not profile.container.image:
+        yield f"container.runtime={profile.container.runtime} needs container.image"
     for option in (*profile.directives, *profile.srun_arguments):
         if not re.fullmatch(r"--?[A-Za-z][\w-]*(=[^\x00-\x1f\x7f]*)?", option):
             yield f"option {option!r} must be of the form --name=value, on one line"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_eso.launch import slurm
+from megatron_eso.launch.events import read_events
 from megatron_eso.launch.records import Records, read_json
 
 _TAIL_BYTES = 4096
@@ -62,6 +63,50 @@ def goodput(events: list[dict], *, step: int, is_running: bool, now: float) -> G
     return Goodput(finish - events[0]["time"], in_job, training, len(attempts), step)
 
 
+@dataclass(frozen=True)
+class StartUp:
+    """From the first line of the job script to the first collective, in seconds."""
+
+    attempt: str
+    checks: float
+    """Helpers and node checks, until srun starts the ranks."""
+    imports: float
+    """srun, container, Python's imports on rank 0."""
+    joining: float
+    """Process groups and the first exchange between all ranks."""
+
+    def line(self) -> str:
+        """Return the report."""
+        whole = self.checks + self.imports + self.joining
+        return (
+            f"{whole:.1f} s to the first collective of attempt {self.attempt}: node checks "
+            f"{self.checks:.1f}, starting ranks {self.imports:.1f}, joining {self.joining:.1f}"
+        )
+
+
+def start_up(events: list[dict], ledger: list[dict]) -> StartUp | None:
+    """Return the start-up of the newest attempt whose ranks met; None if there is none.
+
+    Args:
+        events: RUN/slurm/attempts.jsonl.
+        ledger: RUN/events.jsonl, whose ``setup`` entries rank 0 writes. Both are wall clocks, of the
+            first node and of rank 0's, which are the same machine in most jobs.
+    """
+    found = None
+    for index, launch in enumerate(events):
+        if launch["event"] != "launching" or events[index - 1]["event"] != "begin":
+            continue  # ranks that start again within an attempt find imports in the page cache
+        started = events[index - 1].get("started")
+        later = next((e["time"] for e in events[index + 1 :]), float("inf"))
+        met = [e for e in ledger if e["event"] == "setup" and launch["time"] < e["time"] < later]
+        if started and met and "joined" in met[0]:
+            checks = launch["time"] - started
+            imports = met[0]["began"] - launch["time"]
+            joining = met[0]["joined"] - met[0]["began"]
+            found = StartUp(launch["attempt"], checks, imports, joining)
+    return found
+
+
 def one_line(run: Path, job: slurm.QueuedJob | None, now: float) -> str:
     """Return the overview line of a run."""
     status = read_json(run / "status.json")
@@ -85,7 +130,13 @@ def describe(run: Path, job: slurm.QueuedJob | None, now: float) -> list[str]:
             why += f"; up to {submitted['boot_minutes']} min is normal here"
         lines += [f"          {why}"] if why else []
     elif number:
-        lines.append(f"job       {number} {slurm.final_state(number) or 'has left the queue'}")
+        final = slurm.final_state(number)
+        lines.append(f"job       {number} {final or 'has left the queue'}")
+        if final and not list(run.glob("slurm-*.out")):
+            lines.append(
+                "          it wrote no output: do the nodes see this folder? "
+                "(cluster.shared_folders lists those they do)"
+            )
     lines.append(f"progress  {_progress(run, status)}")
     if "updated" in status:
         lines.append(f"updated   {_clock(now - status['updated'])} ago, state {status['state']}")
@@ -102,6 +153,8 @@ def describe(run: Path, job: slurm.QueuedJob | None, now: float) -> list[str]:
     spent = goodput(
         records.events(), step=kept, is_running=bool(job and job.state == "RUNNING"), now=now
     )
+    begun = start_up(records.events(), read_events(run))
+    lines += [f"start-up  {begun.line()}"] if begun else []
     return lines + ([f"goodput   {line}" for line in spent.lines()] if spent else [])
 
 

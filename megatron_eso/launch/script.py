@@ -114,6 +114,7 @@ def _variables(profile: ClusterProfile, job: Job) -> list[str]:
         "TASKS_PER_NODE": profile.tasks_per_node,
         "SRUN_ARGUMENTS": profile.srun_arguments,
         "HEALTH": int(health.enabled),
+        "MIN_PAIR_SPEED": f"{health.min_pair_gb_per_second:g}",
         "HEALTH_TIMEOUT": health.timeout_seconds,
         "HEALTH_ARGUMENTS": arguments,
         "REQUEUE": survival.requeue,

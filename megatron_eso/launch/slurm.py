@@ -12,7 +12,7 @@ from megatron_eso.errors import ClusterError
 
 QUEUE_FORMAT = "%i|%T|%r|%R|%M|%S|%k|%Z"
 SINFO_FORMAT = "%R|%a|%D|%T|%G|%l|%c|%m"
-_SACCT_FIELDS = "JobIDRaw,State,ExitCode,Start,End,NodeList"
+SACCT_FIELDS = "JobIDRaw,State,ExitCode,Start,End,NodeList"
 
 EXPLANATIONS = {
     "BeginTime": "requeued; Slurm waits for the old credential to expire (up to 2-10 min); "
@@ -30,6 +30,7 @@ EXPLANATIONS = {
     "PartitionTimeLimit": "time_limit is longer than the partition allows",
     "Resources": "waits for free nodes",
     "Priority": "other jobs go first",
+    "JobArrayTaskLimit": "as many tasks of the array run as --throttle allows",
     "Dependency": "waits for its predecessor",
     "DependencyNeverSatisfied": "its predecessor failed, so it will never start; cancel it",
     "AssocGrpBillingMinutes": "the account has used up its budget",
@@ -41,10 +42,11 @@ _REFUSALS = (
     ("invalid partition", "the partition does not exist; set partition= to one that sinfo lists"),
     ("Invalid account", "the account may not be used here; set account= and partition="),
     ("Invalid qos", "the QOS does not exist or is not allowed; set qos="),
+    ("policy", "a limit of the account or QOS is reached; `sacctmgr show assoc` and `show qos` list them"),
+    ("Invalid --time", "time_limit is no Slurm time; write minutes, H:M:S or D-H:M:S"),
     ("time limit", "time_limit is longer than the partition or QOS allows"),
     ("More processors requested", "more CPUs or nodes than the partition has"),
     ("Node count specification invalid", "more nodes than the partition has; lower nodes="),
-    ("policy", "a limit of the account or QOS is reached"),
     ("Unable to contact slurm controller", "Slurm's controller does not answer; is it running?"),
 )  # fmt: skip
 
@@ -162,7 +164,7 @@ def parse_record(text: str) -> dict[str, str]:
 
 def parse_accounting(text: str) -> list[dict[str, str]]:
     """Return the attempts of ``sacct -DXnP``, oldest first."""
-    names = _SACCT_FIELDS.split(",")
+    names = SACCT_FIELDS.split(",")
     rows = [line.split("|") for line in text.splitlines()]
     return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
 
@@ -170,7 +172,7 @@ def parse_accounting(text: str) -> list[dict[str, str]]:
 def accounting(job: str) -> list[dict[str, str]]:
     """Return the attempts of a job from sacct; empty on a cluster without accounting."""
     try:
-        return parse_accounting(command("sacct", "-DXnP", "-j", job, "-o", _SACCT_FIELDS))
+        return parse_accounting(command("sacct", "-DXnP", "-j", job, "-o", SACCT_FIELDS))
     except ClusterError:
         return []
 
@@ -188,7 +190,8 @@ def explain(job: QueuedJob) -> str:
     """Return what a job waits for, in a sentence."""
     if job.state == "CONFIGURING":
         return "its nodes are booting"
-    text = EXPLANATIONS.get(job.reason, "")
+    # squeue writes some reasons with spaces, scontrol the same ones with underscores
+    text = EXPLANATIONS.get(job.reason, EXPLANATIONS.get(job.reason.replace(" ", "_"), ""))
     if not text and job.reason.startswith("ReqNodeNotAvail"):
         text = EXPLANATIONS["ReqNodeNotAvail"]
     return text or ("" if job.reason == "None" else job.reason)

@@ -58,6 +58,11 @@ def prepare(
             f"folder={run} is not on a file system that the nodes of {profile.name} see "
             f"({', '.join(shared)}); set folder= to a place below one of them"
         )
+    if not shared and _file_system(run) in ("tmpfs", "ramfs"):
+        raise ClusterError(
+            f"folder={run} is on a {_file_system(run)}, memory of this machine that no other node sees: "
+            "set folder= to a shared file system, or name it in cluster.shared_folders"
+        )
     config = replace(config, folder=str(run))
     lines = None
     if sweep is not None:
@@ -167,6 +172,23 @@ def _arguments(plan: Plan, *, throttle: int, chdir: bool = True) -> list[str]:
         arguments.append(f"--array=0-{len(plan.job.sweep) - 1}{limit}")
         arguments.append("--output=%a/slurm-%A_%a.out")
     return arguments
+
+
+def _file_system(path: Path) -> str:
+    """Return the type of the file system a path is on, or would be; '' where /proc does not tell."""
+    while not path.exists():
+        path = path.parent
+    device = path.stat().st_dev
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in mounts:
+        words, _, about = line.partition(" - ")
+        if words.split()[2] == number:
+            return about.split()[0]
+    return ""
 
 
 def _lock(run: Path) -> Path:

@@ -55,7 +55,7 @@ class Run:
         self.session = session = build_session(config, ranks)
         self.folder = RunFolder(Path(config.folder))
         self._create_folder()
-        self._note("setup", began=begin)
+        self._note("setup", began=begin, joined=session.joined)
         # One rank whose store, cache or disk fails must not leave the others waiting for it.
         self.reader = together(lambda: _open_rows(config), session.torch_device)
         together(self._keep_tokenizer, session.torch_device)

@@ -5,6 +5,7 @@ follow from the step.
 """
 
 import os
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ from megatron_eso.parallel.device import (
     choose_device,
     start_process_group,
 )
+from megatron_eso.parallel.exchange import any_rank
 from megatron_eso.parallel.groups import Layout, build_groups
 from megatron_eso.parallel.matmul_speed import faster_cpu_dtype
 from megatron_eso.parallel.moving_average import MovingAverage
@@ -69,6 +71,8 @@ class Session:
     average: MovingAverage | None
     state: TrainState
     clock: PassClock
+    joined: float
+    """Time (wall clock) at which the first exchange between all ranks was done."""
 
     @property
     def replica(self) -> Replica:
@@ -108,6 +112,8 @@ def build_session(config: RunConfig, ranks: Ranks, *, for_training: bool = True)
         for_training: also build gradient buffers, optimizer and moving average.
     """
     config, device, layout = start_ranks(config, ranks)
+    any_rank([False], device.torch_device)
+    joined = time.time()
     chunks: list[Any]
     chunks, settings = build_chunks(config, layout, device.torch_device)
     initialize(chunks, config.model, seed=config.train.seed)
@@ -129,6 +135,7 @@ def build_session(config: RunConfig, ranks: Ranks, *, for_training: bool = True)
         average=average,
         state=TrainState(),
         clock=clock,
+        joined=joined,
     )
 
 

@@ -78,6 +78,17 @@ def test_nodes_lost_since_the_last_attempt_are_remembered(tmp_path, monkeypatch)
     assert set(records.bad_nodes()) == {"b"}
 
 
+def test_a_spot_machine_that_was_taken_back_is_not_sick(tmp_path, monkeypatch):
+    lines = "a|down|Preempted instance\nb|down*|Not responding\nc|idle|none\nd|drained|Prolog error"
+    sinfo = tmp_path / "sinfo"
+    sinfo.write_text(f"#!/bin/sh\ncat <<END\n{lines}\nEND\n")
+    sinfo.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert attempt.node_troubles() == {
+        "b": "Slurm says down* (Not responding)", "d": "Slurm says drained (Prolog error)"
+    }  # fmt: skip
+
+
 def health(records, name, node, *problems):
     folder = records.folder / "health" / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,6 +150,19 @@ def test_ranks_that_failed_start_again_in_the_job_while_it_may(tmp_path, monkeyp
     assert records.state()["without_progress"] == 2
     options.in_job_left = 5
     assert attempt.end(records, "1.0", options).startswith("hold")  # a crash loop is one here too
+
+
+def test_the_script_of_a_cut_off_attempt_leaves_the_new_one_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(attempt, "node_troubles", lambda: {"a": "down"})
+    records = Records(tmp_path)
+    attempt.begin(records, "1.0", ["a"])
+    attempt.begin(records, "1.1", ["b"])
+    written = [path.read_text() for path in sorted(records.folder.glob("*.json*"))]
+    options = argparse.Namespace(
+        nodes="a", bad_node_hours=1.0, term=0, usr1=1, max_attempts=3, code=4, in_job_left=5
+    )
+    assert attempt.end(records, "1.0", options) == "leave"
+    assert [path.read_text() for path in sorted(records.folder.glob("*.json*"))] == written
 
 
 @pytest.mark.parametrize("signal", ["usr1", "term"])

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_eso.launch import metadata
 from megatron_eso.launch.health import problems
+from megatron_eso.launch.pairs import rounds, slow_nodes
 
 
 def check(folder, **changes):
@@ -34,6 +35,46 @@ def test_every_problem_is_named(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_a_problem():
     assert "cannot write" in check(Path("/proc"))[0]
+
+
+@pytest.mark.parametrize("number", [2, 3, 4, 5, 8])
+def test_every_pair_of_neighbours_meets_once_and_no_node_is_in_two_pairs_at_a_time(number):
+    found = rounds(number)
+    pairs = [pair for one in found for pair in one]
+    expected = {frozenset((i, (i + 1) % number)) for i in range(number)}
+    assert {frozenset(pair) for pair in pairs} == expected and len(pairs) == len(expected)
+    assert all(len({n for pair in one for n in pair}) == 2 * len(one) for one in found)
+    assert len(found) <= 3
+
+
+def speeds(nodes, slow=(), silent=()):
+    """Return the reports of a ring in which some nodes are slow and some write nothing."""
+    reports = {node: {} for node in nodes}
+    for one, other in [p for pairs in rounds(len(nodes)) for p in pairs]:
+        a, b = nodes[one], nodes[other]
+        entry = {"gb_per_second": 0.1 if {a, b} & set(slow) else 10.0}
+        if {a, b} & set(silent):
+            entry = {"error": "timed out"}
+        reports[a][b] = reports[b][a] = entry
+    return {node: {} if node in silent else entry for node, entry in reports.items()}
+
+
+def test_the_node_that_is_slow_with_both_neighbours_is_the_slow_one():
+    nodes = ["a", "b", "c", "d"]
+    assert slow_nodes(speeds(nodes), nodes, 1.0) == {}
+    found = slow_nodes(speeds(nodes, slow=["b"]), nodes, 1.0)
+    assert found.keys() == {"b"}
+    assert "below 1 GB/s" in found["b"] and "0.1 GB/s with a" in found["b"]
+    assert slow_nodes(speeds(nodes, silent=["d"]), nodes, 1.0).keys() == {"d"}
+
+
+def test_of_two_nodes_both_are_under_suspicion():
+    assert slow_nodes(speeds(["a", "b"], slow=["b"]), ["a", "b"], 1.0).keys() == {"a", "b"}
+
+
+def test_a_node_whose_neighbour_is_known_to_be_sick_is_not_blamed():
+    reports = speeds(["a", "b", "c"], silent=["b"])
+    assert slow_nodes(reports, ["a", "c"], 1.0) == {}
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A real Slurm cluster of three isolated nodes on this machine, one for the session.
+"""A real Slurm cluster of five isolated nodes on this machine, one for the session.
 
 The jobs' runs live in a session folder that all nodes see. Without slurmctld and slurmd every test
 here is skipped, and says so: tools/install_slurm.sh installs them.
@@ -32,14 +32,19 @@ def can_isolate():
     return bool(shutil.which("ip")) and subprocess.run(probe, capture_output=True).returncode == 0
 
 
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
+def require_slurm():
+    """Skip, saying why, where no cluster can be started."""
     if not Path("/usr/sbin/slurmctld").exists() or not Path("/usr/sbin/slurmd").exists():
         pytest.skip(
             "NO SLURM HERE, nothing of the job's survival is tested: tools/install_slurm.sh"
         )
     if not can_isolate():
         pytest.skip("NO NAMESPACES HERE: nodes cannot be isolated (needs root or `unshare`)")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    require_slurm()
     partitions = (
         "PartitionName=main Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=0\n"
         "PartitionName=grace Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=60\n"
@@ -47,10 +52,23 @@ def cluster(tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("slurm")
     with LocalSlurm(
-        folder, nodes=3, isolate=True, die_with_parent=True, partitions=partitions
+        folder, nodes=5, isolate=True, die_with_parent=True, partitions=partitions
     ) as s:
         os.environ["SLURM_CONF"] = str(s.conf)
         yield s
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A small prepared data set for the real trainer."""
+    folder = tmp_path_factory.mktemp("data")
+    text = folder / "text"
+    text.mkdir()
+    for number in range(40):
+        (text / f"{number}.txt").write_text(f"document {number} " * 50)
+    command("data", "prepare", text, "--out", folder / "data", "--sequence-length", 16,
+            "--vocab-size", 280, "--validation-fraction", 0.2)  # fmt: skip
+    return folder / "data"
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ kill_node is like pulling the plug. isolate=False: any user; nodes share the hos
 
 import argparse
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -69,7 +70,7 @@ def _ip(*cmds):
         subprocess.run(["ip", *c.split()], check=True)
 
 
-def _free_port():
+def free_port():
     with socket.create_server(("", 0)) as s:
         return s.getsockname()[1]
 
@@ -137,7 +138,13 @@ class LocalSlurm:
     def stop(self):
         for name in sorted(self._procs(), key=lambda n: n != "slurmctld"):
             self._kill(name, signal.SIGTERM if name == "slurmctld" else signal.SIGKILL)
-        links = [f"slb{self.tag}"] + [f"sl{self.tag}v{i}" for i in range(len(self.names))]
+        for child in self.children:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        links = [f"slb{self.tag}", f"slb{self.tag}x"] + [
+            f"sl{self.tag}v{i}" for i in range(len(self.names))
+        ]
         for link in links if self.isolate else []:
             subprocess.run(["ip", "link", "del", link], stderr=subprocess.DEVNULL)
 
@@ -180,6 +187,8 @@ class LocalSlurm:
             "netns",
             5,
         )
+        # A killed node's end vanishes with its namespace, a moment later.
+        subprocess.run(["ip", "link", "del", veth], stderr=subprocess.DEVNULL)
         _ip(
             f"link add {veth} type veth peer name {veth}p",
             f"link set {veth} master slb{self.tag} up",
@@ -193,6 +202,32 @@ class LocalSlurm:
     def cut_node(self, n, up=False):
         """Cut (or heal) the node's network while its processes live on; isolate=True only."""
         _ip(f"link set sl{self.tag}v{self.names.index(n)} {'up' if up else 'down'}")
+
+    def split_off(self, *names):
+        """Part nodes from the controller but not from one another (or the file system): a switch that
+        lost its uplink. Healed by ``rejoin``. isolate=True only."""
+        _ip(f"link add slb{self.tag}x type bridge", f"link set slb{self.tag}x up")
+        for n in names:
+            _ip(f"link set sl{self.tag}v{self.names.index(n)} master slb{self.tag}x")
+
+    def rejoin(self, *names):
+        """Bring nodes back that ``split_off`` parted."""
+        for n in names:
+            _ip(f"link set sl{self.tag}v{self.names.index(n)} master slb{self.tag}")
+        _ip(f"link del slb{self.tag}x")
+
+    def freeze(self, *names, stop=True):
+        """Stop (or continue) the ranks and their launchers on nodes; return how many processes that were."""
+        number = 0
+        for pid in (p for n in names for p in self.pids(n)):
+            try:
+                words = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"megatron_eso" in words and {b"launch", b"train"} & set(words):
+                os.kill(pid, signal.SIGSTOP if stop else signal.SIGCONT)
+                number += 1
+        return number
 
     def _ready(self):
         for n, (pid, _) in self._procs().items():
@@ -230,7 +265,7 @@ class LocalSlurm:
         )  # for a fake GCE metadata server
         for i, n in enumerate(self.names):
             addr, port = (
-                (f"{self.net}.{i + 10}", 6818) if self.isolate else ("127.0.0.1", _free_port())
+                (f"{self.net}.{i + 10}", 6818) if self.isolate else ("127.0.0.1", free_port())
             )
             hosts.append(f"{addr} {n}")
             lines.append(
@@ -250,7 +285,7 @@ class LocalSlurm:
             tag=self.tag,
             host=host,
             ctl=ctl,
-            port=_free_port(),
+            port=free_port(),
             d=self.d,
             user=pwd.getpwuid(os.getuid())[0],
         )
@@ -270,14 +305,19 @@ class LocalSlurm:
                 (self.d / f"dev/nvidia{i}").touch()
         return f"{self.d}/dev/nvidia[0-{self.gpus - 1}]"
 
-    def _procs(
-        self, new=None
-    ):  # on disk, as the command line and Slurm's ResumeProgram change it too
-        if new is not None:
-            self.file.write_text(
-                json.dumps(dict(names=self.names, isolate=self.isolate, procs=new))
-            )
+    def _procs(self):  # on disk, as the command line and Slurm's ResumeProgram change it too
         return json.loads(self.file.read_text())["procs"] if self.file.exists() else {}
+
+    def _set_proc(self, name, proc=None):
+        """Remember a process (pid, start time), or forget it; others may do so at the same moment."""
+        with open(self.d / "cluster.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            procs = {k: v for k, v in self._procs().items() if k != name}
+            if proc:
+                procs[name] = proc
+            part = self.file.with_suffix(".part")
+            part.write_text(json.dumps(dict(names=self.names, isolate=self.isolate, procs=procs)))
+            part.replace(self.file)
 
     def _spawn(self, name, cmd):
         def pre(prctl=ctypes.CDLL(None).prctl):
@@ -299,12 +339,11 @@ class LocalSlurm:
                 preexec_fn=pre,
             )
         self.children.append(p)
-        self._procs({**self._procs(), name: (p.pid, (_stat(p.pid) or (0, 0))[1])})
+        self._set_proc(name, (p.pid, (_stat(p.pid) or (0, 0))[1]))
         return p.pid
 
     def _kill(self, name, sig):
-        procs = self._procs()
-        pid, born = procs.pop(name, (0, 0))
+        pid, born = self._procs().get(name, (0, 0))
         if pid and (s := _stat(pid)) and s[1] == born:
             pids = [pid] if sig == signal.SIGTERM or self.isolate else _tree(pid)
             for p in filter(_stat, pids):
@@ -312,7 +351,7 @@ class LocalSlurm:
             _wait(lambda: not any(map(_stat, pids)), f"end of {name}")
             for child in self.children:
                 child.poll()
-            self._procs(procs)
+        self._set_proc(name)
 
 
 def main():

@@ -1,7 +1,8 @@
 """Stands for the trainer in tests of the job's survival: same contract, no torch.
 
 Counts steps, commits a checkpoint every 5, saves on a signal and exits 75, obeys the lease, writes
-status.json. RUN/fault.json asks for faults: {"crash": {"restart": [0], "rank": 1, "step": 7}},
+status.json and, for the test to see, its environment. RUN/fault.json asks for faults:
+{"crash": {"restart": [0], "rank": 1, "step": 7}},
 {"save_nothing": true}, {"ignore_peers": true}, {"writer": 1}; "steps" is the length of the run.
 """
 
@@ -68,6 +69,8 @@ def first_step():
     return max((int(p.parent.name[5:]) for p in found), default=0)
 
 
+if rank == 0:
+    write("environment.json", dict(os.environ))
 step = first_step()
 say(f"start at {step}")
 # Each start of the ranks within an attempt has a port of its own.

@@ -1,0 +1,52 @@
+"""Does a run fit the cluster it is about to be submitted to? Asked by `submit`, before Slurm is."""
+
+from megatron_eso.config.schema import RunConfig
+from megatron_eso.errors import ClusterError
+from megatron_eso.plan.estimate import make_plan
+from megatron_eso.plan.hardware import load_hardware
+from megatron_eso.plan.job import Job
+from megatron_eso.plan.parameters import num_parameters
+
+# float32 master, two moments and the moving average
+_CHECKPOINT_BYTES = 16
+
+
+def require_time_for_a_checkpoint(
+    config: RunConfig, *, gb_per_second: float, signal_seconds: float
+) -> None:
+    """Return if a checkpoint can be written between the walltime signal and the limit.
+
+    Raises:
+        ClusterError: if not; the job would be killed while it saves, at every limit.
+    """
+    gigabytes = _CHECKPOINT_BYTES * num_parameters(config.model) / 1e9
+    # Slurm's KillWait is not counted on; a step is under way when the signal comes.
+    seconds = gigabytes / gb_per_second
+    if seconds > signal_seconds:
+        raise ClusterError(
+            f"a checkpoint of {gigabytes:.1f} GB takes {seconds:.0f} s at cluster."
+            f"checkpoint_gb_per_second={gb_per_second:g}, but the job is told only cluster.survival."
+            f"signal_seconds={signal_seconds:g} before its time limit: raise signal_seconds (and "
+            "time_limit with it), or correct checkpoint_gb_per_second"
+        )
+
+
+def plan_lines(config: RunConfig, num_gpus: int, hardware_name: str) -> list[str]:
+    """Return what the planner says of a run, in a few lines.
+
+    Raises:
+        ClusterError: if a stage does not fit into a GPU's memory.
+    """
+    hardware = load_hardware(hardware_name)
+    plan = make_plan(Job(config, num_gpus), hardware)
+    most = max(stage.total for stage in plan.memory) / 1e9
+    if most > hardware.memory_gb:
+        raise ClusterError(
+            f"planner ({hardware.name}, {num_gpus} GPUs): {'; '.join(plan.warnings)}. `megatron-eso plan "
+            "--search` ranks the layouts; cluster.hardware='' submits without asking"
+        )
+    first = (
+        f"planner ({hardware.name}): {most:.1f} of {hardware.memory_gb:g} GB a GPU, "
+        f"{plan.time.total:.2f} s a step, {plan.tokens_per_second:,.0f} tokens/s"
+    )
+    return [first, *(f"planner: {warning}" for warning in plan.warnings)]

@@ -1,0 +1,173 @@
+"""Commands of the login node: how often they ask Slurm, that they need no torch, and what they refuse.
+
+Slurm is a folder of small programs that answer what was recorded and note that they were asked.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NO_TORCH = (
+    "import sys\n"
+    "for name in ('torch', 'megatron', 'tokenizers'): sys.modules[name] = None\n"
+    "from megatron_eso.cli.main import main\n"
+    "sys.argv = ['megatron-eso', *sys.argv[1:]]\n"
+    "main()\n"
+)
+RUN = ["configs/run/quickstart.yaml", "train.global_batch_rows=64", "train.micro_batch_rows=2"]
+
+
+class LoginNode:
+    """A PATH whose only Slurm is ours."""
+
+    def __init__(self, folder):
+        self.bin, self.calls = folder / "bin", folder / "calls"
+        self.bin.mkdir()
+        self.calls.touch()
+        self.environment = {
+            **os.environ,
+            "PATH": f"{self.bin}:/usr/bin:/bin",
+            "PYTHONPATH": str(ROOT),
+        }
+        for name in ("squeue", "sinfo", "sbatch", "scontrol", "sacct"):
+            self.answers(name)
+
+    def answers(self, name, text="", *, code=0, real_submit=None):
+        """Let a program print a text; ``real_submit`` is what sbatch says without --test-only."""
+        (self.bin / f"{name}.text").write_text(text)
+        (self.bin / f"{name}.real").write_text(real_submit or text)
+        refuses = 1 if real_submit else code
+        program = self.bin / name
+        program.write_text(
+            f'#!/bin/sh\necho "{name} $*" >>{self.calls}\ncase "$*" in *--test-only*)\n'
+            f"cat {self.bin}/{name}.text >&{1 + bool(code)}; exit {code};; esac\n"
+            f"cat {self.bin}/{name}.real >&{1 + bool(refuses)}; exit {refuses}\n"
+        )
+        program.chmod(0o755)
+
+    def run(self, *words, code=0, cwd=ROOT):
+        done = subprocess.run(
+            [sys.executable, "-c", NO_TORCH, *map(str, words)], cwd=cwd, env=self.environment,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def submit(self, *words, code=0):
+        """Submit into DIR/r, which the nodes are said to see (a temporary folder may be a tmpfs)."""
+        folder = self.bin.parent
+        shared = [f"folder={folder}/r", f"cluster.shared_folders=['{folder}']"]
+        return self.run("submit", *RUN, *shared, *words, code=code)
+
+    def asked(self):
+        """Return the names of the programs that were called."""
+        return [line.split()[0] for line in self.calls.read_text().splitlines()]
+
+
+@pytest.fixture
+def node(tmp_path):
+    node = LoginNode(tmp_path)
+    node.answers("sinfo", "main|up|4|idle|gpu:h100:8|infinite|208|1000000\n")
+    return node
+
+
+def make_runs(folder, number):
+    """Return squeue's lines for runs that are half done."""
+    lines = []
+    for i in range(number):
+        run = folder / f"run{i}"
+        (run / "slurm").mkdir(parents=True)
+        status = {"state": "running", "step": 50, "total_steps": 100, "updated": time.time()}
+        (run / "status.json").write_text(json.dumps(status))
+        (run / "metrics.jsonl").write_text('{"step": 50, "loss": 2.5}\n' * 500)
+        lines.append(f"{i}|RUNNING|None|n{i}|1:00|2026-11-26T06:00:00|megatron-eso|{run}\n")
+    return "".join(lines)
+
+
+def test_status_of_a_hundred_runs_asks_slurm_once(node, tmp_path):
+    node.answers("squeue", make_runs(tmp_path, 100))
+    said = node.run("status")
+    assert len(said.splitlines()) == 100 and said.count("step 50/100  loss 2.5000") == 100
+    assert node.asked() == ["squeue"]
+
+
+def test_status_of_named_runs_asks_slurm_once(node, tmp_path):
+    node.answers("squeue", make_runs(tmp_path, 5))
+    said = node.run("status", *(tmp_path / f"run{i}" for i in range(5)))
+    assert said.count("RUNNING") == 5
+    assert node.asked() == ["squeue"]
+
+
+def test_submit_leaves_a_run_folder_and_says_what_to_do_next(node, tmp_path):
+    node.answers("sbatch", "7\n")
+    said = node.submit("--cluster", "generic", "--nodes", "1")
+    assert "job 7 submitted" in said and f"next: megatron-eso status {tmp_path}/r" in said
+    assert json.loads((tmp_path / "r/slurm/job.json").read_text())["job"] == "7"
+    assert {"code", "commit.txt", "config.yaml", "job.sbatch", "profile.yaml"} <= set(
+        os.listdir(tmp_path / "r/slurm")
+    )
+    assert node.asked() == ["squeue", "sinfo", "sbatch", "sbatch"]
+
+
+POLICY = (
+    "sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: Batch job submission failed: Job violates "
+    "accounting/QOS policy (job submit limit, user's size and/or time limits)"
+)
+
+
+def test_a_refusal_at_the_last_moment_leaves_nothing_half_submitted(node, tmp_path):
+    node.answers("sbatch", "sbatch: Job 7 to start\n", real_submit=POLICY)
+    said = node.submit("--cluster", "generic", code=6)
+    assert "a limit of the account or QOS is reached" in said and POLICY in said
+    assert not (tmp_path / "r").exists()
+    (tmp_path / "r").mkdir()  # a folder that was there stays, and can be submitted from again
+    node.submit("--cluster", "generic", code=6)
+    assert (tmp_path / "r").is_dir() and not (tmp_path / "r/slurm/job.json").exists()
+    node.answers("sbatch", "8\n")
+    assert "job 8" in node.submit("--cluster", "generic")
+
+
+def test_an_account_that_does_not_exist_is_slurms_word_in_ours(node, tmp_path):
+    said = "allocation failure: Invalid account or account/partition combination specified"
+    node.answers("sbatch", said, code=1)
+    text = node.submit("cluster.account=nobody", code=6)
+    assert "set account= and partition=" in text and said in text
+    assert not (tmp_path / "r").exists()
+
+
+def test_without_slurm_nothing_is_left_and_the_message_names_the_dry_run(node, tmp_path):
+    for program in node.bin.iterdir():
+        program.unlink()
+    node.environment["PATH"] = str(node.bin)
+    said = node.submit(code=6)
+    assert "not on PATH" in said and "--dry-run" in said and not (tmp_path / "r").exists()
+    assert "#SBATCH --nodes=1" in node.submit("--dry-run")
+
+
+def test_a_limit_that_leaves_no_time_for_a_checkpoint_is_refused_with_the_numbers(node, tmp_path):
+    said = node.submit("cluster.checkpoint_gb_per_second=0.00001", "--test-only", code=6)
+    assert "signal_seconds=600" in said and "checkpoint_gb_per_second=1e-05" in said
+    said = node.submit("cluster.time_limit=10", code=6)
+    assert "leaves no time to train" in said
+    assert node.asked() == []
+
+
+def test_a_model_that_does_not_fit_is_refused_by_the_planner(node, tmp_path):
+    big = ["model.hidden_size=16384", "model.num_layers=80", "model.num_heads=128"]
+    said = node.submit(
+        *big, "--cluster", "gcp-a3-mega", "cluster.checkpoint_gb_per_second=1000", code=6
+    )
+    assert "GB of 80 GB" in said and "parallel.tensor" in said and "cluster.hardware=''" in said
+    assert not (tmp_path / "r").exists() and node.asked() == []
+
+
+def test_a_folder_on_this_machines_memory_is_refused(node):
+    said = node.run("submit", *RUN, "folder=/dev/shm/run", code=6)
+    assert "/dev/shm/run is on a tmpfs" in said and "shared_folders" in said
+    assert not Path("/dev/shm/run").exists()
