@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from megatron_eso.launch.pairs import rounds
 from megatron_eso.launch.records import write_json
@@ -31,7 +32,7 @@ def measure(host: str, port: int, rank: int) -> float:
     Raises:
         RuntimeError: if the other does not answer (torch's errors derive from it).
     """
-    store = dist.TCPStore(host, port, 2, is_master=rank == 0, timeout=_TIMEOUT)
+    store = TCPStore(host, port, 2, is_master=rank == 0, timeout=_TIMEOUT)
     is_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if is_gpu else torch.device("cpu")
     dist.init_process_group(
