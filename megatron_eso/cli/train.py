@@ -30,6 +30,7 @@ def train(
         torchrun --nproc-per-node 8 -m megatron_eso train RUN.yaml
     """
     from megatron_eso.config import check, load_config
+    from megatron_eso.launch.processes import ignore_signals
     from megatron_eso.resilience.signals import StopRequest
 
     stop = StopRequest()
@@ -50,6 +51,7 @@ def train(
     from megatron_eso.train.loop import Run
 
     code = Run(run_config, Ranks.from_environment(dict(os.environ)), stop).train()
+    ignore_signals()
     sys.stdout.flush()
     finish()
     raise SystemExit(code)

@@ -59,6 +59,16 @@ def hold_signals() -> set[signal.Signals]:
     return set(signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING))  # type: ignore[arg-type]
 
 
+def ignore_signals() -> None:
+    """Let the signals that stop a run do nothing from here on: the work is done, the process ends.
+
+    A launcher repeats them, and Python gives up its own handlers before it has taken everything apart;
+    the process would die of the next one and look like a fault.
+    """
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def release_signals() -> None:
     """Take signals that have waited."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)

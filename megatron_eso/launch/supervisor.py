@@ -21,6 +21,7 @@ from megatron_eso.launch.heartbeat import VARIABLE, Beat, Board
 from megatron_eso.launch.processes import (
     STOPPING,
     adopt_orphans,
+    ignore_signals,
     kill_session,
     reap,
     send,
@@ -97,11 +98,15 @@ class _Stop:
 
 
 def supervise(settings: Supervision) -> int:
-    """Run the ranks to their end, starting them again after faults; return the exit code."""
+    """Run the ranks to their end, starting them again after faults; return the exit code.
+
+    The process is expected to end then: signals that stop a run are ignored from there on.
+    """
     adopt_orphans()
     board = Board(settings.num_ranks)
     stop = _Stop()
-    before = {number: signal.signal(number, stop) for number in STOPPING}
+    for number in STOPPING:
+        signal.signal(number, stop)
     base = {**os.environ, **_threads(settings.num_ranks)}
     preload = {} if settings.preload is None else {"preload": settings.preload}
     starter = Starter(settings.arguments, [board.descriptor], base, is_warm=settings.is_warm,
@@ -114,8 +119,7 @@ def supervise(settings: Supervision) -> int:
         starter.close()
         reap(wait_seconds=5.0)
         board.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        ignore_signals()
         _note(settings, "launch_end", code=code)
     return code
 

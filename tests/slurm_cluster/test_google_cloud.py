@@ -85,7 +85,7 @@ def test_slurm_accepts_a_profile_as_it_is(google, tmp_path, name):
 
 @needs_pyxis
 def test_nodes_boot_a_spot_machine_is_taken_and_the_run_finishes(google, tmp_path):
-    run = CloudRun(google, tmp_path / "r", fault={"steps": 60})
+    run = CloudRun(google, tmp_path / "r", fault={"steps": 120})
     text = shown_when(run, "CONFIGURING")
     assert "its nodes are booting; up to 15 min is normal here" in text and "bad node" not in text
     run.wait_log("rank 15/16 start at 0")
@@ -111,7 +111,7 @@ def test_nodes_boot_a_spot_machine_is_taken_and_the_run_finishes(google, tmp_pat
     google.kill_node(taken)  # the machine goes; slurm-gcp notices and says so
     google.run("scontrol", "update", f"nodename={taken}", "state=down", "reason=Preempted instance")
     run.wait_state("COMPLETED")
-    assert "finished at 60" in run.log()
+    assert "finished at 120" in run.log()
     assert taken not in run.events("launching")[-1]["nodes"]
     assert not (run.folder / "slurm" / "bad_nodes.json").exists()  # it was taken, not sick
 

@@ -85,7 +85,7 @@ def test_the_walltime_and_a_preemption_change_no_bit(slurm, quiet_run, data, tmp
     run.wait_output("decision: requeue")
     saved = run.events("end")[0]["step"]
     assert 0 < saved < STEPS
-    assert re.search("stopped by (SIGUSR1|a signal) with a checkpoint", run.output())
+    assert re.search("requeue: stopped by (SIGUSR1|a signal) with a checkpoint", run.output())
     run.hurry()
     run.wait_step(saved + 60)
     slurm.run("sbatch", "-p", "high", "-N5", "--exclusive", "-o", tmp_path / "hi", "--wrap", "true")

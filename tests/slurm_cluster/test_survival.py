@@ -38,12 +38,12 @@ def test_a_dead_rank_is_restarted_within_the_job(slurm, tmp_path):
 
 def test_preemption_with_grace_is_requeued_by_the_script(slurm, tmp_path):
     """A trainer that saves and exits inside the grace is not requeued by Slurm."""
-    run = Run(slurm, tmp_path / "r", "cluster.partition=grace", fault={"steps": 60})
+    run = Run(slurm, tmp_path / "r", "cluster.partition=grace", fault={"steps": 100})
     run.wait_log("rank 0/2 start at 0")
     slurm.run("sbatch", "-p", "high", "-N5", "--exclusive", "-o", tmp_path / "hi", "--wrap", "true")
     run.wait_log("on SIGTERM")
     run.wait_state("COMPLETED", timeout=120)
-    assert "finished at 60" in run.log()
+    assert "finished at 100" in run.log()
     assert "decision: requeue" in run.output()
 
 
@@ -72,7 +72,7 @@ def test_a_crash_loop_is_held_and_says_why(slurm, tmp_path):
 
 
 def test_cancel_after_checkpoint_ends_the_job_and_submit_continues_it(slurm, tmp_path):
-    run = Run(slurm, tmp_path / "r", fault={"steps": 60})
+    run = Run(slurm, tmp_path / "r", fault={"steps": 600})
     run.wait_log("rank 0/2 start at 0")
     run.wait_log("rank 1/2 start at 0")
     with pytest.raises(AssertionError, match=r"works on .* already"):
@@ -80,11 +80,11 @@ def test_cancel_after_checkpoint_ends_the_job_and_submit_continues_it(slurm, tmp
     assert "saves a checkpoint" in command("cancel", "--after-checkpoint", run.folder).stdout
     run.wait_state("COMPLETED")
     assert "on SIGUSR1" in run.log() and field(slurm, run.job, "Restarts") == "0"
-    again = Run(slurm, tmp_path / "r")
-    again.wait_state("COMPLETED")
     saved = int(run.log().split("saved at ")[1].split()[0])
+    again = Run(slurm, tmp_path / "r", fault={"steps": saved + 10})
+    again.wait_state("COMPLETED")
     assert saved > 0 and f"{again.job}.0" in run.log() and f"start at {saved}\n" in run.log()
-    assert "finished at 60" in run.log()
+    assert f"finished at {saved + 10}" in run.log()
 
 
 def test_a_sick_node_is_left_out_before_step_0(slurm, tmp_path):
