@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "megatron_eso"
 LEVELS = {
     "errors": 0, "config": 1, "objective": 2, "plan": 2, "launch": 2, "scaling": 3, "data": 3,
-    "parallel": 3, "model": 4, "checkpoint": 4.5, "resilience": 4, "sample": 5, "export": 5, "eval": 6,
+    "parallel": 3, "model": 4, "checkpoint": 4.5, "resilience": 4, "export": 5, "sample": 5.5, "eval": 6,
     "train": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 DOOR = {"parallel", "model", "checkpoint"}

@@ -10,7 +10,9 @@ from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
 from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import CheckpointError
 
-MODEL_FILES = ("configuration_esolm.py", "generation_esolm.py", "modeling_esolm.py")
+MODEL_FILES = (
+    "configuration_esolm.py", "decoding_esolm.py", "generation_esolm.py", "modeling_esolm.py"
+)  # fmt: skip
 FACTS = "esolm_export.json"
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 

@@ -34,26 +34,21 @@ class Row:
 def reference_logits(model: ModelConfig, read: Read, rows: list[Row]) -> list[Tensor]:
     """Return [n, V] logits of every row, the mask token's at -inf."""
     embedding = read("embedding.word_embeddings.weight", None)
-    hidden = [embedding[row.tokens] for row in rows]
+    # The rows' entries side by side: each weight is read, and multiplied, once.
+    hidden = embedding[torch.cat([row.tokens for row in rows])]
     del embedding
     for layer in range(model.num_layers):
         get = _layer_reader(read, layer)
-        normed = [_norm(model, h, get, "self_attention.linear_qkv.layer_norm_") for h in hidden]
-        added = _attention(model, normed, rows, get)
-        hidden = [h + a for h, a in zip(hidden, added, strict=True)]
-        normed = [_norm(model, h, get, "mlp.linear_fc1.layer_norm_") for h in hidden]
-        hidden = [h + a for h, a in zip(hidden, _mlp(model, normed, get), strict=True)]
-    hidden = [
-        _norm(model, h, lambda name: read(name, None), "decoder.final_layernorm.") for h in hidden
-    ]
+        normed = _norm(model, hidden, get, "self_attention.linear_qkv.layer_norm_")
+        hidden = hidden + _attention(model, normed, rows, get)
+        hidden = hidden + _mlp(model, _norm(model, hidden, get, "mlp.linear_fc1.layer_norm_"), get)
+    hidden = _norm(model, hidden, lambda name: read(name, None), "decoder.final_layernorm.")
     name = "embedding.word_embeddings" if model.tie_embeddings else "output_layer"
-    head = read(f"{name}.weight", None)[: model.vocab_size]
-    found = [h @ head.T for h in hidden]
+    logits = hidden @ read(f"{name}.weight", None)[: model.vocab_size].T
     if model.head_bias:
-        found = [x + read("output_layer.bias", None)[: model.vocab_size] for x in found]
-    for logits in found:
-        logits[:, model.vocab_size - 1] = -torch.inf
-    return found
+        logits = logits + read("output_layer.bias", None)[: model.vocab_size]
+    logits[:, model.vocab_size - 1] = -torch.inf
+    return list(logits.split([len(row.tokens) for row in rows]))
 
 
 def _layer_reader(read: Read, layer: int) -> Callable[[str], Tensor]:
@@ -69,32 +64,36 @@ def _norm(model: ModelConfig, x: Tensor, get: Callable[[str], Tensor], name: str
 
 
 def _attention(
-    model: ModelConfig, hidden: list[Tensor], rows: list[Row], get: Callable[[str], Tensor]
-) -> list[Tensor]:
+    model: ModelConfig, x: Tensor, rows: list[Row], get: Callable[[str], Tensor]
+) -> Tensor:
     groups, size = derive.num_kv_heads(model), derive.head_size(model)
-    per_group = model.num_heads // groups
-    weight = get("self_attention.linear_qkv.weight")
-    bias = get("self_attention.linear_qkv.bias") if model.attention_bias else None
-    out = get("self_attention.linear_proj.weight")
-    scales = [get(f"self_attention.{x}_layernorm.weight") if model.qk_norm else None for x in "qk"]
-    found = []
-    for x, row in zip(hidden, rows, strict=True):
-        projected = x @ weight.T if bias is None else x @ weight.T + bias
-        blocks = projected.view(len(x), groups, per_group + 2, size)
-        heads = []
-        for head in range(model.num_heads):
-            group, within = divmod(head, per_group)
-            query, key = blocks[:, group, within], blocks[:, group, per_group]
-            query, key = (
-                _rotate(_head_norm(model, y, scale), row.positions, model.rotary_base)
-                for y, scale in zip((query, key), scales, strict=True)
-            )
-            scores = (query @ key.T / size**0.5).masked_fill(~row.visible, -torch.inf)
-            heads.append(torch.softmax(scores, dim=1) @ blocks[:, group, per_group + 1])
-        found.append(torch.cat(heads, dim=1) @ out.T)
+    projected = x @ get("self_attention.linear_qkv.weight").T
     if model.attention_bias:
-        found = [x + get("self_attention.linear_proj.bias") for x in found]
-    return found
+        projected = projected + get("self_attention.linear_qkv.bias")
+    blocks = projected.view(len(x), groups, model.num_heads // groups + 2, size)
+    scales = [
+        get(f"self_attention.{one}_layernorm.weight") if model.qk_norm else None for one in "qk"
+    ]
+    of_rows = zip(blocks.split([len(row.tokens) for row in rows]), rows, strict=True)
+    attended = torch.cat([_heads(model, block, row, scales) for block, row in of_rows])
+    found = attended @ get("self_attention.linear_proj.weight").T
+    return found + get("self_attention.linear_proj.bias") if model.attention_bias else found
+
+
+def _heads(model: ModelConfig, blocks: Tensor, row: Row, scales: list[Tensor | None]) -> Tensor:
+    """Return [n, heads * d] of one row; ``blocks`` [n, g, m + 2, d] holds each group's q.., k, v."""
+    per_group, size = blocks.shape[2] - 2, blocks.shape[3]
+    heads = []
+    for head in range(model.num_heads):
+        group, within = divmod(head, per_group)
+        query, key = blocks[:, group, within], blocks[:, group, per_group]
+        query, key = (
+            _rotate(_head_norm(model, y, scale), row.positions, model.rotary_base)
+            for y, scale in zip((query, key), scales, strict=True)
+        )
+        scores = (query @ key.T / size**0.5).masked_fill(~row.visible, -torch.inf)
+        heads.append(torch.softmax(scores, dim=1) @ blocks[:, group, per_group + 1])
+    return torch.cat(heads, dim=1)
 
 
 def _head_norm(model: ModelConfig, x: Tensor, scale: Tensor | None) -> Tensor:
@@ -112,18 +111,14 @@ def _rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=1)
 
 
-def _mlp(model: ModelConfig, hidden: list[Tensor], get: Callable[[str], Tensor]) -> list[Tensor]:
-    inner, outer = get("mlp.linear_fc1.weight"), get("mlp.linear_fc2.weight")
-    first = get("mlp.linear_fc1.bias") if model.mlp_bias else None
-    second = get("mlp.linear_fc2.bias") if model.mlp_bias else None
-    found = []
-    for x in hidden:
-        y = x @ inner.T if first is None else x @ inner.T + first
-        if model.activation == "swiglu":
-            gate, up = y.chunk(2, dim=1)
-            y = silu(gate) * up
-        else:
-            y = gelu(y, approximate="tanh")
-        y = y @ outer.T
-        found.append(y if second is None else y + second)
-    return found
+def _mlp(model: ModelConfig, x: Tensor, get: Callable[[str], Tensor]) -> Tensor:
+    y = x @ get("mlp.linear_fc1.weight").T
+    if model.mlp_bias:
+        y = y + get("mlp.linear_fc1.bias")
+    if model.activation == "swiglu":
+        gate, up = y.chunk(2, dim=1)
+        y = silu(gate) * up
+    else:
+        y = gelu(y, approximate="tanh")
+    y = y @ get("mlp.linear_fc2.weight").T
+    return y + get("mlp.linear_fc2.bias") if model.mlp_bias else y

@@ -93,8 +93,9 @@ def plan_for(
             method=method,
             **common,  # type: ignore[arg-type]
         )
-    alpha_0 = objective.alpha_0 if objective.name == "eso" else 1.0
-    alpha_0 = alpha_0 if settings.alpha_0 is None else settings.alpha_0
+    # A strided plan decides every token by diffusion, whatever the training did.
+    as_trained = 1.0 if method == "strided" or objective.name != "eso" else objective.alpha_0
+    alpha_0 = as_trained if settings.alpha_0 is None else settings.alpha_0
     if steps is not None and method != "left-to-right" and settings.tokens_per_step:
         steps = max(round(alpha_0 * left / settings.tokens_per_step), 1)
     return make_plan(

@@ -1,11 +1,10 @@
-"""Which positions are decided in which step: pure, and a function of the seed.
+"""Which positions of a batch are decided in which step: pure, and a function of the seed.
 
-What diffusion does not decide goes one at a time from left to right (eso-lm section 6; arXiv 2506.01928,
-section 4). Letters: B = rows, L = tokens of a row.
+Counts and orders of one row come from ``export/hf/decoding_esolm.py``, which exported models run too.
+Letters: B = rows, L = tokens of a row.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -13,11 +12,16 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from megatron_eso.errors import ConfigError
-from megatron_eso.objective.order import likelihood_order
-from megatron_eso.objective.randomness import Stream, uniform, uniform_rows
+from megatron_eso.export.hf.decoding_esolm import (
+    METHODS,
+    binomial_counts,
+    diffusion_counts,
+    even_counts,
+    row_order,
+)
+from megatron_eso.objective.randomness import Stream, uniform_rows
 
 Method = Literal["binomial", "fixed", "strided", "left-to-right"]
-METHODS: tuple[Method, ...] = ("binomial", "fixed", "strided", "left-to-right")
 
 
 @dataclass(frozen=True)
@@ -77,19 +81,14 @@ def make_plan(
     steps = max(left, 1) if num_steps is None else num_steps
     if steps < 1 or (left and steps > left and alpha_0 > 0):
         raise ConfigError(f"num_steps={steps} must be between 1 and the {left} open tokens")
-    if method == "binomial":
-        counts = _binomial_counts(left, alpha_0, steps, seed)
-    elif method == "fixed":
-        counts = _even_counts(round(alpha_0 * left), steps)
-    elif method == "strided":
-        counts = [len(range(step, left, steps)) for step in range(min(steps, left))]
-    else:
-        counts = []
-    if method == "strided":
-        order = _strided_order(is_given, steps)
-    else:
-        order = _orders(is_given, sum(counts), seed, first_row)
-    return DecodingPlan(order, is_given.shape[1] - left, [*counts, *[1] * (left - sum(counts))])
+    counts = diffusion_counts(left, method=method, alpha_0=alpha_0, num_steps=num_steps, seed=seed)
+    common = {"method": method, "num_diffusion": sum(counts), "num_steps": num_steps, "seed": seed}
+    orders = []
+    for row, given in enumerate(is_given.tolist(), start=first_row):
+        known = [place for place, value in enumerate(given) if value]
+        orders.append(known + row_order([not value for value in given], row=row, **common))
+    single = [1] * (left - sum(counts))
+    return DecodingPlan(torch.tensor(orders), is_given.shape[1] - left, counts + single)
 
 
 def make_block_plan(
@@ -130,9 +129,9 @@ def make_block_plan(
         left = block_size - min(max(num_given - block * block_size, 0), block_size)
         here = min(steps, max(left, 1))
         if method == "fixed":
-            counts += _even_counts(left, here)
+            counts += even_counts(left, here)
         else:
-            counts += _binomial_counts(left, 1.0, here, seed, draw=block)
+            counts += binomial_counts(left, 1.0, here, seed, draw=block)
     return DecodingPlan(key.argsort(dim=1, stable=True), num_given, counts)
 
 
@@ -158,53 +157,3 @@ def _num_open(is_given: Bool[Tensor, "B L"]) -> int:
 
 def _rows(is_given: Tensor, first_row: int) -> list[int]:
     return list(range(first_row, first_row + is_given.shape[0]))
-
-
-def _binomial_counts(
-    left: int, alpha_0: float, num_steps: int, seed: int, *, draw: int = 0
-) -> list[int]:
-    """Return the non-zero numbers of tokens decided by the diffusion steps."""
-    draws = uniform(seed, 0, 0, Stream.SAMPLE_PLAN, max(left, 1) * num_steps, draw=draw)
-    draws = draws.view(num_steps, -1)
-    counts = []
-    for step in range(num_steps):
-        t = 1 - step / num_steps
-        keep_now, keep_next = alpha_0 * (1 - t), alpha_0 * (1 - t + 1 / num_steps)
-        share = (keep_next - keep_now) / (1 - keep_now)
-        count = int((draws[step, :left] < share).sum())
-        left -= count
-        if count:
-            counts.append(count)
-    return counts
-
-
-def _even_counts(number: int, num_steps: int) -> list[int]:
-    """Return the positive sizes of ``num_steps`` parts as equal as can be."""
-    edges = [number * step // num_steps for step in range(num_steps + 1)]
-    return [b - a for a, b in pairwise(edges) if b > a]
-
-
-def _strided_order(is_given: Tensor, stride: int) -> Int[Tensor, "B L"]:
-    open_rank = (~is_given).int().cumsum(dim=1) - 1
-    length = is_given.shape[1]
-    key = 1 + (open_rank % stride) * length + open_rank // stride
-    return torch.where(is_given, 0, key).argsort(dim=1, stable=True)
-
-
-def _orders(is_given: Tensor, num_diffusion: int, seed: int, first_row: int) -> Int[Tensor, "B L"]:
-    """Return each row's order: given in reading order, random ones, the rest in reading order.
-
-    A row's numbers belong to its open positions, counted from the left; so neither padding before
-    them nor other rows change its order.
-    """
-    num_open = int((~is_given[0]).sum())
-    drawn = uniform_rows(seed, 0, _rows(is_given, first_row), Stream.ORDER, num_open)
-    key = torch.full(is_given.shape, torch.inf, dtype=torch.float64)
-    key = key.masked_scatter(~is_given, drawn)
-    chosen = torch.zeros_like(is_given)
-    if num_diffusion:
-        chosen.scatter_(1, key.argsort(dim=1)[:, :num_diffusion], True)
-    everything = torch.ones_like(is_given)
-    order = likelihood_order(chosen, everything, torch.where(chosen, key, 0.0))
-    is_first = is_given.gather(1, order)
-    return order.gather(1, (~is_first).int().argsort(dim=1, stable=True))

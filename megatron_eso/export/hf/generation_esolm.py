@@ -1,4 +1,4 @@
-"""Filling rows step by step, with an exact key/value cache; plans, orders and the choice of tokens.
+"""Filling rows step by step, with an exact key/value cache; settings, canvases, streaming.
 
 Step k feeds [tokens decided in step k-1; masks of step k]. Queries see everything kept and are causal
 inside the segment; only clean tokens' keys stay. Rows may differ in padding and in what is open: short
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.random import Philox
 from transformers.utils import ModelOutput
 
-_ORDER, _EVAL_ORDER, _PLAN, _TOKEN = 3, 4, 5, 6  # streams, as in megatron_eso.objective.randomness
+from .decoding_esolm import EVAL_ORDER, METHODS, TOKEN, choose, diffusion_counts, row_order, uniform
+
 _SETTINGS = {"max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "eos_token_id",
              "pad_token_id", "num_return_sequences", "use_cache", "return_dict_in_generate"}  # fmt: skip
 # Settings of other samplers: their neutral values are accepted, anything else is refused.
@@ -56,13 +56,9 @@ class SegmentCache:
 
     def keep(self, number):
         """Keep the first ``number`` entries of everything seen so far."""
+        if not self.segments:
+            raise RuntimeError("the model's layers did not use the cache they were given")
         self.kept = {i: (k[:, :, :number], v[:, :, :number]) for i, (k, v) in self.segments.items()}
-
-
-def uniform(seed, step, row, stream, count, draw=0):
-    """Return ``count`` float64 numbers in [0, 1), a pure function of the arguments."""
-    raw = Philox(key=[seed, stream], counter=[0, draw, row, step]).random_raw(count)
-    return (np.asarray(raw, dtype=np.uint64) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def pad_lists(context, continuation, device):
@@ -95,7 +91,7 @@ def likelihood_orders(predicted, valid, order, alpha_0, seed, row_numbers):
         for row in range(len(predicted)):
             places = predicted[row].nonzero()[:, 0].tolist()
             if isinstance(order, int):
-                key = uniform(seed, 0, row_numbers[row], _EVAL_ORDER, 2 * len(places), draw)
+                key = uniform(seed, 0, row_numbers[row], EVAL_ORDER, 2 * len(places), draw)
                 early = [i for i in range(len(places)) if key[i] < alpha_0]
                 early.sort(key=lambda i: key[len(places) + i])
                 local = early + [i for i in range(len(places)) if i not in set(early)]
@@ -174,55 +170,6 @@ def _canvas(model, tokens, valid, found):
     return torch.cat([tokens, masks], 1), torch.cat([valid, torch.ones_like(masks).bool()], 1)
 
 
-def row_plan(is_open, alpha_0, num_steps, plan, seed, row):
-    """Return the open positions of one row in the order they are decided, and how many per step.
-
-    Args:
-        is_open: L booleans, without padding.
-        alpha_0: share of positions decided by diffusion.
-        num_steps: diffusion steps T, or the stride S of a strided plan; None: one token a step.
-        plan: ``binomial`` (arXiv 2506.01928, section 4) or ``strided`` (step r: r, r + S, r + 2S, ...).
-        seed: of counts and orders.
-        row: number of the row.
-    """
-    places = [i for i, value in enumerate(is_open) if value]
-    left = len(places)
-    steps = num_steps or max(left, 1)
-    if plan == "strided":
-        groups = [g for g in (places[r::steps] for r in range(steps)) if g]
-        return [p for g in groups for p in g], [len(g) for g in groups]
-    if plan != "binomial":
-        raise ValueError(f"plan={plan!r} must be 'binomial' or 'strided'")
-    if not 0 <= alpha_0 <= 1 or steps < 1:
-        raise ValueError(f"alpha_0={alpha_0} must be in [0, 1] and num_steps={steps} at least 1")
-    draws = uniform(seed, 0, 0, _PLAN, max(left, 1) * steps).reshape(steps, -1)
-    counts, open_ = [], left
-    for step in range(steps):
-        t = 1 - step / steps
-        share = (alpha_0 / steps) / (1 - alpha_0 * (1 - t))
-        count = int((draws[step, :open_] < share).sum())
-        open_ -= count
-        counts += [count] if count else []
-    # Counted from the first open position, as in megatron_eso.sample.plan.
-    key = dict(zip(places, uniform(seed, 0, row, _ORDER, left), strict=True))
-    by_key = sorted(places, key=lambda p: key[p])
-    early = by_key[: left - open_]
-    chosen = set(early)
-    return early + [p for p in places if p not in chosen], counts + [1] * open_
-
-
-def choose(logits, u, temperature, top_p):
-    """Return one token per row of [N, V] logits by inverting the cumulative distribution at ``u``."""
-    probs = torch.softmax(logits.double() / temperature, dim=1)
-    ranked, tokens = probs.sort(dim=1, descending=True) if top_p < 1 else (probs, None)
-    if tokens is not None:
-        ranked = ranked.masked_fill(ranked.cumsum(1) - ranked >= top_p, 0.0)
-    cumulative = ranked.cumsum(1)
-    target = (u * cumulative[:, -1])[:, None]
-    picked = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[1] - 1)
-    return (picked if tokens is None else tokens.gather(1, picked))[:, 0]
-
-
 def generate_rows(
     model, inputs=None, generation_config=None, streamer=None, *, input_ids=None, attention_mask=None,
     alpha_0=None, num_steps=None, plan="binomial", seed=None, first_row=0, **kwargs,
@@ -237,8 +184,9 @@ def generate_rows(
         input_ids: the same as ``inputs``.
         attention_mask: [B, P] 0 for padding, on either side.
         alpha_0: share of tokens decided by diffusion; None: the model's. 0 is left to right.
-        num_steps: diffusion steps; None: one token a step.
-        plan: ``binomial``, or ``strided``: step r decides positions r, r + num_steps, ...
+        num_steps: diffusion steps; None: as many as open tokens.
+        plan: ``binomial``, ``fixed``, ``strided`` or ``left-to-right``, as in ``megatron-eso sample``;
+            strided decides every token by diffusion.
         seed: of everything random; None: drawn from torch's generator.
         first_row: number of the first row.
         kwargs: max_new_tokens, do_sample, temperature, top_p, eos_token_id, use_cache, ...
@@ -264,7 +212,7 @@ def generate_rows(
     prompt = tokens.shape[1]
     canvas, valid = _canvas(model, tokens, valid, found)
     seed = int(torch.randint(2**31, (1,))) if seed is None else seed
-    share = model.config.alpha_0 if alpha_0 is None else alpha_0
+    share = _share(model, plan, alpha_0)
     steps = _steps(model, canvas, valid, share, num_steps, plan, seed, first_row)
     was_training = model.training
     model.eval()
@@ -275,19 +223,47 @@ def generate_rows(
     return result if found["return_dict_in_generate"] else result.sequences
 
 
+def _share(model, plan, alpha_0):
+    """Return the share of tokens decided by diffusion; refuse what the plan cannot do."""
+    if plan not in METHODS:
+        raise ValueError(f"plan={plan!r} is not one of {', '.join(METHODS)}")
+    if plan == "strided":
+        share = 1.0 if alpha_0 is None else alpha_0
+        if share != 1:
+            raise ValueError(
+                f"plan='strided' decides every token by diffusion: alpha_0={share} must be 1"
+            )
+        return share
+    share = model.config.alpha_0 if alpha_0 is None else alpha_0
+    if not 0 <= share <= 1:
+        raise ValueError(f"alpha_0={share} must be in [0, 1]")
+    return share
+
+
 def _steps(model, canvas, valid, alpha_0, num_steps, plan, seed, first_row):
     """Return [B, W]: -1 given, else the step that decides it; and the order within, as sort keys."""
+    is_open = ((canvas == model.config.mask_token_id) & valid).cpu()
+    most = int(is_open.sum(1).max())
+    if num_steps is not None and not 1 <= num_steps <= most:
+        raise ValueError(f"num_steps={num_steps} must be between 1 and the {most} open tokens")
     step_of = torch.full(canvas.shape, -1)
     rank = torch.arange(canvas.shape[1]).repeat(len(canvas), 1)
     for row in range(len(canvas)):
-        places = valid[row].nonzero()[:, 0]
-        is_open = (canvas[row][places] == model.config.mask_token_id).tolist()
-        order, counts = row_plan(is_open, alpha_0, num_steps, plan, seed, first_row + row)
-        where = places.cpu()[torch.tensor(order, dtype=torch.int64)]
+        places = valid[row].cpu().nonzero()[:, 0]
+        open_here = is_open[row][places].tolist()
+        left = sum(open_here)
+        steps = num_steps and min(num_steps, max(left, 1))
+        counts = diffusion_counts(left, method=plan, alpha_0=alpha_0, num_steps=steps, seed=seed)
+        order = row_order(
+            open_here, method=plan, num_diffusion=sum(counts), num_steps=steps, seed=seed,
+            row=first_row + row,
+        )  # fmt: skip
+        where = places[torch.tensor(order, dtype=torch.int64)]
+        counts += [1] * (left - sum(counts))
         step_of[row, where] = torch.repeat_interleave(
-            torch.arange(len(counts)), torch.tensor(counts)
+            torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64)
         )
-        rank[row, where] = torch.arange(len(order))
+        rank[row, where] = torch.arange(left)
     step_of[~valid.cpu()] = -2
     return step_of, rank
 
@@ -311,7 +287,7 @@ def _fill(model, canvas, valid, steps, found, seed, first_row, prompt, streamer)
     num_steps, done, shown = int(step_of.max()) + 1, 0, 0
     # One number per position, counted from where the row itself begins: padding changes no text.
     numbers = range(first_row, first_row + len(canvas))
-    draws = np.stack([uniform(seed, 0, row, _TOKEN, canvas.shape[1]) for row in numbers])
+    draws = np.stack([uniform(seed, 0, row, TOKEN, canvas.shape[1]) for row in numbers])
     draws = torch.from_numpy(draws).to(canvas.device).gather(1, positions)
     shown = _stream(streamer, canvas, step_of, -1, shown, prompt)
     for step in range(num_steps):
@@ -352,7 +328,7 @@ def _pick(logits, draws, found):
         return logits.argmax(dim=1)
     temperature = 1.0 if found["temperature"] is None else found["temperature"]
     top_p = 1.0 if found["top_p"] is None else found["top_p"]
-    return choose(logits, draws, temperature, top_p)
+    return choose(logits, draws, temperature=temperature, top_p=top_p)
 
 
 def _is_end(tokens, eos):

@@ -8,6 +8,7 @@ block-diagonal mask, silently. Stands alone beside the weights; transformers 4.5
 Letters: B = rows, L = tokens of a row, Q = queries, K = keys, N = entries, V = vocabulary.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,10 @@ from .generation_esolm import generate_rows, likelihood_orders, pad_lists
 _IGNORED = {"use_cache", "return_dict"}
 _IS_V5 = int(transformers.__version__.split(".")[0]) >= 5
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+# transformers 5.24 renamed the argument; its layers ignore names that they do not know.
+(_CACHE,) = {"cache", "past_key_values"} & set(
+    inspect.signature(LlamaDecoderLayer.forward).parameters
+)
 
 
 @dataclass
@@ -121,7 +126,7 @@ class EsoLMModel(EsoLMPreTrainedModel):
         mask = self._mask(visible, tokens, hidden.dtype)
         for layer in self.layers:
             hidden = layer(
-                hidden, attention_mask=mask, past_key_values=cache, position_embeddings=angles
+                hidden, attention_mask=mask, position_embeddings=angles, **{_CACHE: cache}
             )
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         return self.norm(hidden)

@@ -1,0 +1,135 @@
+"""Which positions in which step, and which token: the pure part of sampling.
+
+``megatron_eso.sample`` and the exported model run this very file; it goes beside the weights, so it knows
+neither. Every random number is a function of (seed, row, position): a row's text depends on no batch.
+
+Letters: N = entries, V = vocabulary.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.random import Philox
+
+# Streams of random numbers, as in megatron_eso.objective.randomness.
+ORDER, EVAL_ORDER, PLAN, TOKEN = 3, 4, 5, 6
+METHODS = ("binomial", "fixed", "strided", "left-to-right")
+
+
+def uniform(seed, step, row, stream, count, draw=0):
+    """Return ``count`` float64 numbers in [0, 1), a pure function of the arguments."""
+    return _numbers(_generator(seed, step, row, stream, draw), count)
+
+
+def diffusion_counts(left, *, method, alpha_0, num_steps, seed):
+    """Return how many positions each diffusion step decides; steps that decide nothing are left out.
+
+    The positions that are not counted go one at a time, from left to right, afterwards.
+
+    Args:
+        left: open positions.
+        method: ``binomial`` (arXiv 2506.01928, section 4); ``fixed``: round(alpha_0 left) positions in
+            steps as equal as can be; ``strided``: step r decides the open positions r, r + T, r + 2 T, ...;
+            ``left-to-right``: none.
+        alpha_0: expected share of positions decided by diffusion, in [0, 1].
+        num_steps: diffusion steps T; None: as many as positions.
+        seed: of the binomial counts.
+    """
+    steps = num_steps or max(left, 1)
+    if not alpha_0:
+        return []
+    if method == "binomial":
+        return binomial_counts(left, alpha_0, steps, seed)
+    if method == "fixed":
+        return even_counts(round(alpha_0 * left), steps)
+    if method == "strided":
+        return [len(range(step, left, steps)) for step in range(min(steps, left))]
+    return []
+
+
+def binomial_counts(left, alpha_0, num_steps, seed, draw=0):
+    """Return Binomial(left, (alpha_s - alpha_t) / (1 - alpha_t)) for t = 1, 1 - 1/T, ..., without zeros.
+
+    alpha_t = alpha_0 (1 - t) and s = t - 1/T.
+    """
+    generator, most = _generator(seed, 0, 0, PLAN, draw), max(left, 1)
+    counts = []
+    for step in range(num_steps):
+        t = 1 - step / num_steps
+        keep_now, keep_next = alpha_0 * (1 - t), alpha_0 * (1 - t + 1 / num_steps)
+        share = (keep_next - keep_now) / (1 - keep_now)
+        # Drawn step by step: all at once they would need T * left * 8 bytes.
+        count = int((_numbers(generator, most)[:left] < share).sum())
+        left -= count
+        if count:
+            counts.append(count)
+    return counts
+
+
+def even_counts(number, num_steps):
+    """Return the positive sizes of ``num_steps`` parts as equal as can be."""
+    edges = [number * step // num_steps for step in range(num_steps + 1)]
+    return [b - a for a, b in pairwise(edges) if b > a]
+
+
+def row_order(is_open, *, method, num_diffusion, num_steps, seed, row):
+    """Return one row's open positions in the order they are decided.
+
+    Args:
+        is_open: L booleans, without padding.
+        method: see :func:`diffusion_counts`; ``strided`` is not random.
+        num_diffusion: positions decided by diffusion, the sum of its counts.
+        num_steps: stride of ``strided``; None: as many as positions.
+        seed: of the order.
+        row: number of the row.
+    """
+    places = [place for place, value in enumerate(is_open) if value]
+    if method == "strided":
+        stride = num_steps or max(len(places), 1)
+        return [place for first in range(stride) for place in places[first::stride]]
+    if not num_diffusion:
+        return places
+    # Numbers belong to open positions, counted from the left: padding before them changes nothing.
+    key = dict(zip(places, uniform(seed, 0, row, ORDER, len(places)).tolist(), strict=True))
+    early = sorted(places, key=key.__getitem__)[:num_diffusion]
+    chosen = set(early)
+    return early + [place for place in places if place not in chosen]
+
+
+def choose(logits, u, *, temperature, top_p):
+    """Return one token per row of [N, V] logits: the inverse of the cumulative distribution at ``u``.
+
+    In float64, by one number in [0, 1) per token: Gumbel noise in float32 would lower the effective
+    temperature of large vocabularies, and needs V numbers.
+
+    Args:
+        logits: scores; -inf for what is no token.
+        u: [N], uniform in [0, 1).
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: nucleus; 1 keeps every token.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=1)
+    weights, tokens = torch.softmax(logits.double() / temperature, dim=1), None
+    if top_p < 1:
+        weights, tokens = weights.sort(dim=1, descending=True)
+        weights = weights.masked_fill(weights.cumsum(dim=1) - weights >= top_p, 0.0)
+    cumulative = weights.cumsum(dim=1)
+    total = cumulative[:, -1:]
+    # Below the total even where the product rounds up to it: behind it stand tokens of weight zero.
+    below = torch.nextafter(total, torch.zeros_like(total))
+    target = torch.minimum(u.to(weights.device)[:, None] * total, below)
+    # right=True passes over tokens of weight zero, whose cumulative sum equals the one before.
+    picked = torch.searchsorted(cumulative, target, right=True)
+    return (picked if tokens is None else tokens.gather(1, picked))[:, 0]
+
+
+def _generator(seed, step, row, stream, draw):
+    # The lowest counter word is the generator's own; 2**64 numbers lie between two rows.
+    return Philox(key=[seed, stream], counter=[0, draw, row, step])
+
+
+def _numbers(generator, count):
+    raw = np.asarray(generator.random_raw(count), dtype=np.uint64)
+    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
