@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from megatron_eso.errors import CheckpointError
 from megatron_eso.export.exporter import export
 from megatron_eso.export.import_hf import import_hf
-from megatron_eso.export.streamed import streamed_model
+from megatron_eso.export.streamed import StreamedModel
 from tests.test_export import small_tokenizer
 
 SHAPE = {
@@ -103,7 +103,7 @@ def test_our_own_export_comes_back_unchanged(stock, tmp_path):
     export(tmp_path / "second", tmp_path / "again", verify=False)
     first, again = (f / "model.safetensors" for f in (tmp_path / "out", tmp_path / "again"))
     assert first.read_bytes() == again.read_bytes()
-    assert streamed_model(tmp_path / "out").config.mask_token_id == 61
+    assert StreamedModel(tmp_path / "out").config.mask_token_id == 61
 
 
 @pytest.mark.slow

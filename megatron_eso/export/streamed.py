@@ -1,10 +1,13 @@
 """An exported model that holds one layer's weights at a time, for verifying exports of any size.
 
 The model's own classes run unchanged; hooks read a module's weights from the safetensors files before it
-runs and drop them after.
+runs. Several calls go through the model in step, so that weights are read once for all of them.
 """
 
 import json
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,37 +36,141 @@ class ExportedTensors:
             ) from None
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a private copy of one tensor, in its own dtype."""
+        """Return one tensor in its own dtype, its pages mapped from the file (privately), not copied."""
         if name not in self.files:
             raise CheckpointError(f"{self.folder} holds no tensor {name}")
         try:
             with safe_open(self.folder / self.files[name], framework="pt") as file:
-                return file.get_tensor(name).clone()
+                return file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.folder / self.files[name]}: {error}") from None
 
 
-def streamed_model(folder: Path) -> Any:
-    """Return the exported model in float32, weights read layer by layer as it runs.
+class StreamedModel:
+    """The exported model in float32; the weights of a part are there while that part runs."""
 
-    Raises:
-        CheckpointError: if names or shapes are not the model's, each named.
-    """
-    config = read_config(folder)
-    model = _class_of(config)(config)
-    tensors = ExportedTensors(folder)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    wanted = {name for name, _ in model.named_parameters()} - tied
-    wrong = [f"{name} is missing" for name in sorted(wanted - set(tensors.files))]
-    wrong += [f"{name} is unknown to the model" for name in sorted(set(tensors.files) - wanted)]
-    if wrong:
-        raise CheckpointError(f"{folder} does not hold its model:\n  - " + "\n  - ".join(wrong))
-    units = {"model.embed_tokens": model.model.embed_tokens, "model.norm": model.model.norm}
-    units["lm_head"] = model.lm_head
-    units |= {f"model.layers.{i}": layer for i, layer in enumerate(model.model.layers)}
-    for prefix, unit in units.items():
-        _stream(unit, prefix, tensors, tied)
-    return model.eval()
+    def __init__(self, folder: Path) -> None:
+        """Build the model without weights.
+
+        Raises:
+            CheckpointError: if names are not the model's, each named.
+        """
+        self.config = read_config(folder)
+        self.model = _class_of(self.config)(self.config).eval()
+        self._tensors = ExportedTensors(folder)
+        self._tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        self._check_names()
+        self._loaded: nn.Module | None = None
+        self._together = _Together(0, self._load)
+        inner = self.model.model
+        units = {"model.embed_tokens": inner.embed_tokens, "model.norm": inner.norm}
+        units["lm_head"] = self.model.lm_head
+        units |= {f"model.layers.{i}": layer for i, layer in enumerate(inner.layers)}
+        for prefix, unit in units.items():
+            self._stream(prefix, unit)
+
+    def in_step(self, calls: Sequence[Callable[[Any], Any]]) -> list[Any]:
+        """Return what each call makes of the model.
+
+        The calls run in threads that take turns: a part runs for all of them, then the next is loaded. One
+        that passes through the model less often than others ends earlier.
+
+        Raises:
+            CheckpointError: if a tensor has not the model's shape.
+        """
+        self._together = _Together(len(calls), self._load)
+        with ThreadPoolExecutor(len(calls)) as threads:
+            futures = [threads.submit(self._run, call) for call in calls]
+        self._drop()
+        return [future.result() for future in futures]
+
+    def _run(self, call: Callable[[Any], Any]) -> Any:
+        try:
+            with torch.no_grad():  # a thread's own setting
+                return call(self.model)
+        finally:
+            self._together.leave()
+
+    def _check_names(self) -> None:
+        wanted = {name for name, _ in self.model.named_parameters()} - self._tied
+        stored = set(self._tensors.files)
+        wrong = [f"{name} is missing" for name in sorted(wanted - stored)]
+        wrong += [f"{name} is unknown to the model" for name in sorted(stored - wanted)]
+        if wrong:
+            folder = self._tensors.folder
+            raise CheckpointError(f"{folder} does not hold its model:\n  - " + "\n  - ".join(wrong))
+
+    def _stream(self, prefix: str, unit: nn.Module) -> None:
+        def before(module: nn.Module, arguments: Any) -> None:
+            self._together.arrive(prefix, module)
+
+        def after(module: nn.Module, arguments: Any, output: Any) -> None:
+            self._together.turn.release()
+
+        unit.register_forward_pre_hook(before)
+        unit.register_forward_hook(after, always_call=True)
+
+    def _load(self, prefix: str, module: nn.Module) -> None:
+        """Put a part's weights in the place of the last one's."""
+        self._drop()
+        state = {}
+        for name, parameter in module.named_parameters():
+            full = f"{prefix}.{name}"
+            full = "model.embed_tokens.weight" if full in self._tied else full
+            tensor = self._tensors.read(full)
+            if tensor.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{full} has shape {tuple(tensor.shape)}, the model wants {tuple(parameter.shape)}"
+                )
+            state[name] = tensor.float()
+        module.load_state_dict(state, assign=True)
+        self._loaded = module
+
+    def _drop(self) -> None:
+        if self._loaded is not None:
+            self._loaded.to("meta")
+            self._loaded = None
+
+
+class _Together:
+    """Threads that go through the same parts: each is loaded once all of them have come to it."""
+
+    def __init__(self, number: int, load: Callable[[str, nn.Module], None]) -> None:
+        self._number, self._load = number, load
+        self._waiting: list[tuple[str, nn.Module]] = []
+        self._round = 0
+        self._error: Exception | None = None
+        self._changed = threading.Condition()
+        self.turn = threading.Lock()
+        """Held while a part runs: memory and threads of one call at a time."""
+
+    def arrive(self, prefix: str, module: nn.Module) -> None:
+        """Wait until the part is loaded and it is this thread's turn."""
+        with self._changed:
+            self._waiting.append((prefix, module))
+            now = self._round
+            self._go_on()
+            self._changed.wait_for(lambda: self._round > now)
+        self.turn.acquire()  # given back by the hook that runs even where the part fails
+        if self._error is not None:
+            raise self._error
+
+    def leave(self) -> None:
+        """Go on without this thread."""
+        with self._changed:
+            self._number -= 1
+            self._go_on()
+
+    def _go_on(self) -> None:
+        if not self._waiting or len(self._waiting) < self._number:
+            return
+        try:
+            (part,) = set(self._waiting)
+            self._load(*part)
+        except Exception as error:  # raised in every thread: none waits for ever
+            self._error = error
+        self._waiting, self._round = [], self._round + 1
+        self._changed.notify_all()
 
 
 def read_config(folder: Path) -> Any:
@@ -105,27 +212,3 @@ def _class_of(config: Any) -> Any:
             return kind(settings)
 
     return build
-
-
-def _stream(unit: nn.Module, prefix: str, tensors: ExportedTensors, tied: set[str]) -> None:
-    names = [name for name, _ in unit.named_parameters()]
-    shapes = {name: tuple(p.shape) for name, p in unit.named_parameters()}
-
-    def load(module: nn.Module, arguments: Any) -> None:
-        state = {}
-        for name in names:
-            full = f"{prefix}.{name}"
-            full = "model.embed_tokens.weight" if full in tied else full
-            tensor = tensors.read(full)
-            if tuple(tensor.shape) != shapes[name]:
-                raise CheckpointError(
-                    f"{full} has shape {tuple(tensor.shape)}, the model wants {shapes[name]}"
-                )
-            state[name] = tensor.float()
-        module.load_state_dict(state, assign=True)
-
-    def drop(module: nn.Module, arguments: Any, output: Any) -> None:
-        module.to("meta")
-
-    unit.register_forward_pre_hook(load)
-    unit.register_forward_hook(drop)

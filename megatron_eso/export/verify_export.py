@@ -16,13 +16,16 @@ from torch import Tensor
 from megatron_eso.config.schema import ModelConfig
 from megatron_eso.errors import CheckpointError
 from megatron_eso.export.describe import FACTS
+from megatron_eso.export.hf.decoding_esolm import diffusion_counts, row_order
 from megatron_eso.export.mapping import rules
 from megatron_eso.export.reference import Read, Row, reference_logits
 from megatron_eso.export.source import DTYPES, open_source
-from megatron_eso.export.streamed import ExportedTensors, streamed_model
+from megatron_eso.export.streamed import ExportedTensors, StreamedModel
 
 LIMIT_LOGITS, LIMIT_KL, LIMIT_CACHE = 1e-4, 1e-8, 1e-3
 _ROWS, _LENGTH = 2, 24
+# Steps of several tokens, then one token at a time; few, since each reads every weight.
+_PLAN: dict[str, Any] = {"alpha_0": 0.9, "num_steps": 2, "seed": 2}
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Verified:
     doubled_kl: float
     doubled_same_argmax: float
     cached_against_uncached_nats: float
+    generated_against_reference_nats: float
     tensors: int
 
     def failures(self) -> list[str]:
@@ -69,7 +73,7 @@ def verify_export(folder: Path, model: ModelConfig, read: Read, *, seed: int = 0
         CheckpointError: if a tensor is missing, unknown, misshapen or not finite.
     """
     count = _structure(folder, model)
-    exported = streamed_model(folder)
+    exported = StreamedModel(folder)
     length = min(_LENGTH, model.max_length)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, model.vocab_size - 1, (_ROWS, length), generator=generator)
@@ -78,15 +82,27 @@ def verify_export(folder: Path, model: ModelConfig, read: Read, *, seed: int = 0
     is_masked[:, 0] = True
     key = torch.rand(_ROWS, length, generator=generator, dtype=torch.float64)
     order = (key + is_masked.double()).argsort(dim=1)
+    prompt = tokens[:1, : length // 2]
+    canvas, doubled, cached, uncached = exported.in_step(
+        [
+            lambda theirs: _canvas(theirs, tokens, is_masked, order),
+            lambda theirs: _doubled(theirs, tokens, order),
+            lambda theirs: _generated(theirs, prompt, length, use_cache=True),
+            lambda theirs: _generated(theirs, prompt, length, use_cache=False),
+        ]
+    )
+    row, places = generated_row(model, cached.sequences[0], prompt.shape[1])
     with torch.no_grad():
-        canvas, doubled = _theirs(exported, tokens, is_masked, order)
-        expected = reference_logits(model, read, _inputs(model, tokens, is_masked, order))
-        cached = _cached(exported, tokens[:1], model)
+        expected = reference_logits(model, read, [*_inputs(model, tokens, is_masked, order), row])
     masked = zip(expected[:_ROWS], _in_order(is_masked, order), strict=True)
     of_masks = torch.cat([logits[mask] for logits, mask in masked])
-    first = _compare(canvas[is_masked], of_masks, _undo(is_masked, order))
-    second = _compare(*_doubled(doubled, expected[_ROWS:], order), None)
-    return Verified(*first, *second, cached, count)
+    return Verified(
+        *_compare(canvas[is_masked], of_masks[_undo(is_masked, order)]),
+        *_compare(*_of_copies(doubled, expected[_ROWS:-1], order)),
+        _cache_difference(cached, uncached),
+        _generation_difference(cached, expected[-1], places),
+        count,
+    )
 
 
 def verify_folder(folder: Path, against: Path | None) -> Verified:
@@ -119,20 +135,30 @@ def _structure(folder: Path, model: ModelConfig) -> int:
     wrong = [f"{name} is missing" for name in sorted(expected - set(tensors.files))]
     wrong += [f"{name} is unknown" for name in sorted(set(tensors.files) - expected)]
     for name in sorted(expected & set(tensors.files)):
-        if not bool(torch.isfinite(tensors.read(name)).all()):
+        # Both ends of the range are finite only if everything is, and cost no memory.
+        if not all(bool(torch.isfinite(end)) for end in tensors.read(name).aminmax()):
             wrong.append(f"{name} holds values that are not finite")
     if wrong:
         raise CheckpointError(f"{folder} is not a whole model:\n  - " + "\n  - ".join(wrong))
     return len(expected)
 
 
-def _theirs(
-    exported: Any, tokens: Tensor, is_masked: Tensor, order: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+def _canvas(exported: Any, tokens: Tensor, is_masked: Tensor, order: Tensor) -> Tensor:
     mask_id = exported.config.mask_token_id
-    canvas = exported(input_ids=tokens.masked_fill(is_masked, mask_id), order=order).logits
-    everything = torch.ones_like(is_masked)
-    return canvas, exported.predict_in_order(tokens, everything, order, everything)
+    return exported(input_ids=tokens.masked_fill(is_masked, mask_id), order=order).logits
+
+
+def _doubled(exported: Any, tokens: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    everything = torch.ones_like(tokens, dtype=torch.bool)
+    return exported.predict_in_order(tokens, everything, order, everything)
+
+
+def _generated(exported: Any, prompt: Tensor, length: int, *, use_cache: bool) -> Any:
+    """Return what greedy generation behind a prompt gives, log-probabilities included."""
+    return exported.generate(
+        prompt, max_new_tokens=length - prompt.shape[1], use_cache=use_cache, do_sample=False,
+        return_dict_in_generate=True, eos_token_id=None, **_PLAN,
+    )  # fmt: skip
 
 
 def _inputs(model: ModelConfig, tokens: Tensor, is_masked: Tensor, order: Tensor) -> list[Row]:
@@ -155,6 +181,32 @@ def _inputs(model: ModelConfig, tokens: Tensor, is_masked: Tensor, order: Tensor
     return canvas + doubled
 
 
+def generated_row(model: ModelConfig, tokens: Tensor, num_given: int) -> tuple[Row, Tensor]:
+    """Return all steps of a generated row [L] as one row of true tokens, then masks, and their places.
+
+    A mask sees the true tokens decided in earlier steps, the masks before it in its own step, and itself.
+    """
+    length = len(tokens)
+    is_open = [place >= num_given for place in range(length)]
+    plan = {"num_steps": _PLAN["num_steps"], "method": "binomial", "seed": _PLAN["seed"]}
+    counts = diffusion_counts(length - num_given, alpha_0=_PLAN["alpha_0"], **plan)
+    order = row_order(is_open, num_diffusion=sum(counts), row=0, **plan)
+    counts += [1] * (len(order) - sum(counts))
+    places = torch.tensor(order)
+    step = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    slot = torch.arange(length)
+    step_of_true = torch.cat([torch.full((num_given,), -1), step])
+    sees_true = step_of_true[None, :] < step[:, None]
+    sees_mask = (step[None, :] == step[:, None]).tril()
+    of_true = torch.cat(
+        [slot[:, None] >= slot, torch.zeros(length, len(order), dtype=torch.bool)], 1
+    )
+    entries = torch.cat([torch.arange(num_given), places])
+    masks = torch.full_like(places, model.vocab_size - 1)
+    visible = torch.cat([of_true, torch.cat([sees_true, sees_mask], dim=1)])
+    return Row(torch.cat([tokens[entries], masks]), torch.cat([entries, places]), visible), places
+
+
 def _in_order(values: Tensor, order: Tensor) -> list[Tensor]:
     return [v[o] for v, o in zip(values, order, strict=True)]
 
@@ -169,7 +221,7 @@ def _undo(is_masked: Tensor, order: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def _doubled(
+def _of_copies(
     theirs: tuple[Tensor, Tensor, Tensor], expected: list[Tensor], order: Tensor
 ) -> tuple[Tensor, Tensor]:
     logits, row, place = theirs
@@ -181,9 +233,8 @@ def _doubled(
     return logits, torch.stack(wanted)
 
 
-def _compare(found: Tensor, expected: Tensor, index: Tensor | None) -> tuple[float, float, float]:
+def _compare(found: Tensor, expected: Tensor) -> tuple[float, float, float]:
     """Return relative largest logit difference, largest KL in nats, share of equal most likely tokens."""
-    expected = expected if index is None else expected[index]
     real = torch.isfinite(expected[0])
     if not torch.equal(torch.isfinite(found[0]), real):
         return float("inf"), float("inf"), 0.0
@@ -199,26 +250,19 @@ def _compare(found: Tensor, expected: Tensor, index: Tensor | None) -> tuple[flo
     return float((a - b).abs().max() / b.abs().max()), kl, float(same.double().mean())
 
 
-def _cached(exported: Any, tokens: Tensor, model: ModelConfig) -> float:
+def _cache_difference(cached: Any, uncached: Any) -> float:
     """Return the largest difference of log-probabilities of cached and uncached generation."""
-    half = tokens.shape[1] // 2
-    runs = [
-        exported.generate(
-            tokens[:, :half],
-            max_new_tokens=tokens.shape[1] - half,
-            alpha_0=0.5,
-            num_steps=3,
-            seed=1,
-            use_cache=use_cache,
-            do_sample=False,
-            return_dict_in_generate=True,
-            eos_token_id=None,
-        )
-        for use_cache in (True, False)
-    ]
-    if not torch.equal(runs[0].sequences, runs[1].sequences):
+    if not torch.equal(cached.sequences, uncached.sequences):
         return float("inf")
-    return float((runs[0].log_probs - runs[1].log_probs).abs().max())
+    return float((cached.log_probs - uncached.log_probs).abs().max())
+
+
+def _generation_difference(cached: Any, expected: Tensor, places: Tensor) -> float:
+    """Return the largest difference of cached generation's log-probabilities from the reference's."""
+    tokens = cached.sequences[0][places]
+    log_probs = torch.log_softmax(expected[-len(places) :].double(), dim=1)
+    wanted = log_probs.gather(1, tokens[:, None])[:, 0]
+    return float((cached.log_probs[0][places] - wanted).abs().max())
 
 
 def rounded(read: Callable[[str, int | None], Tensor], dtype: torch.dtype) -> Read:
