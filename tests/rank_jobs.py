@@ -520,13 +520,14 @@ def export_checkpoint(overrides: list[str], folder: str) -> None:
 
 
 def sample_rows_of(
-    folder: str,
-    given: np.ndarray,
-    rows: np.ndarray,
-    settings: dict[str, Any],
-    choice: dict[str, Any],
-) -> dict[str, Any]:
-    """Return what the native sampler fills in with a checkpoint's raw weights, in fp64."""
+    folder: str, cases: list[tuple[np.ndarray, np.ndarray, dict[str, Any], dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Return what the native sampler fills in with a checkpoint's raw weights, in fp64, case by case.
+
+    Args:
+        folder: the checkpoint.
+        cases: given positions, rows, settings of the plan, settings of the choice.
+    """
     from megatron_eso.checkpoint.load import load_weights
     from megatron_eso.sample.plan import make_plan
     from megatron_eso.sample.sampler import Choice, fill_rows
@@ -534,9 +535,32 @@ def sample_rows_of(
     session = _replica_session(["model.qk_norm=true", "parallel.sequence=false"], "fp64")
     found = find_checkpoint(Path(folder), hashes=True)
     load_weights(found, session.chunks, use_ema=False)
-    plan = make_plan(torch.from_numpy(given), **settings)
-    result = fill_rows(session.replica, torch.from_numpy(rows), plan, Choice(**choice))
-    return {"tokens": result.tokens.numpy(), "log_probs": result.log_probs.numpy()}
+    results = []
+    for given, rows, settings, choice in cases:
+        plan = make_plan(torch.from_numpy(given), **settings)
+        result = fill_rows(session.replica, torch.from_numpy(rows), plan, Choice(**choice))
+        results.append({"tokens": result.tokens.numpy(), "log_probs": result.log_probs.numpy()})
+    return results
+
+
+def load_exported(folder: str, tensor: int) -> tuple[int, float]:
+    """Return how often this rank imported an exported folder to load it, and the sum of its weights."""
+    from megatron_eso.cli.model_loading import load
+    from megatron_eso.export import import_hf as module
+
+    whole, calls = module.import_hf, []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return whole(*arguments)
+
+    module.import_hf = counted
+    try:
+        loaded = load(Path(folder), use_ema=True, dtype="fp32", tensor=tensor, with_tokenizer=False)
+    finally:
+        module.import_hf = whole
+    weights = loaded.replica.chunks[0].parameters()
+    return len(calls), float(sum(weight.double().sum() for weight in weights))
 
 
 def attention_of_layers(attention: str) -> set[str]:

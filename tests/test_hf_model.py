@@ -129,6 +129,7 @@ PLANS = {
     "diffusion": {"alpha_0": 1.0, "num_steps": 3},
     "mixed": {"alpha_0": 0.5},
     "strided": {"plan": "strided", "num_steps": 3},
+    "fixed": {"plan": "fixed", "num_steps": 2, "alpha_0": 0.7},
 }
 
 
@@ -199,24 +200,63 @@ def test_infilling_keeps_what_is_given(model):
     assert not (filled == MASK).any()
 
 
-def test_text_equals_that_of_the_native_sampler(model, one_rank, folder):
-    """Same seed, same plan, same numbers: token for token what megatron-eso sample gives."""
+PREFIX, GAPS = (0, 1, 2, 3), (0, 2, 3, 11)
+NUCLEUS = {"temperature": 0.8, "top_p": 0.9}
+SAME_TEXT = {
+    "binomial": ({"alpha_0": 0.6, "num_steps": 5}, PREFIX, NUCLEUS),
+    "binomial-gaps": ({"alpha_0": 0.7, "num_steps": 3}, GAPS, {"temperature": 1.0, "top_p": 1.0}),
+    "one-token-a-step": ({"alpha_0": 1.0}, (), NUCLEUS),
+    "fixed": ({"method": "fixed", "alpha_0": 0.7, "num_steps": 3}, PREFIX, NUCLEUS),
+    "strided": ({"method": "strided", "alpha_0": 1.0, "num_steps": 5}, GAPS, NUCLEUS),
+    "left-to-right": ({"method": "left-to-right", "alpha_0": 1.0}, PREFIX, NUCLEUS),
+    "greedy": ({"alpha_0": 0.5, "num_steps": 4}, PREFIX, {"temperature": 0.0}),
+}
+
+
+@pytest.fixture(scope="module")
+def native_text(one_rank, folder):
+    """What megatron-eso's own sampler writes, by case."""
     import numpy as np
 
-    given = np.zeros((2, 16), dtype=bool)
-    given[:, :4] = True
-    start = np.full((2, 16), MASK)
-    start[:, :4] = rows(2, 4).numpy()
-    native = one_rank.run(
-        "sample_rows_of", str(folder.parent / "checkpoint"), given, start,
-        {"alpha_0": 0.6, "num_steps": 5, "seed": 11}, {"temperature": 0.8, "top_p": 0.9, "seed": 11},
-    )[0]  # fmt: skip
-    ours = model.generate(
-        rows(2, 4), max_new_tokens=12, alpha_0=0.6, num_steps=5, seed=11, do_sample=True,
-        temperature=0.8, top_p=0.9, eos_token_id=None, return_dict_in_generate=True,
+    cases = []
+    for settings, given, choice in SAME_TEXT.values():
+        is_given = np.zeros((2, 16), dtype=bool)
+        is_given[:, list(given)] = True
+        common = {"seed": 11, "first_row": 5}
+        cases.append((is_given, rows(2, 16).numpy(), settings | common, choice | common))
+    replies = one_rank.run("sample_rows_of", str(folder.parent / "checkpoint"), cases)[0]
+    return dict(zip(SAME_TEXT, replies, strict=True))
+
+
+@pytest.mark.parametrize("case", SAME_TEXT)
+def test_text_equals_that_of_the_native_sampler(model, native_text, case):
+    """Same seed, same plan, same numbers: token for token what megatron-eso sample gives."""
+    plan, given, choice = SAME_TEXT[case]
+    canvas = torch.full((2, 16), MASK)
+    canvas[:, list(given)] = rows(2, 16)[:, list(given)]
+    settings = {"plan" if name == "method" else name: value for name, value in plan.items()}
+    greedy = choice["temperature"] == 0
+    found = model.generate(
+        canvas, seed=11, first_row=5, do_sample=not greedy, eos_token_id=None,
+        return_dict_in_generate=True, **settings, **({} if greedy else choice),
     )  # fmt: skip
-    assert np.array_equal(ours.sequences.numpy(), native["tokens"])
-    assert np.allclose(ours.log_probs.numpy(), native["log_probs"], atol=1e-9)
+    assert torch.equal(found.sequences, torch.from_numpy(native_text[case]["tokens"]))
+    expected = torch.from_numpy(native_text[case]["log_probs"])
+    # transformers' RMSNorm computes in float32, also in a float64 model.
+    torch.testing.assert_close(found.log_probs, expected, atol=1e-6, rtol=0)
+
+
+def test_one_rank_imports_an_exported_folder_for_all(folder, one_rank, two_ranks):
+    whole = one_rank.run("load_exported", str(folder), 1)[0]
+    (first, part), (second, other) = two_ranks.run("load_exported", str(folder), 2)
+    assert (whole[0], first, second) == (1, 1, 0)
+    assert part != other
+
+
+def test_what_one_rank_cannot_import_is_an_error_on_all(folder, two_ranks, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(AssertionError, match=r"(?s)rank 0.*'gpt2'.*rank 1.*'gpt2'"):
+        two_ranks.run("load_exported", str(tmp_path), 2)
 
 
 def test_rows_end_at_the_end_token(model):
@@ -260,6 +300,9 @@ def test_a_streamer_shows_the_text_once_and_in_order(model, folder):
         ({"max_new_tokens": 5000}, "max_position_embeddings"),
         ({"max_new_tokens": 0}, "nothing to generate"),
         ({"alpha_0": 2.0, "max_new_tokens": 4}, "alpha_0=2.0"),
+        ({"num_steps": 5, "max_new_tokens": 4}, "num_steps=5 must be between 1 and the 4 open"),
+        ({"plan": "stride", "max_new_tokens": 4}, "plan='stride' is not one of binomial"),
+        ({"plan": "strided", "alpha_0": 0.5, "max_new_tokens": 4}, "strided.*alpha_0=0.5"),
         ({"do_sample": True, "temperature": 0.0, "max_new_tokens": 4}, "temperature"),
     ],
 )

@@ -61,22 +61,55 @@ def test_tokens_are_chosen_with_their_probabilities(top_p):
     torch.testing.assert_close(shares, torch.tensor(expected), atol=1e-3, rtol=0)
 
 
-def test_the_entropy_of_a_large_vocabulary_is_not_lowered():
-    """Float32 Gumbel noise cannot reach the tail of 50,258 tokens; inversion in float64 can."""
+@pytest.fixture(scope="module")
+def large_vocabulary():
+    """Float64 probabilities of 50,258 tokens, evenly spread numbers in [0, 1), and the tokens chosen."""
+    logits = 2 * torch.randn(50258, generator=torch.Generator().manual_seed(0))
+    logits = logits.sort(
+        descending=True
+    ).values  # surprise grows with the number: its mean is exact
+    exact = np.exp(logits.numpy().astype(np.float64))
+    u = (torch.arange(1024, dtype=torch.float64) + 0.5) / 1024
+    chosen = [
+        choose_tokens(logits.expand(64, -1), part, temperature=1.0, top_p=1.0)
+        for part in u.split(64)
+    ]
+    return exact / exact.sum(), u.numpy(), torch.cat(chosen).numpy()
+
+
+def test_tokens_of_a_large_vocabulary_are_those_of_a_float64_reference(large_vocabulary):
+    exact, u, chosen = large_vocabulary
+    assert np.array_equal(chosen, np.searchsorted(np.cumsum(exact), u, side="right"))
+
+
+def test_the_entropy_of_a_large_vocabulary_is_not_lowered(large_vocabulary):
+    """The mean surprise of tokens at evenly spread numbers is the entropy, up to their spacing."""
+    exact, _, chosen = large_vocabulary
+    entropy = -(exact * np.log(exact)).sum()
+    assert entropy > 8
+    assert abs(-np.log(exact[chosen]).mean() - entropy) < 0.005
+
+
+def test_a_number_just_below_one_takes_no_token_of_weight_zero():
+    """Where u times the total rounds up to the total, the search must not run past the last token."""
+    u = torch.full((1,), 1 - 2.0**-53, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(50258, generator=generator, dtype=torch.float64)
-    probs = torch.softmax(logits, dim=0)
-    entropy = float(-(probs * probs.log()).sum())
-    u = torch.rand(20_000, generator=generator, dtype=torch.float64)
-    cumulative = choose_tokens(logits.expand(64, -1), u[:64], temperature=1.0, top_p=1.0)
-    assert len(set(cumulative.tolist())) > 55
-    surprise = []
-    for first in range(0, 4096, 64):
-        picked = choose_tokens(
-            logits.expand(64, -1), u[first : first + 64], temperature=1.0, top_p=1.0
-        )
-        surprise.append(-probs[picked].log())
-    assert abs(float(torch.cat(surprise).mean()) - entropy) < 0.06
+    for _ in range(200):
+        logits = torch.randn(1, 40, generator=generator)
+        logits[:, 25:] = -torch.inf
+        assert int(choose_tokens(logits, u, temperature=1.0, top_p=1.0)) < 25
+
+
+def test_the_exported_model_draws_the_same_numbers():
+    from megatron_eso.export.hf import decoding_esolm as exported
+    from megatron_eso.objective.randomness import Stream, uniform
+
+    streams = (Stream.ORDER, Stream.EVAL_ORDER, Stream.SAMPLE_PLAN, Stream.SAMPLE_TOKEN)
+    theirs = (exported.ORDER, exported.EVAL_ORDER, exported.PLAN, exported.TOKEN)
+    assert theirs == tuple(map(int, streams))
+    for arguments in ((7, 0, 0, 3), (2**40, 5, 9, 6)):
+        ours = uniform(*arguments[:3], Stream(arguments[3]), 50, draw=2)
+        assert np.array_equal(exported.uniform(*arguments, 50, draw=2), ours.numpy())
 
 
 def test_temperature_zero_takes_the_most_likely_token():
@@ -206,6 +239,43 @@ def test_sampled_rows_have_the_model_s_probabilities(one_rank):
     chi_squared = ((counts - number * exact) ** 2 / (number * exact)).sum()
     assert chi_squared < 54.1  # 0.1 % point of 26 degrees of freedom
     assert counts.std() > 20  # the model is not uniform
+
+
+@pytest.mark.slow
+def test_rows_of_parallel_steps_have_their_exact_probabilities(one_rank):
+    """One token, then two at once, in each row's own random order: chi-squared against the exact sum."""
+    import itertools
+
+    small = ["model.vocab_size=4", "train.sequence_length=3", "model.init_std=0.7"]
+    number = 3000
+    given, rows = np.zeros((number, 3), dtype=bool), np.zeros((number, 3), dtype=np.int64)
+    settings = {"alpha_0": 1.0, "num_steps": 2, "method": "fixed", "seed": 11}
+    reply = one_rank.run(
+        "sample_rows", small, "fp32", given, rows, settings, {"seed": 4, "top_p": 1.0}
+    )[0]
+    assert reply["counts"] == [1, 2]
+    model = ReferenceModel(assemble([reply["weights"]]), heads=4, groups=2, vocab=4)
+    every = torch.tensor(list(itertools.product(range(3), repeat=3)))
+    expected = np.zeros(27)
+    for order, count in zip(*np.unique(reply["order"], axis=0, return_counts=True), strict=True):
+        expected += count * np.exp([_two_step_log_prob(model, row, order) for row in every])
+    np.testing.assert_allclose(expected.sum(), number, rtol=1e-9)
+    counts = np.bincount(reply["tokens"] @ np.array([9, 3, 1]), minlength=27)
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
+    assert chi_squared < 54.1  # 0.1 % point of 26 degrees of freedom
+    assert counts.std() > 20
+
+
+def _two_step_log_prob(model, row, order):
+    """Return log p of a row of which step 1 decides one token, step 2 the other two."""
+    order, total = torch.from_numpy(order), 0.0
+    for done, count in ((0, 1), (1, 2)):
+        seen, new = order[:done], order[done : done + count]
+        inputs = torch.cat([row[seen], torch.full((count,), 3)])
+        visible = torch.ones(done + count, done + count, dtype=torch.bool).tril()
+        log_probs = model.log_probs(inputs, torch.cat([seen, new]), visible)[done:]
+        total += float(log_probs.gather(1, row[new][:, None]).sum())
+    return total
 
 
 @pytest.mark.slow

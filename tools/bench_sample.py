@@ -105,7 +105,7 @@ def measure(replica: Replica, method: Method, length: int) -> tuple[int, float]:
     replica = replace(replica, config=replace(replica.config, objective=objective))
     canvas = rows_with_prompts([[]] * method.rows, length, replica.config.model)
     choice = Choice(seed=1)
-    plan = plan_for(replica, canvas, method.settings, choice)
+    plan = plan_for(replica.config.objective, canvas, method.settings, choice)
     if method.is_subset:
         return plan.num_evaluations, min(_subset(replica, canvas, plan) for _ in range(2))
 

@@ -1,6 +1,8 @@
 """What ``eval`` and ``sample`` share: one checkpoint or exported folder, its model and tokenizer."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,65 @@ class Loaded:
     """Of ``tokenizers``; None unless asked for."""
 
 
+@dataclass(frozen=True)
+class Described:
+    """What is known of a model before its weights are read."""
+
+    path: Path
+    model: Any
+    """ModelConfig."""
+    objective: Any
+    """ObjectiveConfig."""
+    sequence_length: int
+    tokenizer_file: Path | None
+
+
+def describe(path: Path) -> Described:
+    """Return what a checkpoint, a run or an exported folder says of its model.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    if is_exported(path):
+        from megatron_eso.export.import_hf import describe_hf
+
+        known = describe_hf(path)
+        file = None if known.tokenizer is None else known.tokenizer.path
+        return Described(path, known.model, known.objective, known.sequence_length, file)
+    from megatron_eso.checkpoint.load import find_checkpoint
+    from megatron_eso.checkpoint.replica import run_config_of, tokenizer_path
+    from megatron_eso.config.schema import ParallelConfig
+
+    folder = find_checkpoint(path)
+    config = run_config_of(folder, ParallelConfig())
+    length = config.train.sequence_length
+    return Described(folder.path, config.model, config.objective, length, tokenizer_path(folder))
+
+
+def tokenizer_of(known: Described) -> Any:
+    """Return the tokenizer (of ``tokenizers``); refuse one whose ids are not the model's.
+
+    Raises:
+        CheckpointError: if there is none, or the numbers of ids differ.
+    """
+    from megatron_eso.data.tokenizer import Tokenizer, load_tokenizer
+    from megatron_eso.errors import CheckpointError
+
+    if known.tokenizer_file is None:
+        raise CheckpointError(
+            f"{known.path} has no tokenizer; import it again with --tokenizer tokenizer.json"
+        )
+    found = Tokenizer(known.tokenizer_file, requires_end=False)
+    if found.vocab_size != known.model.vocab_size:
+        raise CheckpointError(
+            f"tokenizer {known.tokenizer_file} has {found.vocab_size - 1} ids, the model of {known.path} "
+            f"{known.model.vocab_size - 1} besides the mask token: text would be encoded or decoded "
+            "wrongly. Use the tokenizer the model was trained with; a Hugging Face model whose embedding "
+            "has spare rows is imported with --cut-vocabulary"
+        )
+    return load_tokenizer(known.tokenizer_file)
+
+
 def load(
     path: Path,
     *,
@@ -36,20 +97,14 @@ def load(
     Raises:
         CheckpointError: if it cannot be read, or a tokenizer is wanted and there is none.
     """
-    import tempfile
-
     from megatron_eso.checkpoint.load import find_checkpoint
     from megatron_eso.config.schema import ParallelConfig
-    from megatron_eso.data.tokenizer import load_tokenizer
-    from megatron_eso.errors import CheckpointError
 
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, context=context, sequence=False)
     if is_exported(path):
         from megatron_eso.export.describe import read_facts
-        from megatron_eso.export.import_hf import import_hf
 
-        with tempfile.TemporaryDirectory(prefix="megatron-eso-") as scratch:
-            folder = import_hf(path, Path(scratch) / "checkpoint").folder
+        with _imported(path) as folder:
             loaded = _load(folder, parallel, dtype=dtype, use_ema=use_ema)
         kept = loaded.tokenizer_file  # its copy has vanished
         loaded = replace(
@@ -60,11 +115,12 @@ def load(
         loaded = _load(find_checkpoint(path), parallel, dtype=dtype, use_ema=use_ema)
     if not with_tokenizer:
         return loaded
-    if loaded.tokenizer_file is None:
-        raise CheckpointError(
-            f"{loaded.path} has no tokenizer; import it again with --tokenizer tokenizer.json"
-        )
-    return replace(loaded, tokenizer=load_tokenizer(loaded.tokenizer_file))
+    config = loaded.replica.config
+    known = Described(
+        loaded.path, config.model, config.objective, config.train.sequence_length,
+        loaded.tokenizer_file,
+    )  # fmt: skip
+    return replace(loaded, tokenizer=tokenizer_of(known))
 
 
 def is_exported(path: Path) -> bool:
@@ -72,17 +128,59 @@ def is_exported(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
+@contextmanager
+def _imported(path: Path) -> Iterator[Any]:
+    """Give the checkpoint an exported folder is imported to: one copy per machine, by its first rank.
+
+    It vanishes once every rank has left. Every rank must call this.
+    """
+    import socket
+    import tempfile
+    from contextlib import ExitStack
+
+    import torch.distributed as dist
+
+    from megatron_eso.checkpoint.folder import CheckpointFolder
+    from megatron_eso.errors import CheckpointError
+    from megatron_eso.export.import_hf import import_hf
+
+    ranks, _ = _join()
+    with ExitStack() as held:
+        mine: tuple[str, Path | None, str] = (socket.gethostname(), None, "")
+        if ranks.local_rank == 0:
+            scratch = held.enter_context(tempfile.TemporaryDirectory(prefix="megatron-eso-"))
+            try:
+                made = import_hf(path, Path(scratch) / "checkpoint").folder.path
+                mine = (mine[0], made, "")
+            except CheckpointError as error:
+                mine = (mine[0], None, str(error))
+        found: list[Any] = [None] * ranks.world_size
+        dist.all_gather_object(found, mine)
+        errors = [error for _, _, error in found if error]
+        if errors:
+            raise CheckpointError(errors[0])
+        yield CheckpointFolder(next(made for host, made, _ in found if made and host == mine[0]))
+        dist.barrier()
+
+
+def _join() -> tuple[Any, Any]:
+    """Return where this process stands and its device, the process group joined."""
+    from megatron_eso.parallel.device import Ranks, choose_device, start_process_group
+
+    ranks = Ranks.from_environment(dict(os.environ))
+    device = choose_device(ranks.local_rank)
+    start_process_group(ranks, device)
+    return ranks, device
+
+
 def _load(folder: Any, parallel: Any, *, dtype: str, use_ema: bool) -> Loaded:
     """Load a checkpoint's model, without its tokenizer."""
     from megatron_eso.checkpoint.replica import load_replica, run_config_of, tokenizer_path
     from megatron_eso.model.build import resolve_precision
-    from megatron_eso.parallel.device import Ranks, choose_device, start_process_group
     from megatron_eso.parallel.groups import build_groups
 
     config = run_config_of(folder, parallel)
-    ranks = Ranks.from_environment(dict(os.environ))
-    device = choose_device(ranks.local_rank)
-    start_process_group(ranks, device)
+    _, device = _join()
     config = replace(config, precision=replace(config.precision, dtype=dtype))
     config = resolve_precision(config, dtype)
     layout = build_groups(config.parallel, seed=0)

@@ -62,6 +62,8 @@ def sample(
     check_settings(settings)
     if infill is not None and (prompt or length):
         raise ConfigError("--infill gives the whole row; --prompt and --length do not apply")
+    if batch < 1:
+        raise ConfigError(f"--batch {batch} must be at least 1")
     if out is not None and live:
         raise ConfigError("--live draws in the terminal; leave it out together with --out")
     if tensor * pipeline != (int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else ranks):
@@ -74,34 +76,46 @@ def sample(
 
         raise SystemExit(start_ranks(ranks, sys.argv[1:]))
 
-    from megatron_eso.cli.model_loading import load
+    from megatron_eso.cli.model_loading import describe, load, tokenizer_of
     from megatron_eso.parallel.finish import finish
+    from megatron_eso.sample.generate import check_request
+    from megatron_eso.sample.output import require_new
     from megatron_eso.sample.sampler import Choice
 
+    # Everything that can be wrong is looked at before weights are read.
+    known = describe(checkpoint)
+    tokenizer = tokenizer_of(known)
+    canvas = _canvas(known, tokenizer, prompt or [""], infill, num_samples, length)
+    choice = Choice(temperature=temperature, top_p=top_p, seed=seed)
+    if stop_at_end:
+        choice.stop_token = _end_token(tokenizer)
+    check_request(known.objective, canvas, settings, choice)
+    if out is not None:
+        require_new(out)
     loaded = load(
         checkpoint, use_ema=not raw_weights, dtype="fp32", tensor=tensor, pipeline=pipeline
     )
-    canvas = _canvas(loaded, prompt or [""], infill, num_samples, length)
-    choice = Choice(temperature=temperature, top_p=top_p, seed=seed)
-    if stop_at_end:
-        choice.stop_token = _end_token(loaded.tokenizer)
     _run(loaded, canvas, settings, choice, batch=1 if live else batch, live=live, out=out)
     finish()
 
 
 def _canvas(
-    loaded: Any, prompts: list[str], infill: str | None, num_samples: int, length: int | None
+    known: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    infill: str | None,
+    num_samples: int,
+    length: int | None,
 ) -> Any:
     from megatron_eso.sample.prompt import rows_with_gaps, rows_with_prompts
 
     def encode(text: str) -> list[int]:
-        return loaded.tokenizer.encode(text, add_special_tokens=False).ids if text else []
+        return tokenizer.encode(text, add_special_tokens=False).ids if text else []
 
-    config = loaded.replica.config
     if infill is not None:
-        return rows_with_gaps(infill, num_samples, config.model, encode)
+        return rows_with_gaps(infill, num_samples, known.model, encode)
     ids = [encode(text) for text in prompts for _ in range(num_samples)]
-    return rows_with_prompts(ids, length or config.train.sequence_length, config.model)
+    return rows_with_prompts(ids, length or known.sequence_length, known.model)
 
 
 def _run(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_eso.checkpoint.folder import FORMAT_VERSION, SIDECAR, CheckpointFolder, write_durably
-from megatron_eso.config.schema import ModelConfig
+from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
 from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import CheckpointError, DataError
 from megatron_eso.export.describe import read_facts
@@ -36,6 +36,21 @@ class Imported:
     model: ModelConfig
     sequence_length: int
     num_parameters: int
+    remarks: list[str]
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a folder says of its model, in our terms."""
+
+    model_type: str
+    model: ModelConfig
+    """The vocabulary includes the mask token."""
+    objective: ObjectiveConfig
+    sequence_length: int
+    tokenizer: Tokenizer | None
+    has_mask: bool
+    """The mask token has a row in the weights already."""
     remarks: list[str]
 
 
@@ -60,6 +75,45 @@ def import_hf(
         CheckpointError: if the model cannot be read or expressed, or ``out`` holds anything.
     """
     require_free(out)
+    known = describe_hf(source, cut_vocabulary=cut_vocabulary, sequence_length=sequence_length)
+    model, tokenizer, remarks = known.model, known.tokenizer, known.remarks
+    tensors = ExportedTensors(source)
+    table = rules(model)
+    _require_names(tensors, table, model)
+    with scratch_beside(out) as scratch:
+        require_room(out, _num_numbers(source, tensors) * 4)
+        count = 0
+        with TorchDistWriter(scratch) as writer:
+            for rule, layer in _work(table, model.num_layers):
+                whole = _joined(tensors, rule, layer, model, known.has_mask)
+                count += whole.numel()
+                writer.write(
+                    f"weights.{rule.ours}", whole, layer=layer, num_layers=model.num_layers
+                )
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer.path, scratch / "tokenizer.json")
+        sidecar = {
+            "format_version": FORMAT_VERSION,
+            "step": 0,
+            "has_ema": False,
+            "model": asdict(model),
+            "objective": asdict(known.objective),
+            "sequence_length": known.sequence_length,
+            "mask_token_id": model.vocab_size - 1,
+            "data": {},
+            "tokenizer": None if tokenizer is None else "tokenizer.json",
+            "parallel": {},
+            "origin": {"format": "hf", "model_type": known.model_type, "folder": source.name},
+        }
+        write_durably(scratch / SIDECAR, json.dumps(sidecar, indent=1))
+        CheckpointFolder(scratch).commit()
+    return Imported(CheckpointFolder(out), model, known.sequence_length, count, remarks)
+
+
+def describe_hf(
+    source: Path, *, cut_vocabulary: bool = False, sequence_length: int | None = None
+) -> Described:
+    """Return what the folder says of its model; arguments and errors as of :func:`import_hf`."""
     config = _read_config(source)
     model, objective = model_of(config)
     tokenizer, remarks = _tokenizer(source)
@@ -75,40 +129,10 @@ def import_hf(
             f"the tokenizer has {tokenizer.vocab_size - 1} ids, the embedding {rows}: to train on text "
             "prepared with it import with --cut-vocabulary"
         )
-    tensors = ExportedTensors(source)
-    table = rules(model)
-    _require_names(tensors, table, model)
     length = min(
         sequence_length or read_facts(source).get("sequence_length", 1024), model.max_length
     )
-    with scratch_beside(out) as scratch:
-        require_room(out, _num_numbers(source, tensors) * 4)
-        count = 0
-        with TorchDistWriter(scratch) as writer:
-            for rule, layer in _work(table, model.num_layers):
-                whole = _joined(tensors, rule, layer, model, has_mask)
-                count += whole.numel()
-                writer.write(
-                    f"weights.{rule.ours}", whole, layer=layer, num_layers=model.num_layers
-                )
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer.path, scratch / "tokenizer.json")
-        sidecar = {
-            "format_version": FORMAT_VERSION,
-            "step": 0,
-            "has_ema": False,
-            "model": asdict(model),
-            "objective": asdict(objective),
-            "sequence_length": length,
-            "mask_token_id": model.vocab_size - 1,
-            "data": {},
-            "tokenizer": None if tokenizer is None else "tokenizer.json",
-            "parallel": {},
-            "origin": {"format": "hf", "model_type": config["model_type"], "folder": source.name},
-        }
-        write_durably(scratch / SIDECAR, json.dumps(sidecar, indent=1))
-        CheckpointFolder(scratch).commit()
-    return Imported(CheckpointFolder(out), model, length, count, remarks)
+    return Described(config["model_type"], model, objective, length, tokenizer, has_mask, remarks)
 
 
 def _read_config(source: Path) -> dict[str, Any]:

@@ -71,6 +71,8 @@ def _qkv_shapes(model: ModelConfig, shape: tuple[int, ...]) -> list[tuple[int, .
 
 def _pad_rows(model: ModelConfig, whole: Tensor) -> Tensor:
     extra = derive.padded_vocab_size(model) - len(whole)
+    if not extra:
+        return whole
     return torch.cat([whole, whole.new_zeros(extra, *whole.shape[1:])])
 
 

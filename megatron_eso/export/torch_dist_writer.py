@@ -58,8 +58,9 @@ class TorchDistWriter:
         )
         known.chunks.append(chunk)
         first = self._file.tell()
-        # A view's storage may be larger than it; a clone holds these numbers alone.
-        torch.save(part.clone(), _Plain(self._file))  # type: ignore[arg-type]
+        # The whole storage of a view would be saved; a clone holds these numbers alone.
+        alone = part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
+        torch.save(alone, _Plain(self._file))  # type: ignore[arg-type]
         index = MetadataIndex(name, offset)
         self._places[index] = _StorageInfo(_FILE, first, self._file.tell() - first)
 

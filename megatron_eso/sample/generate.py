@@ -6,11 +6,19 @@ from typing import Literal
 
 from torch import Tensor
 
+from megatron_eso.config.schema import ObjectiveConfig
 from megatron_eso.errors import ConfigError
 from megatron_eso.model.replica import Replica
-from megatron_eso.sample.plan import METHODS, DecodingPlan, Method, make_block_plan, make_plan
+from megatron_eso.sample.plan import (
+    METHODS,
+    DecodingPlan,
+    Method,
+    check_prefix,
+    make_block_plan,
+    make_plan,
+)
 from megatron_eso.sample.prompt import Canvas
-from megatron_eso.sample.sampler import Choice, Sampled, fill_rows
+from megatron_eso.sample.sampler import Choice, Sampled, check_choice, fill_rows
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,34 @@ def check_settings(settings: PlanSettings) -> None:
         raise ConfigError("--num-steps and --tokens-per-step say the same thing; give one of them")
 
 
+def check_request(
+    objective: ObjectiveConfig, canvas: Canvas, settings: PlanSettings, choice: Choice
+) -> None:
+    """Refuse what the objective, the rows or the settings do not allow, before a model is loaded.
+
+    Raises:
+        ConfigError: naming what to change.
+    """
+    check_choice(choice)
+    if objective.name == "bd3lm" and bool(canvas.padding.any()):
+        raise ConfigError(
+            "block diffusion cannot take prompts of different lengths in one batch: its blocks would "
+            "not line up; sample them one after the other"
+        )
+    # Every row has as many open tokens, so the first one's plan stands for all.
+    one = Canvas(canvas.tokens[:1], canvas.is_given[:1], canvas.padding[:1])
+    plan = plan_for(objective, one, settings, choice)
+    if objective.name == "ar" and not objective.leading_mask:
+        shortest = plan.num_given - int(canvas.padding.max())
+        if shortest < 1:
+            raise ConfigError(
+                "this ar model was trained with objective.leading_mask=false: its first token must be "
+                "given; start with a prompt"
+            )
+
+
 def plan_for(
-    replica: Replica, canvas: Canvas, settings: PlanSettings, choice: Choice
+    objective: ObjectiveConfig, canvas: Canvas, settings: PlanSettings, choice: Choice
 ) -> DecodingPlan:
     """Return the plan that the model's objective follows.
 
@@ -64,7 +98,7 @@ def plan_for(
         ConfigError: for settings that the objective does not have.
     """
     check_settings(settings)
-    objective, left = replica.config.objective, canvas.num_open
+    left = canvas.num_open
     common = {"seed": choice.seed, "first_row": choice.first_row}
     steps = settings.num_steps
     if settings.tokens_per_step:
@@ -77,6 +111,9 @@ def plan_for(
                 "a model of objective.name=ar decides one token at a time from left to right: --plan, "
                 "--alpha-0 and --num-steps do not apply"
             )
+        check_prefix(
+            canvas.is_given, canvas.is_given.shape[1] - left, "a model of objective.name=ar"
+        )
         return make_plan(canvas.is_given, alpha_0=0.0, method="left-to-right", **common)
     if objective.name != "eso" and settings.alpha_0 not in (None, 1.0):
         raise ConfigError(
@@ -126,11 +163,13 @@ def generate(
         batch_rows: rows at once.
         on_plan: called with each batch's plan before it is filled.
     """
+    if batch_rows < 1:
+        raise ConfigError(f"--batch {batch_rows} must be at least 1")
     for first in range(0, len(canvas.tokens), batch_rows):
         part = slice(first, first + batch_rows)
         rows = Canvas(canvas.tokens[part], canvas.is_given[part], canvas.padding[part])
         mine = replace(choice, first_row=choice.first_row + first)
-        plan = plan_for(replica, rows, settings, mine)
+        plan = plan_for(replica.config.objective, rows, settings, mine)
         on_plan(plan)
         sampled = fill_rows(replica, rows.tokens, plan, mine, padding=rows.padding)
         yield Batch(mine.first_row, plan, sampled, rows.padding)

@@ -12,8 +12,7 @@ class SampleFile:
     """Writes samples beside the final name and renames at the end; says how far it is."""
 
     def __init__(self, path: Path, *, total: int) -> None:
-        if path.exists():
-            raise DataError(f"{path} exists; choose another --out or remove it")
+        require_new(path)
         self._path, self._total = path, total
         self._partial = path.with_name(f".{path.name}.partial")
         self._file: TextIO | None = None
@@ -43,3 +42,9 @@ class SampleFile:
         self._done += 1
         if sys.stderr.isatty():
             print(f"\r{self._done} of {self._total} samples", end="", file=sys.stderr, flush=True)
+
+
+def require_new(path: Path) -> None:
+    """Raise if a file is there already."""
+    if path.exists():
+        raise DataError(f"{path} exists; choose another --out or remove it")

@@ -132,13 +132,22 @@ def _pick(logits: Tensor, open_: Tensor, u: Tensor, choice: Choice) -> Tensor:
     return flat.view(open_.shape)
 
 
-def _check(replica: Replica, choice: Choice) -> None:
-    config = replica.config
+def check_choice(choice: Choice) -> None:
+    """Refuse a temperature or nucleus without a meaning.
+
+    Raises:
+        ConfigError: naming both.
+    """
     if choice.temperature < 0 or not 0 < choice.top_p <= 1:
         raise ConfigError(
             f"temperature={choice.temperature} must not be negative and top_p={choice.top_p} must be in "
             "(0, 1]"
         )
+
+
+def _check(replica: Replica, choice: Choice) -> None:
+    check_choice(choice)
+    config = replica.config
     if config.parallel.virtual_pipeline > 1 or (
         config.parallel.tensor > 1 and config.parallel.sequence
     ):
