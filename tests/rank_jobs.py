@@ -492,8 +492,12 @@ def forced_log_probs(overrides: list[str], tokens: np.ndarray, orders: np.ndarra
     return fill_rows(session.replica, rows, plan, Choice(forced=rows)).log_probs.numpy()
 
 
-def export_checkpoint(overrides: list[str], folder: str) -> None:
-    """Write a checkpoint of the small model's initial weights, and a drifted average, as training does."""
+def export_checkpoint(overrides: list[str], folder: str, earlier_saves: int = 0) -> None:
+    """Write a checkpoint of the small model's initial weights, and a drifted average, as training does.
+
+    Megatron's index says more from a run's third save on; ``earlier_saves`` are made, and removed, before.
+    """
+    import shutil
     from dataclasses import asdict
 
     session = make_session(overrides)
@@ -515,8 +519,13 @@ def export_checkpoint(overrides: list[str], folder: str) -> None:
         "objective": asdict(session.config.objective), "sequence_length": LENGTH,
         "mask_token_id": VOCAB - 1, "data": {}, "tokenizer": None, "parallel": {},
     }  # fmt: skip
-    saver.save(7, state, sidecar)
-    saver.finish()
+    for step in range(7 - earlier_saves, 8):
+        saver.save(step, state, {**sidecar, "step": step})
+        saver.finish()
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        for step in range(7 - earlier_saves, 7):
+            shutil.rmtree(Path(folder) / f"step_{step:010d}", ignore_errors=True)
 
 
 def sample_rows_of(

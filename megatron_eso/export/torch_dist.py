@@ -32,6 +32,7 @@ _KNOWN = {
     for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
 } | {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),  # from a run's third save on
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
     ("torch", "memory_format"),
