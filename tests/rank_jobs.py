@@ -586,3 +586,19 @@ def attention_of_layers(attention: str) -> set[str]:
     chunks, _ = build_chunks(config, layout, device.torch_device)
     layers: Any = chunks[0].decoder.layers
     return {layer.self_attention.core_attention.backend for layer in layers}
+
+
+def fused_swiglu() -> tuple[list, list, list, list]:
+    """Return Megatron's fused SwiGLU of some numbers, its gradients, and both of the plain one."""
+    from torch.nn.functional import silu
+
+    make_session([])  # applies the patches, so that nothing is compiled
+    from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+
+    found: list[list] = []
+    for way in (lambda x: bias_swiglu_impl(x, None), lambda x: silu(x[..., :3]) * x[..., 3:]):
+        x = torch.linspace(-4, 4, 24).view(2, 2, 6).requires_grad_()
+        out = way(x)
+        (out * torch.arange(12.0).view_as(out)).sum().backward()
+        found += [out.tolist(), x.grad.tolist()]  # type: ignore[union-attr]
+    return found[0], found[1], found[2], found[3]

@@ -81,7 +81,7 @@ def test_a_longer_run_continues_where_the_shorter_ended(place):
     shutil.copytree(place / "runs/first", place / "runs/longer")
     run("train", "run.yaml", "name=longer", *SETTINGS, "train.steps=8", "train.profile_steps=[7]",
         "train.profile_ranks=[0,1]", "train.save_every_steps=7", "parallel.local_ranks=2",
-        folder=place)  # fmt: skip
+        "parallel.context=2", folder=place)  # fmt: skip
     lines = [json.loads(s) for s in (place / "runs/longer/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6, 7, 8]
 

@@ -49,6 +49,7 @@ def test_a_checkpoint_continues_for_twenty_steps_at_any_layout(one_rank, two_ran
     others = [
         (two_ranks, LAYOUTS["pipeline"]),
         (two_ranks, LAYOUTS["interleaved"]),
+        (two_ranks, LAYOUTS["context"]),
         (two_ranks, ["train.micro_batch_rows=2"]),  # two data-parallel ranks
         (one_rank, ["train.micro_batch_rows=8"]),
     ]
@@ -58,6 +59,12 @@ def test_a_checkpoint_continues_for_twenty_steps_at_any_layout(one_rank, two_ran
         found = assemble([reply["weights"] for reply in replies])
         for key, value in expected.items():
             np.testing.assert_allclose(found[key], value, atol=2e-4, err_msg=key)
+
+
+def test_a_checkpoint_of_context_ranks_continues_without_them(one_rank, two_ranks, tmp_path):
+    whole = two_ranks.run("train", LAYOUTS["context"], 8, str(tmp_path), 5)
+    alone = one_rank.run("train", [], 8, str(tmp_path), None, True)
+    np.testing.assert_allclose(alone[0]["losses"], whole[0]["losses"][5:], rtol=1e-6)
 
 
 def test_damage_is_found_and_the_older_checkpoint_used(one_rank, tmp_path):
