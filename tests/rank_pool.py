@@ -10,15 +10,16 @@ import importlib
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from typing import Any
 
 
 class RankPool:
-    """``size`` processes that are ranks of one world."""
+    """``size`` processes that are ranks of one world; folders to look for packages in first."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, *first_on_path: str) -> None:
+        self.size, self._first_on_path = size, first_on_path
         self._pipes: list[Any] = []
         self._processes: list[Any] = []
 
@@ -26,7 +27,9 @@ class RankPool:
         context = multiprocessing.get_context("spawn")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.size))
+            process = context.Process(
+                target=_serve, args=(theirs, rank, self.size, self._first_on_path)
+            )
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -68,7 +71,10 @@ class RankPool:
         self._pipes, self._processes = [], []
 
 
-def _serve(pipe: Any, rank: int, size: int) -> None:
+def _serve(pipe: Any, rank: int, size: int, first_on_path: tuple[str, ...]) -> None:
+    if any(path.endswith("triton") for path in first_on_path):
+        import torch._inductor.compile_fx  # looks for triton now, so it does not meet the stand-in
+    sys.path[:0] = first_on_path
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1"
     )

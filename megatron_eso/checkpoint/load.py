@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_eso.checkpoint.folder import CheckpointFolder, list_folders
+from megatron_eso.checkpoint.fp8_state import load_fp8_state
 from megatron_eso.checkpoint.state import (
     EMA,
     MOMENTS,
@@ -90,6 +91,7 @@ def load_training_state(
     _load(sharded_places(places), folder)
     updates = step if num_updates is None else num_updates
     restore([place for _, place in places], optimizer, average, step=updates)
+    load_fp8_state(folder, chunks)
     return step
 
 

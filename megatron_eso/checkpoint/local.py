@@ -23,6 +23,7 @@ from megatron_eso.checkpoint.child import Child
 from megatron_eso.checkpoint.folder import hash_file, write_durably
 from megatron_eso.checkpoint.state import MOMENTS
 from megatron_eso.config.schema import RunConfig
+from megatron_eso.parallel.fp8_state import get_state, set_state, stateful_modules
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.parameters import (
     gather_full,
@@ -55,6 +56,7 @@ class LocalCopies:
             "parallel": asdict(config.parallel),
             "model": asdict(config.model),
             "dtype": config.precision.dtype,
+            "fp8": [config.precision.fp8, config.precision.fp8_attention],
             "data": data,
             "has_ema": config.optimizer.ema_decay > 0,
         }
@@ -63,23 +65,32 @@ class LocalCopies:
         self._step, self.kept_step = -1, -1
 
     def save(
-        self, step: int, state: dict[str, Any], optimizer: Any, average: MovingAverage | None
+        self,
+        step: int,
+        state: dict[str, Any],
+        chunks: list[nn.Module],
+        optimizer: Any,
+        average: MovingAverage | None,
     ) -> None:
         """Begin a copy, beside training; one that is still being written goes first.
 
         Args:
             step: steps done.
             state: the rest of what a restart needs, as JSON.
+            chunks: wrapped model chunks, for their FP8 state.
             optimizer: Megatron's optimizer.
             average: moving average, if the run keeps one.
         """
         if self.is_busy():
             log.warning("the node-local copy of step %d is still being written", self._step)
             return
-        tensors = [
-            [_held(part) for part in _parts(shard, average, parameter)]
-            for parameter, shard in shards(optimizer).items()
-        ]
+        tensors = {
+            "shards": [
+                [_held(part) for part in _parts(shard, average, parameter)]
+                for parameter, shard in shards(optimizer).items()
+            ],
+            "fp8": [get_state(entry.module) for entry in stateful_modules(chunks)],
+        }
         self._step = step
         self._child = Child(lambda: self._write(step, tensors, state))
 
@@ -114,10 +125,10 @@ class LocalCopies:
     ) -> dict[str, Any]:
         """Load a copy; return the state that was given with it."""
         header = json.loads(self._header(step).read_text())
-        parts = torch.load(self._file(step), weights_only=True, mmap=True)
+        stored = torch.load(self._file(step), weights_only=True, mmap=True)
         owned = shards(optimizer)
         with torch.no_grad():
-            for (parameter, shard), tensors in zip(owned.items(), parts, strict=True):
+            for (parameter, shard), tensors in zip(owned.items(), stored["shards"], strict=True):
                 shard.master.copy_(tensors[0])
                 if tensors[1] is not None:
                     device = shard.master.device
@@ -129,6 +140,8 @@ class LocalCopies:
                 shard = owned.get(entry.data)
                 start, part = (shard.start, shard.master) if shard else (0, None)
                 entry.data.copy_(gather_full(entry.data, start, part, group))
+        for entry, kept in zip(stateful_modules(chunks), stored["fp8"], strict=True):
+            set_state(entry.module, kept)
         self.kept_step = step
         return header["state"]
 
@@ -144,7 +157,7 @@ class LocalCopies:
             except OSError:
                 pass  # other ranks' copies are still there, or never were
 
-    def _write(self, step: int, tensors: list[Any], state: dict[str, Any]) -> None:
+    def _write(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._file(step)
         self._header(step).unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 Names are ``weights.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME`` and ``ema.NAME`` with Megatron's
 layout-free names and global shapes, so a checkpoint loads at any layout and in any precision. Model
-weights in bf16 are not stored: they are the masters, rounded.
+weights in bf16 are not stored: they are the masters, rounded. FP8 layers add their scales (fp8_state.py).
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_eso.checkpoint.fp8_state import fp8_objects
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.parameters import (
@@ -55,6 +56,7 @@ def collect(
             if full is not None:
                 own = replace(entry, replica_id=_first_of_group(entry.replica_id))
                 add(state, own, kind, full)
+    state.update(fp8_objects(chunks, with_data=True))
     return state
 
 

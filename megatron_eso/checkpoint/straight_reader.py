@@ -91,8 +91,9 @@ def straight_reading() -> Iterator[None]:
     """Have Megatron load with :class:`StraightReader`, which its own strategy has no setting for."""
     before = megatron_torch._get_filesystem_reader
 
-    def reader(folder: str | Path, cache_metadata: bool = False) -> Any:
-        return StraightReader(folder) if cache_metadata else before(folder, cache_metadata)
+    def reader(folder: str | Path, cache_metadata: bool = False, **later: Any) -> Any:
+        # ``later``: arguments of Megatron-Core 0.19.
+        return StraightReader(folder) if cache_metadata else before(folder, cache_metadata, **later)
 
     megatron_torch._get_filesystem_reader = reader
     try:

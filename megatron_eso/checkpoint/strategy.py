@@ -6,6 +6,7 @@ outlives a killed rank. Here planning touches no file, writing runs anywhere (a 
 and one rank publishes. The files are the same. Plans are made once and kept.
 """
 
+import inspect
 import queue
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,13 @@ with quiet_megatron_import():
 
 Files = dict[str, dict[str, Any]]
 """Name -> size and hash of the files that a rank wrote."""
+
+# From 0.19 on Megatron takes nvidia-resiliency-ext's writer unless told to take its own.
+_OWN_WRITER: dict[str, Any] = (
+    {"async_strategy": "mcore"}
+    if "async_strategy" in inspect.signature(TorchDistSaveShardedStrategy.async_save).parameters
+    else {}
+)
 
 
 class Plan:
@@ -74,7 +82,7 @@ class Planner:
         sharded, _ = save_preprocess(state, validate_access_integrity=not self._is_checked)
         self._is_checked = True
         with without_results_manager():
-            self._strategy.async_save(sharded, folder)
+            self._strategy.async_save(sharded, folder, **_OWN_WRITER)
         return Plan(*self._strategy.planned)
 
 
@@ -83,6 +91,8 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
 
     planned: tuple[FileSystemWriterAsync, Any]
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
+    def _get_save_and_finalize_callbacks(
+        self, writer: Any, save_state_dict_ret: Any, async_strategy: str = "mcore"
+    ) -> Any:
         self.planned = writer, save_state_dict_ret[1]
         return AsyncRequest(None, (), [])

@@ -1,4 +1,8 @@
-"""``megatron-eso doctor``: what this machine can do, and which backends would be chosen."""
+"""``megatron-eso doctor``: what this machine can do, and whether a backend that is asked for is there."""
+
+import os
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -6,12 +10,30 @@ app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command()
-def doctor() -> None:
-    """Print devices, package versions, measured matmul speed and the backends `auto` would choose.
+def doctor(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value ... of --run")
+    ] = None,
+    check: Annotated[
+        str | None, typer.Option("--check", help="te, fp8 or fp8-attention: is it there?")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Run configuration: do its precision settings fit?")
+    ] = None,
+) -> None:
+    """Print devices, versions, matmul speed, the backends `auto` would choose and why others lose.
+
+    With --check or --run it prints only whether what is asked for runs on this machine (a rank's GPU), and
+    exits with code 2 if it does not, naming every rule that forbids it.
 
     Examples:
         megatron-eso doctor
+        megatron-eso doctor --check fp8-attention
+        megatron-eso doctor --run RUN.yaml precision.fp8=tensorwise
     """
+    if check is not None or run is not None:
+        _require(check, run, overrides or [])
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -21,3 +43,25 @@ def doctor() -> None:
     for finding in diagnose():
         table.add_row(finding.what, finding.found, finding.consequence)
     Console().print(table)
+
+
+def _require(asked: str | None, run: Path | None, overrides: list[str]) -> None:
+    from megatron_eso.config import check, load_config
+    from megatron_eso.config.precision_rules import ASKED, process_environment
+    from megatron_eso.errors import ConfigError
+
+    if (asked is None) == (run is None) or (asked is not None and asked not in ASKED):
+        raise ConfigError(f"give --run FILE, or --check with one of {', '.join(ASKED)}")
+    config = load_config(run, [*ASKED.get(asked or "", ()), *overrides])
+    check(config)
+    os.environ.update(process_environment(config))
+
+    from megatron_eso.parallel.te_adapter import describe_machine
+    from megatron_eso.parallel.te_diagnosis import refusals
+
+    found = refusals(describe_machine(), config)
+    if found:
+        raise ConfigError(
+            f"{asked or run} does not run here:\n" + "\n".join(f"  - {line}" for line in found)
+        )
+    typer.echo(f"{asked or run}: nothing forbids it on this machine")

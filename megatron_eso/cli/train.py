@@ -30,6 +30,7 @@ def train(
         torchrun --nproc-per-node 8 -m megatron_eso train RUN.yaml
     """
     from megatron_eso.config import check, load_config
+    from megatron_eso.config.precision_rules import process_environment
     from megatron_eso.launch.processes import ignore_signals
     from megatron_eso.resilience.signals import StopRequest
 
@@ -37,6 +38,7 @@ def train(
     if "RANK" in os.environ:
         stop.install()  # before the imports below, which take seconds
     run_config = load_config(config, overrides)
+    os.environ.update(process_environment(run_config))
     if "RANK" not in os.environ:
         number = ranks or run_config.parallel.local_ranks
         check(run_config, number)

@@ -7,6 +7,8 @@ ranks are left out when it is not known yet.
 from collections.abc import Iterator
 
 from megatron_eso.config import derive
+from megatron_eso.config.precision_rules import broken
+from megatron_eso.config.precision_table import SETTINGS_RULES
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
 
@@ -241,22 +243,15 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
 
 def _precision(config: RunConfig) -> Iterator[str]:
     precision = config.precision
-    if precision.fp8_attention and derive.head_size(config.model) != 128:
-        yield (
-            f"precision.fp8_attention needs a head size of exactly 128, not "
-            f"{derive.head_size(config.model)} (model.head_size)"
-        )
     if precision.deterministic and precision.attention == "flex":
         yield (
             "precision.deterministic=true with precision.attention=flex: PyTorch does not say that "
             "FlexAttention's gradients are repeatable; use split (or auto)"
         )
-    wants_fp8 = precision.fp8 != "off" or precision.fp8_attention
-    if precision.backend == "te" or wants_fp8:
-        yield (
-            f"precision.backend={precision.backend}, precision.fp8={precision.fp8}: Transformer Engine "
-            "layers and FP8 are not supported yet; use backend=torch (or auto) and fp8=off"
-        )
+    parallel, model = config.parallel, config.model
+    if min(parallel.tensor, parallel.pipeline, parallel.context, model.num_heads) < 1:
+        return  # said by other rules
+    yield from broken(SETTINGS_RULES, config)
 
 
 def _evaluation(config: RunConfig) -> Iterator[str]:

@@ -223,12 +223,22 @@ class PrecisionConfig:
     backend: Literal["auto", "te", "torch"] = "auto"
     """Layers of Transformer Engine or of plain Megatron-Core; auto: Transformer Engine where it works."""
     fp8: Literal["off", "delayed", "tensorwise"] = "off"
-    """FP8 recipe of the linear layers (Transformer Engine on Hopper or newer)."""
+    """FP8 of the linear layers (Transformer Engine, Hopper or newer; the head stays bf16): delayed scales
+    come from earlier steps, tensorwise ones from the tensor itself. Forward e4m3, backward e5m2."""
+    fp8_amax_history: int = 1024
+    """delayed: number of steps whose largest value sets the scale of the next."""
     fp8_attention: bool = False
     """FP8 attention for diffusion and true-token rows (Transformer Engine, head size 128)."""
-    attention: Literal["auto", "split", "dense", "flex"] = "auto"
+    fp8_params: bool = False
+    """Keep the weights of FP8 layers in FP8 alone and gather them so; master weights stay fp32."""
+    bf16_first_layers: int = 0
+    """tensorwise: this many first layers compute in bf16."""
+    bf16_last_layers: int = 0
+    """tensorwise: this many last layers compute in bf16."""
+    attention: Literal["auto", "split", "dense", "flex", "te"] = "auto"
     """Attention kernel: split (fused causal call and analytic self term), dense (mask, the oracle),
-    flex (FlexAttention, CUDA); auto: split."""
+    flex (FlexAttention, CUDA), te (Transformer Engine's cuDNN kernel for diffusion and true-token rows,
+    split for mask copies; CUDA); auto: te with fp8_attention, else split."""
     deterministic: bool = False
     """CUDA: the same run on the same GPUs gives the same numbers, bit by bit. Slower: the attention kernel
     is another one, and NCCL sums in rings or trees. CPUs always do."""

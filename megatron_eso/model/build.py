@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import torch
 
+from megatron_eso.config.precision_rules import Machine, broken
+from megatron_eso.config.precision_table import MACHINE_RULES
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.model.eso_model import EsoModel
 from megatron_eso.model.megatron_config import transformer_config
@@ -33,6 +35,7 @@ def build_chunks(
             settings,
             config.model,
             attention=config.precision.attention,
+            backend=config.precision.backend,
             pre_process=layout.is_first_stage and index == 0,
             post_process=layout.is_last_stage and index == num_chunks - 1,
             vp_stage=index if num_chunks > 1 else None,
@@ -41,12 +44,33 @@ def build_chunks(
     return chunks, settings
 
 
-def resolve_precision(config: RunConfig, dtype: str) -> RunConfig:
-    """Return the configuration with ``precision.dtype`` and the other auto choices made."""
+def resolve_precision(config: RunConfig, dtype: str, machine: Machine | None = None) -> RunConfig:
+    """Return the configuration with ``precision.dtype`` and the other auto choices made.
+
+    Args:
+        config: the run.
+        dtype: fp32 or bf16.
+        machine: what a rank runs on; None: nothing that Transformer Engine could use.
+    """
     precision = replace(
         config.precision,
         dtype=dtype,
-        backend="torch" if config.precision.backend == "auto" else config.precision.backend,
-        attention="split" if config.precision.attention == "auto" else config.precision.attention,
+        backend=_backend(config, machine),
+        attention=_attention(config),
     )
     return replace(config, precision=precision)
+
+
+def _backend(config: RunConfig, machine: Machine | None) -> str:
+    """Return te if it is asked for, or works and nothing else is asked for; else torch."""
+    asked = config.precision.backend
+    if asked != "auto" or machine is None:
+        return "torch" if asked == "auto" else asked
+    with_te = replace(config, precision=replace(config.precision, backend="te"))
+    return "torch" if broken(MACHINE_RULES, with_te, machine) else "te"
+
+
+def _attention(config: RunConfig) -> str:
+    if config.precision.attention != "auto":
+        return config.precision.attention
+    return "te" if config.precision.fp8_attention else "split"

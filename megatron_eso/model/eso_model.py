@@ -43,6 +43,7 @@ class EsoModel(LanguageModule):
         model: ModelConfig,
         *,
         attention: str = "split",
+        backend: str = "torch",
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
@@ -63,7 +64,7 @@ class EsoModel(LanguageModule):
         num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
         self.decoder = TransformerBlock(
             config,
-            block_spec(model, num_layers=num_layers, attention=attention),
+            block_spec(model, num_layers=num_layers, attention=attention, backend=backend),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_eso.config.schema import ModelConfig
-from megatron_eso.parallel.parameters import Piece, pieces
+from megatron_eso.parallel.parameters import Piece, pieces_of, sharded_parameters
+from megatron_eso.parallel.te_adapter import set_parameter
 
 _RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
@@ -19,13 +20,20 @@ def initialize(chunks: Iterable[nn.Module], model: ModelConfig, *, seed: int) ->
     Matrices and embeddings are normal with ``init_std``; the projections that add to the residual
     stream with init_std / sqrt(2 layers) (GPT-2); scales are 1, biases and shifts 0.
     """
-    with torch.no_grad():
-        for piece in pieces(chunks):
-            if len(piece.global_shape) == 1:
-                is_scale = piece.name.endswith("norm.weight") or piece.name.endswith("norm_weight")
-                piece.data.fill_(1.0 if is_scale else 0.0)
-            else:
-                piece.data.copy_(_whole(piece, model, seed)[piece.slices])
+    for entry in sharded_parameters(chunks):
+        # The parameter may be in FP8, of which there are no views; so it is filled as a whole.
+        values = torch.empty(entry.data.shape, device=entry.data.device)
+        for piece in pieces_of(entry, values):
+            _fill(piece, model, seed)
+        set_parameter(entry.data, values)
+
+
+def _fill(piece: Piece, model: ModelConfig, seed: int) -> None:
+    if len(piece.global_shape) == 1:
+        is_scale = piece.name.endswith("norm.weight") or piece.name.endswith("norm_weight")
+        piece.data.fill_(1.0 if is_scale else 0.0)
+    else:
+        piece.data.copy_(_whole(piece, model, seed)[piece.slices])
 
 
 def _whole(piece: Piece, model: ModelConfig, seed: int) -> Tensor:

@@ -1,5 +1,7 @@
 """The one translation from our configuration to Megatron-Core's TransformerConfig."""
 
+from typing import Any
+
 import torch
 from torch.nn.functional import silu
 
@@ -8,6 +10,7 @@ from megatron_eso.config.schema import ModelConfig, ParallelConfig, PrecisionCon
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 
 with quiet_megatron_import():
+    from megatron.core.transformer.enums import AttnBackend
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -31,6 +34,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Return Megatron's configuration; ``precision.dtype`` must be resolved (not auto)."""
     dtype = DTYPES[precision.dtype]
+    fp8 = _fp8_settings(precision) if precision.fp8 != "off" else {}
     recompute = {"none": None, "attention": "selective", "full": "full"}[parallel.recompute]
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -80,4 +84,22 @@ def transformer_config(
         deallocate_pipeline_outputs=False,
         batch_p2p_comm=False,
         deterministic_mode=precision.deterministic,
+        # Megatron turns this into variables that forbid Transformer Engine all other backends.
+        attention_backend=AttnBackend.fused if precision.attention == "te" else AttnBackend.auto,
+        **fp8,
     )
+
+
+def _fp8_settings(precision: PrecisionConfig) -> dict[str, Any]:
+    """Return Megatron's settings of an FP8 recipe: e4m3 forward, e5m2 backward."""
+    return {
+        "fp8": "hybrid",
+        "fp8_recipe": precision.fp8,
+        "fp8_amax_history_len": precision.fp8_amax_history,
+        "fp8_amax_compute_algo": "max",
+        "fp8_dot_product_attention": precision.fp8_attention,
+        "fp8_param": precision.fp8_params,
+        "first_last_layers_bf16": precision.bf16_first_layers + precision.bf16_last_layers > 0,
+        "num_layers_at_start_in_bf16": precision.bf16_first_layers,
+        "num_layers_at_end_in_bf16": precision.bf16_last_layers,
+    }

@@ -1,9 +1,11 @@
-"""Layer specs: Megatron's parallel layers around our norms and core attention."""
+"""Layer specs: Megatron's parallel layers, or Transformer Engine's, around our core attention."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from megatron_eso.config.schema import ModelConfig
+from megatron_eso.model import te_specs
 from megatron_eso.model.attention.core import EsoCoreAttention
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 from megatron_eso.parallel.norms import LayerNorm, RMSNorm
@@ -53,50 +55,82 @@ class AttentionInput(ColumnParallelLinear):
         super().__init__(*args, **kwargs)
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """The classes that a layer is made of."""
+
+    norm_before: Any
+    """Before attention and before the MLP; nothing where the next projection does it."""
+    attention_input: Any
+    attention_projection: Any
+    mlp_input: Any
+    mlp_output: Any
+    norm: Any
+    """Before the head, and of queries and keys."""
+
+
+def _torch_parts(model: ModelConfig) -> _Parts:
+    norm: Any = RMSNorm if model.norm == "rmsnorm" else LayerNorm
+    return _Parts(
+        norm_before=norm,
+        attention_input=AttentionInput,
+        attention_projection=AttentionProjection,
+        mlp_input=ColumnParallelLinear,
+        mlp_output=RowParallelLinear,
+        norm=norm,
+    )
+
+
+def _te_parts() -> _Parts:
+    return _Parts(
+        norm_before=IdentityOp,
+        attention_input=te_specs.attention_input(),
+        attention_projection=te_specs.attention_projection(),
+        mlp_input=te_specs.mlp_input(),
+        mlp_output=te_specs.mlp_output(),
+        norm=te_specs.norm(),
+    )
+
+
 def block_spec(
-    model: ModelConfig, *, num_layers: int, attention: str
+    model: ModelConfig, *, num_layers: int, attention: str, backend: str = "torch"
 ) -> TransformerBlockSubmodules:
     """Return the spec of the layers of one pipeline stage.
 
     Args:
         model: shape; chooses norms, biases and query/key norms.
         num_layers: layers of this stage.
-        attention: kernel, ``split``, ``dense`` or ``flex``.
+        attention: kernel, ``split``, ``dense``, ``flex`` or ``te``.
+        backend: ``torch``, or ``te`` for Transformer Engine's layers; the parameters are the same.
     """
     # Megatron's annotations are narrower than what its spec builder takes.
     add_residual: Any = get_bias_dropout_add
-    norm: Any = RMSNorm if model.norm == "rmsnorm" else LayerNorm
-    head_norm = norm if model.qk_norm else IdentityOp
+    parts = _te_parts() if backend == "te" else _torch_parts(model)
+    head_norm = parts.norm if model.qk_norm else IdentityOp
+    bias = {"attention_bias": model.attention_bias}
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=parts.norm_before,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ModuleSpec(
-                        module=AttentionInput, params={"attention_bias": model.attention_bias}
-                    ),
+                    linear_qkv=ModuleSpec(module=parts.attention_input, params=bias),
                     core_attention=partial(EsoCoreAttention, backend=attention),  # type: ignore[arg-type]
-                    linear_proj=ModuleSpec(
-                        module=AttentionProjection,
-                        params={"attention_bias": model.attention_bias},
-                    ),
+                    linear_proj=ModuleSpec(module=parts.attention_projection, params=bias),
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=add_residual,
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=parts.norm_before,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-                ),
+                submodules=MLPSubmodules(linear_fc1=parts.mlp_input, linear_fc2=parts.mlp_output),
             ),
             mlp_bda=add_residual,
-            sharded_state_dict_keys_map=_FUSED_NAMES,
+            sharded_state_dict_keys_map={} if backend == "te" else _FUSED_NAMES,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=parts.norm)

@@ -1,24 +1,17 @@
 """What this machine has, and what the ``auto`` settings would make of it."""
 
-import importlib.util
 import os
 import platform
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import psutil
 import torch
 
+from megatron_eso.config import load_config
+from megatron_eso.config.precision_rules import ASKED
 from megatron_eso.parallel.matmul_speed import matmul_flops_per_second
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    what: str
-    found: str
-    consequence: str
+from megatron_eso.parallel.te_adapter import describe_machine
+from megatron_eso.parallel.te_diagnosis import Finding, megatron_version, te_findings
 
 
 def diagnose() -> list[Finding]:
@@ -67,13 +60,12 @@ def _speed() -> list[Finding]:
 
 
 def _backends() -> list[Finding]:
-    has_te = importlib.util.find_spec("transformer_engine") is not None
-    te = "installed" if has_te else "not installed"
+    config = load_config(None, list(ASKED["te"]))
     return [
         Finding("attention split", "fused causal kernel and analytic self term", "auto chooses it"),
         Finding("attention dense", "explicit mask", "the oracle of tests; slow"),
-        Finding("layers torch", "Megatron-Core's own", "auto chooses them"),
-        Finding("layers te", f"Transformer Engine is {te}", "not supported by this version"),
+        Finding("layers torch", "Megatron-Core's own", "auto takes them without a GPU"),
+        *te_findings(describe_machine(), megatron_version(), config),
     ]
 
 

@@ -35,21 +35,15 @@ def wrap_for_training(
 
     Gradients are summed, not averaged: the loss is divided by global counts already.
     """
-    overlap = on_gpu if parallel.overlap is None else parallel.overlap
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=True,
-        overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap,
-    )
+    ddp = buffer_settings(parallel, config, on_gpu=on_gpu)
     config.finalize_model_grads_func = clock
     wrapped = [
         DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
-    for chunk in wrapped:
-        chunk.broadcast_params()
-    if overlap:
+    for chunk in wrapped if not config.fp8_param else ():
+        chunk.broadcast_params()  # FP8 parameters are no plain tensors; all ranks made the same
+    if ddp.overlap_grad_reduce:
         _tell_schedules(config, wrapped)
     return list(wrapped)
 
@@ -89,11 +83,25 @@ def whole_weights(chunks: list[nn.Module]) -> Iterator[None]:
             chunk.enable_forward_pre_hook()
 
 
-def build_optimizer(
-    chunks: list[Any], optimizer: OptimizerConfig, config: TransformerConfig
-) -> Any:
-    """Return Megatron's optimizer for wrapped chunks."""
-    settings = MegatronOptimizerConfig(
+def buffer_settings(
+    parallel: ParallelConfig, config: TransformerConfig, *, on_gpu: bool
+) -> DistributedDataParallelConfig:
+    """Return how Megatron keeps and exchanges gradients and parameters."""
+    overlap = on_gpu if parallel.overlap is None else parallel.overlap
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+        fp8_param_gather=config.fp8_param,
+    )
+
+
+def optimizer_settings(
+    optimizer: OptimizerConfig, config: TransformerConfig
+) -> MegatronOptimizerConfig:
+    """Return Megatron's configuration of the optimizer."""
+    return MegatronOptimizerConfig(
         optimizer="adam",
         lr=optimizer.learning_rate,
         weight_decay=optimizer.weight_decay,
@@ -104,7 +112,15 @@ def build_optimizer(
         bf16=config.bf16,
         params_dtype=config.params_dtype,
         use_distributed_optimizer=True,
+        fp8_recipe=config.fp8_recipe if config.fp8 else None,
     )
+
+
+def build_optimizer(
+    chunks: list[Any], optimizer: OptimizerConfig, config: TransformerConfig
+) -> Any:
+    """Return Megatron's optimizer for wrapped chunks."""
+    settings = optimizer_settings(optimizer, config)
     built: Any = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
     for group in built.param_groups:
         # Megatron marks norms and biases here and leaves the product to its learning-rate scheduler.

@@ -112,7 +112,7 @@ class Keeper:
             return
         begin, state = time.perf_counter(), session.state
         facts = {"state": json.loads(json.dumps(asdict(state))), "num_updates": state.num_updates}
-        local.save(state.step, facts, session.optimizer, session.average)
+        local.save(state.step, facts, session.chunks, session.optimizer, session.average)
         if self._is_first:
             seconds = time.perf_counter() - begin
             events.record(self._folder.path, "local_copy", step=state.step, seconds=seconds)

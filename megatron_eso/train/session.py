@@ -4,6 +4,7 @@
 follow from the step.
 """
 
+import logging
 import os
 import time
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import nn
 
 from megatron_eso.config import derive
 from megatron_eso.config.check import check
+from megatron_eso.config.precision_table import require_machine
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
 from megatron_eso.model.attention.kernels import choose_kernel, facts_of
@@ -33,6 +35,9 @@ from megatron_eso.parallel.groups import Layout, build_groups
 from megatron_eso.parallel.matmul_speed import faster_cpu_dtype
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.optimizer import PassClock, build_optimizer, wrap_for_training
+from megatron_eso.parallel.te_adapter import describe_machine, require_fused_attention
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -91,8 +96,16 @@ def start_ranks(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, Device, Lay
     device = choose_device(ranks.local_rank)
     if config.precision.deterministic and device.is_cuda:
         be_deterministic(os.environ)
+    machine = describe_machine()
+    require_machine(config, machine)
+    choice = require_fused_attention(config)
     start_process_group(ranks, device)
-    config = resolve_precision(config, _dtype(config, device))
+    config = resolve_precision(config, _dtype(config, device), machine)
+    if ranks.rank == 0 and config.precision.backend == "te":
+        log.info(
+            "layers of Transformer Engine %s, fp8 %s, attention %s%s", ".".join(map(str, machine.te or ())),
+            config.precision.fp8, config.precision.attention, f" ({choice.chosen})" if choice else "",
+        )  # fmt: skip
     if config.precision.attention == "flex" and not device.is_cuda:
         raise ConfigError(
             "precision.attention=flex: PyTorch's FlexAttention has no backward pass on a CPU; use split "
@@ -146,10 +159,11 @@ def attention_kernel(config: RunConfig, device: Device) -> str:
         ConfigError: if the device has none for this head size and number format.
     """
     precision = config.precision
-    if precision.attention != "split":
+    if precision.attention not in ("split", "te"):
         return precision.attention
     dtype, size = DTYPES[precision.dtype], derive.head_size(config.model)
-    return f"split, {choose_kernel(facts_of(device.torch_device), dtype, size).name} kernel"
+    rows = "split" if precision.attention == "split" else "Transformer Engine, copies by split"
+    return f"{rows}, {choose_kernel(facts_of(device.torch_device), dtype, size).name} kernel"
 
 
 def _dtype(config: RunConfig, device: Device) -> str:

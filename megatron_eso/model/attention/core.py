@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -9,8 +10,9 @@ from megatron_eso.model.attention.context import heads_of_whole_rows, tokens_of_
 from megatron_eso.model.attention.dense import dense_attention
 from megatron_eso.model.attention.flex import flex_rows_attention
 from megatron_eso.model.attention.rows import AttentionRows
-from megatron_eso.model.attention.split import split_attention
+from megatron_eso.model.attention.split import copies_attention, split_attention
 from megatron_eso.model.rotary import rotate
+from megatron_eso.model.te_specs import attend_causally, causal_attention
 from megatron_eso.objective.rows import Pattern
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 
@@ -38,6 +40,10 @@ class EsoCoreAttention(MegatronModule):
         self.backend = backend
         self.scale = softmax_scale or config.kv_channels**-0.5
         self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        if backend == "te":
+            self.fused = causal_attention(
+                config, layer_number, softmax_scale=self.scale, pg_collection=pg_collection
+            )
 
     def forward(
         self,
@@ -73,6 +79,8 @@ class EsoCoreAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, rows: AttentionRows
     ) -> Tensor:
         """Return [L, R, h d] from rotated queries and keys; shapes as in :meth:`forward`."""
+        if self.backend == "te" and rows.store is None:
+            return self._attend_te(query, key, value, rows)
         q = query.permute(1, 2, 0, 3)
         if rows.store is not None:
             k, v = rows.store.extend(self.layer_number, key, value)
@@ -84,6 +92,27 @@ class EsoCoreAttention(MegatronModule):
         else:
             out = self._attend(q, key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), rows)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _attend_te(self, query: Tensor, key: Tensor, value: Tensor, rows: AttentionRows) -> Tensor:
+        """D and X rows by Transformer Engine, Z rows by the split merge; shapes as in forward."""
+        if rows.pattern is not Pattern.CAUSAL:
+            raise ValueError(f"precision.attention=te computes causal rows, not {rows.pattern}")
+        first_z = query.shape[1] - rows.num_pairs
+        plain = attend_causally(
+            self.fused, query[:, :first_z], key[:, :first_z], value[:, :first_z]
+        )
+        if not rows.num_pairs:
+            return plain
+        x_rows, z_rows = slice(first_z - rows.num_pairs, first_z), slice(first_z, None)
+        parts = (
+            query[:, z_rows],
+            key[:, x_rows],
+            value[:, x_rows],
+            key[:, z_rows],
+            value[:, z_rows],
+        )
+        copies = copies_attention(*(x.permute(1, 2, 0, 3) for x in parts), scale=self.scale)
+        return torch.cat([plain, copies.permute(2, 0, 1, 3).flatten(2)], dim=1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, rows: AttentionRows) -> Tensor:
         if rows.pattern is Pattern.CAUSAL and self.backend == "split":

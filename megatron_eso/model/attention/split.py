@@ -72,27 +72,86 @@ class _SplitAttention(torch.autograd.Function):
         if not ctx.num_pairs:
             return d_query, d_key, d_value, None, None
         merged = Forward(saved[2], saved[3], ctx.states[1])
-        own = _self_gradients(
-            grad[z_rows], query[z_rows], key[z_rows], value[z_rows], merged, scale
+        of_x = key[x_rows], value[x_rows]
+        copies = _copies_gradients(
+            grad[z_rows], query[z_rows], *of_x, key[z_rows], value[z_rows], merged, scale
         )
-        # The last slot saw none of X's keys. The kernel recomputes probabilities as exp(score - lse), so
-        # an lse that no score reaches makes them 0. (Zeroing the gradient there is not enough: the
-        # probability may overflow, and infinity times 0 is not a number.)
-        lse = merged.lse.clone()
-        lse[:, :, -1] = _BEYOND_ANY_SCORE
-        seen_by = Forward(merged.out, lse, merged.state)
-        seen = causal_backward(
-            grad[z_rows], query[z_rows], key[x_rows], value[x_rows], seen_by, scale
-        )
-        d_key[x_rows] += seen[1]
-        d_value[x_rows] += seen[2]
+        d_key[x_rows] += copies[1]
+        d_value[x_rows] += copies[2]
         return (
-            torch.cat([d_query, own[0] + seen[0]]),
-            torch.cat([d_key, own[1]]),
-            torch.cat([d_value, own[2]]),
+            torch.cat([d_query, copies[0]]),
+            torch.cat([d_key, copies[3]]),
+            torch.cat([d_value, copies[4]]),
             None,
             None,
         )
+
+
+def copies_attention(
+    query: Tensor, key: Tensor, value: Tensor, own_key: Tensor, own_value: Tensor, *, scale: float
+) -> Tensor:
+    """Return the attention output of Z rows alone, [P, h, L, d]; the rows before went another way.
+
+    Args:
+        query: [P, h, L, d] of the Z rows.
+        key: [P, g, L, d] of their X rows.
+        value: [P, g, L, d] of their X rows.
+        own_key: [P, g, L, d] of the Z rows.
+        own_value: [P, g, L, d] of the Z rows.
+        scale: factor of the scores.
+    """
+    groups = query.shape[1] // key.shape[1]
+    repeated = (x.repeat_interleave(groups, dim=1) for x in (key, value, own_key, own_value))
+    return _CopiesAttention.apply(query, *repeated, scale)
+
+
+class _CopiesAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        own_key: Tensor,
+        own_value: Tensor,
+        scale: float,
+    ) -> Tensor:
+        seen = causal_forward(query, key, value, scale)
+        out, lse = _merge_self(query, own_key, own_value, seen, scale)
+        ctx.save_for_backward(query, key, value, own_key, own_value, out, lse)
+        ctx.state, ctx.scale = seen.state, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, own_key, own_value, out, lse = ctx.saved_tensors
+        merged = Forward(out, lse, ctx.state)
+        return (
+            *_copies_gradients(grads[0], query, key, value, own_key, own_value, merged, ctx.scale),
+            None,
+        )
+
+
+def _copies_gradients(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    own_key: Tensor,
+    own_value: Tensor,
+    merged: Forward,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, X's key and value, own key and own value of Z rows."""
+    own = _self_gradients(grad, query, own_key, own_value, merged, scale)
+    # The last slot saw none of X's keys. The kernel recomputes probabilities as exp(score - lse), so
+    # an lse that no score reaches makes them 0. (Zeroing the gradient there is not enough: the
+    # probability may overflow, and infinity times 0 is not a number.)
+    lse = merged.lse.clone()
+    lse[:, :, -1] = _BEYOND_ANY_SCORE
+    seen_by = Forward(merged.out, lse, merged.state)
+    seen = causal_backward(grad, query, key, value, seen_by, scale)
+    return own[0] + seen[0], seen[1], seen[2], own[1], own[2]
 
 
 def _merge_self(

@@ -1,0 +1,89 @@
+"""What rules of precision are made of: the machine they look at, a rule, and who wants what.
+
+The rules themselves are the table in precision_table.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_eso.config.schema import RunConfig
+
+Version = tuple[int, ...]
+OLDEST_TE: Version = (2, 9)
+DPA_RECIPE = "NVTE_DPA_FP8_RECIPE"
+# Layers as of a 7B model: the rules depend on shapes.
+_SHAPE = (
+    "model.hidden_size=4096", "model.num_layers=32", "model.num_heads=32", "model.num_kv_heads=8",
+    "model.max_length=4096", "train.sequence_length=4096", "train.micro_batch_rows=2", "train.steps=1",
+    "precision.dtype=bf16", "precision.backend=te", "precision.attention=te",
+)  # fmt: skip
+ASKED = {
+    "te": _SHAPE,
+    "fp8": (*_SHAPE, "precision.fp8=tensorwise"),
+    "fp8-attention": (*_SHAPE, "precision.fp8=tensorwise", "precision.fp8_attention=true"),
+}
+"""What ``doctor --check`` can ask for, as settings."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the rules must know about the machine of a rank."""
+
+    gpu: str = ""
+    """Name of the GPU; empty: there is none."""
+    capability: Version = (0, 0)
+    """CUDA compute capability."""
+    te: Version | None = None
+    """Version of Transformer Engine; None: it cannot be imported."""
+    te_failure: str = "it is not installed"
+    """Why it cannot be imported."""
+    cudnn: Version = (0, 0, 0)
+    """Version of cuDNN that Transformer Engine uses."""
+    dpa_recipe: str = ""
+    """What Transformer Engine read from NVTE_DPA_FP8_RECIPE when it was imported."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that must hold if it applies."""
+
+    name: str
+    applies: Callable[[RunConfig], bool]
+    holds: Callable[[RunConfig, Machine], bool]
+    message: Callable[[RunConfig, Machine], str]
+
+
+def wants_fp8(config: RunConfig) -> bool:
+    """Return whether any part computes in FP8."""
+    return config.precision.fp8 != "off" or config.precision.fp8_attention
+
+
+def wants_te_attention(config: RunConfig) -> bool:
+    """Return whether diffusion and true-token rows go through Transformer Engine's attention."""
+    return config.precision.attention == "te" or config.precision.fp8_attention
+
+
+def wants_te(config: RunConfig) -> bool:
+    """Return whether the settings cannot do without Transformer Engine."""
+    return config.precision.backend == "te" or wants_fp8(config) or wants_te_attention(config)
+
+
+def broken(rules: tuple[Rule, ...], config: RunConfig, machine: Machine | None = None) -> list[str]:
+    """Return the message of every rule that applies and does not hold."""
+    machine = machine or Machine()
+    return [
+        rule.message(config, machine)
+        for rule in rules
+        if rule.applies(config) and not rule.holds(config, machine)
+    ]
+
+
+def process_environment(config: RunConfig) -> dict[str, str]:
+    """Return variables that must be set before Transformer Engine is imported, which reads them once."""
+    found = {}
+    if wants_te_attention(config):
+        # Without these it may fall back to its unfused kernel, silently and at many times the cost.
+        found |= {"NVTE_FUSED_ATTN": "1", "NVTE_FLASH_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"}
+    if config.precision.fp8_attention:
+        found[DPA_RECIPE] = "DelayedScaling"
+    return found

@@ -1,0 +1,323 @@
+"""Which number formats and kernels may be combined: a table of rules over (settings, machine).
+
+A rule says when it applies, when it holds, and what to tell the user if it does not. Rules of settings
+alone are part of ``check``; rules of the machine run on every rank before anything is allocated, and in
+``megatron-eso doctor``. The facts are Transformer Engine's (2.9 to 2.20), Megatron-Core's (0.16, 0.19)
+and cuDNN's; docs/gpu.md says where each comes from.
+"""
+
+from megatron_eso.config import derive
+from megatron_eso.config.precision_rules import (
+    DPA_RECIPE,
+    OLDEST_TE,
+    Machine,
+    Rule,
+    Version,
+    broken,
+    wants_fp8,
+    wants_te,
+    wants_te_attention,
+)
+from megatron_eso.config.schema import RunConfig
+from megatron_eso.errors import ConfigError
+
+
+def require_machine(config: RunConfig, machine: Machine) -> None:
+    """Raise a :class:`ConfigError` that lists every rule of the machine that is broken."""
+    found = broken(MACHINE_RULES, config, machine)
+    if found:
+        raise ConfigError(
+            "the precision settings do not fit this machine:\n"
+            + "\n".join(f"  - {line}" for line in found)
+        )
+
+
+def _odd_features(config: RunConfig) -> dict[str, int]:
+    """Return the widths of a tensor rank's matrices that FP8 GEMMs cannot take."""
+    model, tensor = config.model, config.parallel.tensor
+    size, groups = derive.head_size(model), derive.num_kv_heads(model)
+    widths = {
+        "model.hidden_size": model.hidden_size,
+        "query, key and value features per tensor rank": (model.num_heads + 2 * groups)
+        * size
+        // tensor,
+        "attention features per tensor rank": model.num_heads * size // tensor,
+        "MLP width per tensor rank": derive.ffn_size(model) // tensor,
+    }
+    return {name: width for name, width in widths.items() if width % 16}
+
+
+def _token_multiple(config: RunConfig) -> int:
+    """Return what the row length must be a multiple of, so that every GEMM has 8 n tokens."""
+    parallel = config.parallel
+    return 8 * (parallel.tensor if parallel.sequence else 1) * parallel.context
+
+
+def _bf16_layers(config: RunConfig) -> int:
+    return max(config.precision.bf16_first_layers, config.precision.bf16_last_layers)
+
+
+def _dots(version: Version) -> str:
+    return ".".join(map(str, version))
+
+
+def _cudnn_runs_fp8(config: RunConfig, machine: Machine) -> bool:
+    if machine.cudnn == (9, 10, 0):
+        return False
+    whole_tiles = config.train.sequence_length % 128 == 0
+    return machine.cudnn >= ((9, 2, 1) if whole_tiles else (9, 7, 0))
+
+
+SETTINGS_RULES = (
+    Rule(
+        "torch layers",
+        lambda c: c.precision.backend == "torch",
+        lambda c, m: not wants_fp8(c) and not wants_te_attention(c),
+        lambda c, m: (
+            f"precision.backend=torch with precision.fp8={c.precision.fp8}, fp8_attention="
+            f"{c.precision.fp8_attention}, attention={c.precision.attention}: FP8 and attention=te are "
+            "Transformer Engine's; set precision.backend=te (or auto)"
+        ),
+    ),
+    Rule(
+        "FP8 over bf16",
+        wants_fp8,
+        lambda c, m: c.precision.dtype != "fp32",
+        lambda c, m: (
+            f"precision.fp8={c.precision.fp8} with precision.dtype=fp32: FP8 layers take bf16 inputs; set "
+            "precision.dtype=bf16 (or auto)"
+        ),
+    ),
+    Rule(
+        "FP8 region",
+        lambda c: c.precision.fp8_attention,
+        lambda c, m: c.precision.fp8 != "off",
+        lambda c, m: (
+            "precision.fp8_attention=true with precision.fp8=off: Transformer Engine computes attention "
+            "in FP8 only where the linear layers do; set precision.fp8=tensorwise (or delayed)"
+        ),
+    ),
+    Rule(
+        "FP8 attention: head size",
+        lambda c: c.precision.fp8_attention,
+        lambda c, m: derive.head_size(c.model) == 128,
+        lambda c, m: (
+            f"precision.fp8_attention needs a head size of exactly 128, not {derive.head_size(c.model)} "
+            "(model.head_size)"
+        ),
+    ),
+    Rule(
+        "FP8 attention: kernel",
+        lambda c: c.precision.fp8_attention,
+        lambda c, m: c.precision.attention in ("auto", "te"),
+        lambda c, m: (
+            f"precision.attention={c.precision.attention} with precision.fp8_attention=true: only "
+            "Transformer Engine's kernel computes in FP8; set precision.attention=te (or auto)"
+        ),
+    ),
+    Rule(
+        "FP8 attention: recomputation",
+        lambda c: c.precision.fp8_attention,
+        lambda c, m: c.parallel.recompute != "attention",
+        lambda c, m: (
+            "parallel.recompute=attention with precision.fp8_attention=true: Megatron runs the kernel "
+            "again without Transformer Engine's record of FP8 scales; set parallel.recompute=none or full"
+        ),
+    ),
+    Rule(
+        "TE attention: causal rows",
+        wants_te_attention,
+        lambda c, m: c.objective.name in ("eso", "ar"),
+        lambda c, m: (
+            f"precision.attention=te (or fp8_attention) with objective.name={c.objective.name}: only "
+            "causal rows go through Transformer Engine; set precision.attention=auto and "
+            "precision.fp8_attention=false"
+        ),
+    ),
+    Rule(
+        "TE attention: bf16",
+        wants_te_attention,
+        lambda c, m: c.precision.dtype != "fp32",
+        lambda c, m: (
+            "precision.attention=te with precision.dtype=fp32: its fused kernels take bf16; set "
+            "precision.dtype=bf16 (or auto) or precision.attention=split"
+        ),
+    ),
+    Rule(
+        "TE attention: head size",
+        lambda c: wants_te_attention(c) and not c.precision.fp8_attention,
+        lambda c, m: derive.head_size(c.model) % 8 == 0,
+        lambda c, m: (
+            f"precision.attention=te needs a head size that is a multiple of 8, not "
+            f"{derive.head_size(c.model)} (model.head_size); or set precision.attention=split"
+        ),
+    ),
+    Rule(
+        "FP8 GEMM: tokens",
+        wants_fp8,
+        lambda c, m: c.train.sequence_length % _token_multiple(c) == 0,
+        lambda c, m: (
+            f"train.sequence_length={c.train.sequence_length} with precision.fp8={c.precision.fp8}: every "
+            f"rank's part of a row must be a multiple of 8 tokens, so the row one of {_token_multiple(c)}"
+        ),
+    ),
+    Rule(
+        "FP8 GEMM: features",
+        wants_fp8,
+        lambda c, m: not _odd_features(c),
+        lambda c, m: (
+            f"precision.fp8={c.precision.fp8} needs matrices whose sides are multiples of 16 on each "
+            f"tensor rank (parallel.tensor={c.parallel.tensor}); these are not: "
+            + ", ".join(f"{name} = {width}" for name, width in _odd_features(c).items())
+        ),
+    ),
+    Rule(
+        "delayed scaling: history",
+        lambda c: c.precision.fp8 == "delayed",
+        lambda c, m: c.precision.fp8_amax_history >= 1,
+        lambda c, m: (
+            f"precision.fp8_amax_history={c.precision.fp8_amax_history} must be at least 1"
+        ),
+    ),
+    Rule(
+        "bf16 layers: recipe",
+        lambda c: _bf16_layers(c) > 0,
+        lambda c, m: c.precision.fp8 == "tensorwise",
+        lambda c, m: (
+            f"precision.bf16_first_layers={c.precision.bf16_first_layers}, bf16_last_layers="
+            f"{c.precision.bf16_last_layers} with precision.fp8={c.precision.fp8}: only tensorwise "
+            "scaling may leave and enter FP8 between layers (delayed scales are reduced once per region); "
+            "set precision.fp8=tensorwise or both to 0"
+        ),
+    ),
+    Rule(
+        "bf16 layers: number",
+        lambda c: c.precision.fp8 != "off",
+        lambda c, m: (
+            0
+            <= min(c.precision.bf16_first_layers, c.precision.bf16_last_layers)
+            <= _bf16_layers(c)
+            <= c.model.num_layers // c.parallel.pipeline
+            and c.precision.bf16_first_layers + c.precision.bf16_last_layers < c.model.num_layers
+        ),
+        lambda c, m: (
+            f"precision.bf16_first_layers={c.precision.bf16_first_layers} and bf16_last_layers="
+            f"{c.precision.bf16_last_layers} must lie within one pipeline stage of "
+            f"{c.model.num_layers} / {c.parallel.pipeline} layers and leave a layer in FP8"
+        ),
+    ),
+    Rule(
+        "FP8 parameters: recipe",
+        lambda c: c.precision.fp8_params,
+        lambda c, m: c.precision.fp8 != "off",
+        lambda c, m: "precision.fp8_params=true needs precision.fp8=tensorwise or delayed, not off",
+    ),
+    Rule(
+        "FP8 parameters: averages",
+        lambda c: c.precision.fp8_params and c.optimizer.ema_decay > 0,
+        lambda c, m: not c.eval.use_ema,
+        lambda c, m: (
+            "precision.fp8_params=true with optimizer.ema_decay > 0 and eval.use_ema=true: putting the "
+            "average in place for an evaluation and the weights back would round them again; set "
+            "eval.use_ema=false or precision.fp8_params=false"
+        ),
+    ),
+    Rule(
+        "FP8 parameters: initial weights",
+        lambda c: c.precision.fp8_params,
+        lambda c, m: c.checkpoint.init_from is None,
+        lambda c, m: (
+            f"precision.fp8_params=true with checkpoint.init_from={c.checkpoint.init_from}: the master "
+            "weights would be read back from FP8; set precision.fp8_params=false"
+        ),
+    ),
+)
+
+MACHINE_RULES = (
+    Rule(
+        "GPU",
+        wants_te,
+        lambda c, m: bool(m.gpu),
+        lambda c, m: (
+            "Transformer Engine was asked for (precision.backend, fp8, fp8_attention or attention) and "
+            "there is no GPU; set precision.backend=auto, fp8=off, fp8_attention=false, attention=auto"
+        ),
+    ),
+    Rule(
+        "Transformer Engine",
+        wants_te,
+        lambda c, m: m.te is not None,
+        lambda c, m: (
+            f"Transformer Engine was asked for and cannot be imported: {m.te_failure}; docs/gpu.md says "
+            "how to install it, or set precision.backend=auto, fp8=off, attention=auto"
+        ),
+    ),
+    Rule(
+        "Transformer Engine: version",
+        wants_te,
+        lambda c, m: m.te is None or m.te >= OLDEST_TE,
+        lambda c, m: (
+            f"Transformer Engine {_dots(m.te or ())} is too old: {_dots(OLDEST_TE)} or newer is needed"
+        ),
+    ),
+    Rule(
+        "FP8: GPU",
+        wants_fp8,
+        lambda c, m: not m.gpu or m.capability >= (9, 0),
+        lambda c, m: (
+            f"precision.fp8={c.precision.fp8}: {m.gpu} has compute capability {_dots(m.capability)}; FP8 "
+            "needs 9.0 (Hopper) or newer; set precision.fp8=off"
+        ),
+    ),
+    Rule(
+        "TE attention: GPU",
+        wants_te_attention,
+        lambda c, m: not m.gpu or m.capability >= (8, 0),
+        lambda c, m: (
+            f"precision.attention=te: {m.gpu} has compute capability {_dots(m.capability)}; fused "
+            "attention needs 8.0 or newer; set precision.attention=split"
+        ),
+    ),
+    Rule(
+        "FP8 attention: GPU",
+        lambda c: c.precision.fp8_attention,
+        lambda c, m: m.capability < (9, 0) or m.capability[0] in (9, 10),
+        lambda c, m: (
+            f"precision.fp8_attention: {m.gpu} has compute capability {_dots(m.capability)}; cuDNN "
+            "computes FP8 attention on 9.x and 10.x; set precision.fp8_attention=false"
+        ),
+    ),
+    Rule(
+        "FP8 attention: cuDNN",
+        lambda c: c.precision.fp8_attention,
+        lambda c, m: m.te is None or _cudnn_runs_fp8(c, m),
+        lambda c, m: (
+            f"precision.fp8_attention at train.sequence_length={c.train.sequence_length}: cuDNN "
+            f"{_dots(m.cudnn)} does not compute it; it needs 9.7 (9.2.1 where the row is a multiple of "
+            "128), and not 9.10.0"
+        ),
+    ),
+    Rule(
+        "FP8 attention: determinism",
+        lambda c: c.precision.fp8_attention and c.precision.deterministic,
+        lambda c, m: m.te is None or m.cudnn >= (9, 19, 0),
+        lambda c, m: (
+            f"precision.deterministic=true with precision.fp8_attention: cuDNN {_dots(m.cudnn)} has no "
+            "deterministic FP8 backward pass; it needs 9.19, or one of the two set to false"
+        ),
+    ),
+    Rule(
+        "FP8 attention: recipe",
+        lambda c: c.precision.fp8_attention,
+        lambda c, m: (
+            m.te is None
+            or m.dpa_recipe == "DelayedScaling"
+            or (c.precision.fp8 == "delayed" and not m.dpa_recipe)
+        ),
+        lambda c, m: (
+            f"precision.fp8_attention with precision.fp8={c.precision.fp8}: attention has delayed scaling "
+            f"alone, and Transformer Engine was imported with {DPA_RECIPE}={m.dpa_recipe!r}; start with "
+            f"`{DPA_RECIPE}=DelayedScaling` (the commands of megatron-eso do)"
+        ),
+    ),
+)

@@ -1,0 +1,183 @@
+"""The one place that asks Transformer Engine about itself: version, cuDNN, and its choice of attention.
+
+It is imported lazily: nothing here needs it until it is asked for. What is private to it (its table of
+attention backends, the names of its log) is used here alone; docs/gpu.md lists what was used from where.
+"""
+
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_eso.config import derive
+from megatron_eso.config.precision_rules import DPA_RECIPE, Machine, Version, wants_te_attention
+from megatron_eso.config.schema import RunConfig
+from megatron_eso.errors import ConfigError
+
+_DPA = "transformer_engine.pytorch.attention.dot_product_attention"
+BACKENDS = ("FlashAttention", "FusedAttention", "UnfusedDotProductAttention")
+
+
+def describe_machine() -> Machine:
+    """Return what the precision rules must know about this rank's GPU and packages."""
+    gpu, capability = "", (0, 0)
+    if torch.cuda.is_available():
+        gpu, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    try:
+        te = importlib.import_module("transformer_engine")
+        importlib.import_module("transformer_engine.pytorch")
+        dpa: Any = importlib.import_module(f"{_DPA}.dot_product_attention")
+    except ImportError as error:
+        return Machine(gpu=gpu, capability=capability, te_failure=_first_line(error))
+    except (OSError, RuntimeError) as error:  # its libraries are there and do not load
+        failure = f"{type(error).__name__}: {_first_line(error)}"
+        return Machine(gpu=gpu, capability=capability, te_failure=failure)
+    return Machine(
+        gpu=gpu,
+        capability=capability,
+        te=version_of(te.__version__),
+        cudnn=_cudnn_version() if gpu else (0, 0, 0),
+        # Read once, when it was imported; what the environment says now may be too late.
+        dpa_recipe=getattr(dpa, "_dpa_fp8_recipe", os.environ.get(DPA_RECIPE, "")),
+    )
+
+
+def version_of(text: str) -> Version:
+    """Return the leading numbers of a version: 2.11.0+abc -> (2, 11, 0)."""
+    numbers = []
+    for part in text.split("+")[0].split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        numbers.append(int(digits))
+    return tuple(numbers)
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """Which of its attention backends Transformer Engine would run, and why not the others."""
+
+    chosen: str
+    """One of BACKENDS, or empty."""
+    reasons: tuple[str, ...]
+    """What it said about those it left out."""
+
+
+def attention_choice(config: RunConfig) -> AttentionChoice:
+    """Ask Transformer Engine which backend it takes for the causal rows of a run; needs a GPU.
+
+    Raises:
+        ConfigError: if this version answers in a form that is not known.
+    """
+    utils: Any = importlib.import_module(f"{_DPA}.utils")
+    with _said_by(utils) as reasons:
+        answer = utils.get_attention_backend(_attention_parameters(utils, config))
+    if len(answer) != 6:
+        raise ConfigError(
+            f"Transformer Engine's choice of attention has {len(answer)} parts, not 6: this version is "
+            "not known; use one of docs/gpu.md, or precision.attention=split"
+        )
+    flash, _, fused, _, unfused, _ = answer
+    chosen = [name for name, is_on in zip(BACKENDS, (flash, fused, unfused), strict=True) if is_on]
+    return AttentionChoice(chosen[0] if chosen else "", tuple(reasons))
+
+
+def require_fused_attention(config: RunConfig) -> AttentionChoice | None:
+    """Refuse a run whose Transformer Engine attention would not be cuDNN's fused kernel.
+
+    Returns:
+        The choice, or None if the run does not use Transformer Engine's attention.
+    """
+    if not wants_te_attention(config):
+        return None
+    choice = attention_choice(config)
+    if choice.chosen != "FusedAttention":
+        raise ConfigError(
+            f"Transformer Engine would compute attention by {choice.chosen or 'no backend at all'}, not by "
+            "its fused kernel; set precision.attention=split and precision.fp8_attention=false, or put "
+            "right what it says:\n"
+            + "\n".join(f"  - {reason}" for reason in choice.reasons or ("(it gave no reason)",))
+        )
+    return choice
+
+
+def _attention_parameters(utils: Any, config: RunConfig) -> Any:
+    """Return the question in the terms of the installed version, whose fields differ."""
+    model, parallel = config.model, config.parallel
+    ranks, length = parallel.tensor * parallel.context, config.train.sequence_length
+    fp8 = config.precision.fp8_attention
+    known = {
+        "qkv_dtype": torch.bfloat16,
+        "qkv_layout": "sbhd_sbhd_sbhd",
+        "batch_size": config.train.micro_batch_rows,
+        "num_heads": model.num_heads // ranks,
+        "num_gqa_groups": max(derive.num_kv_heads(model) // ranks, 1),
+        "max_seqlen_q": length,
+        "max_seqlen_kv": length,
+        "head_dim_qk": derive.head_size(model),
+        "head_dim_v": derive.head_size(model),
+        "attn_mask_type": "causal",
+        "deterministic": config.precision.deterministic,
+        "is_training": True,
+        "fp8": fp8,
+        "fp8_meta": {"recipe": _attention_recipe()} if fp8 else None,
+    }
+    names = {field.name for field in fields(utils.AttentionParams)}
+    return utils.AttentionParams(**{n: value for n, value in known.items() if n in names})
+
+
+def _attention_recipe() -> Any:
+    """Return the recipe of FP8 attention, whatever that of the linear layers is."""
+    recipe: Any = importlib.import_module("transformer_engine.common.recipe")
+    return recipe.DelayedScaling(fp8_format=recipe.Format.HYBRID, fp8_dpa=True)
+
+
+@contextmanager
+def _said_by(utils: Any) -> Iterator[list[str]]:
+    """Collect what Transformer Engine logs while it chooses: it returns no reasons."""
+    said: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("Disabling"):
+                said.append(record.getMessage())
+
+    logger, handler = logging.getLogger("DotProductAttention"), Collect()
+    settings, level = utils.AttentionLogging, logger.level
+    before, passes_on = settings._log_level, logger.propagate
+    settings._log_level, logger.propagate = logging.DEBUG, False
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+        settings._log_level, logger.propagate = before, passes_on
+        logger.setLevel(level)
+
+
+def _cudnn_version() -> Version:
+    utils: Any = importlib.import_module("transformer_engine.pytorch.utils")
+    return tuple(utils.get_cudnn_version())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+@torch.no_grad()
+def set_parameter(parameter: nn.Parameter, value: Tensor) -> None:
+    """Set a parameter to ``value`` before there is an optimizer, FP8 parameters too.
+
+    An FP8 parameter keeps its first value in high precision beside it, from which the optimizer makes
+    the master weights; Transformer Engine's own initialisation, which we do not use, would fill it.
+    """
+    parameter.copy_(value)
+    first_value = getattr(parameter, "get_high_precision_init_val", None)
+    if first_value is not None:
+        first_value().copy_(value)

@@ -1,0 +1,114 @@
+"""What ``megatron-eso doctor`` says about Transformer Engine, and whether what is asked for is there."""
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from megatron_eso.config.precision_rules import Machine, Version, broken, wants_te_attention
+from megatron_eso.config.precision_table import MACHINE_RULES
+from megatron_eso.config.schema import RunConfig
+from megatron_eso.errors import ConfigError
+from megatron_eso.parallel.te_adapter import (
+    BACKENDS,
+    AttentionChoice,
+    attention_choice,
+    require_fused_attention,
+    version_of,
+)
+
+# Megatron-Core releases with the Transformer Engine releases they were published with (docs/gpu.md).
+LANES: dict[Version, tuple[Version, Version]] = {
+    (0, 16): ((2, 9), (2, 11)),
+    (0, 19): ((2, 17), (2, 18)),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    what: str
+    found: str
+    consequence: str
+
+
+def te_findings(machine: Machine, megatron: Version, config: RunConfig) -> list[Finding]:
+    """Return what is there and what follows; asks Transformer Engine only where it and a GPU are.
+
+    Args:
+        machine: what was found.
+        megatron: version of Megatron-Core.
+        config: a run whose attention is asked about.
+    """
+    if machine.te is None:
+        follows = "backend=auto takes Megatron-Core's own layers; fp8 and attention=te are refused"
+        return [Finding("Transformer Engine", machine.te_failure, follows)]
+    works = not broken(MACHINE_RULES, config, machine)
+    layers = "these" if works else "Megatron-Core's own layers, not these"
+    found = [
+        Finding("Transformer Engine", _dots(machine.te), f"backend=auto takes {layers}"),
+        Finding("release pair", *_pair(machine.te, megatron)),
+    ]
+    if not machine.gpu:
+        return [*found, Finding("TE attention", "no GPU", "its backends cannot be asked about")]
+    found.append(Finding("cuDNN (TE's)", _dots(machine.cudnn), "fused and FP8 attention"))
+    return [*found, *_of_choice(attention_choice(config))]
+
+
+def refusals(machine: Machine, config: RunConfig) -> list[str]:
+    """Return why a run would be refused on this machine, the choice of attention included."""
+    found = broken(MACHINE_RULES, config, machine)
+    if not found and wants_te_attention(config):
+        try:
+            require_fused_attention(config)
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
+def megatron_version() -> Version:
+    """Return the installed Megatron-Core's version; (0,) if its metadata is missing."""
+    return _installed("megatron-core")
+
+
+def require_pair() -> None:
+    """Raise a :class:`ConfigError` unless the packages installed are a pair that docs/gpu.md names.
+
+    Reads metadata alone, so that building an image can ask without a GPU.
+    """
+    te, megatron = _installed("transformer-engine"), megatron_version()
+    if not _is_pair(te, megatron):
+        raise ConfigError(": ".join(_pair(te, megatron)))
+
+
+def _of_choice(choice: AttentionChoice) -> list[Finding]:
+    follows = (
+        "what attention=te uses" if choice.chosen == BACKENDS[1] else "attention=te is refused"
+    )
+    rejected = [Finding("  rejected", reason, "") for reason in choice.reasons]
+    return [Finding("TE attention chooses", choice.chosen or "nothing", follows), *rejected]
+
+
+def _pair(te: Version, megatron: Version) -> tuple[str, str]:
+    """Return the two versions, and whether they are a pair that docs/gpu.md names."""
+    both = f"megatron-core {_dots(megatron)} with Transformer Engine {_dots(te)}"
+    lane = LANES.get(megatron[:2])
+    if _is_pair(te, megatron):
+        return both, "a pair that docs/gpu.md names"
+    wanted = f"{_dots(lane[0])} to {_dots(lane[1])}" if lane else "another megatron-core"
+    return both, f"not a pair that docs/gpu.md names (wanted: {wanted}); neither tried nor refused"
+
+
+def _is_pair(te: Version, megatron: Version) -> bool:
+    lane = LANES.get(megatron[:2])
+    return lane is not None and lane[0] <= te[:2] <= lane[1]
+
+
+def _installed(name: str) -> Version:
+    try:
+        return version_of(version(name))
+    except PackageNotFoundError:
+        return (0,)
+
+
+def _dots(numbers: Version) -> str:
+    return ".".join(map(str, numbers))

@@ -1,0 +1,34 @@
+"""Attention of causal rows [L, R, h, d]."""
+
+import os
+
+from torch.nn.functional import scaled_dot_product_attention
+
+from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, Stateful
+
+_dpa_fp8_recipe = os.environ.get("NVTE_DPA_FP8_RECIPE", "")
+
+
+class DotProductAttention(Stateful):
+    def __init__(self, num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.0,
+                 qkv_format="sbhd", attn_mask_type="causal", sequence_parallel=False, tp_size=1,
+                 get_rng_state_tracker=None, tp_group=None, layer_number=None,
+                 attention_type="self", softmax_scale=None, **_):  # fmt: skip
+        super().__init__()
+        assert attention_dropout == 0.0
+        self.heads = num_attention_heads // tp_size
+        self.groups = (num_gqa_groups or num_attention_heads) // tp_size
+        self.scale = softmax_scale
+
+    def forward(self, query, key, value, attention_mask=None, *, attn_mask_type, qkv_format="sbhd",
+                **_):  # fmt: skip
+        assert (attention_mask, attn_mask_type, qkv_format) == (None, "causal", "sbhd")
+        assert (query.shape[2], key.shape[2]) == (self.heads, self.groups)
+        recipe = FP8GlobalStateManager.recipe
+        if recipe is not None and recipe.fp8_dpa:
+            query = self.rounded(query, 1)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.heads != self.groups
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)

@@ -1,0 +1,135 @@
+"""Layers of Transformer Engine on Megatron's own wrappers, over a stand-in for it that runs on a CPU.
+
+What is shown: the spec builds and trains, computes what the torch layers compute, and its checkpoints
+are the same. What is not: anything about Transformer Engine's kernels.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_eso.checkpoint.compare import compare
+from megatron_eso.checkpoint.folder import CheckpointFolder, folder_of_step
+from tests.rank_jobs import assemble
+from tests.rank_pool import RankPool
+from tests.test_layouts import assert_same
+
+pytestmark = pytest.mark.slow
+
+STAND_IN = str(Path(__file__).parent / "stand_in")
+TE, TORCH = ["precision.backend=te"], ["precision.backend=torch"]
+LAYERNORM = ["model.norm=layernorm", "model.activation=gelu"]
+SHAPES = {
+    "llama": [],
+    "qwen3": ["model.qk_norm=true"],
+    "official": [*LAYERNORM, "model.mlp_bias=true", "model.head_bias=true"],
+    "all-biases": [*LAYERNORM, "model.mlp_bias=true", "model.attention_bias=true", "model.qk_norm=true"],
+    "attention-bias": ["model.attention_bias=true"],
+}  # fmt: skip
+LAYOUTS = {
+    "data": [],
+    "tensor": ["parallel.tensor=2"],
+    "tensor-without-sequence": ["parallel.tensor=2", "parallel.sequence=false"],
+}
+FP8 = ["precision.dtype=bf16", "precision.fp8=delayed", "precision.fp8_amax_history=4"]
+FP8_ATTENTION = [
+    "precision.dtype=bf16", "precision.fp8=tensorwise", "precision.fp8_attention=true",
+    "model.head_size=128", "precision.bf16_first_layers=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    pool = RankPool(2, STAND_IN)
+    yield lambda job, *args: pool.run(f"te_jobs.{job}", *args)
+    pool.close()
+
+
+def test_the_layers_are_megatrons_transformer_engine_classes(ranks):
+    classes = ranks("layers", [*TE, "precision.dtype=bf16", "precision.attention=te"])[0]
+    assert classes == {
+        "self_attention.linear_qkv": "TELayerNormColumnParallelLinear",
+        "self_attention.linear_proj": "TERowParallelLinear",
+        "self_attention.core_attention.fused": "TEDotProductAttention",
+        "mlp.linear_fc1": "TELayerNormColumnParallelLinear",
+        "mlp.linear_fc2": "TERowParallelLinear",
+    }
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [*(("llama", layout) for layout in LAYOUTS), *((s, "tensor") for s in SHAPES if s != "llama")],
+)
+def test_te_layers_give_the_loss_and_gradients_of_torch_layers(ranks, shape, layout):
+    """Names and shapes are compared too: gradients come as pieces of the sharded state's tensors."""
+    settings = [*SHAPES[shape], *LAYOUTS[layout]]
+    reference = ranks("on_h100", "loss_and_gradients", [*settings, *TORCH])
+    found = ranks("on_h100", "loss_and_gradients", [*settings, *TE])
+    for mine, theirs in zip(found, reference, strict=True):
+        assert sorted(map(_place, mine["gradients"])) == sorted(map(_place, theirs["gradients"]))
+    whole = {**reference[0], "gradients": [g for reply in reference for g in reply["gradients"]]}
+    assert_same(whole, found)
+
+
+def _place(piece):
+    return repr(piece[:3])  # name, shape of the whole, slices
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "context"])
+def test_te_attention_with_merged_copies_is_split_attention(ranks, layout):
+    settings = [*LAYOUTS.get(layout, ["parallel.context=2"]), *TE, "precision.dtype=bf16"]
+    split, te = (
+        ranks("passes_in_fp64", [*settings, f"precision.attention={a}"]) for a in ("split", "te")
+    )
+    for one, other in zip(split, te, strict=True):
+        assert len(one["log_probs"]) > 0
+        np.testing.assert_allclose(other["log_probs"], one["log_probs"], rtol=0, atol=1e-11)
+    mine, theirs = (assemble([reply["gradients"] for reply in replies]) for replies in (te, split))
+    assert mine.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        np.testing.assert_allclose(mine[name], gradient, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize(("first", "second"), [(TE, TORCH), (TORCH, TE)], ids=["to-torch", "to-te"])
+def test_a_checkpoint_moves_between_te_and_torch_layers(ranks, tmp_path, first, second):
+    whole = ranks("on_h100", "train", [*first, "parallel.tensor=2"], 4, str(tmp_path), 2)
+    again = ranks("on_h100", "train", second, 4, str(tmp_path), None, True)
+    np.testing.assert_allclose(again[0]["losses"], whole[0]["losses"][2:], rtol=1e-6)
+    expected, found = (assemble([r["weights"] for r in replies]) for replies in (whole, again))
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        np.testing.assert_allclose(found[name], weight, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("recipe", [FP8, FP8_ATTENTION], ids=["linears", "attention"])
+def test_fp8_state_is_saved_and_makes_a_resume_bitwise(ranks, tmp_path, recipe):
+    settings = [*recipe, "parallel.tensor=2"]
+    whole = ranks("on_h100", "train", settings, 4, str(tmp_path), 2)
+    again = ranks("on_h100", "train", settings, 4, str(tmp_path), None, True)
+    assert again[0]["losses"] == whole[0]["losses"][2:]
+    # At another layout too; sums are then in another order.
+    moved = ranks("on_h100", "train", recipe, 4, str(tmp_path), None, True)
+    np.testing.assert_allclose(moved[0]["losses"], whole[0]["losses"][2:], rtol=2e-2)
+    ranks("without_fp8_state", folder_of_step(tmp_path, 2).path.as_posix())
+    fresh = ranks("on_h100", "train", settings, 4, str(tmp_path), None, True)
+    assert fresh[0]["losses"] != whole[0]["losses"][2:]
+
+
+def test_a_checkpoint_with_fp8_state_loads_without_fp8_and_the_other_way(ranks, tmp_path):
+    with_state, without = tmp_path / "with", tmp_path / "without"
+    ranks("on_h100", "train", FP8, 2, str(with_state), 2)
+    bf16 = [*TORCH, "precision.dtype=bf16"]
+    assert ranks("on_h100", "train", bf16, 3, str(with_state), None, True)[0]["losses"]
+    ranks("on_h100", "train", bf16, 2, str(without), 2)
+    assert ranks("on_h100", "train", FP8, 3, str(without), None, True)[0]["losses"]
+    found = compare(*(CheckpointFolder(folder_of_step(f, 2).path) for f in (with_state, without)))
+    assert {d.group for d in found} == {"weights", "exp_avg", "exp_avg_sq", "ema"}
+
+
+def test_the_adapter_reports_the_choice_and_refuses_the_unfused_backend(ranks):
+    chosen, refusal = ranks("attention_choices")[0]
+    assert chosen == "FusedAttention"
+    assert "UnfusedDotProductAttention" in refusal
+    assert "Disabling FusedAttention as no backend supports" in refusal
+    assert "precision.attention=split" in refusal
