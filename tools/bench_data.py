@@ -34,6 +34,7 @@ from megatron_eso.data.tokenizer import Tokenizer
 
 LENGTH, BATCH, NUM_ROWS, ROUNDS = 2048, 8, 24_000, 3
 VOCAB_SIZE = 32768
+COPIES = 4  # of the text that is prepared: enough parts to keep every process busy to the end
 SAMPLES_OF_A_SHARD = 16384
 
 
@@ -87,7 +88,8 @@ def bench_preparing(folder: Path) -> None:
     """Print tokens per second of `data prepare` and of the tokenizer alone."""
     prepare([STDLIB], folder / "small", PrepareOptions(256, 4096))
     tokenizer = folder / "small" / "tokenizer.json"
-    texts = [Path(piece.path).read_text(errors="replace") for piece in find_files([STDLIB])] * 2
+    texts = [Path(piece.path).read_text(errors="replace") for piece in find_files([STDLIB])]
+    texts *= COPIES
     lines = folder / "texts.jsonl"
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     processes = multiprocessing.cpu_count()
@@ -102,7 +104,7 @@ def bench_preparing(folder: Path) -> None:
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
             pool.starmap(tokenize, [(str(tokenizer), part) for part in parts])
 
-    num_tokens = 2 * sum(manifest_tokens(folder / "small"))
+    num_tokens = COPIES * sum(manifest_tokens(folder / "small"))
     speeds = best_of({"data prepare": ours, "tokenizer alone": alone}, num_tokens)
     for name, speed in speeds.items():
         print(f"preparing, {name}, {processes} processes: {speed / 1e6:.2f} M tokens/s")
