@@ -98,6 +98,8 @@ class Run:
                     return self._stop_early()
                 if _is_due(step, config.train.save_every_steps) and step < total:
                     self._save()
+                    if self._must_stop():  # it came during the save: this checkpoint is the last
+                        return self._stop_early()
                 self.keeper.copy_locally()
         return self._finish()
 

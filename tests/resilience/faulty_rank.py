@@ -11,7 +11,7 @@ nan        the step's gradient norm is nan       spike  the step's loss is 1000 
 full_disk  writing a shard fails as on a full disk     publish_full  writing the metadata does
 fill_disk  takes all room of the disk with "file" while a shard is written; free_disk  removes it
 writer_killed, writer_slow  the writer process is killed, sleeps
-signal     sends "signal" to itself   in_evaluation, signal_in_compilation  the same there
+signal     sends "signal" to itself   in_evaluation, signal_in_compilation, signal_in_save  the same there
 """
 
 import ctypes
@@ -133,6 +133,8 @@ def install_saves():
         saving = self._session.state.step
         for fault in faults("kill_in_save", saving):
             kill_later(fault.get("after", 0))
+        for fault in faults("signal_in_save", saving):
+            os.kill(os.getpid(), getattr(signal, fault["signal"]))
         return save(self)
 
     def faulty_write(self):

@@ -103,8 +103,9 @@ def test_a_save_that_fails_is_loud_and_harms_nothing(faulty, undisturbed):
         ("SIGUSR1", {"kind": "in_evaluation", "rank": 1, "step": "any"}, 6),
         ("SIGINT", {"kind": "signal_in_setup", "rank": 0, "step": "any"}, 0),
         ("SIGTERM", {"kind": "signal_in_compilation", "rank": 1, "step": "any"}, 1),
+        ("SIGTERM", {"kind": "signal_in_save", "rank": 1, "step": 4}, 4),
     ],
-    ids=["step", "evaluation", "setup", "compilation"],
+    ids=["step", "evaluation", "setup", "compilation", "save"],
 )
 def test_a_signal_to_one_rank_saves_at_an_agreed_step(faulty, undisturbed, name, fault, step):
     settings, run = (*TWELVE, "train.eval_every_steps=6"), f"{name}{step}"
