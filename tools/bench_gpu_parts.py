@@ -154,7 +154,7 @@ def seconds_per_row(session: Session, objective: str, length: int, *, num_steps:
     if objective != "ar":
         alpha_0 = 1.0 if objective == "eso" else None
         settings = PlanSettings(alpha_0=alpha_0, method="fixed", num_steps=length)
-    plan = plan_for(replica, canvas, settings, Choice(seed=1))
+    plan = plan_for(changed, canvas, settings, Choice(seed=1))
     per_step = []
     for place in _PLACES:
         begin = round(place * (length - num_steps - 1))
