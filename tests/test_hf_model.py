@@ -1,6 +1,8 @@
 """The exported model in transformers' hands: canvas, generation, likelihood, training, tools."""
 
 import importlib.util
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -68,6 +70,20 @@ def test_remote_code_and_package_give_the_same_logits(folder, model):
     canvas[:, 5:9] = MASK
     with torch.no_grad():
         assert torch.equal(remote(input_ids=canvas).logits, model(input_ids=canvas).logits)
+
+
+@pytest.mark.slow
+def test_the_model_card_s_code_runs_without_our_package_and_asks_nothing(folder):
+    """transformers asks on the terminal, for 15 s, where trust_remote_code is left out."""
+    card = (folder / "README.md").read_text()
+    lines = [line[4:] for line in card.splitlines() if line.startswith("    ")]
+    script = "import sys\nsys.modules['megatron_eso'] = None\n" + "\n".join(lines)
+    done = subprocess.run(
+        [sys.executable, "-c", script.replace("FOLDER", repr(str(folder))).replace("=64", "=8")],
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=folder.parent,
+    )  # fmt: skip
+    assert len(lines) == 6 and done.returncode == 0, done.stderr
+    assert "Do you wish" not in done.stdout + done.stderr
 
 
 def test_the_mask_is_never_predicted(model):

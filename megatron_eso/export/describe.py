@@ -143,7 +143,7 @@ def _dump(path: Path, content: dict[str, Any]) -> None:
 def model_card(config: dict[str, Any], facts: dict[str, Any], kind: str) -> str:
     """Return README.md with the source and the verification's numbers."""
     checked = facts["verification"]
-    lines = [f"| {name} | {value} |" for name, value in checked.items()] if checked else []
+    lines = [f"| {name} | {value:.3g} |" for name, value in checked.items()] if checked else []
     table = (
         "\n".join(["| check | found |", "|---|---|", *lines])
         if lines
@@ -166,7 +166,7 @@ def model_card(config: dict[str, Any], facts: dict[str, Any], kind: str) -> str:
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [esolm, diffusion, {kind}]
+tags: [diffusion, {kind}]
 ---
 # Eso-LM, {parameters} parameters
 
@@ -177,13 +177,13 @@ weights, alpha_0 = {alpha_0}, stored in {dtype}. The mask token is id {mask}.
 ## Verified when exported
 
 Against an independent forward pass over the source checkpoint, in float32 (limits: relative logit
-difference 1e-4, KL 1e-8, the same most likely token everywhere):
+difference 1e-4, KL 1e-8, the same most likely token everywhere, generated tokens within 1e-3 nats):
 
 {table}
 """
 _USAGE = """    from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
     prompt = tokenizer("def ", return_tensors="pt")
     rows = model.generate(**prompt, max_new_tokens=64, alpha_0=0.5, do_sample=True, top_p=0.9, seed=1)
     scores = model.log_likelihood([[1, 2]], [[3, 4]], order="left-to-right")

@@ -233,7 +233,8 @@ def not_exported(source: Source) -> list[str]:
     """Return what of the checkpoint the exported folder does not have, and why."""
     model, stored = source.model, source.reader.tensors
     other = sorted({name.split(".")[0] for name in stored} - {source.kind})
-    reasons = [f"{name}: not the weights asked for" for name in other]
+    why = {"weights": "not the weights asked for", "ema": "not the weights asked for"}
+    reasons = [f"{name}: {why.get(name, 'optimizer state')}" for name in other]
     extra = _padded_rows(source)
     if extra:
         reasons.append(f"{extra} padded vocabulary rows: they stand for no token")
