@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,9 @@ def write_partition(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        tokenizer = Tokenizer(preparation.tokenizer_path)
+        tokenizer = _loaded(
+            preparation.tokenizer_path, preparation.tokenizer_path.stat().st_mtime_ns
+        )
         counts = _write_splits(partition, temporary, tokenizer, preparation.options, report)
         account = {split: asdict(count) for split, count in counts.items()}
         (temporary / PART_NAME).write_text(json.dumps(account))
@@ -149,6 +152,13 @@ def write_partition(
         os.replace(temporary, done)
     except OSError as error:
         raise DataError(describe_write_error(error, preparation.work)) from error
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: Path, changed: int) -> Tokenizer:
+    """Return the tokenizer of a file; one for all partitions keeps the words it has met."""
+    del changed  # part of the key: another file may take the path
+    return Tokenizer(path)
 
 
 def _write_splits(
