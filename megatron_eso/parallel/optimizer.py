@@ -155,7 +155,8 @@ def apply_gradients(optimizer: Any, *, learning_rate: float, max_norm: float, no
         # Megatron's own clipping makes a scaled copy of every gradient where Apex is missing.
         parameters = [x for inner in optimizer.chained_optimizers for x in inner.get_parameters()]
         gradients = [x.grad for x in parameters if x.grad is not None]
-        torch._foreach_mul_(gradients, max_norm / norm)  # type: ignore[attr-defined]
+        if gradients:  # a rank may hold no part of any parameter
+            torch._foreach_mul_(gradients, max_norm / norm)  # type: ignore[attr-defined]
     optimizer.step_with_ready_grads()
 
 
