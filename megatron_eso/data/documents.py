@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_eso.data.parquet import pyarrow_module
 from megatron_eso.data.sources import Piece
 from megatron_eso.errors import DataError
 
@@ -45,12 +46,6 @@ def documents_of(piece: Piece, *, text_key: str) -> Iterator[Document]:
         yield from read(piece, text_key)
     except (OSError, EOFError) as error:
         raise DataError(f"cannot read {piece.path}: {error}") from error
-
-
-def row_group_bytes(path: str) -> list[int]:
-    """Return the uncompressed size of each row group of a parquet file."""
-    metadata = _pyarrow("parquet").ParquetFile(path).metadata
-    return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
 
 
 def _text(piece: Piece, text_key: str) -> Iterator[Document]:
@@ -116,9 +111,9 @@ def _document(data: bytes, where: str, split_key: str) -> Document:
 
 
 def _parquet(piece: Piece, text_key: str) -> Iterator[Document]:
-    arrow = _pyarrow("lib")
+    arrow = pyarrow_module("lib")
     try:
-        file = _pyarrow("parquet").ParquetFile(piece.path)
+        file = pyarrow_module("parquet").ParquetFile(piece.path)
         _check_column(file.schema_arrow.names, text_key, piece.path)
         groups = range(piece.begin, file.num_row_groups if piece.end is None else piece.end)
         for group in groups:
@@ -129,10 +124,10 @@ def _parquet(piece: Piece, text_key: str) -> Iterator[Document]:
 
 
 def _arrow(piece: Piece, text_key: str) -> Iterator[Document]:
-    arrow = _pyarrow("lib")
+    arrow = pyarrow_module("lib")
     try:
         with open(piece.path, "rb") as file:
-            batches = _pyarrow("ipc").open_stream(file)
+            batches = pyarrow_module("ipc").open_stream(file)
             _check_column(batches.schema.names, text_key, piece.path)
             yield from _rows(batches, text_key, piece.path)
     except arrow.ArrowException as error:
@@ -173,12 +168,3 @@ def _lines_before(path: str, position: int) -> int:
     with open(path, "rb") as file:
         blocks = iter(lambda: file.read(min(1 << 20, position - file.tell())), b"")
         return sum(block.count(b"\n") for block in blocks)
-
-
-def _pyarrow(module: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(f"pyarrow.{module}")
-    except ImportError:
-        raise DataError("parquet and arrow files need pyarrow: pip install pyarrow") from None

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_eso.data.parquet import row_group_bytes
 from megatron_eso.errors import DataError
 
 STDLIB = "stdlib"
@@ -180,8 +181,6 @@ def _cut(piece: Piece, aim: int) -> Iterator[Piece]:
             end = min(begin + aim, piece.num_bytes)
             yield Piece(piece.path, piece.kind, piece.key, end - begin, begin, end)
     else:
-        from megatron_eso.data.documents import row_group_bytes
-
         begin, filled = 0, 0
         sizes = row_group_bytes(piece.path)
         for group, size in enumerate(sizes):
