@@ -276,3 +276,10 @@ def test_bad_input_is_a_message_that_says_what_to_change(place, overrides, code,
 
 def test_a_missing_checkpoint_is_a_message(place):
     assert "does not exist" in run("sample", "runs/none", folder=place, code=4)
+
+
+def test_a_layout_that_does_not_fit_the_model_is_a_message(place):
+    out = run("eval", "runs/first", "data/validation", "--tensor", 3, folder=place, code=2)
+    assert "not divisible by parallel.tensor=3" in out
+    assert "--ranks" in out
+    assert "Traceback" not in out

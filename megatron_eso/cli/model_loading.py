@@ -176,11 +176,13 @@ def _join() -> tuple[Any, Any]:
 def _load(folder: Any, parallel: Any, *, dtype: str, use_ema: bool) -> Loaded:
     """Load a checkpoint's model, without its tokenizer."""
     from megatron_eso.checkpoint.replica import load_replica, run_config_of, tokenizer_path
+    from megatron_eso.config.check import check_layout
     from megatron_eso.model.build import resolve_precision
     from megatron_eso.parallel.groups import build_groups
 
     config = run_config_of(folder, parallel)
-    _, device = _join()
+    ranks, device = _join()
+    check_layout(config, ranks.world_size)
     config = replace(config, precision=replace(config.precision, dtype=dtype))
     config = resolve_precision(config, dtype)
     layout = build_groups(config.parallel, seed=0)

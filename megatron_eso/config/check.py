@@ -22,6 +22,25 @@ def check(config: RunConfig, world_size: int | None = None) -> None:
         )
 
 
+def check_layout(config: RunConfig, world_size: int) -> None:
+    """Raise a :class:`ConfigError` unless the model can be spread over the ranks as the layout says.
+
+    For what loads a model without training it: the rules of batches do not matter there.
+    """
+    parallel = config.parallel
+    found = list(_layout(config))
+    replica = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % replica:
+        found.append(
+            f"{world_size} rank(s) are no multiple of tensor x pipeline x context = {parallel.tensor} x "
+            f"{parallel.pipeline} x {parallel.context} = {replica} (--ranks)"
+        )
+    if found:
+        raise ConfigError(
+            "this layout does not fit the model:\n" + "\n".join(f"  - {line}" for line in found)
+        )
+
+
 def violations(config: RunConfig, world_size: int | None = None) -> list[str]:
     """Return one message per broken rule."""
     rules = (
