@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_eso.checkpoint.load import find_checkpoint, load_training_state
+from megatron_eso.checkpoint.load import (
+    find_checkpoint,
+    load_first_weights,
+    load_training_state,
+)
 from megatron_eso.checkpoint.save import Saver
 from megatron_eso.checkpoint.state import collect
 from megatron_eso.config import load_config
@@ -148,6 +152,20 @@ def train(
         for index, entry in enumerate(final.values())
     }
     return {"losses": losses, "weights": _weights(session), "state": state}
+
+
+def started_from(overrides: list[str], folder: str) -> dict[str, dict[int, np.ndarray]]:
+    """Start a run from a checkpoint's weights; return its masters, average and model by parameter."""
+    session = make_session(overrides)
+    found = find_checkpoint(Path(folder), hashes=True)
+    load_first_weights(found, session.chunks, session.optimizer, session.average)
+    masters, average, model = {}, {}, {}
+    for index, entry in enumerate(sharded_parameters(session.chunks)):
+        shard = shards(session.optimizer)[entry.data]
+        masters[index] = _array(shard.master)
+        average[index] = _array(session.average.parts[entry.data])
+        model[index] = _array(entry.data.view(-1)[shard.start : shard.end])
+    return {"masters": masters, "average": average, "model": model}
 
 
 def updates(overrides: list[str], num_steps: int) -> dict[str, Any]:

@@ -146,3 +146,19 @@ def test_tensors_wanted_whole_are_read_straight_into_their_memory(tmp_path, monk
     data.write_bytes(data.read_bytes()[: read[0].first_byte + 20])
     with pytest.raises(CheckpointError, match="ends before its tensors do"):
         perform(read[0])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_run_starts_from_the_averaged_weights_in_float32(one_rank, tmp_path, dtype):
+    """The masters are not the model's rounded weights, and the average is not the random ones."""
+    saved = one_rank.run("train", [], 3, str(tmp_path), 3)[0]["state"]
+    stored = {key: value for key, value in saved.items() if key.startswith("ema.")}
+    assert stored
+    found = one_rank.run("started_from", [f"precision.dtype={dtype}"], str(tmp_path))[0]
+    expected = np.sort(np.concatenate([value.ravel() for value in stored.values()]))
+    for kind in ("masters", "average"):
+        values = np.sort(np.concatenate([value.ravel() for value in found[kind].values()]))
+        np.testing.assert_array_equal(values, expected, err_msg=kind)
+    for number, value in found["model"].items():
+        rounding = 0.0 if dtype == "fp32" else 2**-8
+        np.testing.assert_allclose(value, found["masters"][number], rtol=rounding, atol=0)

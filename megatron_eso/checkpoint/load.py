@@ -24,6 +24,7 @@ from megatron_eso.checkpoint.straight_reader import straight_reading
 from megatron_eso.errors import CheckpointError
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 from megatron_eso.parallel.moving_average import MovingAverage
+from megatron_eso.parallel.parameters import shards
 
 with quiet_megatron_import():
     from megatron.core import dist_checkpointing
@@ -103,6 +104,28 @@ def load_weights(folder: CheckpointFolder, chunks: Iterable[nn.Module], *, use_e
     with torch.no_grad():
         for _, place in places:
             place.parameter.copy_(place.tensors[kind])
+    return kind
+
+
+def load_first_weights(
+    folder: CheckpointFolder, chunks: list[nn.Module], optimizer: Any, average: MovingAverage | None
+) -> str:
+    """Load the weights that a run starts from; return which kind was loaded.
+
+    The masters get them in float32, whatever the model's format, and the average starts there too.
+    """
+    kind = EMA if folder.sidecar()["has_ema"] else WEIGHTS
+    places, owned = list(places_of_weights(chunks, kind)), shards(optimizer)
+    _load(sharded_places(places), folder)
+    with torch.no_grad():
+        for _, place in places:
+            loaded, shard = place.tensors[kind], owned.get(place.parameter)
+            place.parameter.copy_(loaded)
+            if shard is not None:
+                own = loaded.reshape(-1)[shard.start : shard.end]
+                shard.master.copy_(own)
+                if average is not None:
+                    average.parts[place.parameter].copy_(own)
     return kind
 
 

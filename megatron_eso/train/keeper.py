@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron_eso.checkpoint.folder import FORMAT_VERSION, CheckpointFolder
 from megatron_eso.checkpoint.load import (
     find_checkpoint,
+    load_first_weights,
     load_training_state,
-    load_weights,
     newest_valid,
     require_same_model,
 )
@@ -82,8 +82,7 @@ class Keeper:
         elif settings.init_from:
             folder = find_checkpoint(Path(settings.init_from), hashes=settings.verify_hashes)
             require_same_model(folder, asdict(session.config.model))
-            kind = load_weights(folder, session.chunks, use_ema=True)
-            session.optimizer.reload_model_params()
+            kind = load_first_weights(folder, session.chunks, session.optimizer, session.average)
             log.info("weights (%s) from %s", kind, folder.path)
         if not self._has_room():
             raise CheckpointError(
