@@ -5,7 +5,6 @@ falls in the j-th of a equal strata of the period, at a random point of it drawn
 So shares are exact after every period and close within it, whoever asks for which places.
 """
 
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from fractions import Fraction
@@ -14,6 +13,7 @@ from math import lcm
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_eso.data.fork_lock import ForkLock
 from megatron_eso.errors import DataError
 
 LONGEST_PERIOD = 1 << 16
@@ -38,7 +38,7 @@ class Mixture:
         self.shares = _whole_shares(weights)
         self.period = sum(self.shares)
         self._seed = seed
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
         self._patterns: OrderedDict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = (
             OrderedDict()
         )

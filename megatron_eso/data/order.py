@@ -8,7 +8,6 @@ Epochs follow each other without a gap, so every sample is used once an epoch wh
 """
 
 import hashlib
-import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_eso.data import streaming_shim
+from megatron_eso.data.fork_lock import ForkLock
 from megatron_eso.errors import DataError
 
 # About 0.1 s and 12 MB for each group; shards of 64 MiB are far smaller than that.
@@ -57,7 +57,7 @@ class SampleOrder:
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
         self._seed, self._shuffle = seed, shuffle
         self._block_size, self._nodes, self._group_samples = block_size, nodes, group_samples
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
         self._deals: OrderedDict[int, _Deal] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], NDArray[np.uint32]] = OrderedDict()
         if self.num_samples == 0:

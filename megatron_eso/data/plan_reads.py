@@ -5,13 +5,13 @@ and much one step at a time. A block of steps is planned for one set of row numb
 for again at every step, and kept. What is kept is a function of (step, rows) alone.
 """
 
-import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_eso.data.fork_lock import ForkLock
 from megatron_eso.data.mixture import Mixture
 from megatron_eso.data.order import SampleOrder
 from megatron_eso.data.shards import ShardedRows
@@ -56,7 +56,7 @@ class ReadPlans:
         """
         self._orders, self._mixture, self._splits = orders, mixture, splits
         self._batch_rows = batch_rows
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
         self._blocks: OrderedDict[tuple[int, Rows], list[list[Part]]] = OrderedDict()
 
     def of_step(self, step: int, rows: Rows) -> list[Part]:

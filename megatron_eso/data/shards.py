@@ -8,7 +8,6 @@ checked when the process first opens it.
 
 import json
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_eso.data.fork_lock import ForkLock
 from megatron_eso.data.manifest import INDEX_NAME, Manifest
 from megatron_eso.data.store import ShardFile, Store
 from megatron_eso.errors import DataError
@@ -48,7 +48,7 @@ class ShardedRows:
         self._dtype = np.dtype(manifest.dtype)
         self._row_bytes = manifest.row_tokens * self._dtype.itemsize
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     @property
     def num_samples(self) -> int:

@@ -1,19 +1,25 @@
 """The reader: rows by (step, row) alone, whoever reads which and with how many threads."""
 
+import contextlib
 import multiprocessing
 import shutil
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_eso.config.schema import DataConfig, DataSourceConfig
+from megatron_eso.data.fork_lock import _all_locks
 from megatron_eso.data.plan_reads import ROWS_OF_BLOCK
 from megatron_eso.data.reader import RowReader, ValidationReader
 from megatron_eso.errors import DataError
 from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE, in_small_shards
 
 BATCH = 8
+ROOT = Path(__file__).parents[2]
 
 
 def reader(*paths, num_workers=0, batch=BATCH, seed=3, length=SEQUENCE_LENGTH, vocab=VOCAB_SIZE):
@@ -115,23 +121,45 @@ def send_rows(pipe, path, rows=None):
     rows.close()
 
 
-@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_child_process_of_either_start_method_reads_the_same_rows(many_shards, method):
+def test_a_spawned_child_reads_the_same_rows(many_shards):
     rows = reader((many_shards / "train", 1), num_workers=2)
     expected = [rows.read(step, range(BATCH)).tokens for step in (3, 4)]
-    context = multiprocessing.get_context(method)
+    rows.close()
+    context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    # A forked child inherits the reader, its open shards and planned reads, but not its threads.
-    own = (rows,) if method == "fork" else ()
-    child = context.Process(target=send_rows, args=(theirs, many_shards / "train", *own))
+    child = context.Process(target=send_rows, args=(theirs, many_shards / "train"))
     child.start()
-    assert ours.poll(60)
+    assert ours.poll(120)
+    assert np.array_equal(ours.recv(), expected)
+    child.join(30)
+    assert child.exitcode == 0
+
+
+def read_in_a_fork(path):
+    """Compare what a forked child reads with the parent's rows; a thread of the parent holds each lock."""
+    rows = reader((path, 1), num_workers=2)
+    expected = [rows.read(step, range(BATCH)).tokens for step in (3, 4)]
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=send_rows, args=(theirs, path, rows))
+    with contextlib.ExitStack() as held:
+        for lock in list(_all_locks()):
+            held.enter_context(lock)
+        child.start()
+    assert ours.poll(60), "the child hangs"
     assert np.array_equal(ours.recv(), expected)
     child.join(30)
     assert child.exitcode == 0
     assert np.array_equal(rows.read(4, range(BATCH)).tokens, expected[1])
     rows.close()
+
+
+def test_a_forked_child_reads_although_a_thread_of_its_parent_held_the_locks(many_shards):
+    """In a process of its own: this one has threads of torch and of other tests."""
+    code = "import sys, tests.data.test_reader as t; t.read_in_a_fork(t.Path(sys.argv[1]))"
+    command = [sys.executable, "-W", "ignore", "-c", code, str(many_shards / "train")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_rows_once_read_do_not_change_when_others_are(prepared):

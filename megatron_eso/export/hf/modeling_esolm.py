@@ -23,6 +23,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils import ModelOutput
 
 from .configuration_esolm import EsoLMConfig, EsoLMDiTConfig
+
+# For transformers up to 5.0, which copies only the files that this one names beside it.
+from .decoding_esolm import METHODS  # noqa: F401
 from .generation_esolm import generate_rows, likelihood_orders, pad_lists
 
 # What callers of other models pass to forward() and what changes nothing here.
