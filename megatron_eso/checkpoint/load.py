@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_eso.checkpoint.state import (
     EMA,
     MOMENTS,
     WEIGHTS,
+    Place,
     places_of_training,
     places_of_weights,
     restore,
@@ -98,11 +100,9 @@ def load_training_state(
 
 def load_weights(folder: CheckpointFolder, chunks: Iterable[nn.Module], *, use_ema: bool) -> str:
     """Load weights alone into model chunks; return which kind was loaded."""
-    kind = EMA if use_ema and folder.sidecar()["has_ema"] else WEIGHTS
-    places = list(places_of_weights(chunks, kind))
-    _load(sharded_places(places), folder)
+    kind, places = _loaded_weights(folder, chunks, use_ema=use_ema)
     with torch.no_grad():
-        for _, place in places:
+        for place in places:
             place.parameter.copy_(place.tensors[kind])
     return kind
 
@@ -114,19 +114,24 @@ def load_first_weights(
 
     The masters get them in float32, whatever the model's format, and the average starts there too.
     """
-    kind = EMA if folder.sidecar()["has_ema"] else WEIGHTS
-    places, owned = list(places_of_weights(chunks, kind)), shards(optimizer)
-    _load(sharded_places(places), folder)
-    with torch.no_grad():
-        for _, place in places:
-            loaded, shard = place.tensors[kind], owned.get(place.parameter)
-            place.parameter.copy_(loaded)
-            if shard is not None:
-                own = loaded.reshape(-1)[shard.start : shard.end]
-                shard.master.copy_(own)
-                if average is not None:
-                    average.parts[place.parameter].copy_(own)
+    kind, places = _loaded_weights(folder, chunks, use_ema=True)
+    owned = shards(optimizer)
+    first = [
+        replace(place, tensors={WEIGHTS: place.tensors[kind]}, shard=owned.get(place.parameter))
+        for place in places
+    ]
+    restore(first, optimizer, average, step=0)
     return kind
+
+
+def _loaded_weights(
+    folder: CheckpointFolder, chunks: Iterable[nn.Module], *, use_ema: bool
+) -> tuple[str, list[Place]]:
+    """Return which kind of weights a checkpoint gave, and for each parameter those loaded."""
+    kind = EMA if use_ema and folder.sidecar()["has_ema"] else WEIGHTS
+    places = list(places_of_weights(chunks, kind))
+    _load(sharded_places(places), folder)
+    return kind, [place for _, place in places]
 
 
 def require_same_model(folder: CheckpointFolder, model: dict[str, Any]) -> None:

@@ -6,9 +6,8 @@ wrote it, is one positioned read here, several at a time; all others take PyTorc
 """
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ from torch.distributed.checkpoint.planner import LoadItemType
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_eso.errors import CheckpointError
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import quiet_megatron_import, with_reader_of_folders
 
 with quiet_megatron_import():
-    from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
     from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
         CachedMetadataFileSystemReader,
     )
@@ -86,20 +84,9 @@ class StraightReader(CachedMetadataFileSystemReader):
         return _Read(path, first, target) if is_same else None
 
 
-@contextmanager
-def straight_reading() -> Iterator[None]:
-    """Have Megatron load with :class:`StraightReader`, which its own strategy has no setting for."""
-    before = megatron_torch._get_filesystem_reader
-
-    def reader(folder: str | Path, cache_metadata: bool = False, **later: Any) -> Any:
-        # ``later``: arguments of Megatron-Core 0.19.
-        return StraightReader(folder) if cache_metadata else before(folder, cache_metadata, **later)
-
-    megatron_torch._get_filesystem_reader = reader
-    try:
-        yield
-    finally:
-        megatron_torch._get_filesystem_reader = before
+def straight_reading() -> AbstractContextManager[None]:
+    """Have Megatron load with :class:`StraightReader`."""
+    return with_reader_of_folders(StraightReader)
 
 
 def _perform(read: _Read) -> None:

@@ -10,7 +10,7 @@ fails there can go.
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -176,6 +176,29 @@ def without_results_manager() -> Iterator[None]:
         yield
     finally:
         module._results_queue = before
+
+
+@contextlib.contextmanager
+def with_reader_of_folders(make_reader: Callable[[Any], Any]) -> Iterator[None]:
+    """Have Megatron's checkpoint loading use another reader of folders.
+
+    Reason: its strategy has no setting for the reader, and PyTorch's makes two copies of every tensor.
+    checkpoint/straight_reader.py reads straight into the optimizer's memory.
+    """
+    with quiet_megatron_import():
+        from megatron.core.dist_checkpointing.strategies import torch as strategy
+    module: Any = strategy
+    before = module._get_filesystem_reader
+
+    def reader(folder: Any, cache_metadata: bool = False, **later: Any) -> Any:
+        # ``later``: arguments of Megatron-Core 0.19.
+        return make_reader(folder) if cache_metadata else before(folder, cache_metadata, **later)
+
+    module._get_filesystem_reader = reader
+    try:
+        yield
+    finally:
+        module._get_filesystem_reader = before
 
 
 class NoStream:
