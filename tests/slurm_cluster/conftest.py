@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -42,18 +43,23 @@ def require_slurm():
         pytest.skip("NO NAMESPACES HERE: nodes cannot be isolated (needs root or `unshare`)")
 
 
+def short_folder():
+    """A cluster's folder: pytest's own are too long for Slurm's sockets (LocalSlurm checks it)."""
+    return tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp", ignore_cleanup_errors=True)
+
+
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
+def cluster():
     require_slurm()
     partitions = (
         "PartitionName=main Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=0\n"
         "PartitionName=grace Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=60\n"
         "PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF"
     )
-    folder = tmp_path_factory.mktemp("slurm")
-    with LocalSlurm(
-        folder, nodes=5, isolate=True, die_with_parent=True, partitions=partitions
-    ) as s:
+    with (
+        short_folder() as folder,
+        LocalSlurm(folder, nodes=5, isolate=True, die_with_parent=True, partitions=partitions) as s,
+    ):
         os.environ["SLURM_CONF"] = str(s.conf)
         yield s
 

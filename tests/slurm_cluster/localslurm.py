@@ -22,6 +22,7 @@ import json
 import os
 import pathlib
 import pwd
+import re
 import signal
 import socket
 import subprocess
@@ -108,6 +109,12 @@ class LocalSlurm:
         if self.file.exists():
             saved = json.loads(self.file.read_text())
             self.names, self.isolate = saved["names"], saved["isolate"]
+        # slurmstepd listens here; a longer path than a Unix socket's 107 bytes fails every job, without a word.
+        socket_path = f"{self.d}/spool/{self.names[-1]}/{self.names[-1]}_99999.4294967291"
+        if len(os.fsencode(socket_path)) > 107:
+            raise ValueError(
+                f"DIR is {len(os.fsencode(socket_path)) - 107} bytes too long: {self.d}"
+            )
         h = hashlib.sha1(str(self.d).encode()).digest()
         self.tag, self.net = h.hex()[:5], f"10.{100 + h[5] % 100}.{h[6]}"
 
@@ -238,6 +245,16 @@ class LocalSlurm:
     def node_states(self):
         out = self.run("sinfo", "-hN", "-o", "%N %T", check=False).stdout
         return dict(line.split() for line in out.splitlines())
+
+    def problem(self, lines=8):
+        """Return what may explain why nothing goes on: jobs with reasons, nodes, errors in the daemons' logs."""
+        text = (
+            self.run("squeue", "-o", "%i %T %r %N", check=False).stdout + f"{self.node_states()}\n"
+        )
+        for log in sorted((self.d / "log").glob("*.log")):
+            errors = [x for x in log.read_text().splitlines() if re.search("error|fail", x, re.I)]
+            text += "".join(f"{log.stem}: {x}\n" for x in errors[-lines:])
+        return text
 
     def pids(self, n):
         return _tree(self._procs()[n][0])

@@ -79,5 +79,5 @@ class Run:
         try:
             wait_for(condition, timeout)
         except AssertionError:
-            text = f"{state(self.slurm, self.job)}\n{self.log()}\n{self.output()}"
+            text = f"{state(self.slurm, self.job)}\n{self.log()}\n{self.output()}\n{self.slurm.problem()}"
             raise AssertionError(f"not {what} but {text}") from None

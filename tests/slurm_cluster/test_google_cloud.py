@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.slurm_cluster.cloud import PREFIX, CloudSlurm, MetadataServer, can_build_pyxis
-from tests.slurm_cluster.conftest import STAND_IN, command, require_slurm, wait_for
+from tests.slurm_cluster.conftest import STAND_IN, command, require_slurm, short_folder, wait_for
 from tests.slurm_cluster.submitted import Run
 
 needs_pyxis = pytest.mark.skipif(
@@ -20,10 +20,13 @@ IMAGE = "/images/it's an image.sqsh"
 
 
 @pytest.fixture(scope="module")
-def google(tmp_path_factory):
+def google():
     require_slurm()
-    folder = tmp_path_factory.mktemp("google")
-    with pytest.MonkeyPatch.context() as patch, CloudSlurm(folder, nodes=4) as cloud:
+    with (
+        short_folder() as folder,
+        pytest.MonkeyPatch.context() as patch,
+        CloudSlurm(folder, nodes=4) as cloud,
+    ):
         patch.setenv("SLURM_CONF", str(cloud.conf))
         with MetadataServer(f"{cloud.net}.1") as server:
             cloud.metadata = server.values
