@@ -67,8 +67,7 @@ class CachedStore:
             descriptor = self._open_cached(path, shard)
             if descriptor is None:
                 self._make_room(shard.num_bytes)
-                self._bring(path, shard)
-                descriptor = os.open(path, os.O_RDONLY)
+                descriptor = self._bring(path, shard)
             return descriptor
 
     def describe(self, shard: ShardFile) -> str:
@@ -83,14 +82,17 @@ class CachedStore:
         check_hash = self._settings.verify_hashes
         problem = problem_of_open(descriptor, shard.raw, check_hash=check_hash)
         if problem is None:
-            os.utime(path)  # last use, for the eviction
+            os.utime(
+                descriptor
+            )  # last use, for the eviction, which may have taken the name just now
             return descriptor
         os.close(descriptor)
         log.warning("cached shard %s %s: it is fetched again", path, problem)
-        path.unlink()
+        path.unlink(missing_ok=True)
         return None
 
-    def _bring(self, path: Path, shard: ShardFile) -> None:
+    def _bring(self, path: Path, shard: ShardFile) -> int:
+        """Fetch a shard and return its descriptor, taken before others can evict the file."""
         part = path.with_suffix(".part")
         self._fetch(shard.stored.name, part, shard.stored)
         if shard.compressed is not None:
@@ -104,7 +106,9 @@ class CachedStore:
             except OSError as error:
                 part.unlink(missing_ok=True)
                 raise self._write_error(error) from error
+        descriptor = os.open(part, os.O_RDONLY)
         os.replace(part, path)
+        return descriptor
 
     def _fetch(self, name: str, part: Path, expected: StoredFile | None) -> None:
         """Fetch a file whole, trying again with growing pauses."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_eso.config.schema import DataConfig, DataSourceConfig
+from megatron_eso.data import cache
 from megatron_eso.data.prepare import prepare
 from megatron_eso.data.reader import RowReader, ValidationReader
 from megatron_eso.errors import DataError
@@ -168,6 +169,32 @@ def test_a_bounded_cache_drops_old_shards_and_reads_on(store, corpus, tmp_path_f
         assert np.array_equal(reader.read(step, range(64)).tokens, whole[samples])
         assert sum(path.stat().st_size for path in tmp_path.rglob("*.mds")) <= limit
     reader.close()
+
+
+def test_another_process_evicts_a_shard_the_moment_it_is_there(
+    remote, expected, tmp_path, monkeypatch
+):
+    """Eviction holds no lock of the shard: the name may be gone while the file is being opened."""
+
+    def replace_and_lose(part, path, replace=os.replace):
+        replace(part, path)
+        if path.suffix == ".mds":
+            path.unlink()
+
+    monkeypatch.setattr(os, "replace", replace_and_lose)
+    assert np.array_equal(rows_of(remote, cache_dir=str(tmp_path)), expected)
+    monkeypatch.undo()
+    rows_of(remote, cache_dir=str(tmp_path))
+
+    def check_and_lose(descriptor, *arguments, check=cache.problem_of_open, **named):
+        problem = check(descriptor, *arguments, **named)
+        Path(f"/proc/self/fd/{descriptor}").resolve().unlink()
+        return problem
+
+    monkeypatch.setattr(cache, "problem_of_open", check_and_lose)
+    assert list(tmp_path.rglob("*.mds"))
+    assert np.array_equal(rows_of(remote, cache_dir=str(tmp_path)), expected)
+    assert not list(tmp_path.rglob("*.mds"))
 
 
 def test_a_cache_smaller_than_a_shard_is_refused(store, remote, tmp_path):
