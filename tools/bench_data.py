@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 
 from megatron_eso.config.schema import DataConfig, DataSourceConfig
-from megatron_eso.data import streaming_shim
 from megatron_eso.data.manifest import Manifest, sha256_of
 from megatron_eso.data.order import SampleOrder
 from megatron_eso.data.partition import PrepareOptions
 from megatron_eso.data.prepare import prepare
 from megatron_eso.data.reader import RowReader
+from megatron_eso.data.row_writer import RowWriter
 from megatron_eso.data.sources import STDLIB, find_files
 from megatron_eso.data.tokenizer import Tokenizer
 
@@ -165,14 +165,14 @@ def write_rows(folder: Path) -> tuple[Path, Path]:
     random = np.random.default_rng(0)
     with (
         flat.open("wb") as file,
-        streaming_shim.mds_writer(
+        RowWriter(
             split, dtype="uint16", row_tokens=LENGTH + 1, shard_bytes=64 << 20, zstd=False
         ) as writer,
     ):
         for _ in range(NUM_ROWS):
             row = random.integers(0, VOCAB_SIZE - 1, LENGTH + 1).astype(np.uint16)
             file.write(row.tobytes())
-            writer.write({"tokens": row})
+            writer.write(row[None])
     num_shards = len(list(split.glob("*.mds")))
     Manifest(
         "train", "tokenizer.json", "", VOCAB_SIZE, LENGTH, "uint16", "packed", 0, NUM_ROWS,
@@ -183,7 +183,7 @@ def write_rows(folder: Path) -> tuple[Path, Path]:
 
 STREAMING = """
 import sys, time
-from megatron_eso.data import streaming_shim
+from megatron_eso.data.row_writer import RowWriter
 dataset = streaming_shim.load("dataset").StreamingDataset(
     local=sys.argv[1], shuffle=True, batch_size=8, num_canonical_nodes=1)
 rows, begin = 0, time.process_time()

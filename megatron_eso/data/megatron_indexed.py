@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_eso.data import streaming_shim
 from megatron_eso.data.manifest import INDEX_NAME, Manifest, sha256_of
 from megatron_eso.data.output import new_folder
 from megatron_eso.data.pack import RowPacker
+from megatron_eso.data.row_writer import RowWriter
 from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import DataError
 
@@ -108,7 +108,7 @@ def _write(
     num_samples = num_documents = text_bytes = 0
     with ExitStack() as stack:
         writer = stack.enter_context(
-            streaming_shim.mds_writer(
+            RowWriter(
                 folder, dtype=dtype, row_tokens=length + 1, shard_bytes=SHARD_BYTES, zstd=False
             )
         )
@@ -117,12 +117,9 @@ def _write(
             tokens = tokens[:-1] if len(tokens) and tokens[-1] == end else tokens
             text_bytes += len(tokenizer.decode(tokens.tolist()).encode())
             num_documents += 1
-            for row in [*packer.add(tokens), *packer.end_document()]:
-                writer.write({"tokens": row.astype(dtype)})
-                num_samples += 1
-        for row in packer.finish():
-            writer.write({"tokens": row.astype(dtype)})
-            num_samples += 1
+            for rows in (packer.add(tokens), packer.end_document()):
+                num_samples += _write_blocks(writer, rows)
+        num_samples += _write_blocks(writer, packer.finish())
     if not num_samples:
         raise DataError(f"{where} holds no documents")
     shards = json.loads((folder / INDEX_NAME).read_text())["shards"]
@@ -133,6 +130,15 @@ def _write(
         num_tokens=packer.num_tokens, num_documents=num_documents, text_bytes=text_bytes,
         num_skipped=0, num_shards=len(shards), index_sha256=sha256_of(folder / INDEX_NAME),
     )  # fmt: skip
+
+
+def _write_blocks(writer: RowWriter, blocks: Iterator[NDArray[np.uint32]]) -> int:
+    """Write blocks of rows; return the number of rows."""
+    number = 0
+    for block in blocks:
+        writer.write(block)
+        number += len(block)
+    return number
 
 
 def _checked(document: NDArray[Any], tokenizer: Tokenizer, where: str) -> NDArray[np.uint32]:

@@ -7,6 +7,7 @@ padded. Separate: every document starts a row of its own. Padding is stored as t
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 
@@ -25,28 +26,27 @@ class RowPacker:
         self._held = 0
 
     def add(self, tokens: NDArray[np.uint32]) -> Iterator[NDArray[np.uint32]]:
-        """Take more tokens of the current document and yield the rows [L + 1] that are now full."""
+        """Take more tokens of the current document and yield the rows [n, L + 1] that are now full."""
         self._parts.append(tokens)
         self._held += len(tokens)
         self.num_tokens += len(tokens)
         if self._held > self._length:
             held = np.concatenate(self._parts)
             num_rows = (len(held) - 1) // self._length
-            for row in range(num_rows):
-                yield held[row * self._length : (row + 1) * self._length + 1]
+            yield sliding_window_view(held, self._length + 1)[:: self._length]
             self._parts = [held[num_rows * self._length :].copy()]
             self._held = len(self._parts[0])
 
     def end_document(self) -> Iterator[NDArray[np.uint32]]:
-        """Add the end token; with separate rows, yield the document's last row, padded."""
+        """Add the end token and yield full rows; with separate rows also the document's last, padded."""
         yield from self.add(self._end)
         if self._separate:
             yield from self.finish()
 
     def finish(self) -> Iterator[NDArray[np.uint32]]:
-        """Yield what is left as one padded row, and start over."""
+        """Yield what is left as one padded row [1, L + 1], and start over."""
         if self._held:
             row = np.full(self._length + 1, self._mask_id, np.uint32)
             row[: self._held] = np.concatenate(self._parts)
-            yield row
+            yield row[None]
         self._parts, self._held = [], 0

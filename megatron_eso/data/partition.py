@@ -14,16 +14,15 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_eso.data import streaming_shim
 from megatron_eso.data.documents import Document, documents_of
 from megatron_eso.data.output import describe_write_error
 from megatron_eso.data.pack import RowPacker
 from megatron_eso.data.publish import Destination
+from megatron_eso.data.row_writer import RowWriter
 from megatron_eso.data.sources import Partition
 from megatron_eso.data.tokenizer import Tokenizer, pieces_of
 from megatron_eso.errors import DataError
@@ -106,14 +105,13 @@ class _Output:
     """A split being written: its packer, writer and counts."""
 
     packer: RowPacker
-    writer: Any
-    dtype: str
+    writer: RowWriter
     counts: SplitCounts = field(default_factory=SplitCounts)
 
     def write(self, rows: Iterator[NDArray[np.uint32]]) -> None:
-        for row in rows:
-            self.writer.write({"tokens": row.astype(self.dtype)})
-            self.counts.num_samples += 1
+        for block in rows:
+            self.writer.write(block)
+            self.counts.num_samples += len(block)
 
 
 def split_of(document: Document, validation_fraction: float) -> str:
@@ -211,7 +209,7 @@ def _routed(
 def _open_output(
     stack: ExitStack, folder: Path, tokenizer: Tokenizer, options: PrepareOptions
 ) -> _Output:
-    writer = streaming_shim.mds_writer(
+    writer = RowWriter(
         folder,
         dtype=options.dtype,
         row_tokens=options.sequence_length + 1,
@@ -224,7 +222,7 @@ def _open_output(
         end_of_document_id=tokenizer.end_of_document_id,
         separate=options.packing == "separate",
     )
-    return _Output(packer, stack.enter_context(writer), options.dtype)
+    return _Output(packer, stack.enter_context(writer))
 
 
 def _encode(

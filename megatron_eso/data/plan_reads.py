@@ -106,16 +106,24 @@ class ReadPlans:
     def _plan(self, first: int, num_steps: int, rows: Rows) -> list[list[Part]]:
         places = self.places(np.arange(first, first + num_steps), rows)
         sources, samples = (a.reshape(places.shape) for a in self.samples(places.reshape(-1)))
-        return [self._parts(*of_step) for of_step in zip(sources, samples, strict=True)]
-
-    def _parts(self, sources: NDArray[np.int64], samples: NDArray[np.int64]) -> list[Part]:
-        parts = []
+        shards, offsets = np.empty_like(samples), np.empty_like(samples)
         for number, split in enumerate(self._splits):
-            chosen = np.flatnonzero(sources == number)
-            if not len(chosen):
-                continue
-            shards, offsets = split.locate(samples[chosen])
-            by_shard = np.argsort(shards, kind="stable")
-            numbers = (chosen, shards, offsets)
-            parts.append(Part(number, *(n[by_shard].tolist() for n in numbers)))
-        return parts
+            chosen = sources == number
+            shards[chosen], offsets[chosen] = split.locate(samples[chosen])
+        most = int(shards.max(initial=0)) + 1
+        by_shard = np.argsort(sources * most + shards, axis=1, kind="stable")
+        sorted_ = [np.take_along_axis(a, by_shard, 1).tolist() for a in (sources, shards, offsets)]
+        return [_parts(*of_step) for of_step in zip(by_shard.tolist(), *sorted_, strict=True)]
+
+
+def _parts(
+    places: list[int], sources: list[int], shards: list[int], offsets: list[int]
+) -> list[Part]:
+    """Return the reads of one step, whose sources stand side by side."""
+    parts, begin = [], 0
+    while begin < len(sources):
+        end = begin + sources.count(sources[begin])
+        within = slice(begin, end)
+        parts.append(Part(sources[begin], places[within], shards[within], offsets[within]))
+        begin = end
+    return parts

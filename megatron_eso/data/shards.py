@@ -126,10 +126,9 @@ class ShardedRows:
             self._open.clear()
 
     def _shard(self, shard: int) -> _OpenShard:
-        with self._lock:
-            opened = self._open.get(shard)
-            if opened is not None:
-                return opened
+        opened = self._open.get(shard)  # one step of the interpreter: no lock is needed to look
+        if opened is not None:
+            return opened
         file = self._files[shard]
         opened = self._checked(file, self._store.open(file))
         with self._lock:

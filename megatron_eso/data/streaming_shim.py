@@ -1,4 +1,4 @@
-"""The only door to mosaicml-streaming: its MDS writer, compression, hashes, shuffle and downloads.
+"""The only door to mosaicml-streaming: its compression, hashes, shuffle and downloads.
 
 ``import streaming`` pulls in torchvision, transformers and its own dataset class, whose wheel pins
 old numpy and whose fault handling this package replaces. So bare modules are placed for ``streaming``
@@ -13,7 +13,6 @@ import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,22 +43,6 @@ def load(submodule: str) -> ModuleType:
         ) from error
 
 
-def mds_writer(folder: Path, *, dtype: str, row_tokens: int, shard_bytes: int, zstd: bool) -> Any:
-    """Return an MDSWriter of rows ``{"tokens": ndarray[row_tokens]}`` into a local folder.
-
-    Leaving its ``with`` block by an exception still writes an index that looks complete: a caller
-    must write into a temporary folder and rename it when the block ended normally.
-    """
-    return load("format.mds.writer").MDSWriter(
-        out=str(folder),
-        columns={"tokens": f"ndarray:{dtype}:{row_tokens}"},
-        compression="zstd" if zstd else None,
-        hashes=[HASH_ALGORITHM],
-        size_limit=shard_bytes,
-        max_workers=1,
-    )
-
-
 def epoch_permutation(
     shard_sizes: NDArray[np.int64], *, nodes: int, seed: int, epoch: int, block_size: int
 ) -> NDArray[np.int64]:
@@ -79,6 +62,11 @@ def file_hash(data: bytes) -> str:
 def known_hash(algorithm: str, data: bytes) -> str:
     """Return the hash of ``data`` by a named algorithm of streaming's index files."""
     return load("hashing").get_hash(algorithm, data)
+
+
+def compress(compression: str, data: bytes) -> bytes:
+    """Return the bytes of a shard file in compressed form."""
+    return load("compression").compress(compression, data)
 
 
 def decompress(compression: str, data: bytes) -> bytes:

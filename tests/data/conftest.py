@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from megatron_eso.config.schema import DataConfig
-from megatron_eso.data import streaming_shim
 from megatron_eso.data.manifest import load_manifest, sha256_of
 from megatron_eso.data.open_split import open_split
 from megatron_eso.data.partition import PrepareOptions
 from megatron_eso.data.prepare import prepare
+from megatron_eso.data.row_writer import RowWriter
 from tests.data.object_store import ObjectStore, environment
 
 SEQUENCE_LENGTH = 16
@@ -83,12 +83,11 @@ def in_small_shards(folder: Path, shard_bytes: int = 20_000) -> None:
     manifest = load_manifest(folder)
     rows = open_split(str(folder), DataConfig()).read(np.arange(manifest.num_samples))
     small = folder.with_name("small")
-    with streaming_shim.mds_writer(
+    with RowWriter(
         small, dtype=manifest.dtype, row_tokens=manifest.row_tokens, shard_bytes=shard_bytes,
         zstd=False,
     ) as writer:  # fmt: skip
-        for row in rows:
-            writer.write({"tokens": row})
+        writer.write(rows)
     count = len(json.loads((small / "index.json").read_text())["shards"])
     shutil.rmtree(folder)
     small.rename(folder)

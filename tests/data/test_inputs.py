@@ -241,7 +241,7 @@ def test_an_output_without_permission_or_space_is_named(prepared, corpus, tmp_pa
     def full(*arguments, **settings):
         raise OSError(28, "No space left on device", str(tmp_path))
 
-    monkeypatch.setattr(partition.streaming_shim, "mds_writer", full)
+    monkeypatch.setattr(partition, "RowWriter", full)
     with pytest.raises(DataError, match=r"No space left on device.*the disk is full"):
         prepare([str(corpus)], tmp_path / "set", options(),
                 tokenizer=str(prepared / "tokenizer.json"), num_processes=1)  # fmt: skip

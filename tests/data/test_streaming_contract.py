@@ -1,6 +1,7 @@
 """What we rely on in mosaicml-streaming 0.13: its order, its files, and that it can be avoided."""
 
 import importlib.metadata
+import json
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from megatron_eso.data import streaming_shim
 from megatron_eso.data.order import SampleOrder
 from megatron_eso.data.reader import ValidationReader
+from megatron_eso.data.row_writer import RowWriter
 from megatron_eso.errors import DataError
 from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE
 
@@ -31,8 +33,6 @@ def test_a_data_set_of_one_group_has_streamings_own_order(seed, nodes):
 
 
 def test_streamings_reader_reads_the_rows_we_read(prepared):
-    import json
-
     reader_class = streaming_shim.load("format.mds.reader").MDSReader
     folder = prepared / "train"
     ours = ValidationReader(folder, sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE)
@@ -59,8 +59,6 @@ print(json.dumps([sample["tokens"].tolist() for sample in dataset]))
 
 @pytest.mark.slow
 def test_one_canonical_node_reads_in_the_order_of_streamings_own_iteration(prepared):
-    import json
-
     command = [sys.executable, "-W", "ignore", "-c", DATASET_ORDER, str(prepared / "train")]
     theirs = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
     ours = ValidationReader(
@@ -75,8 +73,6 @@ def test_one_canonical_node_reads_in_the_order_of_streamings_own_iteration(prepa
 
 
 def streaming_sizes(folder) -> list[int]:
-    import json
-
     index = json.loads((folder / "train" / "index.json").read_text())
     return [entry["samples"] for entry in index["shards"]]
 
@@ -96,3 +92,62 @@ def test_a_missing_installation_is_an_error_with_the_command(monkeypatch):
     monkeypatch.setattr(streaming_shim.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install --no-deps mosaicml-streaming==0\.13\.0"):
         streaming_shim.load("shuffle")
+
+
+@pytest.mark.parametrize("zstd", [False, True])
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_our_writer_makes_the_files_of_streamings(tmp_path, dtype, zstd):
+    rows = np.random.default_rng(1).integers(0, 60_000, (100, 17)).astype(dtype)
+    row_bytes = rows[0].nbytes + 4
+    numbers = set()
+    for size in (400, *range(2000, 2000 + row_bytes + 2)):  # one row more fits in somewhere
+        files = {}
+        for name, write in (("theirs", _write_by_streaming), ("ours", _write_by_us)):
+            folder = tmp_path / f"{name}{size}"
+            write(folder, rows, size, zstd)
+            files[name] = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert files["ours"] == files["theirs"]
+        numbers.add(len(json.loads(files["ours"]["index.json"])["shards"]))
+    assert len(numbers) > 1
+
+
+def test_a_row_larger_than_a_shard_gets_one_of_its_own(tmp_path):
+    """Streaming's writer puts an empty shard before them."""
+    _write_by_us(tmp_path, np.zeros((100, 17), np.uint16), 100, zstd=False)
+    shards = json.loads((tmp_path / "index.json").read_text())["shards"]
+    assert [shard["samples"] for shard in shards] == [1] * 100
+
+
+def _write_by_streaming(folder, rows, size, zstd):
+    writer = streaming_shim.load("format.mds.writer").MDSWriter(
+        out=str(folder), columns={"tokens": f"ndarray:{rows.dtype}:17"},
+        compression="zstd" if zstd else None, hashes=["xxh64"], size_limit=size,
+    )  # fmt: skip
+    with writer:
+        for row in rows:
+            writer.write({"tokens": row})
+
+
+def _write_by_us(folder, rows, size, zstd):
+    with RowWriter(
+        folder, dtype=str(rows.dtype), row_tokens=17, shard_bytes=size, zstd=zstd
+    ) as writer:
+        for block in np.split(rows, [7, 50, 51, 99]):
+            writer.write(block)
+
+
+def test_a_block_left_by_an_exception_has_no_index(tmp_path):
+    writer = RowWriter(tmp_path, dtype="uint16", row_tokens=4, shard_bytes=1000, zstd=False)
+    with pytest.raises(RuntimeError), writer:
+        writer.write(np.zeros((3, 4), np.uint16))
+        raise RuntimeError
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_workers_of_prepare_and_the_order_import_no_torch():
+    code = (
+        "import sys; from megatron_eso.data import order, row_writer, streaming_shim as shim, workers;"
+        "shim.load('shuffle'); shim.load('hashing'); shim.load('compression');"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
