@@ -56,6 +56,21 @@ def make_session(overrides: list[str]) -> Session:
     return build_session(small_config(overrides), Ranks.from_environment(dict(os.environ)))
 
 
+def make_empty_session(overrides: list[str]) -> Session:
+    """Return a session whose weights are still to be loaded, not-a-number wherever one is left out."""
+    ranks = Ranks.from_environment(dict(os.environ))
+    session = build_session(small_config(overrides), ranks, draw_weights=False)
+    with torch.no_grad(), whole_weights(session.chunks):
+        for chunk in session.chunks:
+            for parameter in chunk.parameters():
+                parameter.fill_(torch.nan)
+        for shard in shards(session.optimizer).values():
+            shard.master.fill_(torch.nan)
+        if session.average is not None:
+            session.average.restart()
+    return session
+
+
 def read_rows(step: int, rows: list[int]) -> Rows:
     """Return made-up rows, a function of step and row; every third row ends in padding."""
     tokens, valid = [], []
@@ -123,7 +138,7 @@ def train(
     load: bool = False,
 ) -> dict[str, Any]:
     """Train some steps, saving or loading a checkpoint; return losses and final weights."""
-    session = make_session(overrides)
+    session = make_empty_session(overrides) if load else make_session(overrides)
     if load:
         found = find_checkpoint(Path(str(folder)), hashes=True)
         session.state.step = load_training_state(
@@ -156,9 +171,18 @@ def train(
 
 def started_from(overrides: list[str], folder: str) -> dict[str, dict[int, np.ndarray]]:
     """Start a run from a checkpoint's weights; return its masters, average and model by parameter."""
-    session = make_session(overrides)
+    session = make_empty_session(overrides)
     found = find_checkpoint(Path(folder), hashes=True)
     load_first_weights(found, session.chunks, session.optimizer, session.average)
+    return _started(session)
+
+
+def started(overrides: list[str]) -> dict[str, dict[int, np.ndarray]]:
+    """Start a run afresh; return its masters, average and model by parameter."""
+    return _started(make_session(overrides))
+
+
+def _started(session: Session) -> dict[str, dict[int, np.ndarray]]:
     masters, average, model = {}, {}, {}
     for index, entry in enumerate(sharded_parameters(session.chunks)):
         shard = shards(session.optimizer)[entry.data]

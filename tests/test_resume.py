@@ -148,6 +148,16 @@ def test_tensors_wanted_whole_are_read_straight_into_their_memory(tmp_path, monk
         perform(read[0])
 
 
+def test_a_fresh_run_in_bf16_starts_from_masters_that_are_not_rounded(one_rank):
+    whole, rounded = (
+        one_rank.run("started", [f"precision.dtype={dtype}"])[0] for dtype in ("fp32", "bf16")
+    )
+    assert any(not np.array_equal(whole["model"][i], rounded["model"][i]) for i in whole["model"])
+    for kind in ("masters", "average"):
+        for number, value in whole[kind].items():
+            np.testing.assert_array_equal(rounded[kind][number], value, err_msg=kind)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_run_starts_from_the_averaged_weights_in_float32(one_rank, tmp_path, dtype):
     """The masters are not the model's rounded weights, and the average is not the random ones."""

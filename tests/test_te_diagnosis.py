@@ -6,7 +6,7 @@ from megatron_eso.cli.main import app
 from megatron_eso.config import load_config
 from megatron_eso.config.precision_rules import ASKED, Machine
 from megatron_eso.parallel import te_diagnosis
-from megatron_eso.parallel.te_adapter import AttentionChoice
+from megatron_eso.parallel.te_adapter import AttentionChoice, version_of
 
 H100 = Machine("NVIDIA H100", (9, 0), (2, 11, 0), "", (9, 14, 0), "DelayedScaling")
 UNFUSED = AttentionChoice("UnfusedDotProductAttention", ("Disabling FusedAttention for a reason",))
@@ -78,3 +78,9 @@ def test_the_check_command_fails_on_a_machine_without_a_gpu(monkeypatch):
     assert done.exception.exit_code == 2
     done = CliRunner().invoke(app, ["doctor", "--check", "fp9"])
     assert "te, fp8, fp8-attention" in str(done.exception)
+
+
+def test_versions_are_read_up_to_what_is_no_number():
+    assert version_of("2.11.0+a1b2") == (2, 11, 0)
+    assert version_of("2.17.0.dev3") == (2, 17, 0)
+    assert version_of("2.9rc1") == (2, 9)

@@ -50,7 +50,7 @@ def _resume(options: argparse.Namespace) -> None:
     """Print the seconds from this process's start until it has imported, built, loaded and stepped."""
     started, marks = psutil.Process().create_time(), []
     marks.append(time.time() - started)
-    session = _session(options.layers)
+    session = _session(options.layers, draw_weights=False)
     marks.append(time.time() - started)
     folder = find_checkpoint(options.folder, hashes=True)
     session.state.step = load_training_state(
@@ -101,7 +101,7 @@ def read(step: int, rows: list[int]) -> Rows:
     return Rows(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
-def _session(layers: int) -> Session:
+def _session(layers: int, *, draw_weights: bool = True) -> Session:
     config = load_config(
         None,
         [
@@ -111,7 +111,7 @@ def _session(layers: int) -> Session:
             "objective.alpha_0=1", "optimizer.ema_decay=0.99",
         ],
     )  # fmt: skip
-    return build_session(config, Ranks(0, 1, 0))
+    return build_session(config, Ranks(0, 1, 0), draw_weights=draw_weights)
 
 
 def _saver(session: Session, folder: Path, *, is_async: bool) -> Saver:

@@ -48,16 +48,18 @@ def submit(
     tasks = [shlex.split(task) for task in sweep] if sweep else None
     profile = load_profile(cluster, own)
     plan = launcher.prepare(config, rest, profile, tasks)
+    step_seconds, said = 0.0, []
+    if profile.hardware:
+        num_gpus = profile.nodes * profile.tasks_per_node
+        step_seconds, said = plan_lines(plan.config, num_gpus, profile.hardware)
+    for line in said:
+        typer.echo(line, err=True)
     require_time_for_a_checkpoint(
         plan.config,
         gb_per_second=profile.checkpoint_gb_per_second,
         signal_seconds=profile.survival.signal_seconds,
+        step_seconds=step_seconds,
     )
-    if profile.hardware:
-        for line in plan_lines(
-            plan.config, profile.nodes * profile.tasks_per_node, profile.hardware
-        ):
-            typer.echo(line, err=True)
     if dry_run:
         typer.echo(plan.script)
         return

@@ -3,29 +3,42 @@
 import hashlib
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_eso.config.schema import ModelConfig
-from megatron_eso.parallel.parameters import Piece, pieces_of, sharded_parameters
-from megatron_eso.parallel.te_adapter import set_parameter
+from megatron_eso.parallel.parameters import Piece, pieces_of, sharded_parameters, shards
 
 _RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
 
-def initialize(chunks: Iterable[nn.Module], model: ModelConfig, *, seed: int) -> None:
-    """Fill the weights of this rank's chunks in place.
+@torch.no_grad()
+def initialize(
+    chunks: Iterable[nn.Module], model: ModelConfig, *, seed: int, optimizer: Any = None
+) -> None:
+    """Fill the weights of this rank's chunks in place, and the optimizer's masters in full precision.
 
     Matrices and embeddings are normal with ``init_std``; the projections that add to the residual
     stream with init_std / sqrt(2 layers) (GPT-2); scales are 1, biases and shifts 0.
+
+    Args:
+        chunks: model chunks of this rank, wrapped or not.
+        model: shape and standard deviation.
+        seed: same seed, same weights, whatever the layout.
+        optimizer: Megatron's optimizer, whose master weights get the values before rounding.
     """
+    owned = {} if optimizer is None else shards(optimizer)
     for entry in sharded_parameters(chunks):
         # The parameter may be in FP8, of which there are no views; so it is filled as a whole.
         values = torch.empty(entry.data.shape, device=entry.data.device)
         for piece in pieces_of(entry, values):
             _fill(piece, model, seed)
-        set_parameter(entry.data, values)
+        entry.data.copy_(values)
+        shard = owned.get(entry.data)
+        if shard is not None:
+            shard.master.copy_(values.reshape(-1)[shard.start : shard.end])
 
 
 def _fill(piece: Piece, model: ModelConfig, seed: int) -> None:

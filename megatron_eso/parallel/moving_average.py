@@ -22,6 +22,12 @@ class MovingAverage:
             for parameter, shard in shards(optimizer).items()
         }
 
+    def restart(self) -> None:
+        """Begin again at the current master weights."""
+        with torch.no_grad():
+            for parameter, shard in shards(self._optimizer).items():
+                self.parts[parameter].copy_(shard.master)
+
     def update(self, num_updates: int) -> None:
         """Take in the current weights after ``num_updates`` optimizer steps.
 

@@ -41,8 +41,6 @@ def wrap_for_training(
         DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
-    for chunk in wrapped if not config.fp8_param else ():
-        chunk.broadcast_params()  # FP8 parameters are no plain tensors; all ranks made the same
     if ddp.overlap_grad_reduce:
         _tell_schedules(config, wrapped)
     return list(wrapped)

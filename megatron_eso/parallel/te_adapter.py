@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from megatron_eso.config import derive
 from megatron_eso.config.precision_rules import DPA_RECIPE, Machine, Version, wants_te_attention
@@ -168,16 +167,3 @@ def _cudnn_version() -> Version:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-@torch.no_grad()
-def set_parameter(parameter: nn.Parameter, value: Tensor) -> None:
-    """Set a parameter to ``value`` before there is an optimizer, FP8 parameters too.
-
-    An FP8 parameter keeps its first value in high precision beside it, from which the optimizer makes
-    the master weights; Transformer Engine's own initialisation, which we do not use, would fill it.
-    """
-    parameter.copy_(value)
-    first_value = getattr(parameter, "get_high_precision_init_val", None)
-    if first_value is not None:
-        first_value().copy_(value)

@@ -12,27 +12,34 @@ _CHECKPOINT_BYTES = 16
 
 
 def require_time_for_a_checkpoint(
-    config: RunConfig, *, gb_per_second: float, signal_seconds: float
+    config: RunConfig, *, gb_per_second: float, signal_seconds: float, step_seconds: float
 ) -> None:
     """Return if a checkpoint can be written between the walltime signal and the limit.
+
+    Args:
+        config: the run.
+        gb_per_second: speed at which a checkpoint is written.
+        signal_seconds: time from the signal to the limit.
+        step_seconds: the step under way at the signal is finished first; 0: not known.
 
     Raises:
         ClusterError: if not; the job would be killed while it saves, at every limit.
     """
     gigabytes = _CHECKPOINT_BYTES * num_parameters(config.model) / 1e9
-    # Slurm's KillWait is not counted on; a step is under way when the signal comes.
+    # Slurm's KillWait is not counted on.
     seconds = gigabytes / gb_per_second
-    if seconds > signal_seconds:
+    if step_seconds + seconds > signal_seconds:
+        step = f"the step under way {step_seconds:.0f} s and " if step_seconds >= 1 else ""
         raise ClusterError(
-            f"a checkpoint of {gigabytes:.1f} GB takes {seconds:.0f} s at cluster."
+            f"{step}a checkpoint of {gigabytes:.1f} GB takes {seconds:.0f} s at cluster."
             f"checkpoint_gb_per_second={gb_per_second:g}, but the job is told only cluster.survival."
             f"signal_seconds={signal_seconds:g} before its time limit: raise signal_seconds (and "
             "time_limit with it), or correct checkpoint_gb_per_second"
         )
 
 
-def plan_lines(config: RunConfig, num_gpus: int, hardware_name: str) -> list[str]:
-    """Return what the planner says of a run, in a few lines.
+def plan_lines(config: RunConfig, num_gpus: int, hardware_name: str) -> tuple[float, list[str]]:
+    """Return the seconds of a step, and what the planner says of a run in a few lines.
 
     Raises:
         ClusterError: if a stage does not fit into a GPU's memory.
@@ -49,4 +56,4 @@ def plan_lines(config: RunConfig, num_gpus: int, hardware_name: str) -> list[str
         f"planner ({hardware.name}): {most:.1f} of {hardware.memory_gb:g} GB a GPU, "
         f"{plan.time.total:.2f} s a step, {plan.tokens_per_second:,.0f} tokens/s"
     )
-    return [first, *(f"planner: {warning}" for warning in plan.warnings)]
+    return plan.time.total, [first, *(f"planner: {warning}" for warning in plan.warnings)]

@@ -69,8 +69,8 @@ class Keeper:
             LocalCopies(session.config, folder.path, reader.fingerprint()) if has_local else None
         )
 
-    def resume(self) -> None:
-        """Load the newest valid checkpoint, or the weights that the run starts from, if any."""
+    def resume_or_start(self) -> None:
+        """Load the newest valid checkpoint; else load or draw the weights that the run starts from."""
         session, settings = self._session, self._session.config.checkpoint
         folder = self._newest()
         if self._load_local(folder.step if folder else -1):
@@ -84,6 +84,8 @@ class Keeper:
             require_same_model(folder, asdict(session.config.model))
             kind = load_first_weights(folder, session.chunks, session.optimizer, session.average)
             log.info("weights (%s) from %s", kind, folder.path)
+        else:
+            session.draw_weights()
         if not self._has_room():
             raise CheckpointError(
                 f"{self._folder.path} has no room for one checkpoint: free space or choose another folder"

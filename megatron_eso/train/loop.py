@@ -52,7 +52,7 @@ class Run:
             floor_seconds=config.resilience.min_timeout_seconds,
             factor=config.resilience.timeout_factor,
         )
-        self.session = session = build_session(config, ranks)
+        self.session = session = build_session(config, ranks, draw_weights=False)
         self.folder = RunFolder(Path(config.folder))
         self._create_folder()
         self._note("setup", began=begin, joined=session.joined)
@@ -61,7 +61,7 @@ class Run:
         together(self._keep_tokenizer, session.torch_device)
         self.validation = together(lambda: Validation(config), session.torch_device)
         self.keeper = Keeper(session, self.folder, self.reader, self.heart)
-        self.keeper.resume()
+        self.keeper.resume_or_start()
         self.guard = StepGuard(session, self._read, self.keeper.go_back, self.folder.path)
         self.stragglers = Stragglers(config.resilience.straggler_every_steps)
         self.profile = Profile(config.train, self.folder.path, ranks.rank)

@@ -84,6 +84,13 @@ class Session:
         """The model for evaluation."""
         return Replica(self.config, self.layout, self.torch_device, self.chunks)
 
+    def draw_weights(self) -> None:
+        """Give the model, the masters and the average the run's initial weights."""
+        config, optimizer = self.config, self.optimizer
+        initialize(self.chunks, config.model, seed=config.train.seed, optimizer=optimizer)
+        if self.average is not None:
+            self.average.restart()
+
     @property
     def torch_device(self) -> torch.device:
         """Device of this rank's tensors."""
@@ -116,20 +123,22 @@ def start_ranks(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, Device, Lay
     return config, device, layout
 
 
-def build_session(config: RunConfig, ranks: Ranks, *, for_training: bool = True) -> Session:
-    """Return a session with freshly initialised weights.
+def build_session(
+    config: RunConfig, ranks: Ranks, *, for_training: bool = True, draw_weights: bool = True
+) -> Session:
+    """Return a session.
 
     Args:
         config: the run.
         ranks: this process's place.
         for_training: also build gradient buffers, optimizer and moving average.
+        draw_weights: with initial weights; without, they are undefined until some are loaded or drawn.
     """
     config, device, layout = start_ranks(config, ranks)
     any_rank([False], device.torch_device)
     joined = time.time()
     chunks: list[Any]
     chunks, settings = build_chunks(config, layout, device.torch_device)
-    initialize(chunks, config.model, seed=config.train.seed)
     optimizer = average = None
     clock = PassClock()
     if for_training:
@@ -137,7 +146,7 @@ def build_session(config: RunConfig, ranks: Ranks, *, for_training: bool = True)
         optimizer = build_optimizer(chunks, config.optimizer, settings)
         if config.optimizer.ema_decay > 0:
             average = MovingAverage(optimizer, config.optimizer.ema_decay, layout.weights_group)
-    return Session(
+    session = Session(
         config=config,
         derived=derive.derive(config, ranks.world_size),
         ranks=ranks,
@@ -150,6 +159,9 @@ def build_session(config: RunConfig, ranks: Ranks, *, for_training: bool = True)
         clock=clock,
         joined=joined,
     )
+    if draw_weights:
+        session.draw_weights()
+    return session
 
 
 def attention_kernel(config: RunConfig, device: Device) -> str:

@@ -5,6 +5,7 @@ Slurm is a folder of small programs that answer what was recorded and note that 
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -156,6 +157,17 @@ def test_a_limit_that_leaves_no_time_for_a_checkpoint_is_refused_with_the_number
     said = node.submit("cluster.time_limit=10", code=6)
     assert "leaves no time to train" in said
     assert node.asked() == []
+
+
+def test_the_step_under_way_counts_beside_the_checkpoint(node):
+    slow = [
+        "train.sequence_length=65536",
+        "model.max_length=65536",
+        "train.global_batch_rows=131072",
+    ]
+    said = node.submit(*slow, "--cluster", "gcp-a3-mega", "--test-only", code=6)
+    assert re.search(r"the step under way \d{3,} s and a checkpoint of [\d.]+ GB takes \d+ s", said)
+    assert "raise signal_seconds" in said and node.asked() == []
 
 
 def test_a_model_that_does_not_fit_is_refused_by_the_planner(node, tmp_path):

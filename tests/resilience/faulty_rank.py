@@ -113,11 +113,11 @@ def install():
         signal_myself("in_evaluation")
         return evaluate(*arguments, between=between, **named)
 
-    def faulty_build(*arguments):
+    def faulty_build(*arguments, **named):
         for _ in faults("kill_in_setup", "any"):
             os.kill(os.getpid(), signal.SIGKILL)
         signal_myself("signal_in_setup")
-        return build(*arguments)
+        return build(*arguments, **named)
 
     guard.train_step, validation.evaluate, loop.build_session = (
         faulty_step, faulty_evaluate, faulty_build,
