@@ -183,7 +183,7 @@ def write_rows(folder: Path) -> tuple[Path, Path]:
 
 STREAMING = """
 import sys, time
-from megatron_eso.data.row_writer import RowWriter
+from megatron_eso.data import streaming_shim
 dataset = streaming_shim.load("dataset").StreamingDataset(
     local=sys.argv[1], shuffle=True, batch_size=8, num_canonical_nodes=1)
 rows, begin = 0, time.process_time()

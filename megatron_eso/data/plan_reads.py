@@ -6,7 +6,7 @@ for again at every step, and kept. What is kept is a function of (step, rows) al
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,7 @@ BLOCKS_KEPT = 8
 Rows = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """The rows of one step that one source holds."""
 
     source: int
@@ -110,6 +109,10 @@ class ReadPlans:
         for number, split in enumerate(self._splits):
             chosen = sources == number
             shards[chosen], offsets[chosen] = split.locate(samples[chosen])
+        if len(self._splits) == 1:
+            by_shard = np.argsort(shards, axis=1, kind="stable")
+            sorted_ = [np.take_along_axis(a, by_shard, 1).tolist() for a in (shards, offsets)]
+            return [[Part(0, *of)] for of in zip(by_shard.tolist(), *sorted_, strict=True)]
         most = int(shards.max(initial=0)) + 1
         by_shard = np.argsort(sources * most + shards, axis=1, kind="stable")
         sorted_ = [np.take_along_axis(a, by_shard, 1).tolist() for a in (sources, shards, offsets)]

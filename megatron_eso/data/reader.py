@@ -247,9 +247,9 @@ class _Scratch(threading.local):
     def __init__(self, dtype: np.dtype[Any], row_tokens: int) -> None:
         self._dtype, self._row_tokens = dtype, row_tokens
         self._stored = np.empty((0, row_tokens), dtype)
-        self._rows: list[memoryview] = []
+        self._rows: list[tuple[memoryview]] = []
 
-    def of(self, num_rows: int) -> tuple[NDArray[Any], list[memoryview]]:
+    def of(self, num_rows: int) -> tuple[NDArray[Any], list[tuple[memoryview]]]:
         """Return memory of ``num_rows`` rows, as an array and row by row."""
         if len(self._rows) != num_rows:
             self._stored = np.empty((num_rows, self._row_tokens), self._dtype)

@@ -90,12 +90,16 @@ class ShardedRows:
         return shards, (samples - self._starts[shards]) * self._row_bytes
 
     def fill(
-        self, rows: Sequence[memoryview], places: list[int], shards: list[int], offsets: list[int]
+        self,
+        rows: Sequence[tuple[memoryview]],
+        places: list[int],
+        shards: list[int],
+        offsets: list[int],
     ) -> None:
         """Read rows into memory: ``rows[places[i]]`` gets the row at ``offsets[i]`` of ``shards[i]``.
 
         Args:
-            rows: memory of one row each.
+            rows: memory of one row each, see :func:`row_buffers`.
             places: which of them to fill.
             shards: shard of each; equal ones side by side, so that each is opened once.
             offsets: bytes from the shard's first row.
@@ -111,7 +115,7 @@ class ShardedRows:
                     shard
                 )  # kept until the end of its reads, which it closes after
                 current, descriptor, first = shard, opened.descriptor, opened.first_byte
-            if read(descriptor, (rows[place],), first + offset) != row_bytes:
+            if read(descriptor, rows[place], first + offset) != row_bytes:
                 where = self.name_of(shard)
                 raise DataError(f"shard {where} was cut short while it was being read")
 
@@ -161,9 +165,9 @@ class ShardedRows:
         return opened
 
 
-def row_buffers(rows: NDArray[Any]) -> list[memoryview]:
-    """Return the memory of each row of a contiguous array."""
-    return [row.data for row in rows]
+def row_buffers(rows: NDArray[Any]) -> list[tuple[memoryview]]:
+    """Return the memory of each row of a contiguous array, as the one buffer of a positioned read."""
+    return [(row.data,) for row in rows]
 
 
 def _shard_files(store: Store, manifest: Manifest) -> list[ShardFile]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import IO
 
 _SECONDS_TO_SAY_SO_TOO = 2.0  # what one rank finds wrong, all usually do, a moment apart
@@ -67,7 +68,7 @@ def _first_failure(ranks: list[subprocess.Popen]) -> int:
         time.sleep(0.05)
 
 
-def _show(said: list[IO[bytes]]) -> None:
+def _show(said: Sequence[IO[bytes]]) -> None:
     """Write what ranks wrote to standard error, the same words once."""
     shown = set()
     for file in said:
