@@ -10,7 +10,6 @@ that part alone.
 
 import json
 import multiprocessing
-import resource
 import shutil
 import statistics
 import subprocess
@@ -24,7 +23,6 @@ import numpy as np
 
 from megatron_eso.config.schema import DataConfig, DataSourceConfig
 from megatron_eso.data.manifest import Manifest, sha256_of
-from megatron_eso.data.order import SampleOrder
 from megatron_eso.data.partition import PrepareOptions
 from megatron_eso.data.prepare import prepare
 from megatron_eso.data.reader import RowReader
@@ -45,11 +43,9 @@ def main(parts: list[str]) -> None:
         if not parts or name in parts:
             with tempfile.TemporaryDirectory() as folder:
                 bench(Path(folder))
-    if parts and "order" not in parts:
-        return
-    for num_samples in (10_000_000, 50_000_000):
-        command = [sys.executable, "-m", "tools.bench_data", str(num_samples)]
-        print(subprocess.run(command, check=True, capture_output=True, text=True).stdout, end="")
+    if not parts or "order" in parts:
+        for num_samples in (10_000_000, 50_000_000):
+            bench_order(num_samples)
 
 
 def bench_reading(folder: Path) -> None:
@@ -128,16 +124,26 @@ def bench_waiting(folder: Path) -> None:
     print(f"quick start: {share:.2%} of a step waits for data (aim: below 1 %)")
 
 
+ORDER = """
+import resource, sys, time
+import numpy as np
+from megatron_eso.data.order import SampleOrder
+num_samples, of_shard = int(sys.argv[1]), int(sys.argv[2])
+begin = time.perf_counter()
+order = SampleOrder([of_shard] * (num_samples // of_shard), seed=1)
+order.samples_at(np.arange(num_samples // 2, num_samples // 2 + 32))
+seconds = time.perf_counter() - begin
+for place in range(0, 8 << 20, 1 << 18):
+    order.samples_at(np.arange(place, place + 32))
+print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
 def bench_order(num_samples: int) -> None:
-    """Print the time to the first rows of a resumed run and the process's memory."""
-    begin = time.perf_counter()
-    shards = num_samples // SAMPLES_OF_A_SHARD
-    order = SampleOrder([SAMPLES_OF_A_SHARD] * shards, seed=1)
-    order.samples_at(np.arange(num_samples // 2, num_samples // 2 + 32))
-    seconds = time.perf_counter() - begin
-    for place in range(0, 8 << 20, 1 << 18):
-        order.samples_at(np.arange(place, place + 32))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Print the time to the first rows of a resumed run, and the memory of a process with nothing else."""
+    command = [sys.executable, "-c", ORDER, str(num_samples), str(SAMPLES_OF_A_SHARD)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    seconds, memory = map(float, output.split())
     print(
         f"order of {num_samples / 1e6:.0f} M samples: resumed in {seconds:.2f} s (aim 1), "
         f"{memory:.0f} MiB in the process (aim 200)"
@@ -219,7 +225,4 @@ def manifest_tokens(folder: Path) -> list[int]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2 and sys.argv[1].isdigit():
-        bench_order(int(sys.argv[1]))
-    else:
-        main(sys.argv[1:])
+    main(sys.argv[1:])
