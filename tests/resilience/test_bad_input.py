@@ -12,7 +12,6 @@ from megatron_eso.checkpoint.folder import folder_of_step
 from megatron_eso.errors import CheckpointError
 from megatron_eso.launch import lease
 from megatron_eso.launch.heartbeat import VARIABLE, Board, Heart
-from megatron_eso.train.stragglers import describe
 from tests.resilience.conftest import SETTINGS
 
 
@@ -118,15 +117,3 @@ def test_a_child_that_dies_or_raises_is_a_failure_not_a_wait():
         while child.is_running:
             time.sleep(0.01)
         assert words in child.failure and child.result is None
-
-
-def test_a_slow_rank_is_named():
-    def rank(seconds):
-        return {"p50": seconds, "p90": seconds, "max": seconds}
-
-    quick, slow = rank(0.1), rank(0.2)
-    everywhere = [{"passes": quick, "processor": quick} for _ in range(3)]
-    everywhere.append({"passes": slow, "processor": quick})
-    passes, processor = describe(everywhere)
-    assert "slowest rank 3" in passes and "SLOW: rank 3" in passes
-    assert "SLOW" not in processor
