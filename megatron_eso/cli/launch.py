@@ -20,6 +20,9 @@ def launch(
         bool | None,
         typer.Option(help="Fork ranks from a process that has imported everything [without a GPU]"),
     ] = None,
+    agent: Annotated[
+        str, typer.Option(help="Who supervises: own, torchrun (sees no hangs), ft_launcher")
+    ] = "own",
 ) -> None:
     """Train on this machine's ranks and restart them from the newest checkpoint after a fault.
 
@@ -31,8 +34,11 @@ def launch(
     Examples:
         megatron-eso launch configs/run/quickstart.yaml --ranks 2
         megatron-eso launch RUN.yaml resilience.max_restarts_without_progress=5
+        megatron-eso launch RUN.yaml --ranks 8 --agent ft_launcher
     """
     from megatron_eso.config import check, load_config
+    from megatron_eso.errors import ClusterError
+    from megatron_eso.launch.agents import agent_command, agent_environment
     from megatron_eso.launch.environment import rank_environment
     from megatron_eso.launch.starter import has_gpu
     from megatron_eso.launch.supervisor import Supervision, supervise
@@ -44,6 +50,17 @@ def launch(
     if not place:
         check(run_config, number)
     settings = run_config.resilience
+    if agent != "own":
+        if place:
+            raise ClusterError(
+                f"--agent {agent} starts the ranks itself, but RANK is set: one too many"
+            )
+        command = agent_command(
+            agent, arguments, num_ranks=number,
+            max_restarts=settings.max_restarts_without_progress,
+            setup_seconds=settings.setup_timeout_seconds,
+        )  # fmt: skip
+        os.execve(command[0], command, agent_environment(os.environ))
     code = supervise(
         Supervision(
             arguments=arguments,

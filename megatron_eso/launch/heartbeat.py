@@ -13,6 +13,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_eso.launch.agents import FtMonitor
+
 VARIABLE = "MEGATRON_ESO_HEARTBEAT"
 _BYTES = 128
 
@@ -83,6 +85,7 @@ class Heart:
         """
         place = environ.get(VARIABLE, "")
         self._descriptor, self._offset = map(int, place.split(":")) if place else (-1, 0)
+        self._ft_monitor = FtMonitor.find(environ)
         self._setup, self._floor, self._factor = setup_seconds, floor_seconds, factor
         self._longest: dict[str, float] = {}
         self._first_step: float | None = None
@@ -105,8 +108,10 @@ class Heart:
     def beat(self) -> None:
         """Say that this rank is alive and moving."""
         self._number += 1
+        limit = self.limit(self._section)
+        if self._ft_monitor is not None:
+            self._ft_monitor.beat(limit)
         if self._descriptor >= 0:
-            limit = self.limit(self._section)
             text = f"{self._number} {self._section} {self.step} {self.kept_step} {limit:.1f}"
             os.pwrite(self._descriptor, text.ljust(_BYTES).encode(), self._offset)
 
