@@ -49,14 +49,16 @@ class TextRows:
             separate=False,
         )
         self._text_bytes = 0
-        rows: list[NDArray[np.uint32]] = []
-        for row in self._pack(_documents(str(source), text_key), tokenizer, packer):
-            rows.append(row)
-            if len(rows) == max_rows:
+        blocks: list[NDArray[np.uint32]] = []
+        num_rows = 0
+        for block in self._pack(_documents(str(source), text_key), tokenizer, packer):
+            blocks.append(block)
+            num_rows += len(block)
+            if 0 < max_rows <= num_rows:
                 break
-        if not rows:
+        if not blocks:
             raise DataError(f"{source} holds no text to score")
-        stored = np.stack(rows).astype(np.int64)
+        stored = np.concatenate(blocks)[: max_rows or None].astype(np.int64)
         self._is_valid = stored != tokenizer.mask_id
         self._tokens = np.where(self._is_valid, stored, tokenizer.end_of_document_id)
         self.bytes_per_token = self._text_bytes / packer.num_tokens
