@@ -166,9 +166,7 @@ def _claim(
     if destination is None:
         _claim_folder(folder, request, overwrite)
         is_complete = (folder / "train" / MANIFEST_NAME).is_file()
-        return (
-            {split: load_manifest(folder / split) for split in MERGE_ORDER} if is_complete else None
-        )
+        return {split: load_manifest(folder / split) for split in splits} if is_complete else None
     earlier = destination.claim(REQUEST_NAME, request)
     if earlier == request:
         complete = destination.manifests(splits)

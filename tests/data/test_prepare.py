@@ -101,3 +101,10 @@ def test_more_vocabulary_than_the_text_can_fill_is_refused(tmp_path):
     write_corpus(tmp_path / "small.jsonl", num_documents=3)
     with pytest.raises(DataError, match=r"--vocab-size 5000 is more than .* set --vocab-size \d+"):
         prepare([str(tmp_path / "small.jsonl")], tmp_path / "set", options(vocab_size=5000))
+
+
+def test_a_second_run_without_a_validation_split_has_nothing_to_do(prepared, corpus, tmp_path):
+    request = [str(corpus)], tmp_path / "set", options(validation_fraction=0.0)
+    for is_second in (False, True):
+        done = prepare(*request, tokenizer=str(prepared / "tokenizer.json"), num_processes=1)
+        assert done.was_complete == is_second and list(done.manifests) == ["train"]
