@@ -9,7 +9,6 @@ measured, so a profile made of it is no fit to the runs that it then predicts.
 
 import argparse
 import os
-import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
+from megatron_eso.launch.processes import free_port
+
 TOKENS, WIDTHS, ROUNDS = 1024, (64, 128, 256, 512, 1024), 7
 GATHERED_BYTES, SUMMED_BYTES = 2 << 20, 64 << 20
 
@@ -29,10 +30,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=2)
     options = parser.parse_args()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     results: Any = processes.get_context("spawn").SimpleQueue()
-    processes.spawn(_rank, (options.ranks, port, results), nprocs=options.ranks)
+    processes.spawn(_rank, (options.ranks, free_port(), results), nprocs=options.ranks)
     found = [results.get() for _ in range(options.ranks)]
     speeds = [statistics.mean(one["products"][i] for one in found) for i in range(len(WIDTHS))]
     # speed = peak w / (w + half), so w / speed is a line in w.

@@ -82,9 +82,8 @@ class CachedStore:
         check_hash = self._settings.verify_hashes
         problem = problem_of_open(descriptor, shard.raw, check_hash=check_hash)
         if problem is None:
-            os.utime(
-                descriptor
-            )  # last use, for the eviction, which may have taken the name just now
+            # Last use, for the eviction, which may have taken the name just now.
+            os.utime(descriptor)
             return descriptor
         os.close(descriptor)
         log.warning("cached shard %s %s: it is fetched again", path, problem)

@@ -9,8 +9,8 @@ import json
 import shutil
 import struct
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -105,40 +105,29 @@ def _write(
     packer = RowPacker(
         sequence_length=length, mask_id=tokenizer.mask_id, end_of_document_id=end, separate=False
     )
-    num_samples = num_documents = text_bytes = 0
-    with ExitStack() as stack:
-        writer = stack.enter_context(
-            RowWriter(
-                folder, dtype=dtype, row_tokens=length + 1, shard_bytes=SHARD_BYTES, zstd=False
-            )
-        )
+    num_documents = text_bytes = 0
+    with RowWriter(
+        folder, dtype=dtype, row_tokens=length + 1, shard_bytes=SHARD_BYTES, zstd=False
+    ) as writer:
         for number, document in enumerate(dataset.documents()):
             tokens = _checked(document, tokenizer, f"{where}, document {number}")
             tokens = tokens[:-1] if len(tokens) and tokens[-1] == end else tokens
             text_bytes += len(tokenizer.decode(tokens.tolist()).encode())
             num_documents += 1
-            for rows in (packer.add(tokens), packer.end_document()):
-                num_samples += _write_blocks(writer, rows)
-        num_samples += _write_blocks(writer, packer.finish())
-    if not num_samples:
+            for block in chain(packer.add(tokens), packer.end_document()):
+                writer.write(block)
+        for block in packer.finish():
+            writer.write(block)
+    if not writer.num_rows:
         raise DataError(f"{where} holds no documents")
     shards = json.loads((folder / INDEX_NAME).read_text())["shards"]
     return Manifest(
         split=folder.name.removesuffix(".tmp"), tokenizer_file="tokenizer.json",
         tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, sequence_length=length,
-        dtype=dtype, packing="packed", end_of_document_id=end, num_samples=num_samples,
+        dtype=dtype, packing="packed", end_of_document_id=end, num_samples=writer.num_rows,
         num_tokens=packer.num_tokens, num_documents=num_documents, text_bytes=text_bytes,
         num_skipped=0, num_shards=len(shards), index_sha256=sha256_of(folder / INDEX_NAME),
     )  # fmt: skip
-
-
-def _write_blocks(writer: RowWriter, blocks: Iterator[NDArray[np.uint32]]) -> int:
-    """Write blocks of rows; return the number of rows."""
-    number = 0
-    for block in blocks:
-        writer.write(block)
-        number += len(block)
-    return number
 
 
 def _checked(document: NDArray[Any], tokenizer: Tokenizer, where: str) -> NDArray[np.uint32]:

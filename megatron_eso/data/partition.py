@@ -111,7 +111,6 @@ class _Output:
     def write(self, rows: Iterator[NDArray[np.uint32]]) -> None:
         for block in rows:
             self.writer.write(block)
-            self.counts.num_samples += len(block)
 
 
 def split_of(document: Document, validation_fraction: float) -> str:
@@ -183,6 +182,7 @@ def _write_splits(
         _encode(batch, tokenizer, options, report)
         for output in outputs.values():
             output.write(output.packer.finish())
+            output.counts.num_samples = output.writer.num_rows
             output.counts.num_tokens = output.packer.num_tokens
     return {split: output.counts for split, output in outputs.items()}
 

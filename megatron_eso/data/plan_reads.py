@@ -109,18 +109,18 @@ class ReadPlans:
         for number, split in enumerate(self._splits):
             chosen = sources == number
             shards[chosen], offsets[chosen] = split.locate(samples[chosen])
-        if len(self._splits) == 1:
-            by_shard = np.argsort(shards, axis=1, kind="stable")
-            sorted_ = [np.take_along_axis(a, by_shard, 1).tolist() for a in (shards, offsets)]
-            return [[Part(0, *of)] for of in zip(by_shard.tolist(), *sorted_, strict=True)]
         most = int(shards.max(initial=0)) + 1
         by_shard = np.argsort(sources * most + shards, axis=1, kind="stable")
-        sorted_ = [np.take_along_axis(a, by_shard, 1).tolist() for a in (sources, shards, offsets)]
-        return [_parts(*of_step) for of_step in zip(by_shard.tolist(), *sorted_, strict=True)]
+        in_order = [np.take_along_axis(a, by_shard, 1).tolist() for a in (shards, offsets)]
+        places_of = by_shard.tolist()
+        if len(self._splits) == 1:  # nothing to part
+            return [[Part(0, *of_step)] for of_step in zip(places_of, *in_order, strict=True)]
+        sources_of = np.take_along_axis(sources, by_shard, 1).tolist()
+        return [_parts(*of) for of in zip(sources_of, places_of, *in_order, strict=True)]
 
 
 def _parts(
-    places: list[int], sources: list[int], shards: list[int], offsets: list[int]
+    sources: list[int], places: list[int], shards: list[int], offsets: list[int]
 ) -> list[Part]:
     """Return the reads of one step, whose sources stand side by side."""
     parts, begin = [], 0

@@ -46,12 +46,15 @@ class RowWriter:
         self._config = json.dumps(self._facts, sort_keys=True).encode()
         room = shard_bytes - 2 * _OFFSET.itemsize - len(self._config)
         self._rows_of_shard = max(room // (self._row_bytes + _OFFSET.itemsize), 1)
+        self.num_rows = 0
+        """Rows taken so far."""
         self._blocks: list[NDArray[Any]] = []
         self._num_held = 0
         self._shards: list[dict[str, Any]] = []
 
     def write(self, rows: NDArray[Any]) -> None:
         """Take rows [n, row_tokens] of any integer type; whole shards are written at once."""
+        self.num_rows += len(rows)
         while len(rows):
             room = self._rows_of_shard - self._num_held
             if not room:
@@ -94,15 +97,20 @@ class RowWriter:
         )
         self._blocks, self._num_held = [], 0
         name = f"shard.{len(self._shards):05}.mds"
-        entry = {"samples": number, "raw_data": _facts(name, raw), "zip_data": None, **self._facts}
+        entry = {
+            "samples": number,
+            "raw_data": _described(name, raw),
+            "zip_data": None,
+            **self._facts,
+        }
         if self._zstd:
             name, raw = f"{name}.zstd", streaming_shim.compress("zstd", raw)
-            entry["zip_data"] = _facts(name, raw)
+            entry["zip_data"] = _described(name, raw)
         (self._folder / name).write_bytes(raw)
         self._shards.append(entry)
 
 
-def _facts(name: str, data: bytes) -> dict[str, Any]:
+def _described(name: str, data: bytes) -> dict[str, Any]:
     """Return what the index says of a file."""
     hashes = {streaming_shim.HASH_ALGORITHM: streaming_shim.file_hash(data)}
     return {"basename": name, "bytes": len(data), "hashes": hashes}

@@ -113,7 +113,7 @@ class ShardedRows:
             if shard != current:
                 opened = self._shard(
                     shard
-                )  # kept until the end of its reads, which it closes after
+                )  # kept to the end of its reads: it closes with its last user
                 current, descriptor, first = shard, opened.descriptor, opened.first_byte
             if read(descriptor, rows[place], first + offset) != row_bytes:
                 where = self.name_of(shard)

@@ -6,13 +6,13 @@ and limits of ``heartbeat.py`` on, so that it sees hangs by the same limits; tor
 
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_eso.errors import ClusterError
+from megatron_eso.launch.processes import free_port
 
 AGENTS = ("own", "torchrun", "ft_launcher")
 FT_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"  # ft_launcher tells its ranks where their monitor listens
@@ -36,7 +36,7 @@ def agent_command(
     if agent == "torchrun":
         start = [sys.executable, "-m", "torch.distributed.run", "--rdzv-endpoint=localhost:0"]
     elif agent == "ft_launcher":
-        start = [_ft_launcher(), f"--rdzv-endpoint=localhost:{_free_port()}",
+        start = [_ft_launcher(), f"--rdzv-endpoint=localhost:{free_port()}",
                  f"--ft-initial-rank-heartbeat-timeout={setup_seconds:g}",
                  f"--ft-rank-heartbeat-timeout={setup_seconds:g}",
                  "--ft-workload-check-interval=1"]  # fmt: skip
@@ -94,8 +94,3 @@ def _ft_launcher() -> str:
             "needs no package and sees hangs too"
         )
     return found
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]

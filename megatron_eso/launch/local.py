@@ -5,13 +5,14 @@ Training goes through launch/supervisor.py.
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from typing import IO
+
+from megatron_eso.launch.processes import free_port
 
 _SECONDS_TO_SAY_SO_TOO = 2.0  # what one rank finds wrong, all usually do, a moment apart
 
@@ -22,9 +23,7 @@ def start_ranks(number: int, arguments: list[str]) -> int:
     If one rank fails, or this process is interrupted, all are ended. The first rank speaks for all:
     what others wrote to standard error is shown only if the first did not fail itself.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     threads = max((os.cpu_count() or 1) // number, 1)
     with contextlib.ExitStack() as files:
         said = [files.enter_context(tempfile.TemporaryFile()) for _ in range(number - 1)]

@@ -7,7 +7,6 @@ checkpoint end the run with an exit code of its own: whatever it is, it will not
 
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from megatron_eso.launch.heartbeat import VARIABLE, Beat, Board
 from megatron_eso.launch.processes import (
     STOPPING,
     adopt_orphans,
+    free_port,
     ignore_signals,
     kill_session,
     reap,
@@ -299,13 +299,6 @@ def _threads(number: int) -> dict[str, str]:
     if "OMP_NUM_THREADS" in os.environ:
         return {}
     return {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // number, 1))}
-
-
-def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def say(text: str) -> None:

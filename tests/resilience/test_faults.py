@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from megatron_eso.checkpoint.folder import list_folders
-from megatron_eso.launch.supervisor import free_port
+from megatron_eso.launch.processes import free_port
 
 pytestmark = pytest.mark.slow
 TWELVE = ("train.steps=12", "train.save_every_steps=2")
