@@ -1,12 +1,14 @@
 """Watch the cloud's metadata server and tell a rank to save before its machine is taken away.
 
 On Google Cloud neither spot preemption nor host maintenance sends the job a signal. One process per
-node asks the metadata server once a second and sends SIGTERM to the local rank 0; the ranks then
-agree on a step and save. Source: the Compute Engine documentation of `instance/preempted`
-(TRUE, about 30 s before the end) and `instance/maintenance-event`.
+node asks the metadata server once a second and, once a warning has come, sends SIGTERM to the local
+rank 0 each second until it ends: a rank that is still starting ignores signals, and one alone would be
+lost. The ranks then agree on a step and save. Source: the Compute Engine documentation of
+`instance/preempted` (TRUE, about 30 s before the end) and `instance/maintenance-event`.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import time
@@ -39,19 +41,24 @@ def warning(server: str, timeout_seconds: float = 2.0) -> str:
 
 
 def watch(pid: int, server: str, every_seconds: float) -> None:
-    """Send SIGTERM to ``pid`` once a warning comes; return when it was sent or the process is gone."""
-    has_complained = False
+    """Send SIGTERM to ``pid`` from the first warning on; return when the process is gone."""
+    has_complained, reason = False, ""
     while _lives(pid):
-        try:
-            reason = warning(server)
-        except OSError as error:
-            if not has_complained:
-                print(f"metadata server {server}: {error}; spot preemption goes unseen", flush=True)
-            has_complained, reason = True, ""
+        if not reason:
+            try:
+                reason = warning(server)
+            except OSError as error:
+                if not has_complained:
+                    print(
+                        f"metadata server {server}: {error}; spot preemption goes unseen",
+                        flush=True,
+                    )
+                has_complained = True
+            if reason:
+                print(f"metadata server: {reason}; asking the ranks to save and stop", flush=True)
         if reason:
-            print(f"metadata server: {reason}; asking the ranks to save and stop", flush=True)
-            os.kill(pid, signal.SIGTERM)
-            return
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
         time.sleep(every_seconds)
 
 

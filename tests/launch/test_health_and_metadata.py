@@ -1,7 +1,6 @@
 """A node's health check, and the metadata server that announces a machine's end."""
 
 import http.server
-import signal
 import subprocess
 import threading
 from pathlib import Path
@@ -118,12 +117,21 @@ def test_the_server_announces_the_end_of_a_machine(server, values, expected):
     assert metadata.warning(address) == expected
 
 
-def test_the_rank_is_told_once(server):
+def test_a_rank_that_ignores_signals_while_it_starts_is_told_again(server, capsys):
     address, served = server
     served["preempted"] = "TRUE"
-    rank = subprocess.Popen(["sleep", "60"])
-    metadata.watch(rank.pid, address, 0.01)
-    assert rank.wait() == -signal.SIGTERM
+    start = "trap '' TERM; sleep 1; trap 'exit 75' TERM; while :; do sleep 0.1; done"
+    rank = subprocess.Popen(["bash", "-c", start])
+    watcher = threading.Thread(target=metadata.watch, args=(rank.pid, address, 0.01), daemon=True)
+    watcher.start()
+    try:
+        assert rank.wait(20) == 75
+        watcher.join(20)  # ends with its rank
+        assert not watcher.is_alive()
+    finally:
+        rank.kill()
+        rank.wait()
+    assert capsys.readouterr().out.count("asking the ranks to save and stop") == 1
 
 
 def test_the_watcher_ends_with_its_rank_and_survives_a_silent_server(capsys):

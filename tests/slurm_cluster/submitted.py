@@ -43,18 +43,18 @@ class Run:
         """Return the job's output, all attempts."""
         return "".join(p.read_text() for p in self.folder.glob("slurm-*.out"))
 
-    def wait_log(self, text, timeout=120):
-        self._wait(lambda: text in self.log(), repr(text), timeout)
+    def wait_log(self, text):
+        self._wait(lambda: text in self.log(), repr(text))
 
-    def wait_output(self, text, timeout=180):
-        self._wait(lambda: text in self.output(), repr(text), timeout)
+    def wait_output(self, text):
+        self._wait(lambda: text in self.output(), repr(text))
 
-    def wait_state(self, *states, timeout=240):
-        self._wait(lambda: state(self.slurm, self.job) in states, states, timeout)
+    def wait_state(self, *states):
+        self._wait(lambda: state(self.slurm, self.job) in states, states)
 
-    def wait_restart(self, number, timeout=120):
+    def wait_restart(self, number):
         """Wait until Slurm has taken the job back ``number`` times."""
-        self._wait(lambda: int(self.field("Restarts")) >= number, f"restart {number}", timeout)
+        self._wait(lambda: int(self.field("Restarts")) >= number, f"restart {number}")
 
     def field(self, name):
         """Return a field of scontrol's record of the job."""
@@ -62,7 +62,7 @@ class Run:
 
     def hurry(self):
         """Skip the credential wait of a requeued job, as a person would."""
-        self._wait(lambda: self.field("Reason") == "BeginTime", "BeginTime", 90)
+        self._wait(lambda: self.field("Reason") == "BeginTime", "BeginTime")
         assert "without waiting" in command("watch", "--once", self.folder).stdout
 
     def records(self, name):
@@ -75,9 +75,9 @@ class Run:
         lines = file.read_text().splitlines() if file.exists() else []
         return [e for e in map(json.loads, lines) if e["event"] == name]
 
-    def _wait(self, condition, what, timeout):
+    def _wait(self, condition, what):
         try:
-            wait_for(condition, timeout)
+            wait_for(condition)
         except AssertionError:
             text = f"{state(self.slurm, self.job)}\n{self.log()}\n{self.output()}\n{self.slurm.problem()}"
             raise AssertionError(f"not {what} but {text}") from None

@@ -53,7 +53,7 @@ class RealRun(Run):
             file, launches = self.folder / "status.json", self.events("launching")
             return launches and self.step() >= step and file.stat().st_mtime > launches[-1]["time"]
 
-        self._wait(is_there, f"step {step}", 240)
+        self._wait(is_there, f"step {step}")
 
     def nodes(self):
         """Return the nodes of the newest start of the ranks."""
@@ -111,7 +111,7 @@ def test_a_dead_node_and_a_split_network_change_no_bit(slurm, quiet_run, data, t
     dead = run.nodes()[1]
     slurm.kill_node(dead)
     run.wait_restart(1)
-    wait_for(lambda: len(run.events("launching")) == 2, 120)
+    wait_for(lambda: len(run.events("launching")) == 2)
     assert "down" in run.records("bad_nodes.json")[dead]["reason"]
     parted = run.nodes()
     assert dead not in parted
@@ -122,7 +122,7 @@ def test_a_dead_node_and_a_split_network_change_no_bit(slurm, quiet_run, data, t
     assert slurm.freeze(*parted) >= 4
     slurm.split_off(*parted)
     run.wait_restart(2)
-    wait_for(lambda: len(run.events("launching")) == 3, 120)
+    wait_for(lambda: len(run.events("launching")) == 3)
     assert not {dead, *parted} & set(run.nodes())
     slurm.freeze(*parted, stop=False)
     run.wait_output(f"{run.job}.1 lost its lease to {run.job}.2")

@@ -29,7 +29,7 @@ def test_a_dead_rank_is_restarted_within_the_job(slurm, tmp_path):
     """srun's TERM makes the other rank save at step 7; the same attempt goes on from there."""
     fault = {"crash": {"restart": [0], "rank": 1, "step": 7}}
     run = Run(slurm, tmp_path / "r", "cluster.survival.in_job_restarts=1", fault=fault)
-    run.wait_state("COMPLETED", timeout=120)
+    run.wait_state("COMPLETED")
     log = run.log()
     assert log.count("CRASH") == 1 and "finished at 20" in log
     assert f"{run.job}.1" not in log  # the job was never requeued
@@ -38,17 +38,17 @@ def test_a_dead_rank_is_restarted_within_the_job(slurm, tmp_path):
 
 def test_preemption_with_grace_is_requeued_by_the_script(slurm, tmp_path):
     """A trainer that saves and exits inside the grace is not requeued by Slurm."""
-    run = Run(slurm, tmp_path / "r", "cluster.partition=grace", fault={"steps": 100})
+    run = Run(slurm, tmp_path / "r", "cluster.partition=grace", fault={"endless": [0]})
     run.wait_log("rank 0/2 start at 0")
     slurm.run("sbatch", "-p", "high", "-N5", "--exclusive", "-o", tmp_path / "hi", "--wrap", "true")
     run.wait_log("on SIGTERM")
-    run.wait_state("COMPLETED", timeout=120)
-    assert "finished at 100" in run.log()
+    run.wait_state("COMPLETED")
+    assert "finished at" in run.log()
     assert "decision: requeue" in run.output()
 
 
 def test_a_cancelled_job_stays_cancelled(slurm, tmp_path):
-    run = Run(slurm, tmp_path / "r", fault={"steps": 600})
+    run = Run(slurm, tmp_path / "r", fault={"endless": [0]})
     run.wait_log("rank 0/2 start at 0")
     slurm.run("scancel", run.job)
     run.wait_state("CANCELLED")
@@ -64,15 +64,15 @@ def test_a_crash_loop_is_held_and_says_why(slurm, tmp_path):
     )  # fmt: skip
     run.wait_log("CRASH")
     run.hurry()
-    wait_for(lambda: (run.folder / "slurm" / "held.json").exists(), 60)
-    wait_for(lambda: field(slurm, run.job, "Priority") == "0", 30)
+    wait_for(lambda: (run.folder / "slurm" / "held.json").exists())
+    wait_for(lambda: field(slurm, run.job, "Priority") == "0")
     assert "2 attempts in a row without a new checkpoint" in run.records("held.json")["why"]
     assert run.log().count("CRASH") == 2
     assert "held      2 attempts in a row" in command("status", run.folder).stdout
 
 
 def test_cancel_after_checkpoint_ends_the_job_and_submit_continues_it(slurm, tmp_path):
-    run = Run(slurm, tmp_path / "r", fault={"steps": 600})
+    run = Run(slurm, tmp_path / "r", fault={"endless": [0]})
     run.wait_log("rank 0/2 start at 0")
     run.wait_log("rank 1/2 start at 0")
     with pytest.raises(AssertionError, match=r"works on .* already"):
@@ -122,7 +122,7 @@ def test_too_few_healthy_nodes_requeues_on_others(slurm, tmp_path):
         slurm, tmp_path / "r",
         "cluster.health.command='test $SLURMD_NODENAME != n0'",
     )  # fmt: skip
-    wait_for(lambda: (run.folder / "slurm" / "bad_nodes.json").exists(), 30)
+    wait_for(lambda: (run.folder / "slurm" / "bad_nodes.json").exists())
     run.hurry()
     run.wait_state("COMPLETED")
     assert field(slurm, run.job, "ExcNodeList") == "n0" and " n0 " not in run.log()
@@ -155,8 +155,7 @@ def test_a_sweep_runs_as_an_array(slurm, tmp_path):
         lambda: all(
             "finished" in log.read_text() if log.exists() else False
             for log in (run.folder / "0/trainer.log", run.folder / "1/trainer.log")
-        ),
-        60,
+        )
     )
 
 
@@ -179,7 +178,7 @@ def test_a_scaling_study_runs_as_an_array_with_the_real_trainer(slurm, data, tmp
     sweep = tmp_path / "it's a sweep.yaml"
     command("sweep", "run", sweep, "--slurm", "--throttle", 1, "--sbatch=--mem=500M",
             f"--sbatch=--export=ALL,PYTHONPATH={ROOT}", cwd=tmp_path)  # fmt: skip
-    wait_for(lambda: command("sweep", "status", sweep).stdout.count("finished") == 2, 120)
+    wait_for(lambda: command("sweep", "status", sweep).stdout.count("finished") == 2)
 
 
 def test_a_folder_that_the_nodes_do_not_see_is_suspected_by_status(slurm, tmp_path):

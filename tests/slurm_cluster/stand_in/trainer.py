@@ -3,7 +3,8 @@
 Counts steps, commits a checkpoint every 5, saves on a signal and exits 75, obeys the lease, writes
 status.json and, for the test to see, its environment. RUN/fault.json asks for faults:
 {"crash": {"restart": [0], "rank": 1, "step": 7}},
-{"save_nothing": true}, {"ignore_peers": true}, {"writer": 1}; "steps" is the length of the run.
+{"save_nothing": true}; "steps" is the length of the run, and an attempt whose restart is among "endless"
+ends by a signal only.
 """
 
 import json
@@ -21,8 +22,8 @@ attempt = os.environ["MEGATRON_ESO_ATTEMPT"]
 overrides = [o.partition("=")[2].strip("'") for o in sys.argv[3:] if o.startswith("folder=")]
 run = Path(overrides[0]) if overrides else Path(sys.argv[2]).parents[1]
 fault = json.loads((run / "fault.json").read_text()) if (run / "fault.json").exists() else {}
-total = fault.get("steps", 20)
-writer = fault.get("writer", 0)  # the rank that publishes
+is_endless = int(attempt.split(".")[1]) in fault.get("endless", [])
+total = 10**9 if is_endless else fault.get("steps", 20)
 flag = ""
 
 
@@ -72,10 +73,17 @@ def first_step():
 if rank == 0:
     write("environment.json", dict(os.environ))
 step = first_step()
-say(f"start at {step}")
 # Each start of the ranks within an attempt has a port of its own.
-mine, ending = f"beat.{rank}", run / f"ending.{attempt}.{os.environ['MASTER_PORT']}"
+this = f"{attempt}.{os.environ['MASTER_PORT']}"
+mine, ending = f"beat.{this}.{rank}", run / f"ending.{this}"
+write(mine, time.time())
 began = time.time()
+while len(list(run.glob(f"beat.{this}.*[0-9]"))) < size:  # as a first collective does
+    time.sleep(0.1)
+    if time.time() - began > 240:
+        say("a peer never came")
+        os._exit(13)
+say(f"start at {step}")  # every rank catches signals by now
 while step < total:
     time.sleep(0.2)
     step += 1
@@ -87,18 +95,16 @@ while step < total:
             os._exit(3)
     if flag and not ending.exists():
         ending.write_text(flag)
-    if rank != writer:
+    if rank != 0:
         if ending.exists():
             say(f"stops on {ending.read_text()}")
             os._exit(75)
         continue
-    if not fault.get("ignore_peers"):
-        for peer in range(1, size):
-            beat = run / f"beat.{peer}"
-            seen = max(began, json.loads(beat.read_text()) if beat.exists() else 0)
-            if time.time() - seen > 20:
-                say("lost a peer")
-                os._exit(13)
+    for peer in range(1, size):
+        seen = json.loads((run / f"beat.{this}.{peer}").read_text())
+        if time.time() - seen > 60:
+            say("lost a peer")
+            os._exit(13)
     if ending.exists():
         time.sleep(1)  # the other ranks exit first: srun must not end this one
         save(step)
@@ -108,7 +114,7 @@ while step < total:
     if step % 5 == 0:
         save(step)
         status("running", step)
-if rank == writer:
+if rank == 0:
     save(step)
     status("finished", step)
     say(f"finished at {step}")
