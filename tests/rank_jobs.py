@@ -1,5 +1,6 @@
 """What the ranks of a test do: small runs at any layout, returning plain numbers and arrays."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_eso.checkpoint.load import (
+from megatron_eso.checkpoint import folder as folder_module
+from megatron_eso.checkpoint.find import (
     find_checkpoint,
+    find_checkpoint_together,
+    newest_valid_together,
+)
+from megatron_eso.checkpoint.load import (
     load_first_weights,
     load_training_state,
 )
@@ -16,6 +22,7 @@ from megatron_eso.checkpoint.save import Saver
 from megatron_eso.checkpoint.state import collect
 from megatron_eso.config import load_config
 from megatron_eso.config.schema import RunConfig
+from megatron_eso.errors import CheckpointError
 from megatron_eso.eval.evaluate import evaluate
 from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.exchange import Rows, read_together
@@ -167,6 +174,33 @@ def train(
         for index, entry in enumerate(final.values())
     }
     return {"losses": losses, "weights": _weights(session), "state": state}
+
+
+def found_together(path: str, named: bool) -> dict[str, Any]:
+    """Look for a checkpoint on all ranks together; return what was found, hashed and said."""
+    device = make_empty_session([]).torch_device
+    hashed, said = [], []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    original = folder_module.hash_file
+
+    def hash_file(path: Path) -> str:
+        hashed.append(f"{path.parent.name}/{path.name}")
+        return original(path)
+
+    logger = logging.getLogger("megatron_eso.checkpoint.find")
+    logger.addHandler(handler)
+    folder_module.hash_file = hash_file
+    look = find_checkpoint_together if named else newest_valid_together
+    try:
+        folder = look(Path(path), hashes=True, device=device)
+        found = str(folder and folder.path)
+    except CheckpointError as error:
+        found = str(error)
+    finally:
+        folder_module.hash_file = original
+        logger.removeHandler(handler)
+    return {"found": found, "hashed": hashed, "said": said}
 
 
 def started_from(overrides: list[str], folder: str) -> dict[str, dict[int, np.ndarray]]:

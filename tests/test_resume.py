@@ -9,8 +9,8 @@ from torch.distributed.checkpoint import FileSystemWriter, load, save
 
 from megatron_eso.checkpoint import straight_reader
 from megatron_eso.checkpoint.compare import compare
+from megatron_eso.checkpoint.find import newest_valid
 from megatron_eso.checkpoint.folder import CheckpointFolder, folder_of_step, list_folders, prune
-from megatron_eso.checkpoint.load import newest_valid
 from megatron_eso.errors import CheckpointError
 from tests.rank_jobs import assemble
 
@@ -86,6 +86,33 @@ def test_damage_is_found_and_the_older_checkpoint_used(one_rank, tmp_path):
     (new.path / "COMMITTED").unlink()
     assert "never committed" in new.damage(hashes=False)
     assert newest_valid(tmp_path, hashes=False) == old
+
+
+def test_ranks_hash_a_checkpoint_once_between_them_and_agree(two_ranks, tmp_path):
+    two_ranks.run("train", ["parallel.tensor=2"], 1, str(tmp_path), 1)
+    two_ranks.run("train", ["parallel.tensor=2"], 2, str(tmp_path), 2)
+    old, new = list_folders(tmp_path)
+    files = sorted(f"{new.path.name}/{name}" for name in new.hashes())
+    for named, path in ((False, tmp_path), (True, tmp_path), (True, new.path)):
+        replies = two_ranks.run("found_together", str(path), named)
+        assert [reply["found"] for reply in replies] == [str(new.path)] * 2
+        assert sorted(replies[0]["hashed"] + replies[1]["hashed"]) == files
+        assert all(reply["hashed"] and not reply["said"] for reply in replies)
+
+    shard = new.path / list(new.hashes())[1]  # the second rank's share
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    shard.write_bytes(raw)
+    first, second = two_ranks.run("found_together", str(tmp_path), False)
+    assert first["found"] == second["found"] == str(old.path)
+    assert (
+        "passed over" in first["said"][0] and f"{shard.name} has another hash" in first["said"][0]
+    )
+    assert second["said"] == []
+    for reply in two_ranks.run("found_together", str(new.path), True):
+        assert f"cannot be used: {shard.name} has another hash" in reply["found"]
+    for reply in two_ranks.run("found_together", str(tmp_path / "none"), True):
+        assert reply["found"] == f"{tmp_path}/none does not exist"
 
 
 def make(root, step, *, committed=True):

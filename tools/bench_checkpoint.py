@@ -22,7 +22,8 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_eso.checkpoint.load import find_checkpoint, load_training_state
+from megatron_eso.checkpoint.find import find_checkpoint
+from megatron_eso.checkpoint.load import load_training_state
 from megatron_eso.checkpoint.save import Saver
 from megatron_eso.checkpoint.state import collect
 from megatron_eso.config import load_config

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class CheckpointFolder:
         if not self.is_committed:
             return "it was never committed (the save did not finish)"
         try:
-            entries = json.loads((self.path / MANIFEST).read_text())["files"]
+            entries = self._manifest()
         except (OSError, ValueError, KeyError) as error:
             return f"its {MANIFEST} cannot be read: {error}"
         for name, entry in entries.items():
@@ -67,9 +68,26 @@ class CheckpointFolder:
                 return f"{name} is missing"
             if file.stat().st_size != entry["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-            if hashes and hash_file(file) != entry["xxh3_128"]:
+        return self.changed_file(self.hashes()) if hashes else ""
+
+    def hashes(self) -> dict[str, str]:
+        """Return the hash of every file as the manifest has it, the largest files first."""
+        entries = sorted(self._manifest().items(), key=lambda item: -item[1]["bytes"])
+        return {name: entry["xxh3_128"] for name, entry in entries}
+
+    def changed_file(self, expected: Mapping[str, str]) -> str:
+        """Return which file does not have the hash expected of it, or an empty string."""
+        for name, value in expected.items():
+            try:
+                found = hash_file(self.path / name)
+            except OSError as error:
+                return f"{name} cannot be read: {error}"
+            if found != value:
                 return f"{name} has another hash than when it was written"
         return ""
+
+    def _manifest(self) -> dict[str, dict[str, Any]]:
+        return json.loads((self.path / MANIFEST).read_text())["files"]
 
     def commit(self, known: dict[str, dict[str, Any]] | None = None) -> None:
         """Write the manifest of everything in the folder, then the marker.

@@ -1,16 +1,14 @@
-"""Find the newest valid checkpoint and load it: a whole training state, or weights alone."""
+"""Load a checkpoint: a whole training state, or weights alone."""
 
-import logging
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_eso.checkpoint.folder import CheckpointFolder, list_folders
+from megatron_eso.checkpoint.folder import CheckpointFolder
 from megatron_eso.checkpoint.fp8_state import load_fp8_state
 from megatron_eso.checkpoint.state import (
     EMA,
@@ -32,40 +30,6 @@ with quiet_megatron_import():
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.core import CheckpointingException
-
-log = logging.getLogger(__name__)
-
-
-def newest_valid(root: Path, *, hashes: bool) -> CheckpointFolder | None:
-    """Return the newest checkpoint whose files are whole; log why newer ones were passed over."""
-    for folder in reversed(list_folders(root)):
-        damage = folder.damage(hashes=hashes)
-        if not damage:
-            return folder
-        log.warning("checkpoint %s is passed over: %s", folder.path, damage)
-    return None
-
-
-def find_checkpoint(path: Path, *, hashes: bool = False) -> CheckpointFolder:
-    """Return the checkpoint meant by a path: the folder itself, or the newest of a run folder.
-
-    Raises:
-        CheckpointError: if there is none, or the one named is damaged.
-    """
-    for root in (path, path / "checkpoints"):
-        if list_folders(root):
-            folder = newest_valid(root, hashes=hashes)
-            if folder is None:
-                raise CheckpointError(f"no checkpoint under {root} is whole")
-            return folder
-    folder = CheckpointFolder(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist")
-    folder.sidecar()
-    damage = folder.damage(hashes=hashes)
-    if damage:
-        raise CheckpointError(f"checkpoint {path} cannot be used: {damage}")
-    return folder
 
 
 def load_training_state(

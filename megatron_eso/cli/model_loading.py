@@ -48,7 +48,7 @@ def describe(path: Path) -> Described:
         known = describe_hf(path)
         file = None if known.tokenizer is None else known.tokenizer.path
         return Described(path, known.model, known.objective, known.sequence_length, file)
-    from megatron_eso.checkpoint.load import find_checkpoint
+    from megatron_eso.checkpoint.find import find_checkpoint
     from megatron_eso.checkpoint.replica import run_config_of, tokenizer_path
     from megatron_eso.config.schema import ParallelConfig
 
@@ -97,7 +97,7 @@ def load(
     Raises:
         CheckpointError: if it cannot be read, or a tokenizer is wanted and there is none.
     """
-    from megatron_eso.checkpoint.load import find_checkpoint
+    from megatron_eso.checkpoint.find import find_checkpoint
     from megatron_eso.config.schema import ParallelConfig
 
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, context=context, sequence=False)

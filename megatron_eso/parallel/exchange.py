@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_eso.errors import DataError
+from megatron_eso.errors import CheckpointError, DataError
 from megatron_eso.objective.rows import StackRows, part_of_rows, to_device
 from megatron_eso.parallel.groups import Layout
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
@@ -76,17 +76,36 @@ def together(use_data: Callable[[], Result], device: torch.device) -> Result:
     except (DataError, OSError) as error:
         failure = str(error) or type(error).__name__
     if any_rank([bool(failure)], device)[0]:
-        raise DataError(_said_by(_gathered(failure)))
+        raise DataError(_said_by(gather_messages(failure)))
     return result  # type: ignore[return-value]
 
 
 def raise_together(failure: str, kind: type[Exception], device: torch.device) -> None:
     """Raise ``kind`` on all ranks if ``failure`` is not empty on any; return otherwise."""
     if any_rank([bool(failure)], device)[0]:
-        raise kind("; ".join(message for message in _gathered(failure) if message))
+        raise kind("; ".join(message for message in gather_messages(failure) if message))
 
 
-def _gathered(message: str) -> list[str]:
+def from_first_rank(make: Callable[[], Result], device: torch.device) -> Result:
+    """Return on all ranks what ``make`` returns on the first, the only one that calls it.
+
+    Raises:
+        CheckpointError: on every rank, if ``make`` raises it or an OSError.
+    """
+    made: list[Result | None] = [None]
+    failure = ""
+    if dist.get_rank() == 0:
+        try:
+            made = [make()]
+        except (CheckpointError, OSError) as error:
+            failure = str(error) or type(error).__name__
+    raise_together(failure, CheckpointError, device)
+    dist.broadcast_object_list(made, src=0)
+    return made[0]  # type: ignore[return-value]
+
+
+def gather_messages(message: str) -> list[str]:
+    """Return every rank's message, in the order of the ranks."""
     messages: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     return messages

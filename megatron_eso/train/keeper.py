@@ -10,14 +10,11 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import torch.distributed as dist
-
+from megatron_eso.checkpoint.find import find_checkpoint_together, newest_valid_together
 from megatron_eso.checkpoint.folder import FORMAT_VERSION, CheckpointFolder
 from megatron_eso.checkpoint.load import (
-    find_checkpoint,
     load_first_weights,
     load_training_state,
-    newest_valid,
     require_same_model,
 )
 from megatron_eso.checkpoint.local import LocalCopies
@@ -80,7 +77,11 @@ class Keeper:
             if self._is_first:
                 log.info("continuing from %s", folder.path)
         elif settings.init_from:
-            folder = find_checkpoint(Path(settings.init_from), hashes=settings.verify_hashes)
+            folder = find_checkpoint_together(
+                Path(settings.init_from),
+                hashes=settings.verify_hashes,
+                device=session.torch_device,
+            )
             require_same_model(folder, asdict(session.config.model))
             kind = load_first_weights(folder, session.chunks, session.optimizer, session.average)
             log.info("weights (%s) from %s", kind, folder.path)
@@ -177,13 +178,11 @@ class Keeper:
         return True
 
     def _newest(self) -> CheckpointFolder | None:
-        found: list[str] = [""]
-        if self._is_first:
-            hashes = self._session.config.checkpoint.verify_hashes
-            folder = newest_valid(self._folder.checkpoints, hashes=hashes)
-            found = [str(folder.path) if folder else ""]
-        dist.broadcast_object_list(found, src=0)
-        return CheckpointFolder(Path(found[0])) if found[0] else None
+        return newest_valid_together(
+            self._folder.checkpoints,
+            hashes=self._session.config.checkpoint.verify_hashes,
+            device=self._session.torch_device,
+        )
 
     def _load(self, folder: CheckpointFolder) -> None:
         session = self._session
