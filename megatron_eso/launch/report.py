@@ -129,6 +129,8 @@ def describe(run: Path, job: slurm.QueuedJob | None, now: float) -> list[str]:
         if job.state == "CONFIGURING" and submitted.get("boot_minutes"):
             why += f"; up to {submitted['boot_minutes']} min is normal here"
         lines += [f"          {why}"] if why else []
+        if slurm.lacks_nodes(job):
+            lines += [f"          {group}" for group in slurm.nodes_out_of_service()]
     elif number:
         final = slurm.final_state(number)
         lines.append(f"job       {number} {final or 'has left the queue'}")

@@ -12,6 +12,8 @@ from megatron_eso.errors import ClusterError
 
 QUEUE_FORMAT = "%i|%T|%r|%R|%M|%S|%k|%Z"
 SINFO_FORMAT = "%R|%a|%D|%T|%G|%l|%c|%m"
+OUT_OF_SERVICE = ("down", "drain", "fail", "error", "unknown", "power")
+"""How the states of nodes begin that get no job."""
 SACCT_FIELDS = "JobIDRaw,State,ExitCode,Start,End,NodeList"
 
 EXPLANATIONS = {
@@ -25,6 +27,8 @@ EXPLANATIONS = {
     "JobHeldAdmin": "held by an administrator",
     "ReqNodeNotAvail": "nodes it needs are down, drained or reserved for maintenance; a shorter "
     "time_limit may fit before a reservation",
+    "Nodes_required_for_job_are_DOWN": "too few of the nodes it may have are in service, or partitions "
+    "of higher priority reserve them",
     "PartitionConfig": "the partition cannot ever give what is asked: fewer nodes, GPUs or time",
     "PartitionNodeLimit": "more nodes than the partition allows",
     "PartitionTimeLimit": "time_limit is longer than the partition allows",
@@ -192,9 +196,38 @@ def explain(job: QueuedJob) -> str:
         return "its nodes are booting"
     # squeue writes some reasons with spaces, scontrol the same ones with underscores
     text = EXPLANATIONS.get(job.reason, EXPLANATIONS.get(job.reason.replace(" ", "_"), ""))
-    if not text and job.reason.startswith("ReqNodeNotAvail"):
-        text = EXPLANATIONS["ReqNodeNotAvail"]
+    text = text or (EXPLANATIONS[_beginning(job)] if _beginning(job) else "")
     return text or ("" if job.reason == "None" else job.reason)
+
+
+def lacks_nodes(job: QueuedJob) -> bool:
+    """Return whether a job waits because nodes are down, drained or reserved."""
+    return bool(_beginning(job))
+
+
+def _beginning(job: QueuedJob) -> str:
+    """Return the reason whose end varies: a list of nodes, or words of the version."""
+    reason = job.reason.replace(" ", "_")
+    return next(
+        filter(reason.startswith, ("ReqNodeNotAvail", "Nodes_required_for_job_are_DOWN")), ""
+    )
+
+
+def nodes_out_of_service() -> list[str]:
+    """Return what is wrong with nodes that get no job, a line for each state and reason."""
+    groups = [
+        line.split("|", 3)
+        for line in command("sinfo", "-h", "-o", "%D|%N|%T|%E").splitlines()
+        if line.count("|") >= 3
+    ]
+    # A node is listed once for each of its partitions.
+    return sorted(
+        {
+            f"{number} {'node is' if number == '1' else 'nodes are'} {state}: {names} ({reason})"
+            for number, names, state, reason in groups
+            if state.startswith(OUT_OF_SERVICE)
+        }
+    )
 
 
 def _gpus(gres: str) -> int:

@@ -105,6 +105,30 @@ def test_status_of_named_runs_asks_slurm_once(node, tmp_path):
     assert node.asked() == ["squeue"]
 
 
+def test_status_names_the_nodes_that_a_waiting_job_lacks_and_why(node, tmp_path):
+    line = make_runs(tmp_path, 1).replace("RUNNING|None|n0", "PENDING|{0}|({0})")
+    for reason, words in (
+        (
+            "Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions",
+            "too few of the nodes it may have are in service",
+        ),
+        (
+            "ReqNodeNotAvail, UnavailableNodes:n[0-1],n4",
+            "down, drained or reserved for maintenance",
+        ),
+    ):
+        node.answers("squeue", line.format(reason))
+        node.answers(
+            "sinfo",
+            "2|n[0-1]|down~|ResumeTimeout reached\n1|n3|idle|none\n1|n4|drained|Prolog error\n"
+            "2|n[0-1]|down~|ResumeTimeout reached\n",
+        )
+        said = node.run("status", tmp_path / "run0")
+        assert words in said
+        assert said.count("2 nodes are down~: n[0-1] (ResumeTimeout reached)") == 1
+        assert "1 node is drained: n4 (Prolog error)" in said and "n3" not in said
+
+
 def test_submit_leaves_a_run_folder_and_says_what_to_do_next(node, tmp_path):
     node.answers("sbatch", "7\n")
     said = node.submit("--cluster", "generic", "--nodes", "1")

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from megatron_eso.launch.slurm import nodes_out_of_service
 from tests.slurm_cluster.cloud import PREFIX, CloudSlurm, MetadataServer, can_build_pyxis
 from tests.slurm_cluster.conftest import STAND_IN, command, require_slurm, short_folder, wait_for
 from tests.slurm_cluster.submitted import Run
@@ -84,6 +85,24 @@ def test_slurm_accepts_a_profile_as_it_is(google, tmp_path, name):
     assert "to start at" in said and f"{PREFIX}[" in said and f"in partition {partition}" in said
     # Two whole nodes, as --exclusive and 8 x 26 CPUs ask for.
     assert "using 416 processors" in said
+
+
+def test_a_machine_that_is_sold_out_is_replaced_by_another(google, tmp_path):
+    """It never boots; Slurm gives it up after ResumeTimeout and requeues the job."""
+    assert set(google.node_states().values()) == {"idle~"}
+    sold_out = google.names[0]  # of the first rack, so Slurm takes it
+    (google.dir / f"stockout-{sold_out}").touch()
+    run = CloudRun(google, tmp_path / "r", "cluster.container.runtime=none")
+    shown_when(run, "its nodes are booting; up to 15 min is normal here")
+    run.wait_restart(1)
+    assert nodes_out_of_service() == [f"1 node is down~: {sold_out} (ResumeTimeout reached)"]
+    run.wait_state("COMPLETED")
+    assert "finished at" in run.log() and sold_out not in run.log()
+    assert not (run.folder / "slurm" / "bad_nodes.json").exists()
+    (google.dir / f"stockout-{sold_out}").unlink()
+    google.run("scontrol", "update", f"nodename={sold_out}", "state=resume")
+    google.run("scontrol", "update", "nodename=ALL", "state=power_down")
+    wait_for(lambda: set(google.node_states().values()) == {"idle~"})
 
 
 @needs_pyxis
