@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_eso.errors import ClusterError
+from megatron_eso.errors import ConfigError
 from megatron_eso.launch.processes import free_port
 
 AGENTS = ("own", "torchrun", "ft_launcher")
@@ -31,7 +31,7 @@ def agent_command(
         setup_seconds: ft_launcher's limit until a rank tells its own.
 
     Raises:
-        ClusterError: for an unknown agent, or one that is not installed.
+        ConfigError: for an unknown agent, or one that is not installed.
     """
     if agent == "torchrun":
         start = [sys.executable, "-m", "torch.distributed.run", "--rdzv-endpoint=localhost:0"]
@@ -41,7 +41,7 @@ def agent_command(
                  f"--ft-rank-heartbeat-timeout={setup_seconds:g}",
                  "--ft-workload-check-interval=1"]  # fmt: skip
     else:
-        raise ClusterError(f"--agent {agent}: choose one of {', '.join(AGENTS)}")
+        raise ConfigError(f"--agent {agent}: choose one of {', '.join(AGENTS)}")
     return [*start, "--rdzv-backend=c10d", f"--nproc-per-node={num_ranks}",
             f"--max-restarts={max_restarts}", "--monitor-interval=0.5", "-m", "megatron_eso",
             *arguments]  # fmt: skip
@@ -89,7 +89,7 @@ def _ft_launcher() -> str:
     beside = Path(sys.executable).with_name("ft_launcher")
     found = str(beside) if os.access(beside, os.X_OK) else shutil.which("ft_launcher")
     if found is None:
-        raise ClusterError(
+        raise ConfigError(
             "--agent ft_launcher: it is not installed (pip install nvidia-resiliency-ext); --agent own "
             "needs no package and sees hangs too"
         )

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 
-from megatron_eso.errors import ClusterError
+from megatron_eso.errors import ConfigError
 from megatron_eso.launch import agents
 from megatron_eso.launch.heartbeat import Heart
 
@@ -27,7 +27,7 @@ def test_torchruns_command():
 def test_ft_launcher_is_taken_where_it_is_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(agents.sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    with pytest.raises(ClusterError, match=r"pip install nvidia-resiliency-ext.*--agent own"):
+    with pytest.raises(ConfigError, match=r"pip install nvidia-resiliency-ext.*--agent own"):
         command("ft_launcher")
     program = tmp_path / "bin" / "ft_launcher"
     program.parent.mkdir()
@@ -38,7 +38,7 @@ def test_ft_launcher_is_taken_where_it_is_installed(tmp_path, monkeypatch):
 
 
 def test_an_unknown_agent_is_refused_with_the_known_ones():
-    with pytest.raises(ClusterError, match="own, torchrun, ft_launcher"):
+    with pytest.raises(ConfigError, match="own, torchrun, ft_launcher"):
         command("mpirun")
 
 
