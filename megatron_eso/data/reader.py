@@ -120,6 +120,29 @@ class RowReader:
         self._num_reads += 1
         return result
 
+    def example_rows(self, number: int, *, num_shards: int = 8) -> TokenRows:
+        """Return rows for statistics from a few shards, spread over each source, which gives its share.
+
+        However large the sources are, about ``num_shards`` files are fetched. The same at any layout.
+
+        Args:
+            number: rows wanted; fewer come where those shards, or their beginnings, hold fewer.
+            num_shards: shards to read in all, but one of each source at least.
+
+        Raises:
+            DataError: for a shard that cannot be had whole, naming it.
+        """
+        total, found = sum(self._mixture.shares), []
+        for share, split in zip(self._mixture.shares, self._splits, strict=True):
+            wanted = max(1, round(number * share / total))
+            many = min(max(1, round(num_shards * share / total)), len(split.shard_sizes))
+            shards = np.linspace(0, len(split.shard_sizes) - 1, many).round().astype(np.int64)
+            starts = np.cumsum([0, *split.shard_sizes])
+            for shard in shards.tolist():
+                taken = min(-(-wanted // many), split.shard_sizes[shard])
+                found.append(split.read(starts[shard] + np.arange(taken)))
+        return _checked_rows(np.concatenate(found), self._splits[0].manifest)
+
     def tokenizer_json(self) -> bytes:
         """Return the content of the file of the sources' tokenizer.
 

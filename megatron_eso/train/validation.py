@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from megatron_eso.config.schema import RunConfig
@@ -54,15 +53,16 @@ class Validation:
 
     def unigram(self, config: RunConfig, training: RowReader) -> dict[str, Score]:
         """Score the validation sets with token frequencies of (some of) the training data."""
-        per_step = list(range(config.train.global_batch_rows))
-        steps = range(-(-_UNIGRAM_ROWS // len(per_step)))
-        train = torch.from_numpy(np.stack([training.read(s, per_step).tokens for s in steps]))
+        examples = training.example_rows(_UNIGRAM_ROWS)
+        counted = torch.from_numpy(examples.tokens[examples.is_valid])
         scores = {}
         for name, reader in self._readers.items():
             rows = list(range(min(config.eval.num_rows, reader.num_rows)))
+            held_out = reader.read(rows)
             scores[name] = unigram_score(
-                train,
-                torch.from_numpy(reader.read(rows).tokens)[:, :-1],
+                counted,
+                torch.from_numpy(held_out.tokens)[:, :-1],
+                torch.from_numpy(held_out.is_valid)[:, :-1],
                 vocab_size=config.model.vocab_size,
                 bytes_per_token=reader.bytes_per_token,
             )

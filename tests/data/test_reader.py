@@ -55,6 +55,40 @@ def test_every_world_size_and_worker_count_reads_the_same_rows(prepared, world, 
         own.close()
 
 
+def test_example_rows_come_from_a_few_shards_spread_over_the_sources(
+    prepared, tmp_path, monkeypatch
+):
+    whole = reader((prepared / "train", 1))
+    folders = []
+    for name in ("a", "b"):
+        folders.append(shutil.copytree(prepared / "train", tmp_path / name))
+        in_small_shards(folders[-1], shard_bytes=2500)
+    mixed = reader((folders[0], 3), (folders[1], 1))
+    opened = []
+    for number, split in enumerate(mixed._splits):
+        original = split._shard
+        monkeypatch.setattr(
+            split,
+            "_shard",
+            lambda shard, number=number, original=original: (
+                opened.append((number, shard)) or original(shard)
+            ),
+        )
+    rows = mixed.example_rows(80, num_shards=8)
+    last = len(mixed._splits[0].shard_sizes) - 1
+    assert last > 8 and {shard for number, shard in opened if number == 0} >= {0, last}
+    assert Counter(number for number, _ in set(opened)) == {0: 6, 1: 2}
+    assert rows.tokens.shape == rows.is_valid.shape == (60 + 20, SEQUENCE_LENGTH + 1)
+    stored = {
+        row.tobytes() for row in whole._splits[0].read(np.arange(whole._splits[0].num_samples))
+    }
+    dtype = np.dtype(whole.manifests[0].dtype)
+    assert {row.astype(dtype).tobytes() for row in rows.tokens[rows.is_valid.all(1)]} <= stored
+    # More than the data have: all that the shards hold, each row once.
+    small = reader((folders[0], 1)).example_rows(10**6, num_shards=10**6)
+    assert len(small.tokens) == whole.manifests[0].num_samples
+
+
 def test_reading_starts_anywhere_with_the_step_alone(prepared):
     first = reader((prepared / "train", 1))
     passed = [first.read(step, range(BATCH)).tokens for step in range(12)]

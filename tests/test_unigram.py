@@ -1,0 +1,20 @@
+"""The unigram model that a trained model is compared with."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_eso.eval.unigram import unigram_score
+
+
+def test_counts_plus_one_score_the_tokens_that_are_no_padding():
+    train = torch.tensor([0, 0, 0, 1])
+    held_out = torch.tensor([[0, 1, 2], [2, 3, 3]])
+    is_valid = torch.tensor([[True, True, True], [True, False, False]])
+    found = unigram_score(train, held_out, is_valid, vocab_size=5, bytes_per_token=2.0)
+    # Four ids besides the mask token: counts 3, 1, 0, 0, each plus one, of eight.
+    expected = -(math.log(4 / 8) + math.log(2 / 8) + 2 * math.log(1 / 8)) / 4
+    assert found.nats_per_token == pytest.approx(expected)
+    assert found.num_tokens == 4
+    assert found.metric == "unigram of the training data"
