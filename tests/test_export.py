@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import save
 
 from megatron_eso.checkpoint.folder import CheckpointFolder
 from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
@@ -235,6 +236,16 @@ def test_an_index_cannot_point_outside_its_folder(checkpoints, tmp_path):
     (folder / ".metadata").write_bytes(pickle.dumps(index))
     with pytest.raises(CheckpointError, match="outside"):
         read_index(folder)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_an_index_with_entries_that_are_no_tensors_is_read(tmp_path):
+    """Megatron-Core 0.19 keeps its common state there; such an entry has no offset."""
+    weight = torch.arange(6.0).view(2, 3)
+    state = {"weight": weight, "common_state/shard_0_1": {"step": 3}}
+    save(state, checkpoint_id=tmp_path)
+    assert list(read_index(tmp_path)) == ["weight"]
+    assert torch.equal(TorchDistReader(tmp_path).read("weight"), weight)
 
 
 def test_a_half_written_checkpoint_is_refused(checkpoints, tmp_path):

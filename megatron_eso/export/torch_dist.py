@@ -153,7 +153,7 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
             content = _IndexUnpickler(file).load()
         described, places = content.state["state_dict_metadata"], content.state["storage_data"]
         where = {(key.state["fqn"], _sizes(key.state["offset"])): value for key, value in places.items()
-                 if key.state["offset"] is not None}  # fmt: skip
+                 if key.state.get("offset") is not None}  # fmt: skip
         return {
             name: _stored(name, entry.state, where)
             for name, entry in described.items()
