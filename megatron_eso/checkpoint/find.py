@@ -87,8 +87,8 @@ def _newest_first(root: Path) -> list[CheckpointFolder]:
 def _meant(path: Path) -> list[CheckpointFolder]:
     """Return the checkpoints that a path may mean, the preferred one first."""
     for root in (path, path / "checkpoints"):
-        if list_folders(root):
-            return _newest_first(root)
+        if folders := _newest_first(root):
+            return folders
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist")
     folder = CheckpointFolder(path)

@@ -32,7 +32,7 @@ from megatron_eso.checkpoint.strategy import Plan, Planner
 from megatron_eso.config.schema import CheckpointConfig
 from megatron_eso.errors import CheckpointError
 from megatron_eso.launch import events, lease
-from megatron_eso.parallel.exchange import any_rank
+from megatron_eso.parallel.exchange import any_rank, gather_messages
 
 log = logging.getLogger(__name__)
 _RENEW_SECONDS = 60.0
@@ -250,8 +250,7 @@ class Saver:
 
     def _report_failure(self, folder: CheckpointFolder, failure: str) -> None:
         """Log why a save failed, from every rank that knows, on rank 0."""
-        everywhere: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(everywhere, failure)
+        everywhere = gather_messages(failure)
         if dist.get_rank() == 0:
             why = "; ".join(f"rank {n}: {text}" for n, text in enumerate(everywhere) if text)
             log.warning(

@@ -137,10 +137,7 @@ class RowReader:
             wanted = max(1, round(number * share / total))
             many = min(max(1, round(num_shards * share / total)), len(split.shard_sizes))
             shards = np.linspace(0, len(split.shard_sizes) - 1, many).round().astype(np.int64)
-            starts = np.cumsum([0, *split.shard_sizes])
-            for shard in shards.tolist():
-                taken = min(-(-wanted // many), split.shard_sizes[shard])
-                found.append(split.read(starts[shard] + np.arange(taken)))
+            found += [split.read_beginning(shard, -(-wanted // many)) for shard in shards.tolist()]
         return _checked_rows(np.concatenate(found), self._splits[0].manifest)
 
     def tokenizer_json(self) -> bytes:

@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_eso.launch import lease
 from megatron_eso.launch.pairs import slow_nodes
 from megatron_eso.launch.records import Records, read_json, write_json
-from megatron_eso.launch.slurm import OUT_OF_SERVICE
+from megatron_eso.launch.slurm import is_out_of_service
 
 # slurm-gcp's words for a spot machine that was taken back: the node boots again and is not sick.
 _BLAMELESS = "Preempted instance"
@@ -201,7 +201,7 @@ def node_troubles() -> dict[str, str]:
     found = {}
     for line in done.stdout.splitlines():
         node, state, reason = line.split("|", 2)
-        if (state.startswith(OUT_OF_SERVICE) or state.endswith("*")) and _BLAMELESS not in reason:
+        if is_out_of_service(state) and _BLAMELESS not in reason:
             found[node] = f"Slurm says {state} ({reason})"
     return found
 

@@ -8,12 +8,13 @@ lost. The ranks then agree on a step and save. Source: the Compute Engine docume
 """
 
 import argparse
-import contextlib
 import os
 import signal
 import time
 import urllib.error
 import urllib.request
+
+from megatron_eso.launch.processes import send
 
 SERVER = os.environ.get("METADATA_SERVER", "http://metadata.google.internal")
 _QUIET = {"preempted": {"FALSE", ""}, "maintenance-event": {"NONE", ""}}
@@ -43,22 +44,19 @@ def warning(server: str, timeout_seconds: float = 2.0) -> str:
 def watch(pid: int, server: str, every_seconds: float) -> None:
     """Send SIGTERM to ``pid`` from the first warning on; return when the process is gone."""
     has_complained, reason = False, ""
-    while _lives(pid):
+    while _lives(pid) and not reason:
+        try:
+            reason = warning(server)
+        except OSError as error:
+            if not has_complained:
+                print(f"metadata server {server}: {error}; spot preemption goes unseen", flush=True)
+            has_complained = True
         if not reason:
-            try:
-                reason = warning(server)
-            except OSError as error:
-                if not has_complained:
-                    print(
-                        f"metadata server {server}: {error}; spot preemption goes unseen",
-                        flush=True,
-                    )
-                has_complained = True
-            if reason:
-                print(f"metadata server: {reason}; asking the ranks to save and stop", flush=True)
-        if reason:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+            time.sleep(every_seconds)
+    if reason:
+        print(f"metadata server: {reason}; asking the ranks to save and stop", flush=True)
+    while reason and _lives(pid):
+        send(pid, signal.SIGTERM)
         time.sleep(every_seconds)
 
 

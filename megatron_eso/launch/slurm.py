@@ -12,8 +12,7 @@ from megatron_eso.errors import ClusterError
 
 QUEUE_FORMAT = "%i|%T|%r|%R|%M|%S|%k|%Z"
 SINFO_FORMAT = "%R|%a|%D|%T|%G|%l|%c|%m"
-OUT_OF_SERVICE = ("down", "drain", "fail", "error", "unknown", "power")
-"""How the states of nodes begin that get no job."""
+_OUT_OF_SERVICE = ("down", "drain", "fail", "error", "unknown", "power")
 SACCT_FIELDS = "JobIDRaw,State,ExitCode,Start,End,NodeList"
 
 EXPLANATIONS = {
@@ -196,7 +195,7 @@ def explain(job: QueuedJob) -> str:
         return "its nodes are booting"
     # squeue writes some reasons with spaces, scontrol the same ones with underscores
     text = EXPLANATIONS.get(job.reason, EXPLANATIONS.get(job.reason.replace(" ", "_"), ""))
-    text = text or (EXPLANATIONS[_beginning(job)] if _beginning(job) else "")
+    text = text or EXPLANATIONS.get(_beginning(job), "")
     return text or ("" if job.reason == "None" else job.reason)
 
 
@@ -213,6 +212,11 @@ def _beginning(job: QueuedJob) -> str:
     )
 
 
+def is_out_of_service(state: str) -> bool:
+    """Return whether a node in this state gets no job; a star says that it does not answer."""
+    return state.startswith(_OUT_OF_SERVICE) or state.endswith("*")
+
+
 def nodes_out_of_service() -> list[str]:
     """Return what is wrong with nodes that get no job, a line for each state and reason."""
     groups = [
@@ -225,7 +229,7 @@ def nodes_out_of_service() -> list[str]:
         {
             f"{number} {'node is' if number == '1' else 'nodes are'} {state}: {names} ({reason})"
             for number, names, state, reason in groups
-            if state.startswith(OUT_OF_SERVICE)
+            if is_out_of_service(state)
         }
     )
 

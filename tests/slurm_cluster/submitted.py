@@ -39,6 +39,10 @@ class Run:
         file = self.folder / "trainer.log"
         return file.read_text() if file.exists() else ""
 
+    def saved(self):
+        """Return the step that the stand-in first saved on a signal."""
+        return int(self.log().split("saved at ")[1].split()[0])
+
     def output(self):
         """Return the job's output, all attempts."""
         return "".join(p.read_text() for p in self.folder.glob("slurm-*.out"))
