@@ -126,7 +126,7 @@ class RowReader:
         However large the sources are, about ``num_shards`` files are fetched. The same at any layout.
 
         Args:
-            number: rows wanted; fewer come where those shards, or their beginnings, hold fewer.
+            number: rows wanted; fewer come where those shards hold fewer.
             num_shards: shards to read in all, but one of each source at least.
 
         Raises:
@@ -137,7 +137,7 @@ class RowReader:
             wanted = max(1, round(number * share / total))
             many = min(max(1, round(num_shards * share / total)), len(split.shard_sizes))
             shards = np.linspace(0, len(split.shard_sizes) - 1, many).round().astype(np.int64)
-            found += [split.read_beginning(shard, -(-wanted // many)) for shard in shards.tolist()]
+            found += [split.read_spread(shard, -(-wanted // many)) for shard in shards.tolist()]
         return _checked_rows(np.concatenate(found), self._splits[0].manifest)
 
     def tokenizer_json(self) -> bytes:

@@ -84,9 +84,12 @@ class ShardedRows:
         )
         return rows
 
-    def read_beginning(self, shard: int, number: int) -> NDArray[Any]:
-        """Return a shard's first rows, ``number`` of them or all it has; errors as in :meth:`read`."""
-        return self.read(self._starts[shard] + np.arange(min(number, self.shard_sizes[shard])))
+    def read_spread(self, shard: int, number: int) -> NDArray[Any]:
+        """Return ``number`` rows of a shard at even distances, or all it has; errors as in :meth:`read`."""
+        size = self.shard_sizes[shard]
+        return self.read(
+            self._starts[shard] + np.linspace(0, size - 1, min(number, size)).round().astype(int)
+        )
 
     def locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the shard of each sample, and the bytes from the shard's first row to it."""
