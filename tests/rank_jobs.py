@@ -24,6 +24,7 @@ from megatron_eso.config import load_config
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import CheckpointError
 from megatron_eso.eval.evaluate import evaluate
+from megatron_eso.objective.losses import TokenCounts
 from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.exchange import Rows, read_together
 from megatron_eso.parallel.optimizer import whole_weights
@@ -91,18 +92,23 @@ def read_rows(step: int, rows: list[int]) -> Rows:
 def loss_and_gradients(overrides: list[str]) -> dict[str, Any]:
     """Return the two sums of nats and this rank's gradient pieces of the first step."""
     session = make_session(overrides)
+    sums, counts = passes_of_step(session, 0)
+    return {"sums": sums, "counts": counts, "gradients": _gradients(session)}
+
+
+def passes_of_step(session: Session, step: int) -> tuple[tuple[float, float], TokenCounts]:
+    """Run a step's passes without its update; return the two sums of nats and the token counts."""
     batches = micro_batches_of_rank(session)
     numbers = [row for batch in batches for row in batch.rows]
     rows = read_together(
-        lambda: read_rows(0, numbers),
+        lambda: read_rows(step, numbers),
         session.layout,
         session.torch_device,
         shape=(len(numbers), LENGTH + 1),
     )
     stack = stack_rows_of_step(session, rows, batches)
     counts = global_counts(stack, session)
-    sums = forward_backward(session, stack, counts)
-    return {"sums": sums, "counts": counts, "gradients": _gradients(session)}
+    return forward_backward(session, stack, counts), counts
 
 
 def _gradients(session: Session) -> list[tuple[str, tuple, tuple, np.ndarray]]:

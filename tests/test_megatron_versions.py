@@ -124,6 +124,16 @@ def test_the_newer_megatron_trains_saves_and_resumes_like_the_installed_one(
 
 
 @pytest.mark.slow
+def test_layers_run_from_cuda_graphs_on_the_newer_megatron(newer):
+    """Over the stand-in of tests/cpu_graphs.py."""
+    settings = ["parallel.tensor=2", "parallel.overlap=true", "precision.backend=torch"]
+    plain = newer("graph_jobs.train", settings)[0]
+    graphed = newer("graph_jobs.train", [*settings, "parallel.cuda_graphs=true"])[0]
+    assert graphed["replays"] > 0
+    assert graphed["losses"] == plain["losses"]
+
+
+@pytest.mark.slow
 def test_te_layers_train_on_the_newer_megatron(newer):
     settings = ["model.qk_norm=true", "parallel.tensor=2"]
     torch, te = (

@@ -348,11 +348,45 @@ def fp8(sizes: Sizes, report: Report) -> None:
             free_memory()
 
 
+def graphs(sizes: Sizes, report: Report) -> None:
+    """Whole steps with layers launched as CUDA graphs against layers that launch their kernels."""
+    small = ["model.hidden_size=768", "model.num_layers=12", "model.num_heads=12",
+             "model.vocab_size=32768"]  # fmt: skip
+    cases = {"124M": (small, 1024), "1B": (FULL.shapes["1B"], 4096)}
+    if sizes is SMOKE:
+        cases = {"tiny": (SMOKE.shapes["tiny"], 64)}
+    for label, (shape, length) in cases.items():
+        base, losses = 0.0, []
+        for is_graphed in (False, True):
+            session = make_session(
+                [
+                    *shape,
+                    *batch_settings(sizes.step_tokens, length),
+                    "objective.alpha_0=0.25",
+                    f"precision.dtype={'bf16' if ON_GPU else 'fp32'}",
+                    f"parallel.cuda_graphs={is_graphed}".lower(),
+                ]
+            )
+            read = counting_rows(length, session.config.model.vocab_size - 1)
+            losses.append([train_step(session, read).loss for _ in range(3)])
+            seconds = best_seconds(lambda s=session, r=read: train_step(s, r), sizes.repeats)
+            base = base or seconds
+            report.row(
+                f"{label}, L = {length}: {'graphs' if is_graphed else 'no graphs'}",
+                tokens_per_second=sizes.step_tokens / seconds, of_plain=base / seconds,
+                memory_gib=session.device.memory_gib(),
+                loss_gap=max(abs(a - b) for a, b in zip(losses[0], losses[-1], strict=True)),
+            )  # fmt: skip
+            del session
+            free_memory()
+
+
 SECTIONS: dict[str, Callable[[Sizes, Report], None]] = {
     "correctness": correctness,
     "losses": losses,
     "attention": attention,
     "training": training,
+    "graphs": graphs,
     "head": head,
     "sampling": sampling,
     "fp8": fp8,

@@ -192,6 +192,28 @@ def _layout(config: RunConfig) -> Iterator[str]:
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         yield "parallel.virtual_pipeline > 1 needs parallel.pipeline > 1"
     yield from _heads_of_context_ranks(config)
+    yield from _cuda_graphs(config)
+
+
+def _cuda_graphs(config: RunConfig) -> Iterator[str]:
+    """A graph repeats the same kernels on the same addresses."""
+    if not config.parallel.cuda_graphs:
+        return
+    unfit = {
+        f"model.dropout={config.model.dropout} draws new numbers in every pass; set it to 0": (
+            config.model.dropout > 0
+        ),
+        f"parallel.recompute={config.parallel.recompute} runs passes again that a graph has fixed; set it "
+        "to none": config.parallel.recompute != "none",
+        f"precision.fp8={config.precision.fp8} keeps its scales by code that a graph leaves out; set it to "
+        "off": config.precision.fp8 != "off",
+        "objective.name=mdlm has another mask in rows with padding; use eso, ar or bd3lm": (
+            config.objective.name == "mdlm"
+        ),
+    }
+    for why, is_so in unfit.items():
+        if is_so:
+            yield f"parallel.cuda_graphs=true: {why}, or set parallel.cuda_graphs=false"
 
 
 def _heads_of_context_ranks(config: RunConfig) -> Iterator[str]:

@@ -209,6 +209,9 @@ class ParallelConfig:
     overlap: bool | None = None
     """Overlap gradient reduction, parameter gathering and, in the interleaved schedule, the exchange
     between pipeline stages with computation; null: on GPUs. On CPUs there is nothing to hide it behind."""
+    cuda_graphs: bool = False
+    """Launch each layer's forward and backward pass as one CUDA graph: for small layers, which wait for
+    their kernels to be launched. Without effect on a CPU. Costs memory: docs/gpu.md."""
     local_ranks: int = 1
     """Ranks that ``megatron-eso train`` starts on this machine when no launcher (torchrun, Slurm) did."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_eso.config import derive
 from megatron_eso.config.schema import ModelConfig
 from megatron_eso.model.attention.rows import AttentionRows
+from megatron_eso.model.layer_graphs import LayerGraphs
 from megatron_eso.model.rotary import gather_angles, rotary_tables
 from megatron_eso.model.specs import block_spec
 from megatron_eso.objective.rows import StackRows
@@ -88,6 +89,11 @@ class EsoModel(LanguageModule):
         # Not buffers: they follow from the configuration and do not belong in a checkpoint.
         self._cos, self._sin = (t.to(_device(config), config.params_dtype) for t in tables)
         self.setup_embeddings_and_output_layer()
+        self._graphs: LayerGraphs | None = None
+
+    def use_cuda_graphs(self) -> None:
+        """Run the layers of training passes from CUDA graphs; gradient buffers must be there already."""
+        self._graphs = LayerGraphs(self.decoder.layers)
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Receive the previous stage's output; called by Megatron's schedules."""
@@ -103,6 +109,7 @@ class EsoModel(LanguageModule):
                 pattern=rows.pattern,
                 block_size=rows.block_size,
                 is_valid=rows.is_valid,
+                graphs=self._graphs if torch.is_grad_enabled() else None,
             ),
         )
         if not self.post_process:

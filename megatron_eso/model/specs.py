@@ -7,6 +7,7 @@ from typing import Any
 from megatron_eso.config.schema import ModelConfig
 from megatron_eso.model import te_specs
 from megatron_eso.model.attention.core import EsoCoreAttention
+from megatron_eso.model.layer_graphs import GraphedLayer
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 from megatron_eso.parallel.norms import LayerNorm, RMSNorm
 
@@ -19,10 +20,7 @@ with quiet_megatron_import():
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-    from megatron.core.transformer.transformer_layer import (
-        TransformerLayer,
-        TransformerLayerSubmodules,
-    )
+    from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 # A plain layer's norm weights are saved under the names Transformer Engine's fused layers use, so
 # checkpoints move between the two.
@@ -109,7 +107,7 @@ def block_spec(
     head_norm = parts.norm if model.qk_norm else IdentityOp
     bias = {"attention_bias": model.attention_bias}
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=GraphedLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=parts.norm_before,
             self_attention=ModuleSpec(

@@ -98,7 +98,9 @@ def _activations(job: Job, stage: int) -> float:
     boundary /= parallel.tensor if parallel.sequence else 1
     if parallel.recompute == "full":
         return layers * boundary * in_flight + layer
-    return layers * layer * in_flight + boundary
+    # Graphs of a second kind of micro-batch keep their layers' outputs too; the rest they share.
+    kept_by_graphs = layers * boundary * in_flight if parallel.cuda_graphs else 0.0
+    return layers * layer * in_flight + boundary + kept_by_graphs
 
 
 def _logits(job: Job) -> float:

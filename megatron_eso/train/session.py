@@ -21,6 +21,7 @@ from megatron_eso.errors import ConfigError
 from megatron_eso.model.attention.kernels import choose_kernel, facts_of
 from megatron_eso.model.build import build_chunks, resolve_precision
 from megatron_eso.model.initial_weights import initialize
+from megatron_eso.model.layer_graphs import can_capture
 from megatron_eso.model.megatron_config import DTYPES
 from megatron_eso.model.replica import Replica
 from megatron_eso.parallel.device import (
@@ -143,6 +144,9 @@ def build_session(
     clock = PassClock()
     if for_training:
         chunks = wrap_for_training(chunks, settings, config.parallel, clock, on_gpu=device.is_cuda)
+        if config.parallel.cuda_graphs and can_capture(device.torch_device):
+            for chunk in chunks:
+                chunk.module.use_cuda_graphs()
         optimizer = build_optimizer(chunks, config.optimizer, settings)
         if config.optimizer.ema_decay > 0:
             average = MovingAverage(optimizer, config.optimizer.ema_decay, layout.weights_group)

@@ -41,6 +41,14 @@ def test_activations_follow_korthikanti():
     assert full == pytest.approx(32 * 2 * 4096 * 4096 / 2 + 34 * 4096 * 4096 / 2)
 
 
+def test_graphs_of_a_second_kind_of_micro_batch_keep_their_layers_outputs():
+    plain, graphed = (
+        stage_memory(job(tensor=2, cuda_graphs=is_on), H100)[0].activations
+        for is_on in (False, True)
+    )
+    assert graphed - plain == pytest.approx(32 * 2 * 4096 * 4096 / 2)
+
+
 def test_states_take_six_plus_twelve_over_d_bytes_a_weight():
     case = job(gpus=16)
     memory = stage_memory(case, H100)[0]

@@ -5,10 +5,10 @@ hands to the core attention untouched (also when it recomputes activations).
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_eso.objective.rows import Pattern
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
@@ -31,6 +31,14 @@ class KeyValueStore(Protocol):
         ...
 
 
+class Graphs(Protocol):
+    """Runs layers from CUDA graphs; see model/layer_graphs.py."""
+
+    def replay(self, layer: nn.Module, hidden: Tensor, rows: "AttentionRows") -> Tensor:
+        """Return what a layer makes of hidden states [L, R, H]."""
+        ...
+
+
 @dataclass
 class AttentionRows(PackedSeqParams):
     """Rows [D...; X...; Z...] of a micro-batch, or the new segment of a cached sampler."""
@@ -50,6 +58,10 @@ class AttentionRows(PackedSeqParams):
     """Set while sampling: queries see the store and are causal among themselves."""
     mask: Tensor | None = None
     """Of the first layer's :meth:`segment_mask`, for the others."""
+    graphs: Graphs | None = None
+    """Set in training passes with ``parallel.cuda_graphs``."""
+    graph_set: Any = None
+    """Which of the graphs this micro-batch runs, chosen at the first layer."""
 
     def segment_mask(self, new: int, total: int, dtype: torch.dtype) -> Tensor | None:
         """Return what is added to the scores of a segment's queries, or None if all see all.

@@ -148,7 +148,7 @@ def _copies_gradients(
     # an lse that no score reaches makes them 0. (Zeroing the gradient there is not enough: the
     # probability may overflow, and infinity times 0 is not a number.)
     lse = merged.lse.clone()
-    lse[:, :, -1] = _BEYOND_ANY_SCORE
+    lse[:, :, -1].fill_(_BEYOND_ANY_SCORE)
     seen_by = Forward(merged.out, lse, merged.state)
     seen = causal_backward(grad, query, key, value, seen_by, scale)
     return own[0] + seen[0], seen[1], seen[2], own[1], own[2]
@@ -160,7 +160,7 @@ def _merge_self(
     """Return the output and log-sum-exp of Z rows with each copy's own key merged in."""
     score = _own_score(query, key, seen.lse.dtype, scale)
     lse = seen.lse.clone()
-    lse[:, :, -1] = -torch.inf
+    lse[:, :, -1].fill_(-torch.inf)
     merged = torch.logaddexp(lse, score)
     from_seen = (lse - merged).exp().unsqueeze(-1)
     from_own = (score - merged).exp().unsqueeze(-1)

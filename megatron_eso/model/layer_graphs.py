@@ -1,0 +1,230 @@
+"""CUDA graphs: a layer's forward pass, and its backward pass, launched as one piece of work each.
+
+Small layers wait for the CPU, which launches some eighty kernels for each of them. A graph keeps the
+launches with the addresses they read and write; a micro-batch of the same kind replays them. What lies at
+fixed addresses: the rotary angles, each layer's input (the output of the layer before) and one gradient of
+hidden states, which each layer reads and then overwrites. Weights and gradient buffers (``main_grad``) have
+fixed addresses already, so the backward graph adds weight gradients to their buffers itself and keeps none.
+
+Graphs of a kind are captured when its first micro-batch comes, one set for each micro-batch that is in
+flight at a time (1 without a pipeline). Sets that are never in flight together share their memory.
+Evaluations, which keep no gradients, run as they do without graphs.
+
+Why not Megatron's (``cuda_graph_impl="local"``): that of 0.16.1 takes the memory of the first layer's
+input, which the layer's norm needs in its backward pass, for the last layer's output gradient
+(tests/test_cuda_graphs.py shows it). Letters: L = tokens, R = rows, H = hidden size.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_eso.model.attention.rows import AttentionRows
+from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.parameters import await_gathered
+
+with quiet_megatron_import():
+    from megatron.core.transformer import cuda_graphs as megatron_graphs
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+_WARM_UP_PASSES = 3
+# Other threads (NCCL's watchdog, the data reader) may go on calling CUDA meanwhile.
+_CAPTURE_MODE = "thread_local"
+
+
+def can_capture(device: torch.device) -> bool:
+    """Return whether there is anything to capture."""
+    return device.type == "cuda"
+
+
+class GraphedLayer(TransformerLayer):
+    """Megatron's layer, replayed from a graph where the rows of a training pass bring graphs along."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return (hidden states [L, R, H], None), as Megatron's block expects."""
+        rows = kwargs.get("packed_seq_params")
+        if rows is None or rows.graphs is None:
+            return super().__call__(*args, **kwargs)
+        return rows.graphs.replay(self, kwargs["hidden_states"], rows), None
+
+
+class LayerGraphs:
+    """The graphs of one model chunk."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self._layers = list(layers)
+        self._sets: list[_GraphSet] = []
+        self._pools: list[Any] = []
+
+    def replay(self, layer: nn.Module, hidden: Tensor, rows: AttentionRows) -> Tensor:
+        """Return what a layer makes of [L, R, H]; layers of a micro-batch come in their order.
+
+        The result lies in memory that the same micro-batch of the next step writes again.
+        """
+        number = self._layers.index(layer)
+        if number == 0:
+            rows.graph_set = self._take(hidden, rows)
+        for module in layer.modules():
+            await_gathered(module)
+        graph = rows.graph_set.layers[number]
+        return _Replay.apply(hidden, graph, *graph.parameters)
+
+    def _take(self, hidden: Tensor, rows: AttentionRows) -> "_GraphSet":
+        """Return graphs for this kind of micro-batch that no other one in flight uses."""
+        if rows.is_valid is not None:
+            raise ValueError("rows with a mask of their own cannot be captured")
+        kind = (hidden.shape, rows.num_pairs, rows.pattern, rows.block_size)
+        busy = {found.place for found in self._sets if found.is_in_flight}
+        taken = next((s for s in self._sets if s.kind == kind and s.place not in busy), None)
+        if taken is None:
+            place = next(i for i in range(len(busy) + 1) if i not in busy)
+            if place == len(self._pools):
+                self._pools.append(torch.cuda.graph_pool_handle())
+            taken = _GraphSet(kind, place, _static_copy(rows))
+            taken.layers = _capture(self._layers, hidden, taken, self._pools[place])
+            self._sets.append(taken)
+        taken.begin(rows)
+        return taken
+
+
+class _GraphSet:
+    """The graphs that one micro-batch in flight needs: those of all layers."""
+
+    def __init__(self, kind: tuple[Any, ...], place: int, rows: AttentionRows) -> None:
+        self.kind, self.place, self.rows = kind, place, rows
+        self.layers: list[_GraphOfLayer] = []
+        self.is_in_flight = False
+
+    def begin(self, rows: AttentionRows) -> None:
+        """Take in what the layers must know of a micro-batch."""
+        for fixed, values in ((self.rows.cos, rows.cos), (self.rows.sin, rows.sin)):
+            assert fixed is not None and values is not None
+            fixed.copy_(values)
+        self.is_in_flight = True
+
+
+class _GraphOfLayer:
+    """A layer's two graphs and the memory that they read and write."""
+
+    def __init__(self, layer: nn.Module, hidden: Tensor, gradient: Tensor) -> None:
+        self.parameters = tuple(layer.parameters())
+        self.hidden = hidden
+        self.gradient = gradient
+        """Of the layer's output, before its backward pass; of its input, after."""
+        self.forward: Any = torch.cuda.CUDAGraph()
+        self.backward: Any = torch.cuda.CUDAGraph()
+        self.out = hidden  # until captured
+        self.ends: _GraphSet | None = None
+        """The set that is free again after this layer's backward pass: that of the first layer."""
+
+
+class _Replay(torch.autograd.Function):
+    """Runs a layer's graphs; weights are inputs so that Megatron's hooks hear of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, graph: _GraphOfLayer, *parameters: Tensor) -> Tensor:
+        _bring(hidden, graph.hidden)
+        graph.forward.replay()
+        ctx.graph = graph
+        return graph.out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        graph: _GraphOfLayer = ctx.graph
+        _bring(grads[0], graph.gradient)
+        graph.backward.replay()
+        d_hidden = graph.gradient.detach()
+        if graph.ends is not None:
+            # A pipeline may still be sending it when the next micro-batch overwrites it.
+            d_hidden = d_hidden.clone()
+            graph.ends.is_in_flight = False
+        for parameter in graph.parameters:
+            # Megatron's hooks then only note that the gradient is there; what they are given is not read.
+            parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return d_hidden, None, *(torch.empty_like(p) for p in graph.parameters)
+
+
+def _bring(values: Tensor, to: Tensor) -> None:
+    """Copy values to a fixed address unless the layer before has written them there."""
+    if values.data_ptr() != to.data_ptr():
+        to.copy_(values)
+
+
+def _static_copy(rows: AttentionRows) -> AttentionRows:
+    assert rows.cos is not None and rows.sin is not None
+    cos, sin = torch.empty_like(rows.cos), torch.empty_like(rows.sin)
+    return replace(rows, cos=cos, sin=sin, graphs=None, graph_set=None)
+
+
+def _capture(
+    layers: Sequence[nn.Module], like: Tensor, graph_set: _GraphSet, pool: Any
+) -> list[_GraphOfLayer]:
+    """Return graphs of all layers, captured in the order in which they will run.
+
+    Args:
+        layers: of the chunk.
+        like: [L, R, H], shape and format of the hidden states.
+        graph_set: gets the graphs; its rows are at their fixed addresses.
+        pool: of memory. What a capture frees, a later one uses again; so does a replay.
+    """
+    graphs: list[_GraphOfLayer] = []
+    with _capturing():
+        hidden = torch.zeros_like(like, requires_grad=True)
+        gradient = torch.zeros_like(like)
+        for layer in layers:
+            graph = _GraphOfLayer(layer, hidden, gradient)
+            _warm_up(layer, graph, graph_set.rows)
+            with torch.cuda.graph(graph.forward, pool=pool, capture_error_mode=_CAPTURE_MODE):
+                graph.out = _run(layer, hidden, graph_set.rows)
+            graphs.append(graph)
+            hidden = graph.out.detach().requires_grad_()
+        for graph in reversed(graphs):
+            with torch.cuda.graph(graph.backward, pool=pool, capture_error_mode=_CAPTURE_MODE):
+                d_hidden, *d_parameters = _gradients(graph, gradient)
+                gradient.copy_(d_hidden)
+                for parameter, part in zip(graph.parameters, d_parameters, strict=True):
+                    parameter.main_grad.add_(part)  # type: ignore[attr-defined]
+            graph.out = graph.out.detach()  # lets go of what the backward pass needed
+            del d_hidden, d_parameters
+    graphs[0].ends = graph_set
+    return graphs
+
+
+def _warm_up(layer: nn.Module, graph: _GraphOfLayer, rows: AttentionRows) -> None:
+    """Run a layer beside the graph: libraries choose kernels and compile in their first calls."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP_PASSES):
+            graph.out = _run(layer, graph.hidden, rows)
+            _gradients(graph, torch.zeros_like(graph.out))
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def _run(layer: nn.Module, hidden: Tensor, rows: AttentionRows) -> Tensor:
+    with torch.enable_grad():
+        out, _ = layer.forward(hidden_states=hidden, attention_mask=None, packed_seq_params=rows)
+    return out
+
+
+def _gradients(graph: _GraphOfLayer, of_out: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad([graph.out], [graph.hidden, *graph.parameters], [of_out])
+
+
+@contextmanager
+def _capturing() -> Iterator[None]:
+    """Tell Megatron, and Transformer Engine through it, to launch nothing of their own meanwhile."""
+    with_te = megatron_graphs.HAVE_TE_GRAPHS
+    megatron_graphs._set_capture_start()
+    if with_te:
+        megatron_graphs.te_set_capture_start()
+    try:
+        yield
+    finally:
+        megatron_graphs._set_capture_end()
+        if with_te:
+            megatron_graphs.te_set_capture_end()

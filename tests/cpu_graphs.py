@@ -1,0 +1,139 @@
+"""What a CUDA graph does, on a CPU: operators are recorded once, then run again on the same memory.
+
+As strict as a GPU or stricter: what a capture computes is made not-a-number when it ends, a capture writes
+nothing outside its own memory, and an operator that needs a value on the host, or brings one from there,
+raises.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+_FORBIDDEN = {
+    "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::lift_fresh",
+}  # fmt: skip
+_made: dict[Any, set[int]] = {}
+"""Storages (by address) that captures of a memory pool created; they may write to these."""
+
+
+class CpuGraph:
+    """In the place of ``torch.cuda.CUDAGraph``."""
+
+    num_replays = 0
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, Any, Any, list[Any]]] = []
+
+    def register_generator_state(self, state: Any) -> None:
+        """Nothing here draws numbers."""
+
+    def replay(self) -> None:
+        """Run what was recorded."""
+        CpuGraph.num_replays += 1
+        with torch.no_grad():
+            for function, args, kwargs, outputs in self.calls:
+                found = function(*args, **kwargs)
+                _finish(found)
+                for new, old in zip(tree_leaves(found), outputs, strict=True):
+                    if isinstance(new, Tensor) and _address(new) != _address(old):
+                        old.copy_(new)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, graph: CpuGraph, made: set[int]) -> None:
+        super().__init__()
+        self._graph, self._made = graph, made
+        self.outputs: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, kwargs = function._schema.name, kwargs or {}
+        if name in _FORBIDDEN or _has_mask_as_index(name, args):
+            raise RuntimeError(f"{name} cannot be captured: it needs a value on the host")
+        written = _written(function, args, kwargs)
+        if name.startswith("aten::") and any(_address(x) not in self._made for x in written):
+            found = written[0]  # recorded only: a capture executes nothing
+        else:
+            found = function(*args, **kwargs)
+            _finish(found)
+        # Aliases: autograd may change the shape that a tensor object has.
+        kept = tree_map(_alias, (args, kwargs))
+        outputs = [_alias(x) for x in tree_leaves(found)]
+        self._graph.calls.append((function, *kept, outputs))
+        given = {_address(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        new = [x for x in outputs if isinstance(x, Tensor) and _address(x) not in given]
+        self._made.update(map(_address, new))
+        self.outputs += new
+        return found
+
+
+def _written(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the arguments that an operator changes."""
+    found = []
+    for place, argument in enumerate(function._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append(args[place] if place < len(args) else kwargs[argument.name])
+    return found
+
+
+def _has_mask_as_index(name: str, args: tuple) -> bool:
+    """Return whether the size of the result, or of what is read, depends on values."""
+    indices = tree_leaves(args[1:2]) if name.startswith("aten::index") else []
+    return any(isinstance(x, Tensor) and x.dtype is torch.bool for x in indices)
+
+
+def _alias(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+def _address(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _finish(found: Any) -> None:
+    """Wait for a collective."""
+    for x in tree_leaves(found):
+        if isinstance(x, torch.ScriptObject):
+            dist.Work.unbox(x).wait()
+
+
+@contextlib.contextmanager
+def _capture(graph: CpuGraph, *, pool: Any, capture_error_mode: str = "global") -> Iterator[None]:
+    recorder = _Recorder(graph, _made.setdefault(pool, set()))
+    with recorder:
+        yield
+    with torch.no_grad():
+        for x in recorder.outputs:
+            if x.is_floating_point():
+                x.fill_(torch.nan)
+
+
+@contextlib.contextmanager
+def instead_of_cuda_graphs() -> Iterator[None]:
+    """Within it ``torch.cuda``'s graphs are these."""
+    wait = dist.Work.wait
+
+    def unrecorded_wait(work: Any, *args: Any) -> Any:
+        with _disable_current_modes():  # gloo runs operators of its own in it
+            return wait(work, *args)
+
+    stand_ins = (
+        (torch.cuda, "CUDAGraph", CpuGraph), (torch.cuda, "graph", _capture),
+        (torch.cuda, "graph_pool_handle", object), (dist.Work, "wait", unrecorded_wait),
+    )  # fmt: skip
+    before = [(where, name, getattr(where, name)) for where, name, _ in stand_ins]
+    for where, name, stand_in in stand_ins:
+        setattr(where, name, stand_in)
+    try:
+        yield
+    finally:
+        for where, name, value in before:
+            setattr(where, name, value)
+        _made.clear()

@@ -1,0 +1,113 @@
+"""What ranks do with the stand-in for CUDA graphs (tests/cpu_graphs.py); see rank_jobs.py."""
+
+import contextlib
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_eso.eval.evaluate import evaluate
+from megatron_eso.model import megatron_config
+from megatron_eso.parallel import optimizer as optimizer_module
+from megatron_eso.train import session as session_module
+from megatron_eso.train.session import Session
+from megatron_eso.train.step import train_step
+from tests import cpu_graphs, rank_jobs, te_jobs
+
+GRAPHS = "parallel.cuda_graphs=true"
+
+
+@contextlib.contextmanager
+def _as_on_a_gpu():
+    """Capture, and gather and reduce in buckets of about a layer, as a large model does."""
+
+    def in_small_buckets(*args: Any, **kwargs: Any) -> Any:
+        return replace(settings(*args, **kwargs), bucket_size=8000)
+
+    settings, optimizer_module.buffer_settings = optimizer_module.buffer_settings, in_small_buckets
+    before, session_module.can_capture = session_module.can_capture, lambda device: True
+    try:
+        with cpu_graphs.instead_of_cuda_graphs():
+            yield
+    finally:
+        session_module.can_capture = before
+        optimizer_module.buffer_settings = settings
+
+
+def train(overrides: list[str], *, te: bool = False) -> dict[str, Any]:
+    """Train three steps with an evaluation after the second.
+
+    Returns:
+        Losses, scores, final weights, the graphs replayed, and by model chunk the kinds of micro-batch
+        and places in flight that graphs were captured for.
+    """
+    with _as_on_a_gpu():
+        make = te_jobs.on_h100 if te else lambda job, *args: getattr(rank_jobs, job)(*args)
+        session: Session = make("make_session", overrides)
+        cpu_graphs.CpuGraph.num_replays = 0
+        losses, scores = [], []
+        for step in range(3):
+            losses.append(train_step(session, rank_jobs.read_rows).loss)
+            if step == 1:
+                found = evaluate(
+                    session.replica, lambda rows: rank_jobs.read_rows(7, rows), num_rows=4,
+                    bytes_per_token=4.0,
+                )  # fmt: skip
+                scores = [score.nats_per_token for score in found]
+        graphs: list[Any] = [chunk.module._graphs for chunk in session.chunks]
+        return {
+            "losses": losses,
+            "scores": scores,
+            "weights": rank_jobs._weights(session),
+            "replays": cpu_graphs.CpuGraph.num_replays,
+            "sets": [
+                sorted((found.kind[1], found.place) for found in chunk._sets) if chunk else []
+                for chunk in graphs
+            ],
+            "layers": len(session.chunks[0].module.decoder.layers),
+        }
+
+
+def gradients_with_megatrons_graphs(is_graphed: bool) -> dict[str, np.ndarray]:
+    """Return the gradients of the second step, with Megatron's own graphs or without any."""
+    from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer import cuda_graphs
+
+    def settings(*args: Any, **kwargs: Any) -> Any:
+        if is_graphed:
+            tracker: Any = megatron_random._CUDA_RNG_STATE_TRACKER
+            tracker.use_cudagraphable_rng = True  # Megatron asks for it; nothing is drawn here
+            kwargs["cuda_graph_impl"] = "local"
+        return plain(*args, **kwargs)
+
+    plain, megatron_config.TransformerConfig = megatron_config.TransformerConfig, settings
+    stand_ins: tuple[tuple[Any, str, Any], ...] = (
+        (cuda_graphs, "get_all_rng_states", dict),
+        (cuda_graphs, "_check_supported_type", lambda meta: None),  # our rows hold an enumeration
+        (torch.cuda, "set_stream", lambda stream: None),
+        (torch.cuda, "get_device_capability", lambda: (9, 0)),
+        (torch.cuda, "memory_stats", lambda: defaultdict(int)),
+    )
+    before = [(where, name, getattr(where, name)) for where, name, _ in stand_ins]
+    try:
+        for where, name, stand_in in stand_ins:
+            setattr(where, name, stand_in)
+        with cpu_graphs.instead_of_cuda_graphs():
+            session = rank_jobs.make_session(["parallel.overlap=false"])
+            for _ in range(2):
+                rank_jobs.passes_of_step(session, 0)
+            return {
+                name: parameter.main_grad.numpy().copy()  # type: ignore[union-attr]
+                for name, parameter in session.chunks[0].named_parameters()
+            }
+    finally:
+        megatron_config.TransformerConfig = plain
+        for where, name, value in before:
+            setattr(where, name, value)
+
+
+def train_te(overrides: list[str]) -> dict[str, Any]:
+    """:func:`train` over the stand-in for Transformer Engine."""
+    return train(overrides, te=True)

@@ -1,0 +1,149 @@
+"""Layers run from CUDA graphs give the numbers of layers that run by themselves, bit by bit.
+
+Shown over a stand-in for CUDA graphs that runs on a CPU (tests/cpu_graphs.py). Not shown: that a GPU
+captures these kernels, and what is gained.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_eso.config import load_config
+from megatron_eso.config.check import check
+from megatron_eso.errors import ConfigError
+from tests import cpu_graphs
+from tests.graph_jobs import GRAPHS
+from tests.rank_jobs import SMALL
+from tests.rank_pool import RankPool
+from tests.test_layouts import TWO
+
+STAND_IN = str(Path(__file__).parent / "stand_in")
+BF16 = ["precision.dtype=bf16"]
+
+
+def assert_bitwise(graphed, plain):
+    for mine, theirs in zip(graphed, plain, strict=True):
+        assert mine["losses"] == theirs["losses"]
+        assert mine["scores"] == theirs["scores"]
+        assert len(mine["weights"]) == len(theirs["weights"]) > 0
+        for one, other in zip(mine["weights"], theirs["weights"], strict=True):
+            assert one[:3] == other[:3]
+            np.testing.assert_array_equal(one[3], other[3], err_msg=one[0])
+        assert theirs["replays"] == 0
+        assert theirs["sets"] == [[] for _ in mine["sets"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "kinds", "micro_batches"),
+    [
+        # Copies of sequential rows in a micro-batch: the deal gives it one pair or two.
+        pytest.param(["objective.alpha_0=0.5"], [1, 2], 6, id="hybrid"),
+        pytest.param(["objective.alpha_0=0.5", *BF16], [1, 2], 6, id="hybrid-bf16"),
+        pytest.param(["objective.alpha_0=1"], [0], 4, id="diffusion"),
+        pytest.param(["objective.name=ar", "model.norm=layernorm"], [0], 4, id="ar"),
+        pytest.param(["objective.name=bd3lm", "objective.block_size=4"], [2], 8, id="bd3lm"),
+    ],
+)
+def test_one_rank_trains_the_same_weights(one_rank, settings, kinds, micro_batches):
+    plain = one_rank.run("graph_jobs.train", settings)
+    graphed = one_rank.run("graph_jobs.train", [*settings, GRAPHS])
+    assert_bitwise(graphed, plain)
+    assert graphed[0]["sets"] == [[(kind, 0) for kind in kinds]]
+    # Two graphs of each layer, in each micro-batch of three steps; none in the evaluation.
+    assert graphed[0]["replays"] == 2 * 4 * micro_batches * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", TWO)
+def test_two_ranks_train_the_same_weights(two_ranks, layout):
+    """With what overlaps: weights are gathered while layers run, gradients summed while others run."""
+    settings = [*TWO[layout], "parallel.overlap=true", "objective.alpha_0=0.5"]
+    plain = two_ranks.run("graph_jobs.train", settings)
+    graphed = two_ranks.run("graph_jobs.train", [*settings, GRAPHS])
+    assert_bitwise(graphed, plain)
+    assert all(reply["replays"] > 0 for reply in graphed)
+    in_flight = [{place for _, place in chunk} for reply in graphed for chunk in reply["sets"]]
+    if layout == "pipeline":  # the first stage runs one pass ahead of its gradients
+        assert in_flight == [{0, 1}, {0}]
+    elif layout != "interleaved":
+        assert in_flight == [{0}, {0}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [[], ["parallel.tensor=2"]], ids=["data", "tensor"])
+def test_layers_of_transformer_engine_train_the_same_weights(layout):
+    pool = RankPool(2, STAND_IN)
+    settings = [*layout, *BF16, "precision.backend=te", "precision.attention=te"]
+    try:
+        plain = pool.run("graph_jobs.train_te", settings)
+        graphed = pool.run("graph_jobs.train_te", [*settings, GRAPHS])
+    finally:
+        pool.close()
+    assert_bitwise(graphed, plain)
+    assert all(reply["replays"] > 0 for reply in graphed)
+
+
+@pytest.mark.slow
+def test_megatrons_own_graphs_give_wrong_gradients(one_rank):
+    """Why there are graphs of our own. If this fails, Megatron's may do: see model/layer_graphs.py."""
+    plain = one_rank.run("graph_jobs.gradients_with_megatrons_graphs", False)[0]
+    graphed = one_rank.run("graph_jobs.gradients_with_megatrons_graphs", True)[0]
+    assert graphed.keys() == plain.keys()
+    wrong = {
+        name.removeprefix("module.")
+        for name, gradient in plain.items()
+        if not np.allclose(graphed[name], gradient, rtol=1e-5, atol=1e-6 * np.abs(gradient).max())
+    }
+    assert wrong == {
+        "embedding.word_embeddings.weight", "decoder.layers.0.input_layernorm.weight",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["model.dropout=0.1"], r"model\.dropout=0\.1 draws new numbers"),
+        (["parallel.recompute=full"], r"parallel\.recompute=full runs passes again"),
+        (["parallel.recompute=attention"], r"parallel\.recompute=attention runs passes again"),
+        (
+            ["precision.fp8=tensorwise", "precision.dtype=bf16"],
+            r"precision\.fp8=tensorwise keeps its scales",
+        ),
+        (["objective.name=mdlm"], r"objective\.name=mdlm has another mask"),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_refused(settings, says):
+    with pytest.raises(ConfigError, match=rf"parallel\.cuda_graphs=true: {says}"):
+        check(load_config(None, [*SMALL, *settings, GRAPHS]))
+
+
+def test_the_stand_in_replays_on_the_same_memory():
+    x, total = torch.ones(3), torch.zeros(3)
+    graph = cpu_graphs.CpuGraph()
+    with cpu_graphs.instead_of_cuda_graphs(), torch.cuda.graph(graph, pool=1):  # type: ignore[arg-type]
+        y = x * 2
+        total.add_(y)
+    assert torch.isnan(y).all() and not total.any()  # nothing has run
+    for value in (1.0, 5.0):
+        x.fill_(value)
+        graph.replay()
+        assert y.tolist() == [2 * value] * 3
+    assert total.tolist() == [12.0] * 3
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x + torch.tensor([1.0, 2.0, 3.0])],
+    ids=["item", "mask", "host-constant"],
+)
+def test_the_stand_in_refuses_what_needs_the_host(operation):
+    x = torch.ones(3)
+    with (
+        cpu_graphs.instead_of_cuda_graphs(),
+        pytest.raises(RuntimeError, match="cannot be captured"),
+        torch.cuda.graph(cpu_graphs.CpuGraph(), pool=1),  # type: ignore[arg-type]
+    ):
+        operation(x)
