@@ -4,6 +4,7 @@ Shown over a stand-in for CUDA graphs that runs on a CPU (tests/cpu_graphs.py). 
 captures these kernels, and what is gained.
 """
 
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,10 @@ def test_layers_of_transformer_engine_train_the_same_weights(layout):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    version("megatron-core") >= "0.17",
+    reason="NOT TESTED: other code, which the stand-in does not fit",
+)
 def test_megatrons_own_graphs_give_wrong_gradients(one_rank):
     """Why there are graphs of our own. If this fails, Megatron's may do: see model/layer_graphs.py."""
     plain = one_rank.run("graph_jobs.gradients_with_megatrons_graphs", False)[0]
