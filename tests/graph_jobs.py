@@ -40,8 +40,8 @@ def train(overrides: list[str], *, te: bool = False) -> dict[str, Any]:
     """Train three steps with an evaluation after the second.
 
     Returns:
-        Losses, scores, final weights, the graphs replayed, and by model chunk the kinds of micro-batch
-        and places in flight that graphs were captured for.
+        Losses, scores, final weights, the graphs replayed; by model chunk the kinds of micro-batch and
+        places in flight that graphs were captured for; and how many of Megatron's buffers each set keeps.
     """
     with _as_on_a_gpu():
         make = te_jobs.on_h100 if te else lambda job, *args: getattr(rank_jobs, job)(*args)
@@ -66,7 +66,9 @@ def train(overrides: list[str], *, te: bool = False) -> dict[str, Any]:
                 sorted((found.kind[1], found.place) for found in chunk._sets) if chunk else []
                 for chunk in graphs
             ],
-            "layers": len(session.chunks[0].module.decoder.layers),
+            "kept_buffers": [
+                len(found.keeps) for chunk in graphs if chunk for found in chunk._sets
+            ],
         }
 
 

@@ -14,6 +14,7 @@ import torch
 from megatron_eso.config import load_config
 from megatron_eso.config.check import check
 from megatron_eso.errors import ConfigError
+from megatron_eso.parallel.device import prepare_for_graphs
 from tests import cpu_graphs
 from tests.graph_jobs import GRAPHS
 from tests.rank_jobs import SMALL
@@ -67,6 +68,8 @@ def test_two_ranks_train_the_same_weights(two_ranks, layout):
     assert_bitwise(graphed, plain)
     assert all(reply["replays"] > 0 for reply in graphed)
     in_flight = [{place for _, place in chunk} for reply in graphed for chunk in reply["sets"]]
+    if layout == "tensor":  # whole rows are gathered into a buffer that evaluations may replace
+        assert all(set(reply["kept_buffers"]) == {1} for reply in graphed)
     if layout == "pipeline":  # the first stage runs one pass ahead of its gradients
         assert in_flight == [{0, 1}, {0}]
     elif layout != "interleaved":
@@ -123,6 +126,22 @@ def test_megatrons_own_graphs_give_wrong_gradients(one_rank):
 def test_what_a_graph_cannot_hold_is_refused(settings, says):
     with pytest.raises(ConfigError, match=rf"parallel\.cuda_graphs=true: {says}"):
         check(load_config(None, [*SMALL, *settings, GRAPHS]))
+
+
+@pytest.mark.parametrize(
+    ("environment", "registers"),
+    [
+        ({}, None),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, "0"),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "NCCL_GRAPH_REGISTER": "1"},
+            "1",
+        ),
+    ],
+)
+def test_nccl_registers_no_buffers_in_expandable_segments(environment, registers):
+    prepare_for_graphs(environment)
+    assert environment.get("NCCL_GRAPH_REGISTER") == registers
 
 
 def test_the_stand_in_replays_on_the_same_memory():

@@ -28,6 +28,7 @@ from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 from megatron_eso.parallel.parameters import await_gathered
 
 with quiet_megatron_import():
+    from megatron.core import parallel_state
     from megatron.core.transformer import cuda_graphs as megatron_graphs
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -98,6 +99,7 @@ class _GraphSet:
         self.kind, self.place, self.rows = kind, place, rows
         self.layers: list[_GraphOfLayer] = []
         self.is_in_flight = False
+        self.keeps: tuple[Tensor, ...] = ()
 
     def begin(self, rows: AttentionRows) -> None:
         """Take in what the layers must know of a micro-batch."""
@@ -191,6 +193,9 @@ def _capture(
             graph.out = graph.out.detach()  # lets go of what the backward pass needed
             del d_hidden, d_parameters
     graphs[0].ends = graph_set
+    # Megatron's buffer for gathered activations is another one after a larger evaluation; a graph goes on
+    # using the one that it was captured with.
+    graph_set.keeps = tuple(parallel_state.get_global_memory_buffer().buffer.values())
     return graphs
 
 

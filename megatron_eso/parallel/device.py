@@ -95,6 +95,16 @@ def be_deterministic(environ: MutableMapping[str, str]) -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def prepare_for_graphs(environ: MutableMapping[str, str]) -> None:
+    """Set what CUDA graphs with collectives in them need; before the process group starts.
+
+    NCCL registers the buffers of captured collectives; with expandable segments that ends in illegal memory
+    accesses before Blackwell (Megatron-Core's transformer/cuda_graphs.py refuses it).
+    """
+    if "expandable_segments:True" in environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
+        environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+
+
 def start_process_group(ranks: Ranks, device: Device, *, timeout_seconds: float = 600.0) -> None:
     """Join the process group, also for a single rank (Megatron wants one)."""
     # Megatron asks for this so that communication is issued in program order; see its layers.py.

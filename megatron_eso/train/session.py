@@ -29,6 +29,7 @@ from megatron_eso.parallel.device import (
     Ranks,
     be_deterministic,
     choose_device,
+    prepare_for_graphs,
     start_process_group,
 )
 from megatron_eso.parallel.exchange import any_rank
@@ -104,6 +105,8 @@ def start_ranks(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, Device, Lay
     device = choose_device(ranks.local_rank)
     if config.precision.deterministic and device.is_cuda:
         be_deterministic(os.environ)
+    if config.parallel.cuda_graphs and can_capture(device.torch_device):
+        prepare_for_graphs(os.environ)
     machine = describe_machine()
     require_machine(config, machine)
     choice = require_fused_attention(config)
@@ -144,9 +147,8 @@ def build_session(
     clock = PassClock()
     if for_training:
         chunks = wrap_for_training(chunks, settings, config.parallel, clock, on_gpu=device.is_cuda)
-        if config.parallel.cuda_graphs and can_capture(device.torch_device):
-            for chunk in chunks:
-                chunk.module.use_cuda_graphs()
+        if config.parallel.cuda_graphs:
+            _use_cuda_graphs(chunks, device, ranks)
         optimizer = build_optimizer(chunks, config.optimizer, settings)
         if config.optimizer.ema_decay > 0:
             average = MovingAverage(optimizer, config.optimizer.ema_decay, layout.weights_group)
@@ -166,6 +168,14 @@ def build_session(
     if draw_weights:
         session.draw_weights()
     return session
+
+
+def _use_cuda_graphs(chunks: list[Any], device: Device, ranks: Ranks) -> None:
+    if can_capture(device.torch_device):
+        for chunk in chunks:
+            chunk.module.use_cuda_graphs()
+    elif ranks.rank == 0:
+        log.info("parallel.cuda_graphs=true has no effect: there is no GPU")
 
 
 def attention_kernel(config: RunConfig, device: Device) -> str:
