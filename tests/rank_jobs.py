@@ -20,11 +20,13 @@ from megatron_eso.checkpoint.load import (
 )
 from megatron_eso.checkpoint.save import Saver
 from megatron_eso.checkpoint.state import collect
-from megatron_eso.config import load_config
+from megatron_eso.config import derive, load_config
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import CheckpointError
+from megatron_eso.eval import evaluate as evaluate_module
 from megatron_eso.eval.evaluate import evaluate
 from megatron_eso.objective.losses import TokenCounts
+from megatron_eso.objective.rows import StackRows
 from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.exchange import Rows, read_together
 from megatron_eso.parallel.optimizer import whole_weights
@@ -280,6 +282,27 @@ def scores(overrides: list[str], num_rows: int) -> list[tuple[str, float, float]
         session.replica, lambda rows: read_rows(99, rows), num_rows=num_rows, bytes_per_token=2.0
     )
     return [(s.metric, s.nats_per_token, s.num_tokens) for s in found]
+
+
+def scores_in_full_micro_batches(
+    overrides: list[str], num_rows: int, stack_rows: int
+) -> list[tuple[str, float, float]]:
+    """Return :func:`scores` from micro-batches that are all filled up to ``stack_rows``."""
+    seen = set()
+
+    def filled_up(rows: StackRows, to: int) -> StackRows:
+        filled = before[1](rows, to)
+        seen.add(len(filled.tokens))
+        return filled
+
+    before = derive.fixed_stack_rows, evaluate_module.filled_up
+    derive.fixed_stack_rows, evaluate_module.filled_up = lambda config: stack_rows, filled_up
+    try:
+        found = scores(overrides, num_rows)
+    finally:
+        derive.fixed_stack_rows, evaluate_module.filled_up = before
+    assert seen == {stack_rows}
+    return found
 
 
 def read_with_failure(failing_rank: int) -> str:

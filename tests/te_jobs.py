@@ -14,8 +14,10 @@ import torch
 from megatron_eso.checkpoint.folder import CheckpointFolder
 from megatron_eso.config.precision_rules import Machine, process_environment
 from megatron_eso.errors import ConfigError
+from megatron_eso.eval.evaluate import evaluate
 from megatron_eso.parallel.te_adapter import require_fused_attention
 from megatron_eso.train import session as session_module
+from megatron_eso.train.step import train_step
 from tests import rank_jobs
 
 H100 = Machine(
@@ -50,6 +52,44 @@ def layers(overrides: list[str]) -> dict[str, str]:
         if classes:
             found[name] = classes[0].__name__
     return found
+
+
+def with_buffers(overrides: list[str]) -> dict[str, Any]:
+    """Train a step and evaluate; return the losses, the scores and what became of the user buffers."""
+    from transformer_engine.pytorch.module import base  # type: ignore[import-not-found]
+
+    base.destroy_ub()
+    session = on_h100("make_session", overrides)
+    losses = [train_step(session, rank_jobs.read_rows).loss]
+    used_by_step = dict((base.buffers or {}).get("uses", {}))
+    scores = evaluate(
+        session.replica, lambda rows: rank_jobs.read_rows(7, rows), num_rows=6, bytes_per_token=4.0
+    )
+    found = base.buffers
+    base.destroy_ub()
+    return {
+        "losses": losses,
+        "scores": [score.nats_per_token for score in scores],
+        "buffers": found,
+        "used_by_step": used_by_step,
+    }
+
+
+def refused_buffers(overrides: list[str]) -> str:
+    """Return what is said where Transformer Engine cannot have the buffers."""
+    from transformer_engine.pytorch.module import base  # type: ignore[import-not-found]
+
+    def fail(**settings: Any) -> None:
+        raise AssertionError("no CUDA Multicast")
+
+    before, base.initialize_ub = base.initialize_ub, fail
+    try:
+        on_h100("make_session", overrides)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        base.initialize_ub = before
+    return ""
 
 
 def passes_in_fp64(overrides: list[str]) -> dict[str, Any]:

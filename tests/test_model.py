@@ -100,6 +100,28 @@ def test_at_alpha_zero_the_nelbo_is_the_exact_likelihood(one_rank):
     np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ["objective.alpha_0=0.5"],
+        ["objective.alpha_0=1"],
+        ["objective.alpha_0=0"],
+        ["objective.name=ar"],
+        ["objective.name=mdlm"],
+        ["objective.name=bd3lm", "objective.block_size=4"],
+    ],
+    ids=" ".join,
+)
+def test_rows_that_fill_a_micro_batch_change_no_score(one_rank, objective):
+    """Five stack rows hold one row of three, or two of two and an empty one."""
+    plain = one_rank.run("scores", objective, 7)[0]
+    filled = one_rank.run("scores_in_full_micro_batches", objective, 7, 5)[0]
+    assert [name for name, _, _ in filled] == [name for name, _, _ in plain]
+    np.testing.assert_allclose(
+        [value for _, value, _ in filled], [value for _, value, _ in plain], rtol=1e-6
+    )
+
+
 def test_flex_attention_is_refused_on_a_cpu_where_it_cannot_train(one_rank):
     with pytest.raises(AssertionError, match=r"attention=flex: .* no backward pass on a CPU"):
         one_rank.run("weights", ["precision.attention=flex"])

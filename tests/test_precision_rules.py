@@ -18,6 +18,7 @@ BASE = [
 H100 = Machine("NVIDIA H100", (9, 0), (2, 11, 0), "", (9, 14, 0), "")
 PRIMED = replace(H100, dpa_recipe="DelayedScaling")
 TENSORWISE = ["precision.fp8=tensorwise"]
+BUFFERS = ["parallel.tensor_overlap=true", "parallel.tensor=2", "train.micro_batch_rows=4"]
 ATTENTION = [*TENSORWISE, "precision.fp8_attention=true"]
 
 LEGAL = {
@@ -34,9 +35,24 @@ LEGAL = {
     "deterministic": ([*ATTENTION, "precision.deterministic=true"], replace(PRIMED, cudnn=(9, 19, 0))),
     "Blackwell": (ATTENTION, replace(PRIMED, gpu="B200", capability=(10, 0))),
     "no te asked for": ([], Machine()),
+    "user buffers": (BUFFERS, H100),
 }  # fmt: skip
 
 SETTINGS_BREACHES = [
+    ("user buffers: layers", [*BUFFERS, "precision.backend=torch"], "precision.backend=te"),
+    ("user buffers: ranks", [*BUFFERS, "parallel.tensor=1"], "parallel.tensor > 1"),
+    ("user buffers: ranks", [*BUFFERS, "parallel.sequence=false"], "parallel.sequence=true"),
+    ("user buffers: bf16", [*BUFFERS, "precision.dtype=fp32"], "bf16"),
+    (
+        "user buffers: evaluation",
+        [*BUFFERS, "train.micro_batch_rows=2", "objective.alpha_0=0.5"],
+        "takes 3 stack rows",
+    ),
+    (
+        "user buffers: evaluation",
+        [*BUFFERS, "train.micro_batch_rows=1", "objective.alpha_0=1"],
+        "takes 2 stack rows",
+    ),
     ("torch layers", ["precision.backend=torch", *TENSORWISE], "precision.backend=te"),
     ("torch layers", ["precision.backend=torch", "precision.attention=te"], "attention=te"),
     ("FP8 over bf16", [*TENSORWISE, "precision.dtype=fp32"], "bf16"),

@@ -133,3 +133,33 @@ def test_the_adapter_reports_the_choice_and_refuses_the_unfused_backend(ranks):
     assert "UnfusedDotProductAttention" in refusal
     assert "Disabling FusedAttention as no backend supports" in refusal
     assert "precision.attention=split" in refusal
+
+
+BUFFERS = [
+    "parallel.tensor=2", "precision.dtype=bf16", *TE, "parallel.tensor_overlap=true",
+    "objective.alpha_0=0.5", "train.micro_batch_rows=4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", [[], FP8, FP8_ATTENTION], ids=["bf16", "fp8", "bf16-ends"])
+def test_user_buffers_have_the_shape_of_every_micro_batch(ranks, precision):
+    """The stand-in fails on any other shape; evaluations take 3 stack rows a row, or 2, of its 4."""
+    settings = [*BUFFERS, *precision]
+    plain = ranks("with_buffers", [*settings, "parallel.tensor_overlap=false"])[0]
+    found = ranks("with_buffers", settings)[0]
+    assert plain["buffers"] is None
+    buffers = found["buffers"]
+    modes = {0: ["none"], len(FP8): ["fp8"], len(FP8_ATTENTION): ["fp8", "none"]}[len(precision)]
+    assert (buffers["shape"], buffers["tp_size"]) == ([4 * 16, 32], 2)
+    assert (buffers["modes"], buffers["backend"]) == (modes, "nccl")
+    assert set(found["used_by_step"]) == {"qkv_fprop", "proj_fprop", "fc1_fprop", "fc2_fprop"}
+    assert buffers["uses"]["proj_fprop"] > found["used_by_step"]["proj_fprop"]  # the evaluation
+    assert found["losses"] == plain["losses"]
+    np.testing.assert_allclose(found["scores"], plain["scores"], rtol=1e-3 if precision else 1e-6)
+
+
+def test_buffers_that_the_machine_cannot_have_say_so(ranks):
+    assert ranks("refused_buffers", BUFFERS)[0] == (
+        "parallel.tensor_overlap=true: Transformer Engine has no user buffers of 64 tokens x 32 for 2 "
+        "tensor ranks here (no CUDA Multicast); set it to false"
+    )

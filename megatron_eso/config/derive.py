@@ -116,6 +116,20 @@ def diffusion_fraction(objective: ObjectiveConfig) -> float:
     return {0.0: 0.0, 1.0: 1.0}.get(objective.alpha_0, 0.5)
 
 
+def nelbo_stack_rows(objective: ObjectiveConfig) -> int:
+    """Return the stack rows of one row in the NELBO: it takes every pass that it may take in training."""
+    if objective.name == "bd3lm":
+        return 2
+    alpha_0 = objective.alpha_0 if objective.name == "eso" else 1.0
+    return (1 if alpha_0 > 0 else 0) + (2 if alpha_0 < 1 else 0)
+
+
+def fixed_stack_rows(config: RunConfig) -> int | None:
+    """Return the stack rows that every micro-batch must have, an evaluation's too; None: any number."""
+    has_buffers = config.parallel.tensor_overlap and config.precision.backend == "te"
+    return config.train.micro_batch_rows if has_buffers else None
+
+
 def num_diffusion_rows(config: RunConfig) -> int:
     """Return how many rows of the global batch run through the stack once."""
     return round(diffusion_fraction(config.objective) * config.train.global_batch_rows)

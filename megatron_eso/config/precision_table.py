@@ -6,6 +6,8 @@ alone are part of ``check``; rules of the machine run on every rank before anyth
 and cuDNN's; docs/gpu.md says where each comes from.
 """
 
+from dataclasses import replace
+
 from megatron_eso.config import derive
 from megatron_eso.config.precision_rules import (
     DPA_RECIPE,
@@ -68,7 +70,58 @@ def _cudnn_runs_fp8(config: RunConfig, machine: Machine) -> bool:
     return machine.cudnn >= ((9, 2, 1) if whole_tiles else (9, 7, 0))
 
 
+def _evaluated_stack_rows(config: RunConfig) -> int:
+    """Return the stack rows that one row takes at once in an evaluation."""
+    objective, settings = config.objective, config.eval
+    if settings.alpha_0 is not None:
+        objective = replace(objective, alpha_0=settings.alpha_0)
+    has_bound = objective.name == "eso" and settings.likelihood_orders > 0
+    return max(derive.nelbo_stack_rows(objective), 2 if has_bound else 1)
+
+
+def _wants_buffers(config: RunConfig) -> bool:
+    return config.parallel.tensor_overlap
+
+
 SETTINGS_RULES = (
+    Rule(
+        "user buffers: layers",
+        _wants_buffers,
+        lambda c, m: c.precision.backend != "torch",
+        lambda c, m: (
+            "parallel.tensor_overlap=true with precision.backend=torch: the buffers are Transformer "
+            "Engine's; set precision.backend=te (or auto), or parallel.tensor_overlap=false"
+        ),
+    ),
+    Rule(
+        "user buffers: ranks",
+        _wants_buffers,
+        lambda c, m: c.parallel.tensor > 1 and c.parallel.sequence,
+        lambda c, m: (
+            f"parallel.tensor_overlap=true with parallel.tensor={c.parallel.tensor}, sequence="
+            f"{str(c.parallel.sequence).lower()}: what it overlaps is the exchange of sequence parallelism "
+            "between tensor ranks; set parallel.tensor > 1 and parallel.sequence=true"
+        ),
+    ),
+    Rule(
+        "user buffers: bf16",
+        _wants_buffers,
+        lambda c, m: c.precision.dtype != "fp32",
+        lambda c, m: (
+            "parallel.tensor_overlap=true with precision.dtype=fp32: the buffers hold bf16; set "
+            "precision.dtype=bf16 (or auto)"
+        ),
+    ),
+    Rule(
+        "user buffers: evaluation",
+        _wants_buffers,
+        lambda c, m: _evaluated_stack_rows(c) <= c.train.micro_batch_rows,
+        lambda c, m: (
+            f"parallel.tensor_overlap=true with train.micro_batch_rows={c.train.micro_batch_rows}: the "
+            f"buffers have the shape of a step's micro-batch, and one evaluated row takes "
+            f"{_evaluated_stack_rows(c)} stack rows; raise train.micro_batch_rows"
+        ),
+    ),
     Rule(
         "torch layers",
         lambda c: c.precision.backend == "torch",

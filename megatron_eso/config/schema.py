@@ -209,6 +209,10 @@ class ParallelConfig:
     overlap: bool | None = None
     """Overlap gradient reduction, parameter gathering and, in the interleaved schedule, the exchange
     between pipeline stages with computation; null: on GPUs. On CPUs there is nothing to hide it behind."""
+    tensor_overlap: bool = False
+    """Overlap what tensor ranks exchange with the matrix products beside it, through Transformer Engine's
+    user buffers: with its layers, tensor > 1, sequence parallelism, and NVLink between the tensor ranks.
+    Without effect where precision.backend=auto takes plain layers."""
     cuda_graphs: bool = False
     """Launch each layer's forward and backward pass as one CUDA graph: for small layers, which wait for
     their kernels to be launched. Without effect on a CPU. Costs memory: docs/gpu.md."""

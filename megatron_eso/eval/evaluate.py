@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_eso.config import derive
 from megatron_eso.config.schema import EvalConfig, ObjectiveConfig
 from megatron_eso.errors import ConfigError
 from megatron_eso.eval.scores import LogMeanExp, Score, is_power_of_ten, score
@@ -20,7 +21,7 @@ from megatron_eso.objective.build import Draw, build_rows
 from megatron_eso.objective.deal import MicroBatch
 from megatron_eso.objective.order import likelihood_order
 from megatron_eso.objective.randomness import Stream, uniform_rows
-from megatron_eso.objective.rows import StackRows, sequential_rows
+from megatron_eso.objective.rows import StackRows, filled_up, sequential_rows
 from megatron_eso.parallel.exchange import Rows, read_together, rows_of_rank
 from megatron_eso.parallel.schedule import run_micro_batches
 
@@ -118,10 +119,8 @@ def nelbo(
                 mask_id=replica.config.model.vocab_size - 1,
             )
 
-        stack_rows_per_row = (1 if alpha_0 > 0 else 0) + (2 if alpha_0 < 1 else 0)
-        if objective.name == "bd3lm":
-            stack_rows_per_row = 2
-        nats, tokens = row_nats(replica, read, build, num_rows, stack_rows_per_row, between)
+        per_row = derive.nelbo_stack_rows(objective)
+        nats, tokens = row_nats(replica, read, build, num_rows, per_row, between)
         total = total + nats / repeats
     name = "likelihood" if objective.name == "ar" or alpha_0 == 0 else "nelbo"
     return score(name, total, tokens, bytes_per_token)
@@ -176,7 +175,8 @@ def row_nats(
 ) -> tuple[Tensor, Tensor]:
     """Return [B] weighted nats and [B] valid tokens of all rows, float64, the same on every rank."""
     train = replica.config.train
-    limit = replica.config.eval.micro_batch_rows or train.micro_batch_rows
+    fixed = derive.fixed_stack_rows(replica.config)
+    limit = fixed or replica.config.eval.micro_batch_rows or train.micro_batch_rows
     per_batch = max(limit // stack_rows_per_row, 1)
     layout = replica.layout
     # A pipeline is filled with as many micro-batches as it has stages; interleaving needs that.
@@ -193,6 +193,7 @@ def row_nats(
         for begin in range(0, per_round, per_batch):
             part = slice(begin, begin + per_batch)
             built = build(Rows(rows.tokens[part], rows.is_valid[part]), numbers[part])
+            built = filled_up(built, fixed or 0)
             stack.append(rows_of_rank(built, layout, replica.device))
         nats = _forward(replica, stack, per_batch)
         here = max(min(num_rows - first, per_round), 0)

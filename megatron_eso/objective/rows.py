@@ -194,6 +194,24 @@ def join(first: StackRows, second: StackRows) -> StackRows:
     )
 
 
+def filled_up(rows: StackRows, num_rows: int) -> StackRows:
+    """Return the rows with empty D rows before them, ``num_rows`` stack rows in all; same losses."""
+    missing = num_rows - rows.tokens.shape[0]
+    if missing <= 0:
+        return rows
+    length = rows.tokens.shape[1]
+    empty = torch.zeros_like(rows.tokens[:1]).expand(missing, length)
+    places = torch.arange(length, device=rows.positions.device).expand(missing, length)
+    assert rows.is_valid is None  # single rows fill any micro-batch by themselves
+    return replace(
+        rows,
+        tokens=torch.cat([empty, rows.tokens]),
+        positions=torch.cat([places, rows.positions]),
+        num_diffusion=rows.num_diffusion + missing,
+        loss_entries=rows.loss_entries + missing * length,
+    )
+
+
 def part_of_rows(rows: StackRows, part: int, num_parts: int) -> StackRows:
     """Return every ``num_parts``-th entry of each row, from entry ``part`` on, with its losses.
 

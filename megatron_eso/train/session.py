@@ -38,6 +38,7 @@ from megatron_eso.parallel.matmul_speed import faster_cpu_dtype
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.optimizer import PassClock, build_optimizer, wrap_for_training
 from megatron_eso.parallel.te_adapter import describe_machine, require_fused_attention
+from megatron_eso.parallel.user_buffers import start_user_buffers
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +143,7 @@ def build_session(
     any_rank([False], device.torch_device)
     joined = time.time()
     chunks: list[Any]
+    start_user_buffers(config)
     chunks, settings = build_chunks(config, layout, device.torch_device)
     optimizer = average = None
     clock = PassClock()

@@ -6,6 +6,7 @@ from torch.nn.functional import linear
 from transformer_engine.common.recipe import DelayedScaling
 from transformer_engine.pytorch.distributed import EnterColumn, LeaveRow
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, Stateful
+from transformer_engine.pytorch.module.base import use_buffer
 from transformer_engine.pytorch.norms import normalise
 
 
@@ -14,8 +15,9 @@ class Linear(Stateful):
                  fuse_wgrad_accumulation=False, tp_group=None, tp_size=1, get_rng_state_tracker=None,
                  init_method=None, bias=True, return_bias=False, params_dtype=None,
                  parallel_mode=None, parameters_split=None, device="cuda", rng_tracker_name=None,
-                 **_):  # fmt: skip
+                 ub_overlap_ag=False, ub_overlap_rs=False, ub_name=None, **_):  # fmt: skip
         super().__init__()
+        self.ub_overlap_ag, self.ub_overlap_rs, self.ub_name = ub_overlap_ag, ub_overlap_rs, ub_name
         assert tp_group is None or tp_group.size() == tp_size
         self.tp_group, self.tp_size, self.parallel_mode = tp_group, tp_size, parallel_mode
         self.sequence_parallel = sequence_parallel and tp_size > 1
@@ -36,6 +38,14 @@ class Linear(Stateful):
         if init_method is not None:
             init_method(self.weight)
 
+    def _use_buffers(self, x):
+        """As the real layers do: gathering without gradients takes none, scattering always does."""
+        tokens = x.numel() // x.shape[-1]
+        if self.parallel_mode == "column" and self.ub_overlap_ag and torch.is_grad_enabled():
+            use_buffer(f"{self.ub_name}_fprop", tokens * self.tp_size)
+        if self.parallel_mode == "row" and self.ub_overlap_rs:
+            use_buffer(f"{self.ub_name}_fprop", tokens)
+
     @staticmethod
     def _mark(parameter, dim):
         parameter.tensor_model_parallel, parameter.partition_dim = True, dim
@@ -43,6 +53,7 @@ class Linear(Stateful):
 
     def forward(self, x, is_first_microbatch=None):
         is_parallel = self.tp_size > 1
+        self._use_buffers(x)
         if is_parallel and self.parallel_mode == "column":
             x = EnterColumn.apply(x, self.tp_group, self.sequence_parallel)
         recipe = FP8GlobalStateManager.recipe

@@ -1,0 +1,51 @@
+"""Transformer Engine's user buffers: tensor ranks exchange pieces while products of others are computed.
+
+The buffers have one shape, [L R / C, H], from the start of a process on: every micro-batch of a step has
+it, and an evaluation fills its micro-batches up to it (eval/evaluate.py). Letters: L = tokens in a row, R =
+stack rows of a micro-batch, C = context ranks, H = hidden size.
+"""
+
+import importlib
+from typing import Any
+
+from megatron_eso.config.schema import RunConfig
+from megatron_eso.errors import ConfigError
+
+BOOTSTRAP = "nccl"
+"""How the ranks find each other's memory: the backend that is there anyway, not MPI."""
+
+_in_use: list[RunConfig] = []
+
+
+def start_user_buffers(config: RunConfig) -> None:
+    """Allocate the buffers of a run with ``parallel.tensor_overlap``; before its layers are built.
+
+    Raises:
+        ConfigError: with what Transformer Engine says, if this machine cannot have them.
+    """
+    parallel, precision = config.parallel, config.precision
+    if not parallel.tensor_overlap or precision.backend != "te":
+        return
+    base: Any = importlib.import_module("transformer_engine.pytorch.module.base")
+    tokens = config.train.sequence_length * config.train.micro_batch_rows // parallel.context
+    shape = [tokens, config.model.hidden_size]
+    if _in_use:
+        base.destroy_ub()
+        _in_use.clear()
+    modes = base.UserBufferQuantizationMode
+    quantization = [modes.NONE if precision.fp8 == "off" else modes.FP8]
+    if precision.bf16_first_layers + precision.bf16_last_layers > 0:
+        quantization.append(modes.NONE)
+    try:
+        base.initialize_ub(
+            shape=shape,
+            tp_size=parallel.tensor,
+            quantization_modes=quantization,
+            bootstrap_backend=BOOTSTRAP,
+        )
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(
+            f"parallel.tensor_overlap=true: Transformer Engine has no user buffers of {shape[0]} tokens x "
+            f"{shape[1]} for {parallel.tensor} tensor ranks here ({error}); set it to false"
+        ) from error
+    _in_use.append(config)
