@@ -55,7 +55,7 @@ class _Recorder(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name, kwargs = function._schema.name, kwargs or {}
-        if name in _FORBIDDEN or _has_mask_as_index(name, args):
+        if name in _FORBIDDEN or has_mask_as_index(name, args):
             raise RuntimeError(f"{name} cannot be captured: it needs a value on the host")
         written = _written(function, args, kwargs)
         if name.startswith("aten::") and any(_address(x) not in self._made for x in written):
@@ -83,10 +83,16 @@ def _written(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]
     return found
 
 
-def _has_mask_as_index(name: str, args: tuple) -> bool:
-    """Return whether the size of the result, or of what is read, depends on values."""
-    indices = tree_leaves(args[1:2]) if name.startswith("aten::index") else []
-    return any(isinstance(x, Tensor) and x.dtype is torch.bool for x in indices)
+def has_mask_as_index(name: str, args: tuple) -> bool:
+    """Return whether the size of the result, or of what is read, depends on values.
+
+    One number written where a mask is true is no such thing: PyTorch fills, and looks for no places.
+    """
+    if not name.startswith("aten::index"):
+        return False
+    if name.startswith("aten::index_put") and args[2].dim() == 0:
+        return False
+    return any(isinstance(x, Tensor) and x.dtype is torch.bool for x in tree_leaves(args[1:2]))
 
 
 def _alias(x: Any) -> Any:
