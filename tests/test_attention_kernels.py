@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_eso.errors import ConfigError
 from megatron_eso.model.attention import kernels
 from megatron_eso.model.attention.kernels import Facts, choose_kernel
-from megatron_eso.model.attention.split import split_attention
+from megatron_eso.model.attention.split import merge_self, self_gradients, split_attention
 from megatron_eso.model.rotary import rotate, turned_at_once
 from megatron_eso.parallel.device import be_deterministic
 
@@ -95,6 +95,21 @@ def test_the_rotation_that_a_gpu_compiles_is_the_same():
     compiled = torch.compile(turned_at_once, backend="eager", fullgraph=True)
     for sign in (1, -1):
         torch.testing.assert_close(compiled(x, cos, sin, sign), rotate(x, cos, sin * sign))
+
+
+def test_the_self_term_that_a_gpu_compiles_is_the_same():
+    generator = torch.Generator().manual_seed(1)
+    query, key, value, out, grad = (
+        torch.randn(2, 3, 6, 8, generator=generator, dtype=torch.float64) for _ in range(5)
+    )
+    lse = torch.randn(2, 3, 6, generator=generator, dtype=torch.float64)
+    for function, inputs in (
+        (merge_self, (query, key, value, out, lse, 0.3)),
+        (self_gradients, (grad, query, key, value, out, lse, 0.3)),
+    ):
+        compiled = torch.compile(function, backend="eager", fullgraph=True)
+        for found, expected in zip(compiled(*inputs), function(*inputs), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_the_deterministic_mode_sets_the_environment_and_refuses_a_contrary_one():
