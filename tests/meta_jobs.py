@@ -7,9 +7,14 @@ import torch
 from megatron_eso.eval import evaluate as evaluate_module
 from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.optimizer import apply_gradients
+from megatron_eso.sample.generate import PlanSettings, plan_for
+from megatron_eso.sample.prompt import rows_with_prompts
+from megatron_eso.sample.sampler import Choice, fill_rows
 from megatron_eso.train.session import build_session
 from tests import rank_jobs
 from tests.meta_gpu import GPU, instead_of_a_gpu
+
+_BF16 = ("precision.dtype=bf16", "model.head_size=64")
 
 
 def step_and_evaluation(overrides: list[str], num_ranks: int, cudnn: int) -> dict[str, Any]:
@@ -63,3 +68,23 @@ def complaint(name: str) -> str:
         except RuntimeError as error:
             return str(error)
     return ""
+
+
+def sample(objective: str, padded: bool) -> int:
+    """Fill rows with the decoder of an objective; return the operators that ran on the GPU."""
+    with instead_of_a_gpu(num_ranks=1, cudnn=91900) as watch:
+        overrides = [f"objective.name={objective}", "objective.block_size=4", *_BF16]
+        config = rank_jobs.small_config(overrides)
+        session = build_session(config, Ranks(0, 1, 0), for_training=False, draw_weights=False)
+        prompts = [[3, 4], [5] if padded else [5, 6]]
+        canvas = rows_with_prompts(prompts, 16, config.model)
+        settings = PlanSettings()
+        if objective in ("eso", "mdlm"):
+            alpha_0 = 0.5 if objective == "eso" else None
+            settings = PlanSettings(alpha_0=alpha_0, method="fixed", num_steps=8)
+        plan = plan_for(config.objective, canvas, settings, Choice(seed=1))
+        before = watch.num_operators
+        fill_rows(
+            session.replica, canvas.tokens, plan, Choice(seed=1, top_p=0.9), padding=canvas.padding
+        )
+        return watch.num_operators - before

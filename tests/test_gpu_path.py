@@ -52,6 +52,22 @@ def test_a_step_and_an_evaluation_stay_on_the_gpu(rank, case):
 
 
 @pytest.mark.parametrize(
+    ("objective", "padded"),
+    [
+        ("eso", False),
+        ("eso", True),
+        ("ar", False),
+        ("mdlm", False),
+        ("mdlm", True),
+        ("bd3lm", False),
+    ],
+)
+def test_no_step_of_a_sampler_waits_for_the_gpu(rank, objective, padded):
+    """Launching the next step's kernels need not wait for the tokens of this one."""
+    assert rank("sample", objective, padded) > 500
+
+
+@pytest.mark.parametrize(
     ("mistake", "says"),
     [
         ("mixed", "takes tensors of the GPU and of the host"),

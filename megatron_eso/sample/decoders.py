@@ -41,7 +41,7 @@ def make_decoder(replica: Replica, plan: DecodingPlan, padding: Tensor) -> Decod
     Args:
         replica: model without sequence parallelism.
         plan: what will be decided in which step.
-        padding: [B] columns of padding at the left of each row.
+        padding: [B] columns of padding at the left of each row, on the host.
 
     Raises:
         ConfigError: if the objective cannot follow the plan.
@@ -61,12 +61,12 @@ class _Cached:
 
     def __init__(self, replica: Replica, padding: Tensor, capacity: int) -> None:
         self.stages = Stages(replica)
-        self.padding = padding
+        self.padding = padding.to(replica.device)
         self.cache = Cache(capacity)
         self._is_valid: Tensor | None = None
         if bool(padding.any()):
             shape = (len(padding), capacity)
-            self._is_valid = torch.ones(shape, dtype=torch.bool, device=padding.device)
+            self._is_valid = torch.ones(shape, dtype=torch.bool, device=replica.device)
 
     def positions(self, columns: Tensor) -> Tensor:
         """Return rotary positions of columns: counted from the first that is no padding."""
@@ -146,13 +146,14 @@ class MaskedDecoder:
 
     def __init__(self, replica: Replica, padding: Tensor) -> None:
         self.stages = Stages(replica)
-        self.padding = padding
+        self.padding = padding.to(replica.device)
+        self._has_padding = bool(padding.any())
 
     def logits(self, tokens: Tensor, fresh: Tensor, open_: Tensor) -> Tensor:
         """Return the logits of the step's entries; see Decoder."""
         del fresh
         columns = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        is_valid = columns >= self.padding[:, None] if bool(self.padding.any()) else None
+        is_valid = columns >= self.padding[:, None] if self._has_padding else None
         positions = (columns - self.padding[:, None]).clamp(min=0)
         return self.stages.logits(
             tokens, positions, open_, pattern=Pattern.BIDIRECTIONAL, is_valid=is_valid
@@ -179,11 +180,13 @@ class BlockDecoder(_Cached):
                 f"a model of objective.name=bd3lm decides blocks of {self._size} one after the other; "
                 "make its plan with make_block_plan"
             )
+        # Known here, so that no step waits for the GPU to say where it is.
+        self._blocks = iter([int(step[0, 0]) for step in steps])
 
     def logits(self, tokens: Tensor, fresh: Tensor, open_: Tensor) -> Tensor:
         """Return the logits of the step's entries; see Decoder."""
         del fresh
-        first = int(open_[0, 0]) // self._size * self._size
+        first = next(self._blocks) * self._size
         while self.cache.num_kept < first:
             done = self._segment(tokens, self.cache.num_kept)
             self.stages.hidden(*done, store=self.cache, pattern=Pattern.BLOCK)

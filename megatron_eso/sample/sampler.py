@@ -77,7 +77,8 @@ def fill_rows(
     num_rows, length = rows.shape
     device = replica.device
     order, rows = plan.order.to(device), rows.to(device)
-    padding = torch.zeros(num_rows, dtype=torch.int64) if padding is None else padding
+    padding = torch.zeros(num_rows, dtype=torch.int64) if padding is None else padding.cpu()
+    decoder = make_decoder(replica, plan, padding)
     padding = padding.to(device)
     tokens = torch.full_like(rows, replica.config.model.vocab_size - 1)
     given = order[:, : plan.num_given]
@@ -86,7 +87,6 @@ def fill_rows(
     # One number per position, counted from where the row itself begins.
     numbers = range(choice.first_row, choice.first_row + num_rows)
     u = uniform_rows(choice.seed, 0, list(numbers), Stream.SAMPLE_TOKEN, length).to(device)
-    decoder = make_decoder(replica, plan, padding)
     fresh, done, step = given, plan.num_given, 0
     for chunk in replica.chunks:
         chunk.eval()
