@@ -4,6 +4,7 @@ Megatron's layout is [L, R, H]; StackRows come as [R, L]. Letters: R = stack row
 hidden size, N = entries with loss, V = padded vocabulary, T = tensor ranks.
 """
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -71,10 +72,12 @@ class EsoModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
+            of_head = copy(config)
+            of_head.gradient_accumulation_fusion = False  # Megatron's own layers need Apex for it
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 padded_vocab,
-                config=config,
+                config=of_head,
                 init_method=config.init_method,  # type: ignore[arg-type]
                 bias=model.head_bias,
                 skip_bias_add=False,

@@ -78,8 +78,10 @@ def transformer_config(
         use_cpu_initialization=not on_gpu,
         # Megatron's own fused SwiGLU, compiled: fewer activations are kept, read and written.
         bias_activation_fusion=on_gpu and model.activation == "swiglu",
-        # Fusions that need CUDA kernels of Apex or Transformer Engine.
-        gradient_accumulation_fusion=False,
+        # Transformer Engine's weight gradients are summed into their fp32 buffers by the product itself.
+        # (A graph does that for all layers; it must not happen in the passes that warm it up.)
+        gradient_accumulation_fusion=precision.backend == "te" and not parallel.cuda_graphs,
+        # Fusions that need CUDA kernels of Apex.
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,

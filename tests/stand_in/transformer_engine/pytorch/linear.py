@@ -10,6 +10,22 @@ from transformer_engine.pytorch.module.base import use_buffer
 from transformer_engine.pytorch.norms import normalise
 
 
+class _AddsToMainGrad(torch.autograd.Function):
+    """Adds the weight's gradient to ``main_grad``; what autograd hands on is memory with anything in it."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        weight.main_grad.add_(grad.flatten(0, -2).t() @ x.flatten(0, -2))
+        weight.grad_added_to_main_grad = True
+        return grad @ weight, torch.full_like(weight, torch.nan)
+
+
 class Linear(Stateful):
     def __init__(self, in_features, out_features, sequence_parallel=False,
                  fuse_wgrad_accumulation=False, tp_group=None, tp_size=1, get_rng_state_tracker=None,
@@ -20,6 +36,7 @@ class Linear(Stateful):
         self.ub_overlap_ag, self.ub_overlap_rs, self.ub_name = ub_overlap_ag, ub_overlap_rs, ub_name
         assert tp_group is None or tp_group.size() == tp_size
         self.tp_group, self.tp_size, self.parallel_mode = tp_group, tp_size, parallel_mode
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.sequence_parallel = sequence_parallel and tp_size > 1
         self.use_bias, self.return_bias = bias, return_bias
         self.in_features = in_features // (tp_size if parallel_mode == "row" else 1)
@@ -61,7 +78,11 @@ class Linear(Stateful):
             is_delayed = isinstance(recipe, DelayedScaling)
             x = self.rounded(x, recipe.amax_history_len if is_delayed else 0)
         adds_bias = self.use_bias and not self.return_bias and self.parallel_mode != "row"
-        out = linear(x, self.weight, self.bias if adds_bias else None)
+        if self.fuse_wgrad_accumulation and hasattr(self.weight, "main_grad"):
+            out = _AddsToMainGrad.apply(x, self.weight)
+            out = out + self.bias if adds_bias else out
+        else:
+            out = linear(x, self.weight, self.bias if adds_bias else None)
         if is_parallel and self.parallel_mode == "row":
             out = LeaveRow.apply(out, self.tp_group, self.sequence_parallel)
         if self.use_bias and not self.return_bias and not adds_bias:
