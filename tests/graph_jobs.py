@@ -72,6 +72,21 @@ def train(overrides: list[str], *, te: bool = False) -> dict[str, Any]:
         }
 
 
+def losses(overrides: list[str]) -> list[float]:
+    """Return the losses of some steps, with an evaluation in between, on whatever device there is."""
+    session = rank_jobs.make_session(overrides)
+    found = []
+    for _ in range(4):
+        found.append(train_step(session, rank_jobs.read_rows).loss)
+        evaluate(
+            session.replica,
+            lambda rows: rank_jobs.read_rows(7, rows),
+            num_rows=4,
+            bytes_per_token=4.0,
+        )
+    return found
+
+
 def gradients_with_megatrons_graphs(is_graphed: bool) -> dict[str, np.ndarray]:
     """Return the gradients of the second step, with Megatron's own graphs or without any."""
     from megatron.core.tensor_parallel import random as megatron_random

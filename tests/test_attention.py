@@ -77,15 +77,25 @@ def test_flex_equals_dense_backward_on_a_gpu(pattern):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 
+ON_GPU = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
-def test_split_is_accurate_in_low_precision(dtype, bound):
+def test_split_is_accurate_in_low_precision(dtype, bound, device):
     inputs = random_inputs(4, 2, 2, 64, 16)
     exact = outputs_and_gradients(dense_attention, inputs, num_pairs=2, scale=0.25)
     low = outputs_and_gradients(
-        split_attention, [x.detach().to(dtype) for x in inputs], num_pairs=2, scale=0.25
+        split_attention, [x.detach().to(device, dtype) for x in inputs], num_pairs=2, scale=0.25
     )
     for a, b in zip(low, exact, strict=True):
-        assert (a.double() - b).abs().max() < bound * b.abs().max()
+        assert (a.cpu().double() - b).abs().max() < bound * b.abs().max()
 
 
 def test_a_copy_sees_itself_and_the_true_tokens_before_it():

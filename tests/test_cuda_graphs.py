@@ -91,6 +91,17 @@ def test_layers_of_transformer_engine_train_the_same_weights(layout):
 
 
 @pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("alpha_0", [1, 0.5])
+def test_a_gpu_trains_the_same_from_real_graphs(one_rank, alpha_0):
+    settings = [f"objective.alpha_0={alpha_0}", "model.head_size=64", *BF16]
+    plain = one_rank.run("graph_jobs.losses", settings)[0]
+    graphed = one_rank.run("graph_jobs.losses", [*settings, GRAPHS])[0]
+    np.testing.assert_allclose(graphed, plain, rtol=2e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     version("megatron-core") >= "0.17",
     reason="NOT TESTED: other code, which the stand-in does not fit",
