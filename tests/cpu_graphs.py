@@ -33,6 +33,10 @@ class CpuGraph:
     def register_generator_state(self, state: Any) -> None:
         """Nothing here draws numbers."""
 
+    def reset(self) -> None:
+        """Let go of everything."""
+        self.calls.clear()
+
     def replay(self) -> None:
         """Run what was recorded."""
         CpuGraph.num_replays += 1
@@ -111,7 +115,9 @@ def _finish(found: Any) -> None:
 
 
 @contextlib.contextmanager
-def _capture(graph: CpuGraph, *, pool: Any, capture_error_mode: str = "global") -> Iterator[None]:
+def _capture(
+    graph: CpuGraph, *, pool: Any, stream: Any = None, capture_error_mode: str = "global"
+) -> Iterator[None]:
     recorder = _Recorder(graph, _made.setdefault(pool, set()))
     with recorder:
         yield

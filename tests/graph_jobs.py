@@ -11,6 +11,7 @@ import torch
 from megatron_eso.eval.evaluate import evaluate
 from megatron_eso.model import megatron_config
 from megatron_eso.parallel import optimizer as optimizer_module
+from megatron_eso.parallel.finish import finish
 from megatron_eso.train import session as session_module
 from megatron_eso.train.session import Session
 from megatron_eso.train.step import train_step
@@ -70,6 +71,37 @@ def train(overrides: list[str], *, te: bool = False) -> dict[str, Any]:
                 len(found.keeps) for chunk in graphs if chunk for found in chunk._sets
             ],
         }
+
+
+def uses(overrides: list[str]) -> dict[str, Any]:
+    """Return how sets are taken and freed by passes that are no training step's.
+
+    Returns:
+        Sets captured after three forward passes that nobody differentiates, one after the other; after two
+        that are kept; what a second backward pass raises; and graphs left after the end of the process
+        group.
+    """
+    with _as_on_a_gpu():
+        session = rank_jobs.make_session(["objective.alpha_0=1", *overrides, GRAPHS])
+        model: Any = session.chunks[0]
+        batches = rank_jobs.micro_batches_of_rank(session)
+        numbers = [row for batch in batches for row in batch.rows]
+        rows = rank_jobs.read_rows(0, numbers)
+        stack = rank_jobs.stack_rows_of_step(session, rows, batches)
+        for _ in range(3):
+            model(stack[0])
+        sets = model.module._graphs._sets
+        dropped = len(sets)
+        kept = [model(stack[0]), model(stack[0])]
+        raised = ""
+        kept[0].sum().backward(retain_graph=True)
+        try:
+            kept[0].sum().backward()
+        except RuntimeError as error:
+            raised = str(error)
+        held = len(sets)
+        finish()
+        return {"dropped": dropped, "held": held, "raised": raised, "left": len(sets)}
 
 
 def losses(overrides: list[str]) -> list[float]:

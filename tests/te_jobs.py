@@ -15,6 +15,7 @@ from megatron_eso.checkpoint.folder import CheckpointFolder
 from megatron_eso.config.precision_rules import Machine, process_environment
 from megatron_eso.errors import ConfigError
 from megatron_eso.eval.evaluate import evaluate
+from megatron_eso.eval.sequence_log_probability import sequence_log_probability
 from megatron_eso.parallel.te_adapter import require_fused_attention
 from megatron_eso.train import session as session_module
 from megatron_eso.train.step import train_step
@@ -65,10 +66,20 @@ def with_buffers(overrides: list[str]) -> dict[str, Any]:
     scores = evaluate(
         session.replica, lambda rows: rank_jobs.read_rows(7, rows), num_rows=6, bytes_per_token=4.0
     )
+    tokens = rank_jobs.read_rows(7, [0, 1, 2]).tokens[:, : rank_jobs.LENGTH]
+    order = torch.arange(rank_jobs.LENGTH).expand_as(tokens)
+    one_row = sequence_log_probability(session.replica, tokens[:1], order[:1])
+    refusal = ""
+    try:
+        sequence_log_probability(session.replica, tokens, order)
+    except ConfigError as error:
+        refusal = str(error)
     found = base.buffers
     base.destroy_ub()
     return {
         "losses": losses,
+        "log_probability": float(one_row),
+        "refusal": refusal,
         "scores": [score.nats_per_token for score in scores],
         "buffers": found,
         "used_by_step": used_by_step,

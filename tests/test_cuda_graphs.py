@@ -91,6 +91,14 @@ def test_layers_of_transformer_engine_train_the_same_weights(layout):
 
 
 @pytest.mark.slow
+def test_a_set_is_free_when_nobody_can_ask_for_its_backward_pass(one_rank):
+    found = one_rank.run("graph_jobs.uses", [])[0]
+    assert (found["dropped"], found["held"]) == (1, 2)
+    assert "can be differentiated once" in found["raised"]
+    assert found["left"] == 0  # NCCL waits for graphs that refer to its communicators
+
+
+@pytest.mark.slow
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("alpha_0", [1, 0.5])
@@ -144,15 +152,19 @@ def test_what_a_graph_cannot_hold_is_refused(settings, says):
     [
         ({}, None),
         ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, "0"),
-        (
-            {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "NCCL_GRAPH_REGISTER": "1"},
-            "1",
-        ),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "0"),
+        ({"NCCL_GRAPH_REGISTER": "1"}, "1"),
     ],
 )
 def test_nccl_registers_no_buffers_in_expandable_segments(environment, registers):
     prepare_for_graphs(environment)
     assert environment.get("NCCL_GRAPH_REGISTER") == registers
+
+
+def test_registration_in_expandable_segments_is_refused():
+    environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "NCCL_GRAPH_REGISTER": "1"}
+    with pytest.raises(ConfigError, match="unset one of the two"):
+        prepare_for_graphs(environment)
 
 
 def test_the_stand_in_replays_on_the_same_memory():

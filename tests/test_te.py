@@ -155,7 +155,14 @@ def test_user_buffers_have_the_shape_of_every_micro_batch(ranks, precision):
     assert set(found["used_by_step"]) == {"qkv_fprop", "proj_fprop", "fc1_fprop", "fc2_fprop"}
     assert buffers["uses"]["proj_fprop"] > found["used_by_step"]["proj_fprop"]  # the evaluation
     assert found["losses"] == plain["losses"]
-    np.testing.assert_allclose(found["scores"], plain["scores"], rtol=1e-3 if precision else 1e-6)
+    near = 1e-3 if precision else 1e-6
+    np.testing.assert_allclose(found["scores"], plain["scores"], rtol=near)
+    np.testing.assert_allclose(found["log_probability"], plain["log_probability"], rtol=near)
+    assert plain["refusal"] == ""
+    assert (
+        "6 stack rows of 16 tokens do not fit the user buffers, which hold 4 of 16"
+        in found["refusal"]
+    )
 
 
 def test_buffers_that_the_machine_cannot_have_say_so(ranks):

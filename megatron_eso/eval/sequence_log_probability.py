@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_eso.config import derive
 from megatron_eso.errors import ConfigError
 from megatron_eso.model.replica import Replica
-from megatron_eso.objective.rows import StackRows, sequential_rows
+from megatron_eso.objective.rows import StackRows, filled_up, sequential_rows
 from megatron_eso.parallel.exchange import rows_of_rank, sum_over_context
 from megatron_eso.parallel.schedule import run_micro_batches
 
@@ -93,7 +94,7 @@ def accumulate_gradients(
         parts,
         replica.chunks,
         sequence_length=length,
-        stack_rows=2 * micro_batch_rows,
+        stack_rows=derive.fixed_stack_rows(replica.config) or 2 * micro_batch_rows,
     )
     found = torch.zeros(num_rows, dtype=torch.float64, device=replica.device)
     if replica.layout.is_last_stage:
@@ -130,6 +131,15 @@ def _likelihood_rows(
     valid = torch.ones_like(tokens, dtype=torch.bool) if is_valid is None else is_valid
     mask_id = replica.config.model.vocab_size - 1
     rows = sequential_rows(tokens, valid, valid, orders, mask_id=mask_id)
+    fixed, expected = derive.fixed_stack_rows(replica.config), replica.config.train.sequence_length
+    if fixed is not None:
+        if len(rows.tokens) > fixed or tokens.shape[1] != expected:
+            raise ConfigError(
+                f"{len(rows.tokens)} stack rows of {tokens.shape[1]} tokens do not fit the user buffers, "
+                f"which hold {fixed} of {expected} (train.micro_batch_rows, train.sequence_length); take "
+                "fewer rows at once, or set parallel.tensor_overlap=false"
+            )
+        rows = filled_up(rows, fixed)
     return rows_of_rank(rows, replica.layout, replica.device)
 
 

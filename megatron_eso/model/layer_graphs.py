@@ -7,7 +7,8 @@ hidden states, which each layer reads and then overwrites. Weights and gradient 
 fixed addresses already, so the backward graph adds weight gradients to their buffers itself and keeps none.
 
 Graphs of a kind are captured when its first micro-batch comes, one set for each micro-batch that is in
-flight at a time (1 without a pipeline). Sets that are never in flight together share their memory.
+flight at a time (1 without a pipeline). A set is free again when the backward pass has reached its first
+layer, or when nobody can ask for one any more. Sets that are never in flight together share their memory.
 Evaluations, which keep no gradients, run as they do without graphs.
 
 Why not Megatron's (``cuda_graph_impl="local"``): that of 0.16.1 takes the memory of the first layer's
@@ -15,15 +16,18 @@ input, which the layer's norm needs in its backward pass, for the last layer's o
 (tests/test_cuda_graphs.py shows it). Letters: L = tokens, R = rows, H = hidden size.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
 
 from megatron_eso.model.attention.rows import AttentionRows
+from megatron_eso.parallel.finish import before_finish
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 from megatron_eso.parallel.parameters import await_gathered
 
@@ -33,6 +37,7 @@ with quiet_megatron_import():
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
 _WARM_UP_PASSES = 3
+_in_use: "WeakSet[LayerGraphs]" = WeakSet()
 # Other threads (NCCL's watchdog, the data reader) may go on calling CUDA meanwhile.
 _CAPTURE_MODE = "thread_local"
 
@@ -40,6 +45,39 @@ _CAPTURE_MODE = "thread_local"
 def can_capture(device: torch.device) -> bool:
     """Return whether there is anything to capture."""
     return device.type == "cuda"
+
+
+@cache
+def _side_stream() -> Any:
+    """Return the stream of all captures of this process."""
+    return torch.cuda.Stream()
+
+
+@contextmanager
+def gradients_for_graphs() -> Iterator[None]:
+    """Within it gradient buffers are wrapped around a model whose layers will run from graphs.
+
+    A parameter's gradient is handed on where the stream was on which its hooks were put up. If that is the
+    default stream, no backward pass can be captured: PyTorch would have it wait for the one that captures.
+    """
+    stream = _side_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+    # In every other backward pass PyTorch then waits for one stream more, and warns of it.
+    silence = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+    if silence is not None:
+        silence(False)
+
+
+def release_graphs() -> None:
+    """Free all graphs of this process: NCCL ends no communicator that a graph still refers to."""
+    if _in_use:
+        torch.cuda.synchronize()
+    for graphs in _in_use:
+        graphs.release()
+    _in_use.clear()
 
 
 class GraphedLayer(TransformerLayer):
@@ -60,6 +98,16 @@ class LayerGraphs:
         self._layers = list(layers)
         self._sets: list[_GraphSet] = []
         self._pools: list[Any] = []
+        _in_use.add(self)
+        before_finish(release_graphs)
+
+    def release(self) -> None:
+        """Free the graphs; the next micro-batches capture new ones."""
+        for found in self._sets:
+            for graph in found.layers:
+                graph.forward.reset()
+                graph.backward.reset()
+        self._sets.clear()
 
     def replay(self, layer: nn.Module, hidden: Tensor, rows: AttentionRows) -> Tensor:
         """Return what a layer makes of [L, R, H]; layers of a micro-batch come in their order.
@@ -68,18 +116,19 @@ class LayerGraphs:
         """
         number = self._layers.index(layer)
         if number == 0:
-            rows.graph_set = self._take(hidden, rows)
-        for module in layer.modules():
+            rows.graph_use = _Use(self._take(hidden, rows))
+        use: _Use = rows.graph_use
+        graph = use.graph_set.layers[number]
+        for module in graph.with_parameters:
             await_gathered(module)
-        graph = rows.graph_set.layers[number]
-        return _Replay.apply(hidden, graph, *graph.parameters)
+        return _Replay.apply(hidden, use, number, *graph.parameters)
 
     def _take(self, hidden: Tensor, rows: AttentionRows) -> "_GraphSet":
         """Return graphs for this kind of micro-batch that no other one in flight uses."""
         if rows.is_valid is not None:
             raise ValueError("rows with a mask of their own cannot be captured")
         kind = (hidden.shape, rows.num_pairs, rows.pattern, rows.block_size)
-        busy = {found.place for found in self._sets if found.is_in_flight}
+        busy = {found.place for found in self._sets if found.is_in_flight()}
         taken = next((s for s in self._sets if s.kind == kind and s.place not in busy), None)
         if taken is None:
             place = next(i for i in range(len(busy) + 1) if i not in busy)
@@ -93,12 +142,12 @@ class LayerGraphs:
 
 
 class _GraphSet:
-    """The graphs that one micro-batch in flight needs: those of all layers."""
+    """The graphs of all layers: what one micro-batch in flight runs from."""
 
     def __init__(self, kind: tuple[Any, ...], place: int, rows: AttentionRows) -> None:
         self.kind, self.place, self.rows = kind, place, rows
         self.layers: list[_GraphOfLayer] = []
-        self.is_in_flight = False
+        self.use: Callable[[], _Use | None] = lambda: None
         self.keeps: tuple[Tensor, ...] = ()
 
     def begin(self, rows: AttentionRows) -> None:
@@ -106,7 +155,21 @@ class _GraphSet:
         for fixed, values in ((self.rows.cos, rows.cos), (self.rows.sin, rows.sin)):
             assert fixed is not None and values is not None
             fixed.copy_(values)
-        self.is_in_flight = True
+
+    def is_in_flight(self) -> bool:
+        """Return whether a micro-batch may still ask for its backward pass."""
+        use = self.use()
+        return use is not None and use.layers_left > 0
+
+
+class _Use:
+    """One micro-batch's use of a set; held by what can ask for its backward pass."""
+
+    def __init__(self, graph_set: _GraphSet) -> None:
+        self.graph_set = graph_set
+        self.layers_left = len(graph_set.layers)
+        """Layers that have yet to run backwards."""
+        graph_set.use = ref(self)
 
 
 class _GraphOfLayer:
@@ -114,40 +177,61 @@ class _GraphOfLayer:
 
     def __init__(self, layer: nn.Module, hidden: Tensor, gradient: Tensor) -> None:
         self.parameters = tuple(layer.parameters())
+        self.with_parameters = [
+            module
+            for module in layer.modules()
+            if any(True for _ in module.parameters(recurse=False))
+        ]
         self.hidden = hidden
         self.gradient = gradient
         """Of the layer's output, before its backward pass; of its input, after."""
         self.forward: Any = torch.cuda.CUDAGraph()
         self.backward: Any = torch.cuda.CUDAGraph()
         self.out = hidden  # until captured
-        self.ends: _GraphSet | None = None
-        """The set that is free again after this layer's backward pass: that of the first layer."""
 
 
 class _Replay(torch.autograd.Function):
     """Runs a layer's graphs; weights are inputs so that Megatron's hooks hear of their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, graph: _GraphOfLayer, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, use: _Use, number: int, *parameters: Tensor) -> Tensor:
+        graph = use.graph_set.layers[number]
         _bring(hidden, graph.hidden)
         graph.forward.replay()
-        ctx.graph = graph
+        ctx.use, ctx.number = use, number
         return graph.out.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        graph: _GraphOfLayer = ctx.graph
+        use: _Use = ctx.use
+        if ctx.number != use.layers_left - 1:
+            raise RuntimeError(
+                "layers run from CUDA graphs can be differentiated once, from the last to the first: what "
+                "they had kept is overwritten (parallel.cuda_graphs)"
+            )
+        use.layers_left -= 1
+        graph = use.graph_set.layers[ctx.number]
         _bring(grads[0], graph.gradient)
         graph.backward.replay()
         d_hidden = graph.gradient.detach()
-        if graph.ends is not None:
+        if ctx.number == 0:
             # A pipeline may still be sending it when the next micro-batch overwrites it.
             d_hidden = d_hidden.clone()
-            graph.ends.is_in_flight = False
         for parameter in graph.parameters:
             # Megatron's hooks then only note that the gradient is there; what they are given is not read.
             parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        return d_hidden, None, *(torch.empty_like(p) for p in graph.parameters)
+        return d_hidden, None, None, *(_not_read(p) for p in graph.parameters)
+
+
+_never_read: dict[tuple[Any, ...], Tensor] = {}
+
+
+def _not_read(parameter: Tensor) -> Tensor:
+    """Return memory of a parameter's shape, the same each time."""
+    kind = (parameter.shape, parameter.dtype, parameter.device)
+    if kind not in _never_read:
+        _never_read[kind] = torch.zeros_like(parameter)
+    return _never_read[kind].detach()
 
 
 def _bring(values: Tensor, to: Tensor) -> None:
@@ -159,7 +243,7 @@ def _bring(values: Tensor, to: Tensor) -> None:
 def _static_copy(rows: AttentionRows) -> AttentionRows:
     assert rows.cos is not None and rows.sin is not None
     cos, sin = torch.empty_like(rows.cos), torch.empty_like(rows.sin)
-    return replace(rows, cos=cos, sin=sin, graphs=None, graph_set=None)
+    return replace(rows, cos=cos, sin=sin, graphs=None, graph_use=None)
 
 
 def _capture(
@@ -174,25 +258,25 @@ def _capture(
         pool: of memory. What a capture frees, a later one uses again; so does a replay.
     """
     graphs: list[_GraphOfLayer] = []
+    how: Any = {"pool": pool, "stream": _side_stream(), "capture_error_mode": _CAPTURE_MODE}
     with _capturing():
         hidden = torch.zeros_like(like, requires_grad=True)
         gradient = torch.zeros_like(like)
         for layer in layers:
             graph = _GraphOfLayer(layer, hidden, gradient)
             _warm_up(layer, graph, graph_set.rows)
-            with torch.cuda.graph(graph.forward, pool=pool, capture_error_mode=_CAPTURE_MODE):
+            with torch.cuda.graph(graph.forward, **how):
                 graph.out = _run(layer, hidden, graph_set.rows)
             graphs.append(graph)
             hidden = graph.out.detach().requires_grad_()
         for graph in reversed(graphs):
-            with torch.cuda.graph(graph.backward, pool=pool, capture_error_mode=_CAPTURE_MODE):
+            with torch.cuda.graph(graph.backward, **how):
                 d_hidden, *d_parameters = _gradients(graph, gradient)
                 gradient.copy_(d_hidden)
                 for parameter, part in zip(graph.parameters, d_parameters, strict=True):
                     parameter.main_grad.add_(part)  # type: ignore[attr-defined]
             graph.out = graph.out.detach()  # lets go of what the backward pass needed
             del d_hidden, d_parameters
-    graphs[0].ends = graph_set
     # Megatron's buffer for gathered activations is another one after a larger evaluation; a graph goes on
     # using the one that it was captured with.
     graph_set.keeps = tuple(parallel_state.get_global_memory_buffer().buffer.values())
@@ -201,7 +285,7 @@ def _capture(
 
 def _warm_up(layer: nn.Module, graph: _GraphOfLayer, rows: AttentionRows) -> None:
     """Run a layer beside the graph: libraries choose kernels and compile in their first calls."""
-    stream = torch.cuda.Stream()
+    stream = _side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UP_PASSES):

@@ -55,6 +55,8 @@ def causal_attention(config: Any, layer_number: int, **where: Any) -> Any:
         where: process groups and scale.
     """
     share, tensor = copy(config), config.tensor_model_parallel_size
+    # Only there does Transformer Engine leave random states alone, which a CUDA graph cannot hold.
+    share.sequence_parallel = True
     share.context_parallel_size = 1
     share.num_attention_heads //= config.context_parallel_size
     groups = config.num_query_groups // tensor // config.context_parallel_size

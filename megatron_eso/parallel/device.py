@@ -100,9 +100,19 @@ def prepare_for_graphs(environ: MutableMapping[str, str]) -> None:
 
     NCCL registers the buffers of captured collectives; with expandable segments that ends in illegal memory
     accesses before Blackwell (Megatron-Core's transformer/cuda_graphs.py refuses it).
+
+    Raises:
+        ConfigError: if the environment asks for both.
     """
-    if "expandable_segments:True" in environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
-        environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if "expandable_segments:True" not in environ.get(name, ""):
+            continue
+        if environ.setdefault("NCCL_GRAPH_REGISTER", "0") != "0":
+            raise ConfigError(
+                f"parallel.cuda_graphs=true with {name}={environ[name]} and NCCL_GRAPH_REGISTER="
+                f"{environ['NCCL_GRAPH_REGISTER']} in the environment: NCCL cannot register expandable "
+                "segments; unset one of the two"
+            )
 
 
 def start_process_group(ranks: Ranks, device: Device, *, timeout_seconds: float = 600.0) -> None:

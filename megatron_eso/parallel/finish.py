@@ -1,5 +1,8 @@
 """Leave the process groups in good order at the end of a command."""
 
+import atexit
+from collections.abc import Callable
+
 import torch.distributed as dist
 
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
@@ -8,8 +11,20 @@ with quiet_megatron_import():
     from megatron.core import parallel_state
 
 
+_first: list[Callable[[], None]] = []
+
+
+def before_finish(act: Callable[[], None]) -> None:
+    """Have ``act`` called before the groups are destroyed, or before a process ends without that."""
+    if act not in _first:
+        _first.append(act)
+        atexit.register(act)
+
+
 def finish() -> None:
     """Destroy the groups, if there are any."""
+    for act in _first:
+        act()
     if dist.is_initialized():
         if parallel_state.is_initialized():
             parallel_state.destroy_model_parallel()

@@ -7,6 +7,7 @@ follow from the step.
 import logging
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ from megatron_eso.errors import ConfigError
 from megatron_eso.model.attention.kernels import choose_kernel, facts_of
 from megatron_eso.model.build import build_chunks, resolve_precision
 from megatron_eso.model.initial_weights import initialize
-from megatron_eso.model.layer_graphs import can_capture
+from megatron_eso.model.layer_graphs import can_capture, gradients_for_graphs
 from megatron_eso.model.megatron_config import DTYPES
 from megatron_eso.model.replica import Replica
 from megatron_eso.parallel.device import (
@@ -148,9 +149,14 @@ def build_session(
     optimizer = average = None
     clock = PassClock()
     if for_training:
-        chunks = wrap_for_training(chunks, settings, config.parallel, clock, on_gpu=device.is_cuda)
-        if config.parallel.cuda_graphs:
-            _use_cuda_graphs(chunks, device, ranks)
+        is_graphed = _has_graphs(config, device, ranks)
+        with gradients_for_graphs() if is_graphed else nullcontext():
+            chunks = wrap_for_training(
+                chunks, settings, config.parallel, clock, on_gpu=device.is_cuda
+            )
+        if is_graphed:
+            for chunk in chunks:
+                chunk.module.use_cuda_graphs()
         optimizer = build_optimizer(chunks, config.optimizer, settings)
         if config.optimizer.ema_decay > 0:
             average = MovingAverage(optimizer, config.optimizer.ema_decay, layout.weights_group)
@@ -172,12 +178,12 @@ def build_session(
     return session
 
 
-def _use_cuda_graphs(chunks: list[Any], device: Device, ranks: Ranks) -> None:
-    if can_capture(device.torch_device):
-        for chunk in chunks:
-            chunk.module.use_cuda_graphs()
-    elif ranks.rank == 0:
+def _has_graphs(config: RunConfig, device: Device, ranks: Ranks) -> bool:
+    if not config.parallel.cuda_graphs:
+        return False
+    if not can_capture(device.torch_device) and ranks.rank == 0:
         log.info("parallel.cuda_graphs=true has no effect: there is no GPU")
+    return can_capture(device.torch_device)
 
 
 def attention_kernel(config: RunConfig, device: Device) -> str:

@@ -60,8 +60,8 @@ class AttentionRows(PackedSeqParams):
     """Of the first layer's :meth:`segment_mask`, for the others."""
     graphs: Graphs | None = None
     """Set in training passes with ``parallel.cuda_graphs``."""
-    graph_set: Any = None
-    """Which of the graphs this micro-batch runs, chosen at the first layer."""
+    graph_use: Any = None
+    """This micro-batch's use of graphs, begun at the first layer."""
 
     def segment_mask(self, new: int, total: int, dtype: torch.dtype) -> Tensor | None:
         """Return what is added to the scores of a segment's queries, or None if all see all.

@@ -69,3 +69,7 @@ class LeaveRow(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return (_gather(grad, ctx.group) if ctx.is_split else grad), None, None
+
+
+def is_fp8_activation_recompute_enabled():
+    return False

@@ -2,6 +2,15 @@
 
 from enum import Enum
 
+from transformer_engine.pytorch.fp8 import Stateful as TransformerEngineBaseModule
+
+__all__ = [
+    "TransformerEngineBaseModule",
+    "UserBufferQuantizationMode",
+    "destroy_ub",
+    "initialize_ub",
+]
+
 
 class UserBufferQuantizationMode(Enum):
     NONE = "none"
