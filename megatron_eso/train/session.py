@@ -144,7 +144,10 @@ def build_session(
     any_rank([False], device.torch_device)
     joined = time.time()
     chunks: list[Any]
-    start_user_buffers(config)
+    if not start_user_buffers(config) and config.parallel.tensor_overlap and ranks.rank == 0:
+        log.info(
+            "parallel.tensor_overlap=true has no effect: the layers are not Transformer Engine's"
+        )
     chunks, settings = build_chunks(config, layout, device.torch_device)
     optimizer = average = None
     clock = PassClock()
