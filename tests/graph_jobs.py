@@ -73,6 +73,23 @@ def train(overrides: list[str], *, te: bool = False) -> dict[str, Any]:
         }
 
 
+def said_on_a_cpu(overrides: list[str]) -> list[str]:
+    """Return what a run says of its machine, where there is no GPU."""
+    return session_module.choices(rank_jobs.make_session(overrides))
+
+
+def said_on_a_gpu(overrides: list[str]) -> list[str]:
+    """The same where there seems to be one, with Transformer Engine."""
+    with _as_on_a_gpu():
+        session = te_jobs.on_h100("make_session", overrides)
+        before = session_module.describe_machine
+        session_module.describe_machine = lambda: te_jobs.H100
+        try:
+            return session_module.choices(session)
+        finally:
+            session_module.describe_machine = before
+
+
 def uses(overrides: list[str]) -> dict[str, Any]:
     """Return how sets are taken and freed by passes that are no training step's.
 

@@ -91,6 +91,26 @@ def test_layers_of_transformer_engine_train_the_same_weights(layout):
 
 
 @pytest.mark.slow
+def test_a_run_says_what_became_of_the_settings(two_ranks):
+    settings = ["parallel.tensor=2", GRAPHS, "parallel.tensor_overlap=true"]
+    asked = [*settings, "precision.dtype=auto"]
+    assert two_ranks.run("graph_jobs.said_on_a_cpu", asked)[0][1:] == [
+        "parallel.tensor_overlap=true has no effect: plain layers have no user buffers",
+        "parallel.cuda_graphs=true has no effect: there is no GPU",
+    ]
+    pool = RankPool(2, STAND_IN)
+    try:
+        said = pool.run("graph_jobs.said_on_a_gpu", [*settings, *BF16, "precision.backend=te"])
+    finally:
+        pool.close()
+    assert said[0] == [
+        "precision.dtype = bf16, attention split, cpu flash kernel, device cpu",
+        "layers of Transformer Engine 2.9.0, fp8 off, user buffers",
+        "layers run from CUDA graphs, captured in the first step",
+    ]
+
+
+@pytest.mark.slow
 def test_a_set_is_free_when_nobody_can_ask_for_its_backward_pass(one_rank):
     found = one_rank.run("graph_jobs.uses", [])[0]
     assert (found["dropped"], found["held"]) == (1, 2)

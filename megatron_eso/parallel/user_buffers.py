@@ -17,18 +17,15 @@ BOOTSTRAP = "nccl"
 _in_use: list[RunConfig] = []
 
 
-def start_user_buffers(config: RunConfig) -> bool:
+def start_user_buffers(config: RunConfig) -> None:
     """Allocate the buffers of a run with ``parallel.tensor_overlap``; before its layers are built.
-
-    Returns:
-        Whether the run has buffers.
 
     Raises:
         ConfigError: with what Transformer Engine says, if this machine cannot have them.
     """
     parallel, precision = config.parallel, config.precision
     if not parallel.tensor_overlap or precision.backend != "te":
-        return False
+        return
     base: Any = importlib.import_module("transformer_engine.pytorch.module.base")
     tokens = config.train.sequence_length * config.train.micro_batch_rows // parallel.context
     shape = [tokens, config.model.hidden_size]
@@ -52,4 +49,3 @@ def start_user_buffers(config: RunConfig) -> bool:
             f"{shape[1]} for {parallel.tensor} tensor ranks here ({error}); set it to false"
         ) from error
     _in_use.append(config)
-    return True

@@ -22,7 +22,7 @@ from megatron_eso.train.keeper import Keeper
 from megatron_eso.train.metrics import Metrics, measured_peak
 from megatron_eso.train.profile import Profile
 from megatron_eso.train.run_folder import RunFolder
-from megatron_eso.train.session import attention_kernel, build_session
+from megatron_eso.train.session import build_session, choices
 from megatron_eso.train.stragglers import Stragglers
 from megatron_eso.train.validation import StopAskedError, Validation
 
@@ -247,13 +247,8 @@ class Run:
             log.warning("status.json cannot be written: %s", error)
 
     def _describe(self, peak: float) -> None:
-        config = self.session.config
-        for line in self.session.derived.lines():
+        for line in [*self.session.derived.lines(), *choices(self.session)]:
             log.info(line)
-        log.info(
-            "precision.dtype = %s, attention %s, device %s", config.precision.dtype,
-            attention_kernel(config, self.session.device), self.session.torch_device,
-        )  # fmt: skip
         log.info("matmul peak of all ranks: %.1f GFLOP/s (measured)", peak / 1e9)
         epochs = self.session.derived.total_tokens / self.reader.tokens_per_epoch
         log.info("the run reads its data %.2f times", epochs)

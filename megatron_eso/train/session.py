@@ -4,7 +4,6 @@
 follow from the step.
 """
 
-import logging
 import os
 import time
 from contextlib import nullcontext
@@ -40,8 +39,6 @@ from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.optimizer import PassClock, build_optimizer, wrap_for_training
 from megatron_eso.parallel.te_adapter import describe_machine, require_fused_attention
 from megatron_eso.parallel.user_buffers import start_user_buffers
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -111,14 +108,9 @@ def start_ranks(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, Device, Lay
         prepare_for_graphs(os.environ)
     machine = describe_machine()
     require_machine(config, machine)
-    choice = require_fused_attention(config)
+    require_fused_attention(config)
     start_process_group(ranks, device)
     config = resolve_precision(config, _dtype(config, device), machine)
-    if ranks.rank == 0 and config.precision.backend == "te":
-        log.info(
-            "layers of Transformer Engine %s, fp8 %s, attention %s%s", ".".join(map(str, machine.te or ())),
-            config.precision.fp8, config.precision.attention, f" ({choice.chosen})" if choice else "",
-        )  # fmt: skip
     if config.precision.attention == "flex" and not device.is_cuda:
         raise ConfigError(
             "precision.attention=flex: PyTorch's FlexAttention has no backward pass on a CPU; use split "
@@ -144,15 +136,12 @@ def build_session(
     any_rank([False], device.torch_device)
     joined = time.time()
     chunks: list[Any]
-    if not start_user_buffers(config) and config.parallel.tensor_overlap and ranks.rank == 0:
-        log.info(
-            "parallel.tensor_overlap=true has no effect: the layers are not Transformer Engine's"
-        )
+    start_user_buffers(config)
     chunks, settings = build_chunks(config, layout, device.torch_device)
     optimizer = average = None
     clock = PassClock()
     if for_training:
-        is_graphed = _has_graphs(config, device, ranks)
+        is_graphed = config.parallel.cuda_graphs and can_capture(device.torch_device)
         with gradients_for_graphs() if is_graphed else nullcontext():
             chunks = wrap_for_training(
                 chunks, settings, config.parallel, clock, on_gpu=device.is_cuda
@@ -181,12 +170,30 @@ def build_session(
     return session
 
 
-def _has_graphs(config: RunConfig, device: Device, ranks: Ranks) -> bool:
-    if not config.parallel.cuda_graphs:
-        return False
-    if not can_capture(device.torch_device) and ranks.rank == 0:
-        log.info("parallel.cuda_graphs=true has no effect: there is no GPU")
-    return can_capture(device.torch_device)
+def choices(session: Session) -> list[str]:
+    """Return lines that say what settings became on this machine: formats, layers, kernels, graphs."""
+    config, device = session.config, session.device
+    precision, parallel = config.precision, config.parallel
+    lines = [
+        f"precision.dtype = {precision.dtype}, attention {attention_kernel(config, device)}, device "
+        f"{session.torch_device}"
+    ]
+    if precision.backend == "te":
+        version = ".".join(map(str, describe_machine().te or ()))
+        buffers = ", user buffers" if parallel.tensor_overlap else ""
+        lines.append(f"layers of Transformer Engine {version}, fp8 {precision.fp8}{buffers}")
+    elif parallel.tensor_overlap:
+        lines.append(
+            "parallel.tensor_overlap=true has no effect: plain layers have no user buffers"
+        )
+    if parallel.cuda_graphs:
+        is_graphed = can_capture(session.torch_device)
+        lines.append(
+            "layers run from CUDA graphs, captured in the first step"
+            if is_graphed
+            else "parallel.cuda_graphs=true has no effect: there is no GPU"
+        )
+    return lines
 
 
 def attention_kernel(config: RunConfig, device: Device) -> str:
