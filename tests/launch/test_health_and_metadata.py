@@ -120,8 +120,10 @@ def test_the_server_announces_the_end_of_a_machine(server, values, expected):
 def test_a_rank_that_ignores_signals_while_it_starts_is_told_again(server, capsys):
     address, served = server
     served["preempted"] = "TRUE"
-    start = "trap '' TERM; sleep 1; trap 'exit 75' TERM; while :; do sleep 0.1; done"
-    rank = subprocess.Popen(["bash", "-c", start])
+    start = "trap '' TERM; echo; sleep 1; trap 'exit 75' TERM; while :; do sleep 0.1; done"
+    rank = subprocess.Popen(["bash", "-c", start], stdout=subprocess.PIPE)
+    assert rank.stdout is not None
+    rank.stdout.readline()  # before that a signal would end it
     watcher = threading.Thread(target=metadata.watch, args=(rank.pid, address, 0.01), daemon=True)
     watcher.start()
     try:
@@ -131,6 +133,7 @@ def test_a_rank_that_ignores_signals_while_it_starts_is_told_again(server, capsy
     finally:
         rank.kill()
         rank.wait()
+        rank.stdout.close()
     assert capsys.readouterr().out.count("asking the ranks to save and stop") == 1
 
 
