@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tests.replaced import replaced
+
 _FORBIDDEN = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::lift_fresh",
 }  # fmt: skip
@@ -140,12 +142,8 @@ def instead_of_cuda_graphs() -> Iterator[None]:
         (torch.cuda, "CUDAGraph", CpuGraph), (torch.cuda, "graph", _capture),
         (torch.cuda, "graph_pool_handle", object), (dist.Work, "wait", unrecorded_wait),
     )  # fmt: skip
-    before = [(where, name, getattr(where, name)) for where, name, _ in stand_ins]
-    for where, name, stand_in in stand_ins:
-        setattr(where, name, stand_in)
     try:
-        yield
+        with replaced(stand_ins):
+            yield
     finally:
-        for where, name, value in before:
-            setattr(where, name, value)
         _made.clear()

@@ -16,6 +16,7 @@ from megatron_eso.train import session as session_module
 from megatron_eso.train.session import Session
 from megatron_eso.train.step import train_step
 from tests import cpu_graphs, rank_jobs, te_jobs
+from tests.replaced import replaced
 
 GRAPHS = "parallel.cuda_graphs=true"
 
@@ -27,14 +28,13 @@ def _as_on_a_gpu():
     def in_small_buckets(*args: Any, **kwargs: Any) -> Any:
         return replace(settings(*args, **kwargs), bucket_size=8000)
 
-    settings, optimizer_module.buffer_settings = optimizer_module.buffer_settings, in_small_buckets
-    before, session_module.can_capture = session_module.can_capture, lambda device: True
-    try:
-        with cpu_graphs.instead_of_cuda_graphs():
-            yield
-    finally:
-        session_module.can_capture = before
-        optimizer_module.buffer_settings = settings
+    settings = optimizer_module.buffer_settings
+    stand_ins = (
+        (optimizer_module, "buffer_settings", in_small_buckets),
+        (session_module, "can_capture", lambda device: True),
+    )
+    with replaced(stand_ins), cpu_graphs.instead_of_cuda_graphs():
+        yield
 
 
 def train(overrides: list[str], *, te: bool = False) -> dict[str, Any]:
@@ -82,12 +82,8 @@ def said_on_a_gpu(overrides: list[str]) -> list[str]:
     """The same where there seems to be one, with Transformer Engine."""
     with _as_on_a_gpu():
         session = te_jobs.on_h100("make_session", overrides)
-        before = session_module.describe_machine
-        session_module.describe_machine = lambda: te_jobs.H100
-        try:
+        with replaced([(session_module, "describe_machine", lambda: te_jobs.H100)]):
             return session_module.choices(session)
-        finally:
-            session_module.describe_machine = before
 
 
 def uses(overrides: list[str]) -> dict[str, Any]:
@@ -101,10 +97,7 @@ def uses(overrides: list[str]) -> dict[str, Any]:
     with _as_on_a_gpu():
         session = rank_jobs.make_session(["objective.alpha_0=1", *overrides, GRAPHS])
         model: Any = session.chunks[0]
-        batches = rank_jobs.micro_batches_of_rank(session)
-        numbers = [row for batch in batches for row in batch.rows]
-        rows = rank_jobs.read_rows(0, numbers)
-        stack = rank_jobs.stack_rows_of_step(session, rows, batches)
+        stack = rank_jobs.stack_of_step(session, 0)
         for _ in range(3):
             model(stack[0])
         sets = model.module._graphs._sets
@@ -148,30 +141,23 @@ def gradients_with_megatrons_graphs(is_graphed: bool) -> dict[str, np.ndarray]:
             kwargs["cuda_graph_impl"] = "local"
         return plain(*args, **kwargs)
 
-    plain, megatron_config.TransformerConfig = megatron_config.TransformerConfig, settings
+    plain = megatron_config.TransformerConfig
     stand_ins: tuple[tuple[Any, str, Any], ...] = (
+        (megatron_config, "TransformerConfig", settings),
         (cuda_graphs, "get_all_rng_states", dict),
         (cuda_graphs, "_check_supported_type", lambda meta: None),  # our rows hold an enumeration
         (torch.cuda, "set_stream", lambda stream: None),
         (torch.cuda, "get_device_capability", lambda: (9, 0)),
         (torch.cuda, "memory_stats", lambda: defaultdict(int)),
     )
-    before = [(where, name, getattr(where, name)) for where, name, _ in stand_ins]
-    try:
-        for where, name, stand_in in stand_ins:
-            setattr(where, name, stand_in)
-        with cpu_graphs.instead_of_cuda_graphs():
-            session = rank_jobs.make_session(["parallel.overlap=false"])
-            for _ in range(2):
-                rank_jobs.passes_of_step(session, 0)
-            return {
-                name: parameter.main_grad.numpy().copy()  # type: ignore[union-attr]
-                for name, parameter in session.chunks[0].named_parameters()
-            }
-    finally:
-        megatron_config.TransformerConfig = plain
-        for where, name, value in before:
-            setattr(where, name, value)
+    with replaced(stand_ins), cpu_graphs.instead_of_cuda_graphs():
+        session = rank_jobs.make_session(["parallel.overlap=false"])
+        for _ in range(2):
+            rank_jobs.passes_of_step(session, 0)
+        return {
+            name: parameter.main_grad.numpy().copy()  # type: ignore[union-attr]
+            for name, parameter in session.chunks[0].named_parameters()
+        }
 
 
 def train_te(overrides: list[str]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from megatron_eso.train import session as session_module
 from megatron_eso.train import step as step_module
 from tests import rank_jobs
 from tests.cpu_graphs import has_mask_as_index
+from tests.replaced import replaced
 
 with quiet_megatron_import():
     from megatron.core import jit
@@ -150,18 +151,12 @@ def _tolist(real: Any) -> Any:
 @contextlib.contextmanager
 def instead_of_a_gpu(*, num_ranks: int, cudnn: int) -> Iterator[Watch]:
     """Within it sessions are of rank 0 of ``num_ranks`` on an H100 with this cuDNN."""
-    stand_ins = _stand_ins(cudnn)
-    before = [(where, name, getattr(where, name)) for where, name, _ in stand_ins]
     jit.disable_jit_fuser()
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
-    for where, name, value in stand_ins:
-        setattr(where, name, value)
     try:
-        with _CudaNamesMeanMeta(), Watch() as watch:
+        with replaced(_stand_ins(cudnn)), _CudaNamesMeanMeta(), Watch() as watch:
             yield watch
     finally:
-        for where, name, value in before:
-            setattr(where, name, value)
         dist.destroy_process_group()

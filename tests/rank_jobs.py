@@ -45,6 +45,7 @@ from megatron_eso.train.step import (
     stack_rows_of_step,
     train_step,
 )
+from tests.replaced import replaced
 
 VOCAB, LENGTH = 61, 16
 SMALL = [
@@ -98,8 +99,8 @@ def loss_and_gradients(overrides: list[str]) -> dict[str, Any]:
     return {"sums": sums, "counts": counts, "gradients": _gradients(session)}
 
 
-def passes_of_step(session: Session, step: int) -> tuple[tuple[float, float], TokenCounts]:
-    """Run a step's passes without its update; return the two sums of nats and the token counts."""
+def stack_of_step(session: Session, step: int) -> list[StackRows]:
+    """Return this rank's micro-batches of a step."""
     batches = micro_batches_of_rank(session)
     numbers = [row for batch in batches for row in batch.rows]
     rows = read_together(
@@ -108,7 +109,12 @@ def passes_of_step(session: Session, step: int) -> tuple[tuple[float, float], To
         session.torch_device,
         shape=(len(numbers), LENGTH + 1),
     )
-    stack = stack_rows_of_step(session, rows, batches)
+    return stack_rows_of_step(session, rows, batches)
+
+
+def passes_of_step(session: Session, step: int) -> tuple[tuple[float, float], TokenCounts]:
+    """Run a step's passes without its update; return the two sums of nats and the token counts."""
+    stack = stack_of_step(session, step)
     counts = global_counts(stack, session)
     return forward_backward(session, stack, counts), counts
 
@@ -291,16 +297,17 @@ def scores_in_full_micro_batches(
     seen = set()
 
     def filled_up(rows: StackRows, to: int) -> StackRows:
-        filled = before[1](rows, to)
+        filled = whole(rows, to)
         seen.add(len(filled.tokens))
         return filled
 
-    before = derive.fixed_stack_rows, evaluate_module.filled_up
-    derive.fixed_stack_rows, evaluate_module.filled_up = lambda config: stack_rows, filled_up
-    try:
+    whole = evaluate_module.filled_up
+    stand_ins = (
+        (derive, "fixed_stack_rows", lambda config: stack_rows),
+        (evaluate_module, "filled_up", filled_up),
+    )
+    with replaced(stand_ins):
         found = scores(overrides, num_rows)
-    finally:
-        derive.fixed_stack_rows, evaluate_module.filled_up = before
     assert seen == {stack_rows}
     return found
 

@@ -106,11 +106,8 @@ def refused_buffers(overrides: list[str]) -> str:
 def passes_in_fp64(overrides: list[str]) -> dict[str, Any]:
     """Return log-probabilities and gradients of the first step's rows, computed in fp64."""
     session = on_h100("_replica_session", overrides, "fp64")
-    batches = rank_jobs.micro_batches_of_rank(session)
-    numbers = [row for batch in batches for row in batch.rows]
-    stack = rank_jobs.stack_rows_of_step(session, rank_jobs.read_rows(0, numbers), batches)
     found = []
-    for rows in stack:
+    for rows in rank_jobs.stack_of_step(session, 0):
         log_probs = session.chunks[0](rows)
         log_probs.sum().backward()
         found.append(log_probs.detach())

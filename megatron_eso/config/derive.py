@@ -7,7 +7,13 @@ A *slot* is two stack rows: two diffusion rows, or one sequential row with its m
 import math
 from dataclasses import dataclass
 
-from megatron_eso.config.schema import ModelConfig, ObjectiveConfig, RunConfig
+from megatron_eso.config.schema import (
+    ModelConfig,
+    ObjectiveConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -124,10 +130,15 @@ def nelbo_stack_rows(objective: ObjectiveConfig) -> int:
     return (1 if alpha_0 > 0 else 0) + (2 if alpha_0 < 1 else 0)
 
 
+def has_user_buffers(parallel: ParallelConfig, precision: PrecisionConfig) -> bool:
+    """Return whether layers exchange through Transformer Engine's user buffers (backend resolved)."""
+    return parallel.tensor_overlap and precision.backend == "te"
+
+
 def fixed_stack_rows(config: RunConfig) -> int | None:
     """Return the stack rows that every micro-batch must have, an evaluation's too; None: any number."""
-    has_buffers = config.parallel.tensor_overlap and config.precision.backend == "te"
-    return config.train.micro_batch_rows if has_buffers else None
+    is_fixed = has_user_buffers(config.parallel, config.precision)
+    return config.train.micro_batch_rows if is_fixed else None
 
 
 def num_diffusion_rows(config: RunConfig) -> int:

@@ -8,7 +8,6 @@ from torch.nn.functional import silu
 from megatron_eso.config import derive
 from megatron_eso.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
-from megatron_eso.parallel.user_buffers import BOOTSTRAP
 
 with quiet_megatron_import():
     from megatron.core.transformer.enums import AttnBackend
@@ -60,8 +59,7 @@ def transformer_config(
         ),
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
-        tp_comm_overlap=parallel.tensor_overlap and precision.backend == "te",
-        tp_comm_bootstrap_backend=BOOTSTRAP,
+        tp_comm_overlap=derive.has_user_buffers(parallel, precision),
         recompute_granularity=recompute,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,

@@ -8,13 +8,9 @@ stack rows of a micro-batch, C = context ranks, H = hidden size.
 import importlib
 from typing import Any
 
+from megatron_eso.config import derive
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
-
-BOOTSTRAP = "nccl"
-"""How the ranks find each other's memory: the backend that is there anyway, not MPI."""
-
-_in_use: list[RunConfig] = []
 
 
 def start_user_buffers(config: RunConfig) -> None:
@@ -24,14 +20,12 @@ def start_user_buffers(config: RunConfig) -> None:
         ConfigError: with what Transformer Engine says, if this machine cannot have them.
     """
     parallel, precision = config.parallel, config.precision
-    if not parallel.tensor_overlap or precision.backend != "te":
+    if not derive.has_user_buffers(parallel, precision):
         return
     base: Any = importlib.import_module("transformer_engine.pytorch.module.base")
     tokens = config.train.sequence_length * config.train.micro_batch_rows // parallel.context
     shape = [tokens, config.model.hidden_size]
-    if _in_use:
-        base.destroy_ub()
-        _in_use.clear()
+    base.destroy_ub()  # those of an earlier session of this process, if there was one
     modes = base.UserBufferQuantizationMode
     quantization = [modes.NONE if precision.fp8 == "off" else modes.FP8]
     if precision.bf16_first_layers + precision.bf16_last_layers > 0:
@@ -41,11 +35,10 @@ def start_user_buffers(config: RunConfig) -> None:
             shape=shape,
             tp_size=parallel.tensor,
             quantization_modes=quantization,
-            bootstrap_backend=BOOTSTRAP,
+            bootstrap_backend="nccl",  # there anyway; the default may be MPI
         )
     except (AssertionError, RuntimeError) as error:
         raise ConfigError(
             f"parallel.tensor_overlap=true: Transformer Engine has no user buffers of {shape[0]} tokens x "
             f"{shape[1]} for {parallel.tensor} tensor ranks here ({error}); set it to false"
         ) from error
-    _in_use.append(config)

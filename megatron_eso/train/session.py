@@ -104,7 +104,7 @@ def start_ranks(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, Device, Lay
     device = choose_device(ranks.local_rank)
     if config.precision.deterministic and device.is_cuda:
         be_deterministic(os.environ)
-    if config.parallel.cuda_graphs and can_capture(device.torch_device):
+    if _is_graphed(config, device):
         prepare_for_graphs(os.environ)
     machine = describe_machine()
     require_machine(config, machine)
@@ -141,7 +141,7 @@ def build_session(
     optimizer = average = None
     clock = PassClock()
     if for_training:
-        is_graphed = config.parallel.cuda_graphs and can_capture(device.torch_device)
+        is_graphed = _is_graphed(config, device)
         with gradients_for_graphs() if is_graphed else nullcontext():
             chunks = wrap_for_training(
                 chunks, settings, config.parallel, clock, on_gpu=device.is_cuda
@@ -187,13 +187,16 @@ def choices(session: Session) -> list[str]:
             "parallel.tensor_overlap=true has no effect: plain layers have no user buffers"
         )
     if parallel.cuda_graphs:
-        is_graphed = can_capture(session.torch_device)
         lines.append(
             "layers run from CUDA graphs, captured in the first step"
-            if is_graphed
+            if _is_graphed(config, device)
             else "parallel.cuda_graphs=true has no effect: there is no GPU"
         )
     return lines
+
+
+def _is_graphed(config: RunConfig, device: Device) -> bool:
+    return config.parallel.cuda_graphs and can_capture(device.torch_device)
 
 
 def attention_kernel(config: RunConfig, device: Device) -> str:

@@ -1,0 +1,15 @@
+"""Put stand-ins in the place of functions for a while."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+from unittest import mock
+
+
+@contextlib.contextmanager
+def replaced(stand_ins: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Within it each (module or class, name) is its stand-in."""
+    with contextlib.ExitStack() as stack:
+        for where, name, stand_in in stand_ins:
+            stack.enter_context(mock.patch.object(where, name, stand_in))
+        yield
