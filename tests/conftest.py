@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests import released
 from tests.rank_pool import RankPool
 
 
@@ -22,5 +23,14 @@ def four_ranks():
 @pytest.fixture(scope="session")
 def one_rank():
     pool = RankPool(1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def te_ranks(tmp_path_factory):
+    """Two ranks with the newest Transformer Engine of the installed Megatron-Core's lane."""
+    folders = released.transformer_engine("2.11.0", tmp_path_factory.mktemp("te"))
+    pool = RankPool(2, *folders, **released.TE_ENVIRONMENT)
     yield pool
     pool.close()

@@ -161,5 +161,5 @@ def gradients_with_megatrons_graphs(is_graphed: bool) -> dict[str, np.ndarray]:
 
 
 def train_te(overrides: list[str]) -> dict[str, Any]:
-    """:func:`train` over the stand-in for Transformer Engine."""
+    """:func:`train` with the layers of Transformer Engine."""
     return train(overrides, te=True)

@@ -587,7 +587,7 @@ def _gradient_pieces(session: Session) -> list[tuple[str, tuple, tuple, np.ndarr
         for entry in sharded_parameters(session.chunks):
             torch.distributed.all_reduce(entry.data.grad, group=session.layout.context_group)
     return [
-        (p.full_name, p.global_shape, p.slices, p.data.numpy().copy())
+        (p.full_name, p.global_shape, p.slices, p.data.double().numpy().copy())
         for entry in sharded_parameters(session.chunks)
         for p in pieces_of(entry, entry.data.grad)
     ]

@@ -16,10 +16,10 @@ from typing import Any
 
 
 class RankPool:
-    """``size`` processes that are ranks of one world; folders to look for packages in first."""
+    """``size`` processes that are ranks of one world; folders to look for packages in first, variables."""
 
-    def __init__(self, size: int, *first_on_path: str) -> None:
-        self.size, self._first_on_path = size, first_on_path
+    def __init__(self, size: int, *first_on_path: str, **environment: str) -> None:
+        self.size, self._first_on_path, self._environment = size, first_on_path, environment
         self._pipes: list[Any] = []
         self._processes: list[Any] = []
 
@@ -28,7 +28,8 @@ class RankPool:
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, rank, self.size, self._first_on_path)
+                target=_serve,
+                args=(theirs, rank, self.size, self._first_on_path, self._environment),
             )
             process.start()
             theirs.close()
@@ -52,12 +53,14 @@ class RankPool:
                 if not pipe.poll(timeout):
                     raise TimeoutError(f"rank {rank} did not finish {job} within {timeout} s")
                 replies.append(pipe.recv())
-            except (TimeoutError, EOFError) as error:
+            except (TimeoutError, EOFError, ConnectionError) as error:
                 process.join(1)
                 code = process.exitcode
                 self.close()
                 died = f"rank {rank} died in {job} with exit code {code}"
-                raise AssertionError(died if isinstance(error, EOFError) else str(error)) from error
+                raise AssertionError(
+                    str(error) if isinstance(error, TimeoutError) else died
+                ) from error
         failures = [f"rank {r}:\n{value}" for r, (is_ok, value) in enumerate(replies) if not is_ok]
         if failures:
             raise AssertionError(f"{job} failed on\n" + "\n".join(failures))
@@ -71,12 +74,18 @@ class RankPool:
         self._pipes, self._processes = [], []
 
 
-def _serve(pipe: Any, rank: int, size: int, first_on_path: tuple[str, ...]) -> None:
+def _serve(
+    pipe: Any, rank: int, size: int, first_on_path: tuple[str, ...], environment: dict[str, str]
+) -> None:
     if any(path.endswith("triton") for path in first_on_path):
         import torch._inductor.compile_fx  # looks for triton now, so it does not meet the stand-in
     sys.path[:0] = first_on_path
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1"
+        environment,
+        RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
     )
     import torch
 

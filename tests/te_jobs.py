@@ -1,9 +1,10 @@
-"""What ranks do with the stand-in for Transformer Engine (tests/stand_in); see rank_jobs.py.
+"""What ranks do with Transformer Engine on a CPU (tests/stand_in); see rank_jobs.py.
 
-The stand-in runs on a CPU, where the real rules refuse Transformer Engine; so these jobs give the
-session the description of an H100. Everything else is the real path.
+The real rules refuse Transformer Engine on a CPU; so these jobs give the session the description of an
+H100. Everything else is the real path.
 """
 
+import importlib
 import os
 import pickle
 from pathlib import Path
@@ -20,11 +21,12 @@ from megatron_eso.parallel.te_adapter import require_fused_attention
 from megatron_eso.train import session as session_module
 from megatron_eso.train.step import train_step
 from tests import rank_jobs
+from tests.replaced import replaced
 
 H100 = Machine(
     gpu="NVIDIA H100",
     capability=(9, 0),
-    te=(2, 9, 0),
+    te=(2, 11, 0),
     cudnn=(9, 14, 0),
     dpa_recipe="DelayedScaling",
 )
@@ -37,11 +39,8 @@ def on_h100(job: str, overrides: list[str], *args: Any) -> Any:
     for name in _VARIABLES:
         os.environ.pop(name, None)
     os.environ.update(process_environment(rank_jobs.small_config(overrides)))
-    before, session_module.describe_machine = session_module.describe_machine, lambda: H100
-    try:
+    with replaced([(session_module, "describe_machine", lambda: H100)]):
         return getattr(rank_jobs, job)(overrides, *args)
-    finally:
-        session_module.describe_machine = before
 
 
 def layers(overrides: list[str]) -> dict[str, str]:
@@ -57,12 +56,11 @@ def layers(overrides: list[str]) -> dict[str, str]:
 
 def with_buffers(overrides: list[str]) -> dict[str, Any]:
     """Train a step and evaluate; return the losses, the scores and what became of the user buffers."""
-    from transformer_engine.pytorch.module import base  # type: ignore[import-not-found]
-
+    base = _module_base()
     base.destroy_ub()
     session = on_h100("make_session", overrides)
     losses = [train_step(session, rank_jobs.read_rows).loss]
-    used_by_step = dict((base.buffers or {}).get("uses", {}))
+    used_by_step = _uses(base)
     scores = evaluate(
         session.replica, lambda rows: rank_jobs.read_rows(7, rows), num_rows=6, bytes_per_token=4.0
     )
@@ -74,43 +72,59 @@ def with_buffers(overrides: list[str]) -> dict[str, Any]:
         sequence_log_probability(session.replica, tokens, order)
     except ConfigError as error:
         refusal = str(error)
-    found = base.buffers
+    uses = _uses(base)
+    shapes = {
+        (tuple(buffer.shape), buffer.size) for buffer in (base._ub_communicators or {}).values()
+    }
     base.destroy_ub()
     return {
         "losses": losses,
         "log_probability": float(one_row),
         "refusal": refusal,
         "scores": [score.nats_per_token for score in scores],
-        "buffers": found,
+        "shapes": shapes,
         "used_by_step": used_by_step,
+        "uses": uses,
     }
+
+
+def _uses(base: Any) -> dict[tuple[str, str], int]:
+    """Return how often each buffer was used, by its layer and pass and by what it holds."""
+    buffers = base._ub_communicators or {}
+    return {(name, mode.value): buffer.uses for (name, mode), buffer in buffers.items()}
+
+
+def _module_base() -> Any:
+    return importlib.import_module("transformer_engine.pytorch.module.base")
 
 
 def refused_buffers(overrides: list[str]) -> str:
     """Return what is said where Transformer Engine cannot have the buffers."""
-    from transformer_engine.pytorch.module import base  # type: ignore[import-not-found]
-
-    def fail(**settings: Any) -> None:
-        raise AssertionError("no CUDA Multicast")
-
-    before, base.initialize_ub = base.initialize_ub, fail
-    try:
-        on_h100("make_session", overrides)
-    except ConfigError as error:
-        return str(error)
-    finally:
-        base.initialize_ub = before
+    base = _module_base()
+    base.destroy_ub()
+    with replaced([(base.tex, "device_supports_multicast", lambda: False)]):
+        try:
+            on_h100("make_session", overrides)
+        except ConfigError as error:
+            return str(error)
     return ""
 
 
-def passes_in_fp64(overrides: list[str]) -> dict[str, Any]:
-    """Return log-probabilities and gradients of the first step's rows, computed in fp64."""
-    session = on_h100("_replica_session", overrides, "fp64")
+def passes(overrides: list[str], dtype: str) -> dict[str, Any]:
+    """Return log-probabilities and gradients of the first step's rows, computed in ``dtype``."""
+    session = on_h100("_replica_session", overrides, dtype)
+    weights = list(session.chunks[0].parameters())
+    for weight in weights:  # where Transformer Engine adds gradients up itself
+        weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
+        weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
     found = []
     for rows in rank_jobs.stack_of_step(session, 0):
         log_probs = session.chunks[0](rows)
-        log_probs.sum().backward()
-        found.append(log_probs.detach())
+        log_probs.double().sum().backward()
+        found.append(log_probs.detach().double())
+    for weight in weights:
+        if weight.grad_added_to_main_grad:  # type: ignore[attr-defined]
+            weight.grad = weight.main_grad.to(weight.dtype)  # type: ignore[attr-defined]
     return {
         "log_probs": torch.cat(found).numpy(),
         "gradients": rank_jobs._gradient_pieces(session),

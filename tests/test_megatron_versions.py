@@ -5,19 +5,14 @@ Python but for a part that is not used here, so it is unpacked, with a stand-in 
 imports at once for kernels that no CPU runs.
 """
 
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
-
 import numpy as np
 import pytest
 
+from tests import released
 from tests.rank_pool import RankPool
 from tests.version_jobs import RECIPES, megatron_settings
 
-NEWER = "0.19.2"
-HERE = Path(__file__).parent
+NEWER, NEWER_TE = "0.19.2", "2.18.0"
 OFF = {
     "bf16": True,
     "fp8": None,
@@ -73,22 +68,12 @@ def test_every_recipe_becomes_the_installed_megatrons_settings():
 @pytest.fixture(scope="module")
 def newer(tmp_path_factory):
     """Two ranks on the newer Megatron-Core, over the stand-ins."""
-    folder = tmp_path_factory.mktemp("megatron")
-    asked = f"megatron-core=={NEWER}"
-    command = [
-        sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
-        "--python-version", "3.12", "--dest", str(folder), asked,
-    ]  # fmt: skip
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    except subprocess.TimeoutExpired:
-        pytest.skip(f"NOT TESTED: {asked} could not be downloaded within 120 s")
-    if done.returncode:
-        pytest.skip(f"NOT TESTED: {asked} cannot be downloaded: {done.stderr.strip()[-300:]}")
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        wheel.extractall(folder / "unpacked")
-    paths = (folder / "unpacked", HERE / "stand_in", HERE / "stand_in_triton")
-    pool = RankPool(2, *map(str, paths))
+    paths = (
+        released.unpacked(f"megatron-core=={NEWER}", tmp_path_factory.mktemp("megatron")),
+        *released.transformer_engine(NEWER_TE, tmp_path_factory.mktemp("te")),
+        str(released.STAND_IN_TRITON),
+    )
+    pool = RankPool(2, *paths, **released.TE_ENVIRONMENT)
     yield pool.run
     pool.close()
 
@@ -102,25 +87,26 @@ def test_every_recipe_becomes_the_newer_megatrons_settings(newer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "near"),
     [
-        pytest.param(["parallel.tensor=2"], id="tensor"),
-        pytest.param(["parallel.pipeline=2"], id="pipeline"),
-        pytest.param(["precision.dtype=bf16"], id="data-bf16"),
+        pytest.param(["parallel.tensor=2"], 1e-6, id="tensor"),
+        pytest.param(["parallel.pipeline=2"], 1e-6, id="pipeline"),
+        pytest.param(["precision.dtype=bf16"], 5e-4, id="data-bf16"),
     ],
 )
 def test_the_newer_megatron_trains_saves_and_resumes_like_the_installed_one(
-    newer, two_ranks, tmp_path, layout
+    newer, two_ranks, tmp_path, layout, near
 ):
+    """The newer one's Adam is Transformer Engine's, the other's PyTorch's: they round in another order."""
     settings = [*layout, "precision.backend=torch"]
     expected = two_ranks.run("train", settings, 4)[0]["losses"]
     found = newer("train", settings, 4, str(tmp_path), 2)[0]["losses"]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=near)
     again = newer("train", settings, 4, str(tmp_path), None, True)[0]["losses"]
     assert again == found[2:]
     # Checkpoints move between the two.
     moved = two_ranks.run("train", settings, 4, str(tmp_path), None, True)[0]["losses"]
-    np.testing.assert_allclose(moved, expected[2:], rtol=1e-6)
+    np.testing.assert_allclose(moved, expected[2:], rtol=near)
 
 
 @pytest.mark.slow

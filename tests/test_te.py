@@ -1,10 +1,9 @@
-"""Layers of Transformer Engine on Megatron's own wrappers, over a stand-in for it that runs on a CPU.
+"""Layers of Transformer Engine: its released Python code and Megatron's wrappers, on a CPU.
 
-What is shown: the spec builds and trains, computes what the torch layers compute, and its checkpoints
-are the same. What is not: anything about Transformer Engine's kernels.
+What its compiled half computes is a stand-in's (tests/stand_in). Shown: the layers are asked for what they
+can do, compute what the torch layers compute, and have the same checkpoints; what Transformer Engine's own
+code gathers, rounds, keeps and refuses is its own. Not shown: anything about its kernels.
 """
-
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +11,10 @@ import pytest
 from megatron_eso.checkpoint.compare import compare
 from megatron_eso.checkpoint.folder import CheckpointFolder, folder_of_step
 from tests.rank_jobs import assemble
-from tests.rank_pool import RankPool
 from tests.test_layouts import assert_same
 
 pytestmark = pytest.mark.slow
 
-STAND_IN = str(Path(__file__).parent / "stand_in")
 TE, TORCH = ["precision.backend=te"], ["precision.backend=torch"]
 LAYERNORM = ["model.norm=layernorm", "model.activation=gelu"]
 SHAPES = {
@@ -39,11 +36,9 @@ FP8_ATTENTION = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    pool = RankPool(2, STAND_IN)
-    yield lambda job, *args: pool.run(f"te_jobs.{job}", *args)
-    pool.close()
+@pytest.fixture
+def ranks(te_ranks):
+    return lambda job, *args: te_ranks.run(f"te_jobs.{job}", *args)
 
 
 def test_the_layers_are_megatrons_transformer_engine_classes(ranks):
@@ -78,17 +73,28 @@ def _place(piece):
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "context"])
 def test_te_attention_with_merged_copies_is_split_attention(ranks, layout):
-    settings = [*LAYOUTS.get(layout, ["parallel.context=2"]), *TE, "precision.dtype=bf16"]
+    """Its kernels take bf16 alone: it must come as near to attention in fp64 as split attention in bf16."""
+    settings = LAYOUTS.get(layout, ["parallel.context=2"])
+    exact = ranks("passes", [*settings, *TORCH], "fp64")
     split, te = (
-        ranks("passes_in_fp64", [*settings, f"precision.attention={a}"]) for a in ("split", "te")
+        ranks("passes", [*settings, *TE, f"precision.attention={attention}"], "bf16")
+        for attention in ("split", "te")
     )
-    for one, other in zip(split, te, strict=True):
+    for one, near, other in zip(exact, split, te, strict=True):
         assert len(one["log_probs"]) > 0
-        np.testing.assert_allclose(other["log_probs"], one["log_probs"], rtol=0, atol=1e-11)
-    mine, theirs = (assemble([reply["gradients"] for reply in replies]) for replies in (te, split))
+        allowed = 1.5 * _distance(near["log_probs"], one["log_probs"])
+        assert 0 < _distance(other["log_probs"], one["log_probs"]) < allowed
+    theirs, near, mine = (
+        assemble([reply["gradients"] for reply in replies]) for replies in (exact, split, te)
+    )
     assert mine.keys() == theirs.keys()
     for name, gradient in theirs.items():
-        np.testing.assert_allclose(mine[name], gradient, rtol=1e-6, atol=1e-9, err_msg=name)
+        allowed = 1.5 * _distance(near[name], gradient) + 1e-3
+        assert _distance(mine[name], gradient) < allowed, name
+
+
+def _distance(found, expected):
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize(("first", "second"), [(TE, TORCH), (TORCH, TE)], ids=["to-torch", "to-te"])
@@ -131,10 +137,14 @@ def test_the_adapter_reports_the_choice_and_refuses_the_unfused_backend(ranks):
     chosen, refusal = ranks("attention_choices")[0]
     assert chosen == "FusedAttention"
     assert "UnfusedDotProductAttention" in refusal
-    assert "Disabling FusedAttention as no backend supports" in refusal
+    assert "Disabling FusedAttention" in refusal
     assert "precision.attention=split" in refusal
 
 
+# Both passes of four products, and the two sums beside products that Megatron asks to be overlapped.
+USED = {f"{n}_{p}" for n in ("qkv", "proj", "fc1", "fc2") for p in ("fprop", "dgrad")} | {
+    "qkv_wgrad", "fc1_wgrad",
+}  # fmt: skip
 BUFFERS = [
     "parallel.tensor=2", "precision.dtype=bf16", *TE, "parallel.tensor_overlap=true",
     "objective.alpha_0=0.5", "train.micro_batch_rows=4",
@@ -147,13 +157,15 @@ def test_user_buffers_have_the_shape_of_every_micro_batch(ranks, precision):
     settings = [*BUFFERS, *precision]
     plain = ranks("with_buffers", [*settings, "parallel.tensor_overlap=false"])[0]
     found = ranks("with_buffers", settings)[0]
-    assert plain["buffers"] is None
-    buffers = found["buffers"]
-    modes = {0: ["none"], len(FP8): ["fp8"], len(FP8_ATTENTION): ["fp8", "none"]}[len(precision)]
-    assert (buffers["shape"], buffers["tp_size"]) == ([4 * 16, 32], 2)
-    assert (buffers["modes"], buffers["backend"]) == (modes, "nccl")
-    assert set(found["used_by_step"]) == {"qkv_fprop", "proj_fprop", "fc1_fprop", "fc2_fprop"}
-    assert buffers["uses"]["proj_fprop"] > found["used_by_step"]["proj_fprop"]  # the evaluation
+    assert plain["shapes"] == set()
+    assert found["shapes"] == {((4 * 16, 32), 2)}
+    modes = {0: {"none"}, len(FP8): {"fp8"}, len(FP8_ATTENTION): {"fp8", "none"}}[len(precision)]
+    assert {mode for _, mode in found["uses"]} == modes
+    for mode in modes:
+        trained = {name for (name, m), n in found["used_by_step"].items() if m == mode and n}
+        assert trained == USED
+    evaluated = ("proj_fprop", max(modes))
+    assert found["uses"][evaluated] > found["used_by_step"][evaluated]
     assert found["losses"] == plain["losses"]
     near = 1e-3 if precision else 1e-6
     np.testing.assert_allclose(found["scores"], plain["scores"], rtol=near)
@@ -166,7 +178,9 @@ def test_user_buffers_have_the_shape_of_every_micro_batch(ranks, precision):
 
 
 def test_buffers_that_the_machine_cannot_have_say_so(ranks):
-    assert ranks("refused_buffers", BUFFERS)[0] == (
+    said = ranks("refused_buffers", BUFFERS)[0]
+    assert said.startswith(
         "parallel.tensor_overlap=true: Transformer Engine has no user buffers of 64 tokens x 32 for 2 "
-        "tensor ranks here (no CUDA Multicast); set it to false"
+        "tensor ranks here (CUDA device, driver and/or toolkit version does not support"
     )
+    assert said.endswith("set it to false")

@@ -135,9 +135,10 @@ class LayerGraphs:
             if place == len(self._pools):
                 self._pools.append(torch.cuda.graph_pool_handle())
             taken = _GraphSet(kind, place, _static_copy(rows))
+            taken.take_in(rows)
             taken.layers = _capture(self._layers, hidden, taken, self._pools[place])
             self._sets.append(taken)
-        taken.begin(rows)
+        taken.take_in(rows)
         return taken
 
 
@@ -150,7 +151,7 @@ class _GraphSet:
         self.use: Callable[[], _Use | None] = lambda: None
         self.keeps: tuple[Tensor, ...] = ()
 
-    def begin(self, rows: AttentionRows) -> None:
+    def take_in(self, rows: AttentionRows) -> None:
         """Take in what the layers must know of a micro-batch."""
         for fixed, values in ((self.rows.cos, rows.cos), (self.rows.sin, rows.sin)):
             assert fixed is not None and values is not None
@@ -264,33 +265,34 @@ def _capture(
         gradient = torch.zeros_like(like)
         for layer in layers:
             graph = _GraphOfLayer(layer, hidden, gradient)
-            _warm_up(layer, graph, graph_set.rows)
+            _warm_up(layer, like, graph_set.rows)
             with torch.cuda.graph(graph.forward, **how):
                 graph.out = _run(layer, hidden, graph_set.rows)
             graphs.append(graph)
             hidden = graph.out.detach().requires_grad_()
-        for graph in reversed(graphs):
+        for layer, graph in reversed(list(zip(layers, graphs, strict=True))):
             with torch.cuda.graph(graph.backward, **how):
-                d_hidden, *d_parameters = _gradients(graph, gradient)
-                gradient.copy_(d_hidden)
-                for parameter, part in zip(graph.parameters, d_parameters, strict=True):
-                    parameter.main_grad.add_(part)  # type: ignore[attr-defined]
+                gradient.copy_(_backward(layer, graph.hidden, graph.out, gradient))
             graph.out = graph.out.detach()  # lets go of what the backward pass needed
-            del d_hidden, d_parameters
     # Megatron's buffer for gathered activations is another one after a larger evaluation; a graph goes on
     # using the one that it was captured with.
     graph_set.keeps = tuple(parallel_state.get_global_memory_buffer().buffer.values())
     return graphs
 
 
-def _warm_up(layer: nn.Module, graph: _GraphOfLayer, rows: AttentionRows) -> None:
-    """Run a layer beside the graph: libraries choose kernels and compile in their first calls."""
+def _warm_up(layer: nn.Module, like: Tensor, rows: AttentionRows) -> None:
+    """Run a layer beside the graph: libraries choose kernels and compile in their first calls.
+
+    It runs on zeros, because its products may add weight gradients to their buffers: those of zeros change
+    nothing. What a captured graph has for its output holds anything yet.
+    """
     stream = _side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UP_PASSES):
-            graph.out = _run(layer, graph.hidden, rows)
-            _gradients(graph, torch.zeros_like(graph.out))
+            hidden = torch.zeros_like(like, requires_grad=True)
+            out = _run(layer, hidden, rows)
+            _backward(layer, hidden, out, torch.zeros_like(out))
     torch.cuda.current_stream().wait_stream(stream)
 
 
@@ -300,8 +302,19 @@ def _run(layer: nn.Module, hidden: Tensor, rows: AttentionRows) -> Tensor:
     return out
 
 
-def _gradients(graph: _GraphOfLayer, of_out: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad([graph.out], [graph.hidden, *graph.parameters], [of_out])
+def _backward(layer: nn.Module, hidden: Tensor, out: Tensor, of_out: Tensor) -> Tensor:
+    """Return the gradient of a layer's input; add those of its weights to their buffers.
+
+    Transformer Engine's products add theirs themselves, and say so.
+    """
+    parameters = list(layer.parameters())
+    for parameter in parameters:
+        parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    d_hidden, *d_parameters = torch.autograd.grad([out], [hidden, *parameters], [of_out])
+    for parameter, part in zip(parameters, d_parameters, strict=True):
+        if not parameter.grad_added_to_main_grad:  # type: ignore[attr-defined]
+            parameter.main_grad.add_(part)  # type: ignore[attr-defined]
+    return d_hidden
 
 
 @contextmanager

@@ -77,8 +77,7 @@ def transformer_config(
         # Megatron's own fused SwiGLU, compiled: fewer activations are kept, read and written.
         bias_activation_fusion=on_gpu and model.activation == "swiglu",
         # Transformer Engine's weight gradients are summed into their fp32 buffers by the product itself.
-        # (A graph does that for all layers; it must not happen in the passes that warm it up.)
-        gradient_accumulation_fusion=precision.backend == "te" and not parallel.cuda_graphs,
+        gradient_accumulation_fusion=precision.backend == "te",
         # Fusions that need CUDA kernels of Apex.
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,

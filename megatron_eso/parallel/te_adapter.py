@@ -147,16 +147,15 @@ def _said_by(utils: Any) -> Iterator[list[str]]:
             if record.getMessage().startswith("Disabling"):
                 said.append(record.getMessage())
 
-    logger, handler = logging.getLogger("DotProductAttention"), Collect()
-    settings, level = utils.AttentionLogging, logger.level
-    before, passes_on = settings._log_level, logger.propagate
-    settings._log_level, logger.propagate = logging.DEBUG, False
-    logger.addHandler(handler)
+    logger, settings = logging.getLogger("DotProductAttention"), utils.AttentionLogging
+    before = settings._log_level, logger.level, logger.propagate, logger.handlers
+    collect: list[logging.Handler] = [Collect()]
+    # In the place of its own handler, which it adds with its first layer and which prints.
+    settings._log_level, logger.propagate, logger.handlers = logging.DEBUG, False, collect
     try:
         yield said
     finally:
-        logger.removeHandler(handler)
-        settings._log_level, logger.propagate = before, passes_on
+        settings._log_level, level, logger.propagate, logger.handlers = before
         logger.setLevel(level)
 
 

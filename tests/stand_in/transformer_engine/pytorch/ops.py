@@ -1,9 +1,0 @@
-"""Names in annotations of Megatron's fused MLP, which is not used."""
-
-
-class FusibleOperation:
-    pass
-
-
-class Sequential:
-    pass
