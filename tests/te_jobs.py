@@ -7,6 +7,8 @@ H100. Everything else is the real path.
 import importlib
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,15 @@ from megatron_eso.checkpoint.folder import CheckpointFolder
 from megatron_eso.config.precision_rules import Machine, process_environment
 from megatron_eso.errors import ConfigError
 from megatron_eso.eval.evaluate import evaluate
-from megatron_eso.eval.sequence_log_probability import sequence_log_probability
+from megatron_eso.eval.sequence_log_probability import (
+    accumulate_gradients,
+    sequence_log_probability,
+)
+from megatron_eso.model import eso_model, megatron_config
+from megatron_eso.parallel.optimizer import whole_weights
 from megatron_eso.parallel.te_adapter import require_fused_attention
 from megatron_eso.train import session as session_module
+from megatron_eso.train.session import Session
 from megatron_eso.train.step import train_step
 from tests import rank_jobs
 from tests.replaced import replaced
@@ -31,6 +39,7 @@ H100 = Machine(
     dpa_recipe="DelayedScaling",
 )
 MEGATRON_TE = "megatron.core.extensions.transformer_engine"
+FP8_WEIGHTS = ["precision.fp8_params=true", "eval.use_ema=false"]
 _VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
 
@@ -156,3 +165,111 @@ def attention_choices() -> tuple[str, str]:
     except ConfigError as error:
         return choice.chosen if choice else "", str(error)
     return choice.chosen if choice else "", ""
+
+
+class _Done:
+    def wait(self) -> None:
+        pass
+
+
+@contextmanager
+def _gathers_each_format() -> Iterator[None]:
+    """Gather weights one by one: gloo takes several at once for tensors of the first one's format."""
+    buffers: Any = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    group: Any = buffers._ParamAndGradBucketGroup
+    start, gather = group.start_param_sync, buffers.dist_all_gather_func
+
+    def at_once(*args: Any, async_op: bool = False, **settings: Any) -> None:
+        gather(*args, **settings)
+
+    @contextmanager
+    def one_by_one(group: Any, async_ops: bool = False) -> Iterator[Any]:
+        yield _Done()
+
+    def start_one_by_one(self: Any, force_sync: bool = False) -> None:
+        stand_ins = (
+            (buffers, "dist_all_gather_func", at_once),
+            (buffers, "_coalescing_manager", one_by_one),
+        )
+        with replaced(stand_ins):
+            start(self, force_sync)
+
+    with replaced([(group, "start_param_sync", start_one_by_one)]):
+        yield
+
+
+@contextmanager
+def _initialised_as_on_a_gpu() -> Iterator[None]:
+    """Have Transformer Engine initialise its layers, as Megatron does on a GPU."""
+
+    def as_on_a_gpu(*args: Any, **settings: Any) -> Any:
+        return plain(*args, **{**settings, "use_cpu_initialization": False})
+
+    plain = megatron_config.TransformerConfig
+    stand_ins = (
+        (megatron_config, "TransformerConfig", as_on_a_gpu),
+        (eso_model, "_device", lambda config: torch.device("cpu")),
+    )
+    with replaced(stand_ins):
+        yield
+
+
+def _session_with_fp8_weights(overrides: list[str]) -> Session:
+    with _initialised_as_on_a_gpu():
+        return on_h100("make_session", [*overrides, *FP8_WEIGHTS])
+
+
+def train_with_fp8_weights(overrides: list[str], *args: Any) -> Any:
+    """:func:`rank_jobs.train` with FP8 parameters."""
+    with _gathers_each_format(), _initialised_as_on_a_gpu():
+        return on_h100("train", [*overrides, *FP8_WEIGHTS], *args)
+
+
+def looked_at(overrides: list[str], looks: bool) -> list[tuple[float, float]]:
+    """Return losses and gradient norms of steps between which FP8 weights are made whole, if asked."""
+    with _gathers_each_format():
+        session = _session_with_fp8_weights(overrides)
+        found = []
+        for _ in range(3):
+            report = train_step(session, rank_jobs.read_rows)
+            found.append((report.loss, report.grad_norm))
+            with whole_weights(session.chunks) if looks else nullcontext():
+                pass
+        return found
+
+
+def largest_weight_in_history(overrides: list[str]) -> float:
+    """Return the largest value that the FP8 state of a new model has seen of a weight."""
+    modules: list[Any] = list(_session_with_fp8_weights(overrides).chunks[0].modules())
+    histories = [m.fp8_meta["scaling_fwd"].amax_history for m in modules if hasattr(m, "fp8_meta")]
+    assert histories
+    return max(
+        float(history[:, 1].max()) for history in histories
+    )  # 0: inputs, 1: weights, 2: outputs
+
+
+def log_probability_passes(overrides: list[str]) -> dict[str, Any]:
+    """Return what a pass outside of training gives: values as weights change, and gradients added up."""
+    session = on_h100("make_session", overrides)
+    train_step(session, rank_jobs.read_rows)
+    tokens = rank_jobs.read_rows(7, [0, 1]).tokens[:, : rank_jobs.LENGTH]
+    order = torch.arange(rank_jobs.LENGTH).expand_as(tokens)
+    chunk: Any = session.chunks[0]
+
+    def gradients(times: int) -> torch.Tensor:
+        chunk.zero_grad_buffer()
+        for _ in range(times):
+            accumulate_gradients(
+                session.replica, tokens, order, lambda found, rows: found.sum(), micro_batch_rows=1
+            )
+        return torch.cat([p.main_grad.flatten().clone() for p in chunk.parameters()])
+
+    once, twice = gradients(1), gradients(2)
+    values = []
+    for _ in range(2):
+        values.append(sequence_log_probability(session.replica, tokens, order).tolist())
+        with torch.no_grad():
+            for name, parameter in chunk.named_parameters():
+                if name.endswith("linear_fc2.weight"):
+                    parameter.mul_(-1.0)
+    return {"values": values, "once": once, "twice": twice}

@@ -30,6 +30,7 @@ LAYOUTS = {
     "tensor-without-sequence": ["parallel.tensor=2", "parallel.sequence=false"],
 }
 FP8 = ["precision.dtype=bf16", "precision.fp8=delayed", "precision.fp8_amax_history=4"]
+TENSORWISE = ["precision.dtype=bf16", "precision.fp8=tensorwise"]
 FP8_ATTENTION = [
     "precision.dtype=bf16", "precision.fp8=tensorwise", "precision.fp8_attention=true",
     "model.head_size=128", "precision.bf16_first_layers=1",
@@ -120,6 +121,46 @@ def test_fp8_state_is_saved_and_makes_a_resume_bitwise(ranks, tmp_path, recipe):
     ranks("without_fp8_state", folder_of_step(tmp_path, 2).path.as_posix())
     fresh = ranks("on_h100", "train", settings, 4, str(tmp_path), None, True)
     assert fresh[0]["losses"] != whole[0]["losses"][2:]
+
+
+@pytest.mark.parametrize(
+    "recipe", [FP8, TENSORWISE, FP8_ATTENTION], ids=["delayed", "tensorwise", "attention"]
+)
+def test_weights_kept_in_fp8_train_and_resume_bitwise(ranks, tmp_path, recipe):
+    """The rounding depends on scales that are loaded too; gathered in the background it is no other."""
+    job, overlap = "train_with_fp8_weights", "parallel.overlap=true"
+    plain = ranks(job, recipe, 4, str(tmp_path / "one"), 2)[0]["losses"]
+    assert ranks(job, [*recipe, overlap], 4, str(tmp_path / "two"), 2)[0]["losses"] == plain
+    for folder, settings in {"one": recipe, "two": [*recipe, overlap]}.items():
+        again = ranks(job, settings, 4, str(tmp_path / folder), None, True)
+        assert again[0]["losses"] == plain[2:]
+    moved = ranks(job, [*recipe, "parallel.tensor=2"], 4, str(tmp_path / "one"), None, True)
+    np.testing.assert_allclose(moved[0]["losses"], plain[2:], rtol=2e-2)
+    beside = ranks("on_h100", "train", recipe, 4)[0]["losses"]  # with weights in bf16
+    np.testing.assert_allclose(plain, beside, rtol=2e-2)
+
+
+@pytest.mark.parametrize("recipe", [FP8, TENSORWISE], ids=["delayed", "tensorwise"])
+def test_looking_at_whole_fp8_weights_changes_no_gradient(ranks, recipe):
+    settings = [*recipe, "parallel.overlap=true"]
+    assert ranks("looked_at", settings, True) == ranks("looked_at", settings, False)
+
+
+def test_fp8_weights_have_seen_no_memory_that_nobody_had_written_to(ranks):
+    """The stand-in has a large number there; delayed scales would follow it for a whole history."""
+    assert 0 < ranks("largest_weight_in_history", FP8)[0] < 1
+
+
+def test_passes_outside_of_training_see_the_weights_and_keep_the_gradients(ranks):
+    """Transformer Engine rounds weights, and overwrites gradients, in a step's first micro-batch."""
+    layout = [
+        "parallel.tensor=2",
+        "parallel.sequence=false",
+    ]  # no sums over ranks, twice of the same
+    found = ranks("log_probability_passes", [*TENSORWISE, *layout])[0]
+    assert np.abs(np.subtract(*found["values"])).min() > 1e-2
+    once, twice = (found[name].numpy() for name in ("once", "twice"))
+    np.testing.assert_allclose(twice, 2 * once, rtol=1e-4, atol=1e-5 * np.abs(once).max())
 
 
 def test_a_checkpoint_with_fp8_state_loads_without_fp8_and_the_other_way(ranks, tmp_path):

@@ -24,6 +24,7 @@ from megatron_eso.checkpoint.straight_reader import straight_reading
 from megatron_eso.errors import CheckpointError
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 from megatron_eso.parallel.moving_average import MovingAverage
+from megatron_eso.parallel.optimizer import write_fp8_weights
 from megatron_eso.parallel.parameters import shards
 
 with quiet_megatron_import():
@@ -59,6 +60,7 @@ def load_training_state(
     updates = step if num_updates is None else num_updates
     restore([place for _, place in places], optimizer, average, step=updates)
     load_fp8_state(folder, chunks)
+    write_fp8_weights(optimizer, chunks)
     return step
 
 

@@ -25,6 +25,7 @@ from megatron_eso.checkpoint.state import MOMENTS
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.parallel.fp8_state import get_state, set_state, stateful_modules
 from megatron_eso.parallel.moving_average import MovingAverage
+from megatron_eso.parallel.optimizer import write_fp8_weights
 from megatron_eso.parallel.parameters import (
     gather_full,
     own_memory,
@@ -142,6 +143,7 @@ class LocalCopies:
                 entry.data.copy_(gather_full(entry.data, start, part, group))
         for entry, kept in zip(stateful_modules(chunks), stored["fp8"], strict=True):
             set_state(entry.module, kept)
+        write_fp8_weights(optimizer, chunks)
         self.kept_step = step
         return header["state"]
 

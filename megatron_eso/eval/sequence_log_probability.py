@@ -20,6 +20,7 @@ from megatron_eso.errors import ConfigError
 from megatron_eso.model.replica import Replica
 from megatron_eso.objective.rows import StackRows, filled_up, sequential_rows
 from megatron_eso.parallel.exchange import rows_of_rank, sum_over_context
+from megatron_eso.parallel.fp8_state import by_itself
 from megatron_eso.parallel.schedule import run_micro_batches
 
 LossOfRows = Callable[[Tensor, Tensor], Tensor]
@@ -48,7 +49,9 @@ def sequence_log_probability(
             "pipeline=1 alone; use accumulate_gradients, which takes the loss as a function"
         )
     rows = _likelihood_rows(replica, tokens, orders, is_valid)
-    return _sum_by_row(replica.chunks[0](rows), rows, len(tokens), replica)
+    with by_itself(replica.chunks):
+        log_probs = replica.chunks[0](rows)
+    return _sum_by_row(log_probs, rows, len(tokens), replica)
 
 
 def accumulate_gradients(
@@ -63,7 +66,7 @@ def accumulate_gradients(
     """Run forward and backward passes of a loss of the rows' log-probabilities; any layout.
 
     Gradients are added to those the parameters hold (``main_grad`` of chunks wrapped for training, which
-    are also reduced over ranks as in a training step; ``grad`` otherwise).
+    are also reduced over ranks as in a training step, so one call a step; ``grad`` otherwise).
 
     Args:
         replica: the model; all its ranks must call with the same rows.
@@ -89,13 +92,14 @@ def accumulate_gradients(
     for number in torch.arange(num_rows).split(micro_batch_rows):
         valid = None if is_valid is None else is_valid[number]
         parts.append((_likelihood_rows(replica, tokens[number], orders[number], valid), number))
-    reports = run_micro_batches(
-        _step_of(replica, loss, micro_batch_rows),
-        parts,
-        replica.chunks,
-        sequence_length=length,
-        stack_rows=derive.fixed_stack_rows(replica.config) or 2 * micro_batch_rows,
-    )
+    with by_itself(replica.chunks):
+        reports = run_micro_batches(
+            _step_of(replica, loss, micro_batch_rows),
+            parts,
+            replica.chunks,
+            sequence_length=length,
+            stack_rows=derive.fixed_stack_rows(replica.config) or 2 * micro_batch_rows,
+        )
     found = torch.zeros(num_rows, dtype=torch.float64, device=replica.device)
     if replica.layout.is_last_stage:
         found = torch.cat([report["log_probs"] for report in reports])

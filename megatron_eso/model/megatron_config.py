@@ -25,6 +25,10 @@ def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
+def _zeros(weight: torch.Tensor) -> torch.Tensor:
+    return torch.nn.init.zeros_(weight)
+
+
 def transformer_config(
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -35,6 +39,9 @@ def transformer_config(
     """Return Megatron's configuration; ``precision.dtype`` must be resolved (not auto)."""
     dtype = DTYPES[precision.dtype]
     fp8 = _fp8_settings(precision) if precision.fp8 != "off" else {}
+    # A weight kept in FP8 is rounded when it is made, and its largest value then, which may be anything in
+    # memory that nobody has written to, would rule the scale for a whole history.
+    init = _zeros if precision.fp8_params else _leave_as_is
     recompute = {"none": None, "attention": "selective", "full": "full"}[parallel.recompute]
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -70,9 +77,9 @@ def transformer_config(
         # Weights come from initial_weights.py, the same for every layout. Megatron still must go
         # through its own initialisation: only there does it mark parameters as split over tensor
         # ranks, without which the gradient norm counts the first rank's part alone.
-        init_method=_leave_as_is,
-        output_layer_init_method=_leave_as_is,
-        embedding_init_method=_leave_as_is,
+        init_method=init,
+        output_layer_init_method=init,
+        embedding_init_method=init,
         use_cpu_initialization=not on_gpu,
         # Megatron's own fused SwiGLU, compiled: fewer activations are kept, read and written.
         bias_activation_fusion=on_gpu and model.activation == "swiglu",

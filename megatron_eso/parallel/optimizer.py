@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ with quiet_megatron_import():
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
+    from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -74,6 +75,7 @@ def whole_weights(chunks: list[nn.Module]) -> Iterator[None]:
     ]
     for chunk in waiting:
         chunk.disable_forward_pre_hook(param_sync=True)
+    _renew_transposes(waiting)
     try:
         yield
     finally:
@@ -156,6 +158,35 @@ def apply_gradients(optimizer: Any, *, learning_rate: float, max_norm: float, no
         if gradients:  # a rank may hold no part of any parameter
             torch._foreach_mul_(gradients, max_norm / norm)  # type: ignore[attr-defined]
     optimizer.step_with_ready_grads()
+
+
+def write_fp8_weights(optimizer: Any, chunks: Iterable[Any]) -> None:
+    """Round the masters into the weights that are kept in FP8, as an update does; every rank must call.
+
+    Loading comes to this last: the rounding depends on the scales, which are part of what is loaded.
+    """
+    wrapped = list(chunks)
+    if not _fp8_weights(wrapped):
+        return
+    for inner in optimizer.chained_optimizers:
+        inner._copy_main_params_to_model_params()
+    for chunk in wrapped:
+        chunk.start_param_sync(force_sync=True)
+    _renew_transposes(wrapped)
+
+
+def _renew_transposes(chunks: Iterable[nn.Module]) -> None:
+    """Transpose FP8 weights anew: the backward pass reads their transposes.
+
+    Megatron does so where it waits for a gathering that was under way (0.16.1), not after a forced one.
+    """
+    found = _fp8_weights(chunks)
+    if found:
+        post_all_gather_processing(found)
+
+
+def _fp8_weights(chunks: Iterable[nn.Module]) -> list[nn.Parameter]:
+    return [p for chunk in chunks for p in chunk.parameters() if is_float8tensor(p)]
 
 
 class PassClock:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 DEVICE = torch.device("cpu")
+_GARBAGE = 12345.0
+"""What memory holds that nothing has been written to: a large number, which a test would notice."""
 _FACTORIES = (
     "arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randn",
     "tensor", "zeros", "zeros_like",
@@ -19,6 +21,8 @@ def take_the_place_of_torch() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("transformer_engine.pytorch") and vars(module).get("torch") is torch:
             module.torch = stand_in  # type: ignore[attr-defined]
+        if name == "transformer_engine.pytorch.distributed":  # it has these by name
+            module._lazy_init, module._lazy_call = lambda: None, lambda call: call()  # type: ignore[attr-defined]
 
 
 class _Seen:
@@ -41,9 +45,15 @@ class _Nvtx:
         return nullcontext()
 
 
+class _Generators:
+    def __getitem__(self, _: Any) -> torch.Generator:
+        return torch.default_generator
+
+
 class _Cuda(_Seen):
     _behind = torch.cuda
     nvtx = _Nvtx()
+    default_generators = _Generators()
 
     def is_available(self) -> bool:
         return True
@@ -114,6 +124,10 @@ class _Torch(_Seen):
         def on_cpu(*args: Any, **settings: Any) -> Any:
             if settings.get("device") is not None:
                 settings["device"] = _DeviceOnCpu(settings["device"])
-            return found(*args, **settings)
+            made = found(*args, **settings)
+            if name.startswith("empty") and made.is_floating_point() and made.device == DEVICE:
+                with torch.no_grad():
+                    made.fill_(_GARBAGE)
+            return made
 
         return on_cpu

@@ -13,7 +13,14 @@ from transformer_engine_torch.enums import (
     NVTE_QKV_Layout,
     NVTE_Softmax_Type,
 )
-from transformer_engine_torch.rounding import LARGEST, is_delayed, largest, quantize, values
+from transformer_engine_torch.rounding import (
+    LARGEST,
+    is_delayed,
+    largest,
+    note_largest,
+    quantize,
+    values,
+)
 
 CUDNN = 91400
 _CAUSAL = NVTE_Mask_Type.NVTE_CAUSAL_MASK
@@ -145,7 +152,7 @@ def _rounded(x: torch.Tensor, quantizer: Any) -> torch.Tensor:
         return x
     most, kind = LARGEST[quantizer.dtype], TORCH[quantizer.dtype]
     if is_delayed(quantizer):
-        quantizer.amax.copy_(torch.maximum(quantizer.amax, largest(x).view_as(quantizer.amax)))
+        note_largest(x, quantizer)
         scale = quantizer.scale
     else:
         scale = most / largest(x)

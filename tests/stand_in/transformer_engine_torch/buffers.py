@@ -34,6 +34,9 @@ class CommOverlap:
     def is_fp8_ubuf(self) -> bool:
         return self.data.element_size() == 1
 
+    def with_cublasmp(self) -> bool:
+        return False
+
     def _own(self) -> torch.Tensor:
         return self.data.chunk(self.size)[self.group.rank()]
 

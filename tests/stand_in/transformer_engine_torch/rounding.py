@@ -22,7 +22,7 @@ def quantize(tensor: Any, quantizer: Any, output: Any = None, noop: Any = None) 
         return output
     x = tensor.detach().float()
     if is_delayed(quantizer):
-        quantizer.amax.copy_(torch.maximum(quantizer.amax, largest(x).view_as(quantizer.amax)))
+        note_largest(x, quantizer)
         scale = quantizer.scale
     else:
         scale = _scale_of(x, quantizer)
@@ -35,6 +35,11 @@ def quantize(tensor: Any, quantizer: Any, output: Any = None, noop: Any = None) 
         output._transpose.copy_(fp8_transpose(rounded, quantizer.dtype).view_as(output._transpose))
         output._transpose_invalid = False
     return output
+
+
+def note_largest(x: torch.Tensor, quantizer: Any) -> None:
+    if quantizer.amax.numel():  # none where the scale is given
+        quantizer.amax.copy_(torch.maximum(quantizer.amax, largest(x).view_as(quantizer.amax)))
 
 
 def largest(x: torch.Tensor) -> torch.Tensor:
