@@ -25,6 +25,8 @@ from megatron_eso.eval.sequence_log_probability import (
 from megatron_eso.model import eso_model, megatron_config
 from megatron_eso.parallel.optimizer import whole_weights
 from megatron_eso.parallel.te_adapter import require_fused_attention
+from megatron_eso.sample.plan import DecodingPlan
+from megatron_eso.sample.sampler import Choice, fill_rows
 from megatron_eso.train import session as session_module
 from megatron_eso.train.session import Session
 from megatron_eso.train.step import train_step
@@ -273,3 +275,16 @@ def log_probability_passes(overrides: list[str]) -> dict[str, Any]:
                 if name.endswith("linear_fc2.weight"):
                     parameter.mul_(-1.0)
     return {"values": values, "once": once, "twice": twice}
+
+
+def refused_sampling(overrides: list[str]) -> str:
+    """Return what the sampler says of layers in FP8."""
+    session = on_h100("make_session", [*overrides, "parallel.sequence=false"])
+    rows = rank_jobs.read_rows(7, [0]).tokens[:, : rank_jobs.LENGTH]
+    order = torch.arange(rank_jobs.LENGTH).expand_as(rows)
+    plan = DecodingPlan(order, 1, [1] * (rank_jobs.LENGTH - 1))
+    try:
+        fill_rows(session.replica, rows, plan, Choice())
+    except ConfigError as error:
+        return str(error)
+    return ""

@@ -163,6 +163,11 @@ def test_passes_outside_of_training_see_the_weights_and_keep_the_gradients(ranks
     np.testing.assert_allclose(twice, 2 * once, rtol=1e-4, atol=1e-5 * np.abs(once).max())
 
 
+def test_sampling_with_layers_in_fp8_is_refused(ranks):
+    """Their products take no single token; a checkpoint is sampled in bf16."""
+    assert "load the checkpoint anew, in bf16" in ranks("refused_sampling", FP8)[0]
+
+
 def test_a_checkpoint_with_fp8_state_loads_without_fp8_and_the_other_way(ranks, tmp_path):
     with_state, without = tmp_path / "with", tmp_path / "without"
     ranks("on_h100", "train", FP8, 2, str(with_state), 2)

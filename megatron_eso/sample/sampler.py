@@ -155,3 +155,8 @@ def _check(replica: Replica, choice: Choice) -> None:
             "sampling runs with parallel.virtual_pipeline=1 and parallel.sequence=false; a checkpoint "
             "loads at any layout"
         )
+    if config.precision.fp8 != "off":
+        raise ConfigError(
+            f"precision.fp8={config.precision.fp8}: products in FP8 take 8 tokens or a multiple of them, "
+            "sampling asks for as few as one; load the checkpoint anew, in bf16"
+        )
