@@ -288,3 +288,19 @@ def refused_sampling(overrides: list[str]) -> str:
     except ConfigError as error:
         return str(error)
     return ""
+
+
+def beside_evaluations(overrides: list[str], evaluates: bool) -> list[float]:
+    """Return losses of steps with an evaluation before each, if asked."""
+    session = on_h100("make_session", overrides)
+    found = []
+    for _ in range(3):
+        if evaluates:
+            evaluate(
+                session.replica,
+                lambda rows: rank_jobs.read_rows(7, rows),
+                num_rows=4,
+                bytes_per_token=4.0,
+            )
+        found.append(train_step(session, rank_jobs.read_rows).loss)
+    return found

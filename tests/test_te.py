@@ -163,6 +163,11 @@ def test_passes_outside_of_training_see_the_weights_and_keep_the_gradients(ranks
     np.testing.assert_allclose(twice, 2 * once, rtol=1e-4, atol=1e-5 * np.abs(once).max())
 
 
+@pytest.mark.parametrize("recipe", [FP8, FP8_ATTENTION], ids=["linears", "attention"])
+def test_an_evaluation_changes_no_scale(ranks, recipe):
+    assert ranks("beside_evaluations", recipe, True) == ranks("beside_evaluations", recipe, False)
+
+
 def test_sampling_with_layers_in_fp8_is_refused(ranks):
     """Their products take no single token; a checkpoint is sampled in bf16."""
     assert "load the checkpoint anew, in bf16" in ranks("refused_sampling", FP8)[0]

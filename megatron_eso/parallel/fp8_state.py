@@ -132,5 +132,31 @@ def by_itself(chunks: Iterable[nn.Module]) -> Iterator[None]:
             module.disable_parameter_transpose_cache = value
 
 
+@contextmanager
+def untouched_histories(chunks: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it passes leave no trace in the histories that delayed scales follow.
+
+    A layer notes the largest values it sees in every forward pass, those of an evaluation too; the scales
+    of the next step would depend on whether there was one.
+    """
+    before = [
+        (entry.module, None if (found := _history(entry.module)) is None else found.clone())
+        for entry in stateful_modules(chunks)
+    ]
+    try:
+        yield
+    finally:
+        for module, kept in before:
+            history = _history(module)
+            if history is not None:
+                history.zero_() if kept is None else history.copy_(kept)
+
+
+def _history(module: Any) -> torch.Tensor | None:
+    """Return what a module has noted of its forward passes; None if it has not begun, or notes nothing."""
+    scaling = getattr(module, "fp8_meta", {}).get("scaling_fwd")
+    return getattr(scaling, "amax_history", None)
+
+
 def _is_plain(value: Any) -> bool:
     return isinstance(value, bool | int | float | str)
