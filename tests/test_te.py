@@ -109,9 +109,13 @@ def test_a_checkpoint_moves_between_te_and_torch_layers(ranks, tmp_path, first, 
         np.testing.assert_allclose(found[name], weight, atol=2e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("recipe", [FP8, FP8_ATTENTION], ids=["linears", "attention"])
-def test_fp8_state_is_saved_and_makes_a_resume_bitwise(ranks, tmp_path, recipe):
-    settings = [*recipe, "parallel.tensor=2"]
+@pytest.mark.parametrize(
+    ("recipe", "layout"),
+    [(FP8, "tensor"), (FP8_ATTENTION, "tensor"), (FP8_ATTENTION, "context"), (FP8, "pipeline")],
+    ids=["linears", "attention", "attention-context", "linears-pipeline"],
+)
+def test_fp8_state_is_saved_and_makes_a_resume_bitwise(ranks, tmp_path, recipe, layout):
+    settings = [*recipe, f"parallel.{layout}=2"]
     whole = ranks("on_h100", "train", settings, 4, str(tmp_path), 2)
     again = ranks("on_h100", "train", settings, 4, str(tmp_path), None, True)
     assert again[0]["losses"] == whole[0]["losses"][2:]

@@ -22,6 +22,7 @@ from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 
 with quiet_megatron_import():
     from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.extensions import transformer_engine as megatron_te
 
 
 _TENSORS = ("scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd")
@@ -53,6 +54,16 @@ def stateful_modules(chunks: Iterable[nn.Module]) -> Iterator[Stateful]:
             for name, module in layer.named_modules():
                 if type(module).get_extra_state is not nn.Module.get_extra_state:
                     yield Stateful(name, layer.layer_number - 1, config.num_layers, module)
+
+
+def forget_layers() -> None:
+    """Forget all layers whose scales are updated: their groups are about to be destroyed.
+
+    Transformer Engine reduces what every FP8 layer of a process has noted, over the group that was given
+    with it. For a model that is gone the ranks of the next one may not agree to do so, and wait for ever.
+    """
+    if megatron_te.HAVE_TE:
+        megatron_te.FP8GlobalStateManager.reset()
 
 
 def get_state(module: nn.Module) -> torch.Tensor:

@@ -33,6 +33,8 @@ from megatron_eso.parallel.device import (
     start_process_group,
 )
 from megatron_eso.parallel.exchange import any_rank
+from megatron_eso.parallel.finish import before_finish
+from megatron_eso.parallel.fp8_state import forget_layers
 from megatron_eso.parallel.groups import Layout, build_groups
 from megatron_eso.parallel.matmul_speed import faster_cpu_dtype
 from megatron_eso.parallel.moving_average import MovingAverage
@@ -137,6 +139,8 @@ def build_session(
     joined = time.time()
     chunks: list[Any]
     start_user_buffers(config)
+    if config.precision.fp8 != "off":
+        before_finish(forget_layers)
     chunks, settings = build_chunks(config, layout, device.torch_device)
     optimizer = average = None
     clock = PassClock()
