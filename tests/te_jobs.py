@@ -274,7 +274,10 @@ def log_probability_passes(overrides: list[str]) -> dict[str, Any]:
             for name, parameter in chunk.named_parameters():
                 if name.endswith("linear_fc2.weight"):
                     parameter.mul_(-1.0)
-    return {"values": values, "once": once, "twice": twice}
+    chunk.zero_grad_buffer()
+    sequence_log_probability(session.replica, tokens, order).sum().backward()
+    after = torch.cat([p.main_grad.flatten().clone() for p in chunk.parameters()])
+    return {"values": values, "once": once, "twice": twice, "after": after}
 
 
 def refused_sampling(overrides: list[str]) -> str:

@@ -165,6 +165,8 @@ def test_passes_outside_of_training_see_the_weights_and_keep_the_gradients(ranks
     assert np.abs(np.subtract(*found["values"])).min() > 1e-2
     once, twice = (found[name].numpy() for name in ("once", "twice"))
     np.testing.assert_allclose(twice, 2 * once, rtol=1e-4, atol=1e-5 * np.abs(once).max())
+    again = ranks("log_probability_passes", [*TENSORWISE, *layout, "parallel.recompute=full"])[0]
+    np.testing.assert_array_equal(again["after"].numpy(), found["after"].numpy())
 
 
 @pytest.mark.parametrize("recipe", [FP8, FP8_ATTENTION], ids=["linears", "attention"])

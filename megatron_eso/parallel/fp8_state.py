@@ -123,7 +123,8 @@ def by_itself(chunks: Iterable[nn.Module]) -> Iterator[None]:
     """Within it a pass of FP8 layers depends on no other: weights are rounded anew, gradients added.
 
     In training they are rounded in a step's first micro-batch, which also overwrites gradients; a pass that
-    is no step's would take weights of an earlier step, or drop gradients that are there.
+    is no step's would take weights of an earlier step, or drop gradients that are there. What is recomputed
+    for its backward pass, outside, finds no weights of an earlier step either.
     """
     found: list[Any] = [
         module
@@ -133,9 +134,9 @@ def by_itself(chunks: Iterable[nn.Module]) -> Iterator[None]:
     ]
     before = [module.disable_parameter_transpose_cache for module in found]
     for module in found:
-        module.disable_parameter_transpose_cache = (
-            True  # Megatron then tells of no first micro-batch
-        )
+        # Megatron then tells Transformer Engine of no first micro-batch.
+        module.disable_parameter_transpose_cache = True
+        module._fp8_workspaces.clear()
     try:
         yield
     finally:
