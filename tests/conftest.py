@@ -30,7 +30,6 @@ def one_rank():
 @pytest.fixture(scope="session")
 def te_ranks(tmp_path_factory):
     """Two ranks with the newest Transformer Engine of the installed Megatron-Core's lane."""
-    folders = released.transformer_engine("2.11.0", tmp_path_factory.mktemp("te"))
-    pool = RankPool(2, *folders, **released.TE_ENVIRONMENT)
+    pool = released.te_pool(tmp_path_factory.mktemp, "2.11.0")
     yield pool
     pool.close()

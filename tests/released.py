@@ -3,14 +3,16 @@
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from megatron_eso.config.precision_rules import DPA_RECIPE
+from tests.rank_pool import RankPool
+
 STAND_INS = Path(__file__).parent / "stand_in"
 STAND_IN_TRITON = Path(__file__).parent / "stand_in_triton"
-# What is read once when Transformer Engine is imported; the command sets it before, as here.
-TE_ENVIRONMENT = {"NVTE_DPA_FP8_RECIPE": "DelayedScaling"}
 
 
 def unpacked(asked: str, folder: Path, python: str = "3.12") -> str:
@@ -36,6 +38,17 @@ def unpacked(asked: str, folder: Path, python: str = "3.12") -> str:
     return str(folder / "unpacked")
 
 
-def transformer_engine(version: str, folder: Path) -> tuple[str, str]:
-    """Return the folders with which the released Transformer Engine runs on a CPU; see tests/stand_in."""
-    return str(STAND_INS), unpacked(f"transformer_engine=={version}", folder)
+def te_pool(make_folder: Callable[[str], Path], te: str, megatron: str = "") -> RankPool:
+    """Return two ranks with a released Transformer Engine on a CPU; see tests/stand_in.
+
+    Args:
+        make_folder: makes a new folder of about that name.
+        te: its version.
+        megatron: version of a Megatron-Core in the place of the installed one; empty: that one.
+    """
+    folders = [str(STAND_INS), unpacked(f"transformer_engine=={te}", make_folder("te"))]
+    if megatron:
+        newer = unpacked(f"megatron-core=={megatron}", make_folder("megatron"))
+        folders = [newer, *folders, str(STAND_IN_TRITON)]
+    # Read once when Transformer Engine is imported; the command sets it before, as here.
+    return RankPool(2, *folders, **{DPA_RECIPE: "DelayedScaling"})

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from tests import released
-from tests.rank_pool import RankPool
 from tests.version_jobs import RECIPES, megatron_settings
 
 NEWER, NEWER_TE = "0.19.2", "2.18.0"
@@ -68,12 +67,7 @@ def test_every_recipe_becomes_the_installed_megatrons_settings():
 @pytest.fixture(scope="module")
 def newer(tmp_path_factory):
     """Two ranks on the newer Megatron-Core, over the stand-ins."""
-    paths = (
-        released.unpacked(f"megatron-core=={NEWER}", tmp_path_factory.mktemp("megatron")),
-        *released.transformer_engine(NEWER_TE, tmp_path_factory.mktemp("te")),
-        str(released.STAND_IN_TRITON),
-    )
-    pool = RankPool(2, *paths, **released.TE_ENVIRONMENT)
+    pool = released.te_pool(tmp_path_factory.mktemp, NEWER_TE, NEWER)
     yield pool.run
     pool.close()
 

@@ -157,10 +157,8 @@ def test_fp8_weights_have_seen_no_memory_that_nobody_had_written_to(ranks):
 
 def test_passes_outside_of_training_see_the_weights_and_keep_the_gradients(ranks):
     """Transformer Engine rounds weights, and overwrites gradients, in a step's first micro-batch."""
-    layout = [
-        "parallel.tensor=2",
-        "parallel.sequence=false",
-    ]  # no sums over ranks, twice of the same
+    # Without sums over ranks, which a second call would take of the first one's gradients too.
+    layout = ["parallel.tensor=2", "parallel.sequence=false"]
     found = ranks("log_probability_passes", [*TENSORWISE, *layout])[0]
     assert np.abs(np.subtract(*found["values"])).min() > 1e-2
     once, twice = (found[name].numpy() for name in ("once", "twice"))

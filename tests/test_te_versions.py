@@ -9,7 +9,6 @@ import pytest
 
 from tests import released
 from tests.graph_jobs import GRAPHS
-from tests.rank_pool import RankPool
 
 pytestmark = pytest.mark.slow
 
@@ -25,12 +24,8 @@ EVERYTHING_IN_FP8 = [
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: "-".join(filter(None, pair)))
 def ranks(request, tmp_path_factory):
     megatron, te = request.param
-    folders = [*released.transformer_engine(te, tmp_path_factory.mktemp("te"))]
-    if megatron:
-        newer = released.unpacked(f"megatron-core=={megatron}", tmp_path_factory.mktemp("megatron"))
-        folders = [newer, *folders, str(released.STAND_IN_TRITON)]
-    pool = RankPool(2, *folders, **released.TE_ENVIRONMENT)
-    yield lambda job, *args: pool.run(job, *args)
+    pool = released.te_pool(tmp_path_factory.mktemp, te, megatron)
+    yield pool.run
     pool.close()
 
 
