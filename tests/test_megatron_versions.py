@@ -11,7 +11,7 @@ import pytest
 from tests import released
 from tests.version_jobs import RECIPES, megatron_settings
 
-NEWER, NEWER_TE = "0.19.2", "2.18.0"
+NEWER, NEWER_TE = "0.19.2", "2.20.2"
 OFF = {
     "bf16": True,
     "fp8": None,

@@ -13,7 +13,7 @@ from tests.graph_jobs import GRAPHS
 pytestmark = pytest.mark.slow
 
 INSTALLED = ""
-PAIRS = [(INSTALLED, "2.9.0"), ("0.19.2", "2.17.1"), ("0.19.2", "2.18.0")]
+PAIRS = [(INSTALLED, "2.9.0"), ("0.19.2", "2.17.1"), ("0.19.2", "2.20.2")]
 TE = ["precision.dtype=bf16", "precision.backend=te"]
 EVERYTHING_IN_FP8 = [
     "precision.dtype=bf16", "precision.fp8=delayed", "precision.fp8_amax_history=4",

@@ -122,6 +122,8 @@ def _attention_parameters(utils: Any, config: RunConfig) -> Any:
         "head_dim_qk": derive.head_size(model),
         "head_dim_v": derive.head_size(model),
         "attn_mask_type": "causal",
+        "softmax_scale": derive.head_size(model) ** -0.5,
+        "cuda_graph": parallel.cuda_graphs,
         "deterministic": config.precision.deterministic,
         "is_training": True,
         "fp8": fp8,

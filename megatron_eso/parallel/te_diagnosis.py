@@ -18,7 +18,7 @@ from megatron_eso.parallel.te_adapter import (
 # Megatron-Core releases with the Transformer Engine releases they were published with (docs/gpu.md).
 LANES: dict[Version, tuple[Version, Version]] = {
     (0, 16): ((2, 9), (2, 11)),
-    (0, 19): ((2, 17), (2, 18)),
+    (0, 19): ((2, 17), (2, 20)),
 }
 
 

@@ -36,7 +36,9 @@ from transformer_engine_torch.enums import (
     NVTE_QKV_Format,
     NVTE_QKV_Layout,
     NVTE_Softmax_Type,
+    NVTEQBHistogramMode,
     NVTERoutingMapFormat,
+    NVTEScalingMode,
 )
 from transformer_engine_torch.norms import layernorm_bwd, layernorm_fwd, rmsnorm_bwd, rmsnorm_fwd
 from transformer_engine_torch.optimizers import (
@@ -71,7 +73,9 @@ __all__ = [
     "FP8FwdTensors",
     "FP8TensorMeta",
     "Float8BlockScaleTensorFormat",
+    "NVTEQBHistogramMode",
     "NVTERoutingMapFormat",
+    "NVTEScalingMode",
     "NVTE_Bias_Type",
     "NVTE_Fused_Attn_Backend",
     "NVTE_Mask_Type",

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from transformer_engine_torch.enums import (
+    RELEASE,
     TORCH,
     DType,
     NVTE_Bias_Type,
@@ -23,6 +24,8 @@ from transformer_engine_torch.rounding import (
 )
 
 CUDNN = 91400
+_TWO_SAVED = RELEASE < (2, 20)
+"""FP8's forward pass saves rows' largest score and 1 / sum; from 2.20 on the log of the sum, as bf16's does."""
 _CAUSAL = NVTE_Mask_Type.NVTE_CAUSAL_MASK
 _MASKS = (NVTE_Mask_Type.NVTE_NO_MASK, _CAUSAL)
 
@@ -31,24 +34,39 @@ def get_cudnn_version() -> int:
     return CUDNN
 
 
-def get_fused_attn_backend(
-    is_training: bool, q_kind: Any, kv_kind: Any, layout: Any, bias: Any, mask: Any, softmax: Any,
-    dropout: float, num_heads: int, num_groups: int, q_length: int, kv_length: int, qk_size: int,
-    v_size: int, *_: Any,
-) -> NVTE_Fused_Attn_Backend:  # fmt: skip
-    """Return the kernel of an H100 with cuDNN 9.14 for rows of one length, as far as they are used here."""
-    nothing = NVTE_Fused_Attn_Backend.NVTE_No_Backend
+def get_fused_attn_backend(*asked: Any) -> Any:
+    """Return the kernel of an H100 with cuDNN 9.14 for rows of one length, as far as they are used here.
+
+    From 2.20 on the question is one dataclass, and the reason of a refusal comes with the answer.
+    """
+    if len(asked) > 1:
+        _, q_kind, _, _, bias, mask, softmax, _, heads, groups, _, _, qk_size, v_size, *_ = asked
+        return _kernel(asked[0], q_kind, bias, mask, softmax, heads, groups, qk_size, v_size)[0]
+    (a,) = asked
+    return _kernel(
+        a.is_training, a.qkv_dtype, a.bias_type, a.attn_mask_type, a.softmax_type,
+        a.num_attn_heads, a.num_gqa_groups, a.head_dim_qk, a.head_dim_v,
+    )  # fmt: skip
+
+
+def _kernel(
+    is_training: bool, q_kind: Any, bias: Any, mask: Any, softmax: Any, num_heads: int, num_groups: int,
+    qk_size: int, v_size: int,
+) -> tuple[NVTE_Fused_Attn_Backend, str]:  # fmt: skip
+    backends = NVTE_Fused_Attn_Backend
     if bias != NVTE_Bias_Type.NVTE_NO_BIAS or softmax != NVTE_Softmax_Type.NVTE_VANILLA_SOFTMAX:
-        return nothing
+        return backends.NVTE_No_Backend, "a bias or another softmax"
     if mask not in _MASKS or num_heads % num_groups:
-        return nothing
+        return backends.NVTE_No_Backend, "another mask, or heads that do not divide"
     if q_kind in (DType.kFloat8E4M3, DType.kFloat8E5M2):
         fits = (qk_size, v_size) == (128, 128) if is_training else max(qk_size, v_size) <= 256
-        return NVTE_Fused_Attn_Backend.NVTE_FP8 if fits else nothing
-    if q_kind not in (DType.kFloat16, DType.kBFloat16):
-        return nothing
-    fits = qk_size % 8 == v_size % 8 == 0 and max(qk_size, v_size) <= 256
-    return NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen if fits else nothing
+        found = backends.NVTE_FP8
+    elif q_kind in (DType.kFloat16, DType.kBFloat16):
+        fits = qk_size % 8 == v_size % 8 == 0 and max(qk_size, v_size) <= 256
+        found = backends.NVTE_F16_arbitrary_seqlen
+    else:
+        return backends.NVTE_No_Backend, "another format"
+    return (found, "") if fits else (backends.NVTE_No_Backend, "another head size")
 
 
 def fused_attn_fwd(
@@ -64,9 +82,10 @@ def fused_attn_fwd(
     weights = (scores - peak).exp() / total
     out = _back(_rounded(weights, s_quantizer) @ wide_v, layout).to(q.dtype)
     state = torch.zeros(2, dtype=torch.int64)
-    if s_quantizer is None:
-        return [out, peak + total.log(), state]
-    return [quantize(out, o_quantizer) if is_delayed(o_quantizer) else out, peak, 1 / total, state]
+    if s_quantizer is not None and is_delayed(o_quantizer):
+        out = quantize(out, o_quantizer)
+    saved = [peak, 1 / total] if s_quantizer is not None and _TWO_SAVED else [peak + total.log()]
+    return [out, *saved, state]
 
 
 def fused_attn_bwd(
@@ -78,7 +97,7 @@ def fused_attn_bwd(
     s_quantizer, dp_quantizer, out_quantizer = _quantizers(rest, 3)
     scores, wide_v = _scores(q, k, v, scale, layout, mask)
     weights = (scores - saved[0]).exp()
-    if s_quantizer is not None:
+    if s_quantizer is not None and _TWO_SAVED:
         weights = weights * saved[1]
     d_out, out = _heads_first(grad, layout), _heads_first(o, layout)
     inner = (d_out * out).sum(-1, keepdim=True)

@@ -1,8 +1,12 @@
 """Numbers with names, as the compiled half has them."""
 
 from enum import IntEnum
+from importlib import metadata
 
 import torch
+
+RELEASE = tuple(int(part) for part in metadata.version("transformer_engine").split(".")[:2])
+"""The first two numbers of the Transformer Engine whose Python code stands before this."""
 
 
 class DType(IntEnum):
@@ -60,6 +64,11 @@ class Float8BlockScaleTensorFormat(IntEnum):
     COMPACT = 1
 
 
+NVTEScalingMode = IntEnum(
+    "NVTEScalingMode", "NVTE_DELAYED_TENSOR_SCALING NVTE_MXFP8_1D_SCALING", start=0
+)
+
+
 class CommOverlapType(IntEnum):
     RS = 0
     AG = 1
@@ -87,12 +96,13 @@ NVTE_QKV_Layout = IntEnum(
             "BSHD_BSHD_BSHD T3HD TH3D THD_T2HD THD_TH2D THD_THD_THD SBHD_BSHD_BSHD BSHD_SBHD_SBHD "
             "THD_BSHD_BSHD THD_SBHD_SBHD Paged_KV_BSHD_BSHD_BSHD Paged_KV_BSHD_SBHD_SBHD "
             "Paged_KV_SBHD_BSHD_BSHD Paged_KV_SBHD_SBHD_SBHD Paged_KV_THD_BSHD_BSHD "
-            "Paged_KV_THD_SBHD_SBHD BHSD_BHSD_BHSD"
+            "Paged_KV_THD_SBHD_SBHD BHSD_BHSD_BHSD QKV_Layout_NOT_SET"
         ).split()
     ],
     start=0,
 )
 NVTERoutingMapFormat = IntEnum("NVTERoutingMapFormat", "BYTEMAP BITMAP_U8", start=0)
+NVTEQBHistogramMode = IntEnum("NVTEQBHistogramMode", "TWO_KERNEL FUSED_ATOMIC", start=0)
 NVTE_Bias_Type = IntEnum(
     "NVTE_Bias_Type", "NVTE_NO_BIAS NVTE_PRE_SCALE_BIAS NVTE_POST_SCALE_BIAS NVTE_ALIBI", start=0
 )
@@ -109,8 +119,8 @@ NVTE_Softmax_Type = IntEnum(
 )
 
 
-class NVTE_Fused_Attn_Backend(IntEnum):
-    NVTE_No_Backend = -1
-    NVTE_F16_max512_seqlen = 0
-    NVTE_F16_arbitrary_seqlen = 1
-    NVTE_FP8 = 2
+_UNTIL_2_16 = {"NVTE_F16_max512_seqlen": 0} if RELEASE < (2, 17) else {}
+NVTE_Fused_Attn_Backend = IntEnum(
+    "NVTE_Fused_Attn_Backend",
+    {"NVTE_No_Backend": -1, **_UNTIL_2_16, "NVTE_F16_arbitrary_seqlen": 1, "NVTE_FP8": 2},
+)

@@ -11,7 +11,7 @@ def _decorator(*_, **__):
     return lambda inner: inner
 
 
-autotune = heuristics = _decorator
-next_power_of_2 = cdiv = Config = None
+autotune = heuristics = Config = _decorator
+next_power_of_2 = cdiv = None
 __all__ = ["Config", "autotune", "cdiv", "heuristics", "jit", "language", "next_power_of_2"]
 __version__ = "3.0.0"
