@@ -29,7 +29,7 @@ def one_rank():
 
 @pytest.fixture(scope="session")
 def te_ranks(tmp_path_factory):
-    """Two ranks with the newest Transformer Engine of the installed Megatron-Core's lane."""
+    """Two ranks with the Transformer Engine that the installed Megatron-Core was tested with."""
     pool = released.te_pool(tmp_path_factory.mktemp, "2.11.0")
     yield pool
     pool.close()

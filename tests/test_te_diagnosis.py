@@ -42,13 +42,13 @@ def test_without_a_gpu_nothing_is_asked(monkeypatch):
 @pytest.mark.parametrize(
     ("te", "megatron", "is_named"),
     [
+        ((2, 8), (0, 16, 1), False),
         ((2, 9), (0, 16, 1), True),
         ((2, 11, 0), (0, 16, 1), True),
-        ((2, 12), (0, 16, 1), False),
-        ((2, 17, 1), (0, 19, 2), True),
+        ((2, 20, 2), (0, 16, 1), True),
+        ((2, 9), (0, 19, 2), True),
         ((2, 20, 2), (0, 19, 2), True),
         ((2, 21), (0, 19, 2), False),
-        ((2, 11), (0, 19, 2), False),
         ((2, 11), (0, 17, 0), False),
     ],
 )

@@ -3,7 +3,13 @@
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from megatron_eso.config.precision_rules import Machine, Version, broken, wants_te_attention
+from megatron_eso.config.precision_rules import (
+    OLDEST_TE,
+    Machine,
+    Version,
+    broken,
+    wants_te_attention,
+)
 from megatron_eso.config.precision_table import MACHINE_RULES
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
@@ -15,11 +21,9 @@ from megatron_eso.parallel.te_adapter import (
     version_of,
 )
 
-# Megatron-Core releases with the Transformer Engine releases they were published with (docs/gpu.md).
-LANES: dict[Version, tuple[Version, Version]] = {
-    (0, 16): ((2, 9), (2, 11)),
-    (0, 19): ((2, 17), (2, 20)),
-}
+# Any of these with Transformer Engine OLDEST_TE to NEWEST_TE; the corners are in tests/test_te_versions.py.
+MEGATRON_RELEASES: tuple[Version, ...] = ((0, 16), (0, 19))
+NEWEST_TE: Version = (2, 20)
 
 
 @dataclass(frozen=True)
@@ -91,16 +95,17 @@ def _of_choice(choice: AttentionChoice) -> list[Finding]:
 def _pair(te: Version, megatron: Version) -> tuple[str, str]:
     """Return the two versions, and whether they are a pair that docs/gpu.md names."""
     both = f"megatron-core {_dots(megatron)} with Transformer Engine {_dots(te)}"
-    lane = LANES.get(megatron[:2])
     if _is_pair(te, megatron):
         return both, "a pair that docs/gpu.md names"
-    wanted = f"{_dots(lane[0])} to {_dots(lane[1])}" if lane else "another megatron-core"
+    wanted = (
+        f"megatron-core {' or '.join(map(_dots, MEGATRON_RELEASES))} "
+        f"with {_dots(OLDEST_TE)} to {_dots(NEWEST_TE)}"
+    )
     return both, f"not a pair that docs/gpu.md names (wanted: {wanted}); neither tried nor refused"
 
 
 def _is_pair(te: Version, megatron: Version) -> bool:
-    lane = LANES.get(megatron[:2])
-    return lane is not None and lane[0] <= te[:2] <= lane[1]
+    return megatron[:2] in MEGATRON_RELEASES and OLDEST_TE <= te[:2] <= NEWEST_TE
 
 
 def _installed(name: str) -> Version:

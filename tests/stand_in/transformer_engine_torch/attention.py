@@ -25,7 +25,7 @@ from transformer_engine_torch.rounding import (
 
 CUDNN = 91400
 _TWO_SAVED = RELEASE < (2, 20)
-"""FP8's forward pass saves rows' largest score and 1 / sum; from 2.20 on the log of the sum, as bf16's does."""
+"""FP8's forward pass saves rows' largest score and 1 / sum; from 2.20 on what bf16's does, log(sum)."""
 _CAUSAL = NVTE_Mask_Type.NVTE_CAUSAL_MASK
 _MASKS = (NVTE_Mask_Type.NVTE_NO_MASK, _CAUSAL)
 
