@@ -106,7 +106,14 @@ MACHINE_BREACHES = [
     ("TE attention: GPU", ["precision.attention=te"], replace(H100, capability=(7, 5)), "7.5"),
     ("FP8 attention: GPU", ATTENTION, replace(PRIMED, capability=(12, 0)), "12.0"),
     ("FP8 attention: cuDNN", ATTENTION, replace(PRIMED, cudnn=(9, 2, 0)), "cuDNN 9.2.0"),
-    ("FP8 attention: cuDNN", ATTENTION, replace(PRIMED, cudnn=(9, 10, 0)), "not 9.10.0"),
+    ("TE attention: cuDNN", ATTENTION, replace(PRIMED, cudnn=(9, 10, 0)), "cuDNN 9.10.0"),
+    ("TE attention: cuDNN", ["precision.attention=te"], replace(H100, cudnn=(9, 10, 1)), "cuDNN 9.10.1"),
+    (
+        "FP8 attention: cuDNN",
+        ATTENTION,
+        replace(PRIMED, cudnn=(9, 6, 0), capability=(10, 0)),
+        "capability 10.0; it needs 9.7",
+    ),
     (
         "FP8 attention: cuDNN",
         [*ATTENTION, "train.sequence_length=1000"],

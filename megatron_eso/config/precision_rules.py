@@ -10,6 +10,8 @@ from megatron_eso.config.schema import RunConfig
 
 Version = tuple[int, ...]
 OLDEST_TE: Version = (2, 9)
+BROKEN_CUDNN: tuple[Version, ...] = ((9, 10, 0), (9, 10, 1))
+"""Releases whose attention in bf16 Transformer Engine refuses to use (asked: docs/LOG.md)."""
 DPA_RECIPE = "NVTE_DPA_FP8_RECIPE"
 # Layers as of a 7B model: the rules depend on shapes.
 _SHAPE = (

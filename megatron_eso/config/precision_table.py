@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from megatron_eso.config import derive
 from megatron_eso.config.precision_rules import (
+    BROKEN_CUDNN,
     DPA_RECIPE,
     OLDEST_TE,
     Machine,
@@ -64,10 +65,9 @@ def _dots(version: Version) -> str:
 
 
 def _cudnn_runs_fp8(config: RunConfig, machine: Machine) -> bool:
-    if machine.cudnn == (9, 10, 0):
-        return False
     whole_tiles = config.train.sequence_length % 128 == 0
-    return machine.cudnn >= ((9, 2, 1) if whole_tiles else (9, 7, 0))
+    has_older_kernel = whole_tiles and machine.capability < (10, 0)
+    return machine.cudnn >= ((9, 2, 1) if has_older_kernel else (9, 7, 0))
 
 
 def _evaluated_stack_rows(config: RunConfig) -> int:
@@ -332,6 +332,16 @@ MACHINE_RULES = (
         ),
     ),
     Rule(
+        "TE attention: cuDNN",
+        wants_te_attention,
+        lambda c, m: m.te is None or m.cudnn not in BROKEN_CUDNN,
+        lambda c, m: (
+            f"precision.attention=te: Transformer Engine refuses the bf16 attention of cuDNN "
+            f"{_dots(m.cudnn)}; install another cuDNN, or set precision.attention=split and "
+            "precision.fp8_attention=false"
+        ),
+    ),
+    Rule(
         "FP8 attention: GPU",
         lambda c: c.precision.fp8_attention,
         lambda c, m: m.capability < (9, 0) or m.capability[0] in (9, 10),
@@ -346,8 +356,8 @@ MACHINE_RULES = (
         lambda c, m: m.te is None or _cudnn_runs_fp8(c, m),
         lambda c, m: (
             f"precision.fp8_attention at train.sequence_length={c.train.sequence_length}: cuDNN "
-            f"{_dots(m.cudnn)} does not compute it; it needs 9.7 (9.2.1 where the row is a multiple of "
-            "128), and not 9.10.0"
+            f"{_dots(m.cudnn)} does not compute it on compute capability {_dots(m.capability)}; it needs "
+            "9.7 (on Hopper 9.2.1 where the row is a multiple of 128)"
         ),
     ),
     Rule(

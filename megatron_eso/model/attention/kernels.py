@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_eso.config.precision_rules import BROKEN_CUDNN
 from megatron_eso.errors import ConfigError
 
 aten = torch.ops.aten
@@ -78,7 +79,8 @@ def choose_kernel(facts: Facts, dtype: torch.dtype, head_size: int) -> Kernel:
 
 def _cudnn_fits(facts: Facts, head_size: int) -> bool:
     """Return whether to use cuDNN's: the fastest on Hopper and newer, but sums depend on timing."""
-    is_usable = facts.cudnn >= 90300 and facts.cudnn != 91000
+    version = facts.cudnn // 10000, facts.cudnn // 100 % 100, facts.cudnn % 100
+    is_usable = version >= (9, 3) and version not in BROKEN_CUDNN
     is_new = facts.capability >= (9, 0)
     return is_usable and is_new and head_size <= 128 and not facts.is_deterministic
 
