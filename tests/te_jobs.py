@@ -154,6 +154,21 @@ def without_fp8_state(folder: str) -> None:
         CheckpointFolder(Path(folder)).commit()
 
 
+def kernels(asked: list[tuple[str, int, int]]) -> list[str | None]:
+    """Return the kernel for causal rows in training, for each format, head size and row length."""
+    tex = importlib.import_module("transformer_engine_torch")
+    formats = {"bf16": tex.DType.kBFloat16, "fp8": tex.DType.kFloat8E4M3}
+    layout, mask = tex.NVTE_QKV_Layout.NVTE_SBHD_SBHD_SBHD, tex.NVTE_Mask_Type.NVTE_CAUSAL_MASK
+    plain = tex.NVTE_Bias_Type.NVTE_NO_BIAS, mask, tex.NVTE_Softmax_Type.NVTE_VANILLA_SOFTMAX
+    found = []
+    for name, head_size, length in asked:
+        kinds = formats[name], formats[name], layout, *plain
+        shapes = 32, 8, length, length, head_size, head_size
+        answer = tex.get_fused_attn_backend(True, *kinds, 0.0, *shapes, -1, 0, False, False)
+        found.append(None if answer < 0 else answer.name.removeprefix("NVTE_"))
+    return found
+
+
 def attention_choices() -> tuple[str, str]:
     """Return the backend chosen for a legal run, and the refusal of one that would fall back."""
     legal = ["precision.attention=te", "precision.dtype=bf16", "model.head_size=128"]

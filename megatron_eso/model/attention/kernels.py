@@ -80,7 +80,8 @@ def choose_kernel(facts: Facts, dtype: torch.dtype, head_size: int) -> Kernel:
 def _cudnn_fits(facts: Facts, head_size: int) -> bool:
     """Return whether to use cuDNN's: the fastest on Hopper and newer, but sums depend on timing."""
     version = facts.cudnn // 10000, facts.cudnn // 100 % 100, facts.cudnn % 100
-    is_usable = version >= (9, 3) and version not in BROKEN_CUDNN
+    oldest = (9, 3) if facts.capability < (10, 0) else (9, 7)
+    is_usable = version >= oldest and version not in BROKEN_CUDNN
     is_new = facts.capability >= (9, 0)
     return is_usable and is_new and head_size <= 128 and not facts.is_deterministic
 
