@@ -9,6 +9,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron_eso.eval.sequence_log_probability import (
     sequence_log_probability,
 )
 from megatron_eso.model import eso_model, megatron_config
+from megatron_eso.parallel import te_adapter
 from megatron_eso.parallel.optimizer import whole_weights
 from megatron_eso.parallel.te_adapter import require_fused_attention
 from megatron_eso.sample.plan import DecodingPlan
@@ -152,6 +154,35 @@ def without_fp8_state(folder: str) -> None:
         assert len(kept) > len(content.state_dict_metadata)
         path.write_bytes(pickle.dumps(content))
         CheckpointFolder(Path(folder)).commit()
+
+
+def questions(overrides: list[str]) -> dict[str, tuple[Any, Any]]:
+    """Train a step; return where a layer's question about attention is not the one asked at the start."""
+    dpa = importlib.import_module(f"{te_adapter._DPA}.dot_product_attention")
+    utils, asked = dpa.dpa_utils, []
+
+    def note(parameters: Any) -> Any:
+        asked.append(parameters)
+        return choose(parameters)
+
+    choose = utils.get_attention_backend
+    dpa._attention_backends["attention_params"] = None
+    is_deterministic = rank_jobs.small_config(overrides).precision.deterministic
+    with replaced([(utils, "get_attention_backend", note)]):
+        if is_deterministic:  # on a GPU be_deterministic sets it
+            os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+        on_h100("train", overrides, 1)
+        os.environ.pop("NVTE_ALLOW_NONDETERMINISTIC_ALGO", None)
+    ours, *layers_ = asked
+    assert layers_
+    of_a_pass = ("batch_size", "fp8_meta", "qkv_type")  # how many rows, which state, which class
+    names = [field.name for field in fields(ours) if field.name not in of_a_pass]
+    return {
+        name: (getattr(ours, name), getattr(theirs, name))
+        for theirs in layers_
+        for name in names
+        if getattr(ours, name) != getattr(theirs, name)
+    }
 
 
 def kernels(asked: list[tuple[str, int, int]]) -> list[str | None]:

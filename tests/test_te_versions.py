@@ -62,3 +62,17 @@ def test_the_choice_of_attention_is_understood(ranks):
     chosen, refusal = ranks("te_jobs.attention_choices")[0]
     assert chosen == "FusedAttention"
     assert "Disabling FusedAttention" in refusal
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param([], id="bf16"),
+        pytest.param(["precision.deterministic=true", "parallel.tensor=2"], id="deterministic"),
+        pytest.param(EVERYTHING_IN_FP8, id="fp8"),
+    ],
+)
+def test_layers_ask_for_the_attention_that_was_asked_about_at_the_start(ranks, settings):
+    """Else a run is refused that could run, or ends in its first step."""
+    settings = [*TE, "precision.attention=te", "train.micro_batch_rows=2", *settings]
+    assert ranks("te_jobs.questions", settings)[0] == {}

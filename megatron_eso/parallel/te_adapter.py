@@ -124,6 +124,10 @@ def _attention_parameters(utils: Any, config: RunConfig) -> Any:
         "attn_mask_type": "causal",
         "softmax_scale": derive.head_size(model) ** -0.5,
         "cuda_graph": parallel.cuda_graphs,
+        "window_size": (-1, 0),
+        "bottom_right_diagonal": False,
+        "core_attention_bias_shape": None,
+        "core_attention_bias_requires_grad": False,  # true unless said: no deterministic kernel then
         "deterministic": config.precision.deterministic,
         "is_training": True,
         "fp8": fp8,
