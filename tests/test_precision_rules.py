@@ -32,7 +32,10 @@ LEGAL = {
     "fp8 parameters": ([*TENSORWISE, "precision.fp8_params=true"], H100),
     "tensor parallel": ([*ATTENTION, "parallel.tensor=4"], PRIMED),
     "older cudnn, whole tiles": (ATTENTION, replace(PRIMED, cudnn=(9, 2, 1))),
-    "deterministic": ([*ATTENTION, "precision.deterministic=true"], replace(PRIMED, cudnn=(9, 19, 0))),
+    "deterministic": (
+        [*ATTENTION, "precision.deterministic=true"],
+        replace(PRIMED, te=(2, 13), cudnn=(9, 19, 0)),
+    ),
     "Blackwell": (ATTENTION, replace(PRIMED, gpu="B200", capability=(10, 0))),
     "no te asked for": ([], Machine()),
     "user buffers": (BUFFERS, H100),
@@ -120,7 +123,18 @@ MACHINE_BREACHES = [
         replace(PRIMED, cudnn=(9, 6, 0)),
         "cuDNN 9.6.0",
     ),
-    ("FP8 attention: determinism", [*ATTENTION, "precision.deterministic=true"], PRIMED, "9.19"),
+    (
+        "FP8 attention: determinism",
+        [*ATTENTION, "precision.deterministic=true"],
+        replace(PRIMED, te=(2, 13)),
+        "needs 2.13 with 9.19",
+    ),
+    (
+        "FP8 attention: determinism",
+        [*ATTENTION, "precision.deterministic=true"],
+        replace(PRIMED, cudnn=(9, 19, 0)),
+        "Transformer Engine 2.11.0 with cuDNN 9.19.0",
+    ),
     ("FP8 attention: recipe", ATTENTION, H100, "NVTE_DPA_FP8_RECIPE=''"),
     ("FP8 attention: recipe", ATTENTION, replace(H100, dpa_recipe="F16"), "'F16'"),
     (

@@ -363,10 +363,11 @@ MACHINE_RULES = (
     Rule(
         "FP8 attention: determinism",
         lambda c: c.precision.fp8_attention and c.precision.deterministic,
-        lambda c, m: m.te is None or m.cudnn >= (9, 19, 0),
+        lambda c, m: m.te is None or (m.te >= (2, 13) and m.cudnn >= (9, 19, 0)),
         lambda c, m: (
-            f"precision.deterministic=true with precision.fp8_attention: cuDNN {_dots(m.cudnn)} has no "
-            "deterministic FP8 backward pass; it needs 9.19, or one of the two set to false"
+            "precision.deterministic=true with precision.fp8_attention: Transformer Engine "
+            f"{_dots(m.te or ())} with cuDNN {_dots(m.cudnn)} has no deterministic FP8 backward pass; it "
+            "needs 2.13 with 9.19, or one of the two set to false"
         ),
     ),
     Rule(
