@@ -2,6 +2,10 @@
 
 The fork sees memory as it was: tensors on the CPU need no copy to be written while training goes on.
 The child dies with its parent, answers through a pipe, and can be killed at any time.
+
+CPython 3.11.7 may fork a child that never runs: another thread (of autograd, say) holds the lock of the
+threads' list at that moment, and the child waits for it before its first line. So the parent waits for a
+sign of life, while memory stays as it is, and forks again if none comes.
 """
 
 import multiprocessing
@@ -12,12 +16,35 @@ from typing import Any
 
 from megatron_eso.launch.processes import STOPPING, die_with_parent, release_signals
 
+SIGN_OF_LIFE_SECONDS = 10.0
+"""A child that runs gives it within milliseconds."""
+_TRIES = 3
+_SIGN = "begun"
+
 
 class Child:
     """A function that runs in a forked process."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
-        """Start it."""
+        """Start it.
+
+        Raises:
+            OSError: if no child gives a sign of life.
+        """
+        self.result: Any = None
+        self.failure = ""
+        for _ in range(_TRIES):
+            self._fork(function)
+            if self._answer.poll(SIGN_OF_LIFE_SECONDS):
+                break
+            self._process.kill()
+            self._end()
+        else:
+            raise OSError(
+                f"{_TRIES} forked processes gave no sign of life within {SIGN_OF_LIFE_SECONDS:g} s each"
+            )
+
+    def _fork(self, function: Callable[[], Any]) -> None:
         context = multiprocessing.get_context("fork")
         self._answer, theirs = context.Pipe(duplex=False)
         self._process = context.Process(
@@ -25,8 +52,7 @@ class Child:
         )
         self._process.start()
         theirs.close()
-        self.result: Any = None
-        self.failure = ""
+        self._has_begun = False
 
     @property
     def is_running(self) -> bool:
@@ -36,6 +62,9 @@ class Child:
         if not self._answer.poll():  # a dead process closes its end, which counts as an answer
             return True
         try:
+            if not self._has_begun:
+                self._has_begun = self._answer.recv() == _SIGN
+                return self.is_running
             is_ok, value = self._answer.recv()
         except (EOFError, OSError):
             self._process.join()
@@ -64,6 +93,7 @@ def _run(answer: Any, other_end: Any, function: Callable[[], Any], parent: int) 
     release_signals()
     die_with_parent(parent)
     other_end.close()
+    answer.send(_SIGN)
     try:
         outcome = (True, function())
     except Exception as error:  # whatever it is, the parent reports it: nothing is swallowed

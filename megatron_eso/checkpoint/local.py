@@ -93,7 +93,10 @@ class LocalCopies:
             "fp8": [get_state(entry.module) for entry in stateful_modules(chunks)],
         }
         self._step = step
-        self._child = Child(lambda: self._write(step, tensors, state))
+        try:
+            self._child = Child(lambda: self._write(step, tensors, state))
+        except OSError as error:
+            log.warning("NODE-LOCAL COPY FAILED: step %d: %s", step, error)
 
     def is_busy(self) -> bool:
         """Return whether this rank writes a copy; a failed one is reported, once."""

@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import subprocess
+import sys
 import time
 
 import pytest
@@ -117,3 +119,36 @@ def test_a_child_that_dies_or_raises_is_a_failure_not_a_wait():
         while child.is_running:
             time.sleep(0.01)
         assert words in child.failure and child.result is None
+
+
+FORKS_STUCK_AT_FIRST = """
+import os, sys, time
+from megatron_eso.checkpoint import child
+
+forks = [0]
+
+def before():
+    forks[0] += 1
+
+def in_child():
+    if forks[0] <= int(sys.argv[1]):
+        time.sleep(60)  # as one that waits for a lock that nobody holds
+
+os.register_at_fork(before=before, after_in_child=in_child)
+child.SIGN_OF_LIFE_SECONDS = 1.0
+started = child.Child(lambda: "written")
+while started.is_running:
+    time.sleep(0.01)
+print(started.result, started.failure, forks[0])
+"""
+
+
+@pytest.mark.parametrize("stuck", [0, 1, 3])
+def test_a_child_that_never_runs_is_forked_again(stuck):
+    """Python 3.11 can fork one: seen in a save, when another thread held the lock of the threads' list."""
+    asked = [sys.executable, "-c", FORKS_STUCK_AT_FIRST, str(stuck)]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=60)
+    if stuck == 3:
+        assert "OSError: 3 forked processes gave no sign of life" in done.stderr
+    else:
+        assert done.stdout.split() == ["written", str(stuck + 1)], done.stderr
