@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from megatron_eso.launch.processes import STOPPING, die_with_parent, release_signals
@@ -19,7 +20,6 @@ from megatron_eso.launch.processes import STOPPING, die_with_parent, release_sig
 SIGN_OF_LIFE_SECONDS = 10.0
 """A child that runs gives it within milliseconds."""
 _TRIES = 3
-_SIGN = "begun"
 
 
 class Child:
@@ -36,6 +36,8 @@ class Child:
         for _ in range(_TRIES):
             self._fork(function)
             if self._answer.poll(SIGN_OF_LIFE_SECONDS):
+                with suppress(EOFError):  # dead at once: what is_running will find too
+                    self._answer.recv()
                 break
             self._process.kill()
             self._end()
@@ -52,7 +54,6 @@ class Child:
         )
         self._process.start()
         theirs.close()
-        self._has_begun = False
 
     @property
     def is_running(self) -> bool:
@@ -62,9 +63,6 @@ class Child:
         if not self._answer.poll():  # a dead process closes its end, which counts as an answer
             return True
         try:
-            if not self._has_begun:
-                self._has_begun = self._answer.recv() == _SIGN
-                return self.is_running
             is_ok, value = self._answer.recv()
         except (EOFError, OSError):
             self._process.join()
@@ -93,7 +91,7 @@ def _run(answer: Any, other_end: Any, function: Callable[[], Any], parent: int) 
     release_signals()
     die_with_parent(parent)
     other_end.close()
-    answer.send(_SIGN)
+    answer.send("begun")
     try:
         outcome = (True, function())
     except Exception as error:  # whatever it is, the parent reports it: nothing is swallowed
