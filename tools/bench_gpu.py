@@ -10,17 +10,22 @@ machine does not have, says so in its place. Aims (issue "The H100 path") stand 
 
 import argparse
 import json
+import os
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_eso.config import load_config
+from megatron_eso.config.precision_rules import DPA_RECIPE, process_environment
 from megatron_eso.errors import ConfigError
 from megatron_eso.model.attention.dense import dense_attention
 from megatron_eso.model.attention.flex import flex_rows_attention
@@ -33,6 +38,9 @@ from megatron_eso.train.session import Session
 from megatron_eso.train.step import train_step
 from tools.bench_gpu_parts import (
     DEVICE,
+    FP8,
+    FP8_ATTENTION,
+    HAS_TE,
     ON_GPU,
     attention_inputs,
     batch_settings,
@@ -47,8 +55,10 @@ from tools.bench_gpu_parts import (
     random_rows,
     relative_error,
     seconds_per_row,
+    te_attention,
 )  # fmt: skip
 
+_FP8_PARAMETERS = ["precision.fp8_params=true", "eval.use_ema=false"]
 OBJECTIVES = {
     "AR": ["objective.name=ar"],
     "Eso-LM alpha_0 = 1": ["objective.alpha_0=1"],
@@ -72,6 +82,7 @@ class Sizes:
     vocab: int
     sampling_lengths: tuple[int, ...]
     loss_steps: int
+    fp8_loss_steps: int
     repeats: int
 
 
@@ -83,13 +94,13 @@ FULL = Sizes(
                                 "model.ffn_size=11008", "model.vocab_size=32768"],
     },
     lengths=(4096, 16384), step_tokens=65536, heads=32, head_size=128, vocab=32768,
-    sampling_lengths=(2048, 8192), loss_steps=50, repeats=3,
+    sampling_lengths=(2048, 8192), loss_steps=50, fp8_loss_steps=200, repeats=3,
 )  # fmt: skip
 SMOKE = Sizes(
     shapes={"tiny": ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2",
                      "model.vocab_size=64"]},
     lengths=(64,), step_tokens=512, heads=2, head_size=16, vocab=64, sampling_lengths=(48,),
-    loss_steps=4, repeats=1,
+    loss_steps=4, fp8_loss_steps=4, repeats=1,
 )  # fmt: skip
 
 
@@ -98,6 +109,7 @@ class Report:
 
     def __init__(self, out: Path | None) -> None:
         self._out, self._rows = out, []
+        self.failures = 0
 
     def section(self, title: str) -> None:
         """Begin a table."""
@@ -112,19 +124,38 @@ class Report:
         if self._out is not None:
             self._out.write_text(json.dumps(self._rows, indent=1) + "\n")
 
+    @contextmanager
+    def trying(self, what: str) -> Iterator[None]:
+        """Report what stops one result, and go on with the others."""
+        try:
+            yield
+        except ConfigError as error:
+            self.row(what, result=f"not measured: {error}")
+        except torch.OutOfMemoryError:
+            self.row(what, result="out of memory")
+        except Exception as error:  # a kernel's compiler may fail in any way
+            self.failures += 1
+            self.row(what, result=f"failed: {type(error).__name__}: {error}"[:300])
+            traceback.print_exc()
+        free_memory()
+
 
 def main() -> None:
-    """Run the sections asked for."""
+    """Run the sections asked for; exit code 1 if one of their results failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--section", action="append", choices=SECTIONS)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
+    parser.add_argument("--repeats", type=int, help="times a call is timed; the best counts [3]")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
+    if HAS_TE:
+        _restart_for_fp8_attention()
     if not ON_GPU and not arguments.smoke:
         raise SystemExit("no GPU here; --smoke shows that the benchmark runs")
     sizes, report = SMOKE if arguments.smoke else FULL, Report(arguments.out)
+    sizes = replace(sizes, repeats=arguments.repeats or sizes.repeats)
     report.section("machine")
     name = torch.cuda.get_device_name() if ON_GPU else "CPU"
     report.row(name, torch=torch.__version__, cudnn=torch.backends.cudnn.version(),
@@ -133,11 +164,8 @@ def main() -> None:
     for section in arguments.section or SECTIONS:
         begin = time.perf_counter()
         report.section(section)
-        try:
+        with report.trying(section):
             SECTIONS[section](sizes, report)
-        except (torch.OutOfMemoryError, ConfigError) as error:
-            free_memory()
-            report.row(section, result=f"not measured: {error}")
         print(f"({time.perf_counter() - begin:.0f} s)", flush=True)
 
 
@@ -147,17 +175,39 @@ def correctness(sizes: Sizes, report: Report) -> None:
     settings = {"num_pairs": 2, "scale": sizes.head_size**-0.5}
     exact = outputs_and_gradients(dense_attention, inputs, torch.float64, settings)
     ways = {"split": split_attention, "flex": flex_rows_attention, "dense": dense_attention}
-    for name, way in ways.items():
-        for dtype in (torch.bfloat16, torch.float32):
-            label = f"{name}, {str(dtype).removeprefix('torch.')}"
-            if name == "flex" and not ON_GPU:
-                report.row(label, error="flex has no backward pass on a CPU")
-                continue
+    cases = [
+        (name, way, dtype)
+        for name, way in ways.items()
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    with report.trying("te"):
+        for name, way in _ways_of_te(
+            heads=4, size=sizes.head_size, length=inputs[0].shape[2]
+        ).items():
+            cases.append((name, way, torch.bfloat16))
+    for name, way, dtype in cases:
+        label = f"{name}, {str(dtype).removeprefix('torch.')}"
+        if name == "flex" and not ON_GPU:
+            report.row(label, error="flex has no backward pass on a CPU")
+            continue
+        with report.trying(label):
+            if "FP8" in name:  # the first passes set the scales
+                outputs_and_gradients(way, inputs, dtype, settings)
             found = outputs_and_gradients(way, inputs, dtype, settings)
             errors = [relative_error(a, b) for a, b in zip(found, exact, strict=True)]
             report.row(
                 label, **dict(zip(("out", "d_query", "d_key", "d_value"), errors, strict=True))
             )
+
+
+def _ways_of_te(*, heads: int, size: int, length: int) -> dict[str, Callable[..., Tensor]]:
+    """Return attention through Transformer Engine, where it is installed."""
+    if not HAS_TE:
+        return {}
+    return {
+        "te": te_attention(heads, size, length, []),
+        "te, FP8": te_attention(heads, size, length, FP8_ATTENTION),
+    }
 
 
 def losses(sizes: Sizes, report: Report) -> None:
@@ -197,17 +247,22 @@ def attention(sizes: Sizes, report: Report) -> None:
             "flex, X and Z rows": partial(flex_rows_attention, num_pairs=1, scale=scale),
             "flex, official 2L mask": official_attention(length, scale),
         }  # fmt: skip
-        base: float | None = None
+        with report.trying("te"):
+            of_te = _ways_of_te(heads=sizes.heads, size=sizes.head_size, length=length)
+            ways |= {name: partial(way, num_pairs=1, scale=scale) for name, way in of_te.items()}
+        bases: list[float] = []
         for name, way in ways.items():
-            forward = best_seconds(lambda w=way, i=inputs: w(*i), sizes.repeats)
-            if not ON_GPU and name != "split":
-                report.row(f"L = {length}: {name}", forward_ms=forward * 1e3)
-                continue
-            both = best_seconds(lambda w=way, i=inputs: forward_backward(w, i), sizes.repeats)
-            base = base or both
-            pairs = 2 * length * length / 2 * 4 * sizes.heads * sizes.head_size
-            report.row(f"L = {length}: {name}", forward_ms=forward * 1e3, both_ms=both * 1e3,
-                       tflops=3.5 * pairs / both / 1e12, of_split=both / base)  # fmt: skip
+            with report.trying(f"L = {length}: {name}"):
+                forward = best_seconds(lambda w=way, i=inputs[:3]: w(*i), sizes.repeats)
+                if not ON_GPU and name != "split":
+                    report.row(f"L = {length}: {name}", forward_ms=forward * 1e3)
+                    continue
+                both = best_seconds(lambda w=way, i=inputs: forward_backward(w, i), sizes.repeats)
+                bases.append(both)
+                pairs = 2 * length * length / 2 * 4 * sizes.heads * sizes.head_size
+                report.row(f"L = {length}: {name}", forward_ms=forward * 1e3, both_ms=both * 1e3,
+                           tflops=3.5 * pairs / both / 1e12, of_split=both / bases[0])  # fmt: skip
+        torch.compiler.reset()  # the next length would be compiled for any length
         print("aim: split at least 1.3 x as fast as flex")
 
 
@@ -322,30 +377,57 @@ def sampling(sizes: Sizes, report: Report) -> None:
 
 def fp8(sizes: Sizes, report: Report) -> None:
     """FP8 products and attention against BF16, if Transformer Engine is installed. Aim: 1.25 x BF16."""
-    if not ON_GPU or find_spec("transformer_engine") is None:
+    if not HAS_TE:
         report.row("FP8", result="not measured: needs a GPU and Transformer Engine")
         return
     label, shape = list(sizes.shapes.items())[-1]
     ways = {
-        "BF16": [],
-        "FP8 products": ["precision.fp8=tensorwise"],
-        "FP8 products and attention": ["precision.fp8=tensorwise", "precision.fp8_attention=true"],
+        "BF16, plain layers": ["precision.backend=torch"],
+        "BF16": ["precision.backend=te"],
+        "BF16, te attention": ["precision.backend=te", "precision.attention=te"],
+        "FP8 products": FP8,
+        "FP8 products and attention": FP8_ATTENTION,
+        "FP8 products, attention, parameters": [*FP8_ATTENTION, *_FP8_PARAMETERS],
     }
     for length in sizes.lengths:
-        base: float | None = None
+        bases: list[float] = []
         for name, settings in ways.items():
-            batch = batch_settings(sizes.step_tokens, length)
-            session = make_session([*shape, *batch, "objective.alpha_0=1", "precision.dtype=bf16",
-                                "precision.backend=te", *settings])  # fmt: skip
-            read = random_rows(length, session.config.model.vocab_size - 1)
-            seconds = best_seconds(lambda s=session, r=read: train_step(s, r), sizes.repeats)
-            base = base or seconds
-            speed = session.config.train.global_batch_rows * length / seconds
-            report.row(
-                f"{label}, L = {length}: {name}", tokens_per_second=speed, of_bf16=base / seconds
-            )
-            del session
+            with report.trying(f"{label}, L = {length}: {name}"):
+                batch = batch_settings(sizes.step_tokens, length)
+                session = make_session(
+                    [*shape, *batch, "objective.alpha_0=1", "precision.dtype=bf16", *settings]
+                )
+                read = random_rows(length, session.config.model.vocab_size - 1)
+                seconds = best_seconds(lambda s=session, r=read: train_step(s, r), sizes.repeats)
+                bases.append(seconds)
+                speed = session.config.train.global_batch_rows * length / seconds
+                report.row(f"{label}, L = {length}: {name}", tokens_per_second=speed,
+                           of_plain=bases[0] / seconds, memory_gib=session.device.memory_gib())  # fmt: skip
+            session = None
             free_memory()
+    _fp8_losses(sizes, report, ways | {"FP8 products, delayed scales": ["precision.fp8=delayed"]})
+
+
+def _fp8_losses(sizes: Sizes, report: Report, ways: dict[str, list[str]]) -> None:
+    """Losses of the same steps, and how far those of the last quarter are from bf16's."""
+    base: list[float] = []
+    for name, settings in ways.items():
+        with report.trying(f"{sizes.fp8_loss_steps} steps: {name}"):
+            session = make_session(
+                ["model.hidden_size=512", "model.num_layers=4", "model.num_heads=4",
+                 "model.vocab_size=512", "model.max_length=128", "train.sequence_length=128",
+                 "train.global_batch_rows=16", "train.micro_batch_rows=24", "objective.alpha_0=0.5",
+                 "optimizer.learning_rate=0.001", "precision.dtype=bf16", *settings]
+            )  # fmt: skip
+            read = counting_rows(128, session.config.model.vocab_size - 1)
+            found = [train_step(session, read).loss for _ in range(sizes.fp8_loss_steps)]
+            base = base or found
+            last = slice(-len(found) // 4, None)
+            gaps = [abs(a - b) / b for a, b in zip(found[last], base[last], strict=True)]
+            report.row(
+                f"{sizes.fp8_loss_steps} steps: {name}", first=found[0],
+                last_quarter=sum(found[last]) / len(gaps), mean_gap=sum(gaps) / len(gaps),
+            )  # fmt: skip
 
 
 def graphs(sizes: Sizes, report: Report) -> None:
@@ -391,6 +473,14 @@ SECTIONS: dict[str, Callable[[Sizes, Report], None]] = {
     "sampling": sampling,
     "fp8": fp8,
 }
+
+
+def _restart_for_fp8_attention() -> None:
+    """Start again with the recipe that Transformer Engine reads once, when it is imported."""
+    wanted = process_environment(load_config(None, ["train.steps=1", *FP8_ATTENTION]))[DPA_RECIPE]
+    if os.environ.get(DPA_RECIPE) != wanted:
+        command = [sys.executable, "-m", "tools.bench_gpu", *sys.argv[1:]]
+        os.execve(sys.executable, command, os.environ | {DPA_RECIPE: wanted})
 
 
 def _mfu(flops_per_second: float) -> float | None:

@@ -1,30 +1,47 @@
-"""What bench_gpu.py measures with: sessions, inputs, clocks, and the official scheme's attention."""
+"""What bench_gpu.py measures with: sessions, inputs, clocks, and attention in other ways than ours."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_eso.config import derive, load_config
+from megatron_eso.config.precision_rules import process_environment
+from megatron_eso.model.attention.rows import AttentionRows
 from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.exchange import Rows
+from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 from megatron_eso.sample.generate import PlanSettings, plan_for
 from megatron_eso.sample.plan import DecodingPlan
 from megatron_eso.sample.prompt import rows_with_prompts
 from megatron_eso.sample.sampler import Choice, fill_rows
 from megatron_eso.train.session import Session, build_session
 
+with quiet_megatron_import():
+    from megatron.core.fp8_utils import get_fp8_context
+
 ON_GPU = torch.cuda.is_available()
+HAS_TE = ON_GPU and find_spec("transformer_engine") is not None
+FP8 = ["precision.backend=te", "precision.fp8=tensorwise"]
+FP8_ATTENTION = [*FP8, "precision.fp8_attention=true"]
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+_TE_ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 _PLACES = (1 / 6, 1 / 2, 5 / 6)
 
 
 def make_session(settings: list[str], *, for_training: bool = True) -> Session:
     """Return a session on this process alone."""
     config = load_config(None, ["train.steps=1000000", *settings])
+    for name in _TE_ATTENTION:
+        os.environ.pop(
+            name, None
+        )  # Megatron-Core sets them for a model, and refuses those of another
+    os.environ.update(process_environment(config))
     return build_session(config, Ranks(0, 1, 0), for_training=for_training)
 
 
@@ -65,18 +82,22 @@ def counting_rows(length: int, num_tokens: int) -> Callable[[int, list[int]], Ro
 
 
 def attention_inputs(*, rows: int, heads: int, length: int, size: int) -> list[Tensor]:
-    """Return queries, keys and values in float32."""
-    generator = torch.Generator().manual_seed(1)
-    shape = (rows, heads, length, size)
-    return [torch.randn(shape, generator=generator).to(DEVICE) for _ in range(3)]
+    """Return queries, keys, values and the output's gradient in float32, laid out as layers make them.
+
+    Each is [R, h, L, d]; in memory tokens come first, as in Megatron's activations.
+    """
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    shape = (length, rows, heads, size)
+    return [
+        torch.randn(shape, generator=generator, device=DEVICE).permute(1, 2, 0, 3) for _ in range(4)
+    ]
 
 
 def forward_backward(way: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """Return output and gradients for a fixed gradient of the output."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    """Return output and gradients for queries, keys, values and the output's gradient."""
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
     out = way(*leaves)
-    generator = torch.Generator().manual_seed(2)
-    out.backward(torch.randn(out.shape, generator=generator).to(out))
+    out.backward(inputs[3])
     return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
 
 
@@ -102,12 +123,38 @@ def official_attention(length: int, scale: float) -> Callable[..., Tensor]:
         return torch.where(is_z, of_z, key_is_x & (query >= key))
 
     mask = create_block_mask(may_look, None, None, 2 * length, 2 * length, device=str(DEVICE))
-    function = torch.compile(flex_attention) if ON_GPU else flex_attention
+    function = torch.compile(flex_attention, dynamic=False) if ON_GPU else flex_attention
 
     def attend(*rows: Tensor) -> Tensor:
         q, k, v = (torch.cat([x[1:], x[:1]], dim=2) for x in rows)  # X stands before Z in our rows
         out: Any = function(q, k, v, block_mask=mask, scale=scale)
         return out
+
+    return attend
+
+
+def te_attention(heads: int, size: int, length: int, settings: list[str]) -> Callable[..., Tensor]:
+    """Return the attention of layers on Transformer Engine: D and X rows by it, Z rows by our merge.
+
+    Args:
+        heads: attention heads.
+        size: head size.
+        length: tokens of a row.
+        settings: further settings, such as FP8_ATTENTION.
+    """
+    session = make_session(
+        [f"model.hidden_size={heads * size}", f"model.num_heads={heads}", "model.num_layers=1",
+         "model.vocab_size=64", *batch_settings(4 * length, length), "precision.dtype=bf16",
+         "precision.attention=te", *settings],
+        for_training=False,
+    )  # fmt: skip
+    core: Any = session.chunks[0].get_submodule("decoder.layers.0.self_attention.core_attention")
+
+    def attend(*rows: Tensor, num_pairs: int, scale: float) -> Tensor:
+        query, key, value = (x.permute(2, 0, 1, 3) for x in rows)
+        with get_fp8_context(core.config, 0):
+            out = core.attend_rotated(query, key, value, AttentionRows(num_pairs=num_pairs))
+        return out.unflatten(2, (heads, size)).permute(1, 2, 0, 3)
 
     return attend
 

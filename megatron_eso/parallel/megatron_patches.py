@@ -2,15 +2,18 @@
 
 Megatron-Core (0.16 to 0.19) writes ``device="cuda"`` and ``torch.cuda.current_device()`` in places
 that have nothing to do with a GPU. On a machine without one, :func:`apply_cpu_patches` answers those
-calls for the CPU, so that the unmodified package trains over gloo. On a GPU nothing is patched.
+calls for the CPU, so that the unmodified package trains over gloo. On a GPU nothing is patched, and
+Transformer Engine, which Megatron imports, is kept from loading a second cuDNN.
 
 tests/test_megatron_patches.py shows for each patch that Megatron still needs it; a patch whose test
 fails there can go.
 """
 
 import contextlib
+import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +84,7 @@ def without_cuda_names() -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def quiet_megatron_import() -> Iterator[None]:
     """Silence what Megatron says at import about packages the CPU path does not use."""
+    name_cudnn_of_torch(os.environ, Path(torch.__file__).parent.parent)
     with warnings.catch_warnings():
         for message in _IMPORT_MESSAGES:
             warnings.filterwarnings("ignore", message=message)
@@ -89,6 +93,22 @@ def quiet_megatron_import() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=SyntaxWarning)
         yield
+
+
+def name_cudnn_of_torch(environment: MutableMapping[str, str], packages: Path) -> None:
+    """Have Transformer Engine load the cuDNN that came with PyTorch, if one did and none is named.
+
+    Reason: it prefers one that lies in CUDA's folder or on the loader's path, and loads it for the whole
+    process; PyTorch then calls functions of a cuDNN that it was not built with. Seen on an H200 with 9.14
+    there and 9.19 in PyTorch's packages: "cuDNN version incompatibility", then illegal memory accesses.
+
+    Args:
+        environment: gets CUDNN_HOME, where Transformer Engine looks first.
+        packages: folder of installed packages.
+    """
+    folder = packages / "nvidia" / "cudnn"
+    if folder.is_dir():
+        environment.setdefault("CUDNN_HOME", str(folder))
 
 
 def silence_megatron_messages() -> None:

@@ -98,9 +98,9 @@ class EsoCoreAttention(MegatronModule):
         if rows.pattern is not Pattern.CAUSAL:
             raise ValueError(f"precision.attention=te computes causal rows, not {rows.pattern}")
         first_z = query.shape[1] - rows.num_pairs
-        plain = attend_causally(
-            self.fused, query[:, :first_z], key[:, :first_z], value[:, :first_z]
-        )
+        # Its kernels take pointers, and it does not see every gap between the rows of a slice.
+        causal = (x[:, :first_z].contiguous() for x in (query, key, value))
+        plain = attend_causally(self.fused, *causal)
         if not rows.num_pairs:
             return plain
         x_rows, z_rows = slice(first_z - rows.num_pairs, first_z), slice(first_z, None)

@@ -94,9 +94,19 @@ def facts_of(device: torch.device) -> Facts:
     return Facts(
         device.type,
         torch.cuda.get_device_capability(device),
-        torch.backends.cudnn.version() or 0,
+        _cudnn_version(),
         torch.are_deterministic_algorithms_enabled(),
     )
+
+
+def _cudnn_version() -> int:
+    try:
+        return torch.backends.cudnn.version() or 0
+    except RuntimeError as error:
+        raise ConfigError(
+            "PyTorch runs with a cuDNN that it was not built with (CUDNN_HOME and LD_LIBRARY_PATH say "
+            f"where others lie; unset them, or name PyTorch's own): {str(error).splitlines()[0]}"
+        ) from None
 
 
 def causal_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Forward:
