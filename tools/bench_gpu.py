@@ -174,17 +174,15 @@ def correctness(sizes: Sizes, report: Report) -> None:
     inputs = attention_inputs(rows=6, heads=4, length=8 * sizes.head_size, size=sizes.head_size)
     settings = {"num_pairs": 2, "scale": sizes.head_size**-0.5}
     exact = outputs_and_gradients(dense_attention, inputs, torch.float64, settings)
-    ways = {"split": split_attention, "flex": flex_rows_attention, "dense": dense_attention}
-    cases = [
-        (name, way, dtype)
-        for name, way in ways.items()
-        for dtype in (torch.bfloat16, torch.float32)
+    formats = torch.bfloat16, torch.float32
+    cases: list[tuple[str, Callable[..., Tensor], torch.dtype]] = [
+        *(("split", split_attention, dtype) for dtype in formats),
+        *(("dense", dense_attention, dtype) for dtype in formats),
+        *(("flex", flex_rows_attention, dtype) for dtype in formats),
     ]
     with report.trying("te"):
-        for name, way in _ways_of_te(
-            heads=4, size=sizes.head_size, length=inputs[0].shape[2]
-        ).items():
-            cases.append((name, way, torch.bfloat16))
+        of_te = _ways_of_te(heads=4, size=sizes.head_size, length=inputs[0].shape[2])
+        cases[2:2] = [(name, way, torch.bfloat16) for name, way in of_te.items()]
     for name, way, dtype in cases:
         label = f"{name}, {str(dtype).removeprefix('torch.')}"
         if name == "flex" and not ON_GPU:
@@ -293,22 +291,18 @@ def _training_of_length(
         read = random_rows(length, session.config.model.vocab_size - 1)
         if ON_GPU:
             torch.cuda.reset_peak_memory_stats()
-        try:
+        with report.trying(f"{label}: {name}"):
             seconds = best_seconds(lambda r=read: train_step(session, r), sizes.repeats)
-        except torch.OutOfMemoryError:
-            free_memory()
-            report.row(f"{label}: {name}", result="out of memory")
-            continue
-        config = session.config
-        rows = config.train.global_batch_rows
-        flops = model_flops_per_step(
-            config.model, config.objective, sequence_length=length, rows=rows
-        )
-        speed = rows * length / seconds
-        base = base or speed
-        report.row(f"{label}: {name}", tokens_per_second=speed, of_ar=speed / base,
-                   tflops=flops.training / seconds / 1e12, mfu=_mfu(flops.training / seconds),
-                   memory_gib=session.device.memory_gib())  # fmt: skip
+            config = session.config
+            rows = config.train.global_batch_rows
+            flops = model_flops_per_step(
+                config.model, config.objective, sequence_length=length, rows=rows
+            )
+            speed = rows * length / seconds
+            base = base or speed
+            report.row(f"{label}: {name}", tokens_per_second=speed, of_ar=speed / base,
+                       tflops=flops.training / seconds / 1e12, mfu=_mfu(flops.training / seconds),
+                       memory_gib=session.device.memory_gib())  # fmt: skip
 
 
 def head(sizes: Sizes, report: Report) -> None:

@@ -16,6 +16,7 @@ from megatron_eso.model.attention.rows import AttentionRows
 from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.exchange import Rows
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.parameters import sharded_parameters, shards
 from megatron_eso.sample.generate import PlanSettings, plan_for
 from megatron_eso.sample.plan import DecodingPlan
 from megatron_eso.sample.prompt import rows_with_prompts
@@ -42,7 +43,29 @@ def make_session(settings: list[str], *, for_training: bool = True) -> Session:
             name, None
         )  # Megatron-Core sets them for a model, and refuses those of another
     os.environ.update(process_environment(config))
-    return build_session(config, Ranks(0, 1, 0), for_training=for_training)
+    session = build_session(
+        config, Ranks(0, 1, 0), for_training=for_training, draw_weights=not ON_GPU
+    )
+    if ON_GPU:
+        _draw_weights(session)
+    return session
+
+
+@torch.no_grad()
+def _draw_weights(session: Session) -> None:
+    """Draw weights on the GPU: a run's own, the same for every layout, take seconds for each billion."""
+    torch.manual_seed(1)
+    owned = {} if session.optimizer is None else shards(session.optimizer)
+    for entry in sharded_parameters(session.chunks):
+        values = torch.zeros(entry.data.shape, device=entry.data.device)
+        if values.dim() > 1:
+            values.normal_(0.0, session.config.model.init_std)
+        elif "norm" in entry.key:
+            values.fill_(1.0)
+        entry.data.copy_(values)
+        shard = owned.get(entry.data)
+        if shard is not None:
+            shard.master.copy_(values.flatten()[shard.start : shard.end])
 
 
 def change_batch(session: Session, settings: list[str]) -> None:

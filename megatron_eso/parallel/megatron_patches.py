@@ -10,9 +10,11 @@ fails there can go.
 """
 
 import contextlib
+import ctypes
 import os
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,7 @@ def without_cuda_names() -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def quiet_megatron_import() -> Iterator[None]:
     """Silence what Megatron says at import about packages the CPU path does not use."""
-    name_cudnn_of_torch(os.environ, Path(torch.__file__).parent.parent)
+    load_cudnn_of_torch(os.environ, Path(torch.__file__).parent.parent)
     with warnings.catch_warnings():
         for message in _IMPORT_MESSAGES:
             warnings.filterwarnings("ignore", message=message)
@@ -95,20 +97,32 @@ def quiet_megatron_import() -> Iterator[None]:
         yield
 
 
-def name_cudnn_of_torch(environment: MutableMapping[str, str], packages: Path) -> None:
-    """Have Transformer Engine load the cuDNN that came with PyTorch, if one did and none is named.
+def load_cudnn_of_torch(environment: MutableMapping[str, str], packages: Path) -> None:
+    """Load the cuDNN that came with PyTorch, if one did, before Transformer Engine is imported.
 
-    Reason: it prefers one that lies in CUDA's folder or on the loader's path, and loads it for the whole
-    process; PyTorch then calls functions of a cuDNN that it was not built with. Seen on an H200 with 9.14
-    there and 9.19 in PyTorch's packages: "cuDNN version incompatibility", then illegal memory accesses.
+    Reason: Transformer Engine is linked with each of cuDNN's libraries; PyTorch loads most of them when it
+    needs them. So the loader may take a system's for Transformer Engine, and PyTorch, which finds those
+    loaded, calls functions of a cuDNN that it was not built with. Seen on an H200 with 9.14 in the system
+    and 9.19 in PyTorch's packages: "cuDNN version incompatibility", then illegal memory accesses.
 
     Args:
-        environment: gets CUDNN_HOME, where Transformer Engine looks first.
+        environment: gets CUDNN_HOME, where Transformer Engine looks first, unless it names another.
         packages: folder of installed packages.
     """
     folder = packages / "nvidia" / "cudnn"
-    if folder.is_dir():
-        environment.setdefault("CUDNN_HOME", str(folder))
+    if not folder.is_dir() or find_spec("transformer_engine") is None:
+        return
+    if environment.setdefault("CUDNN_HOME", str(folder)) == str(folder):
+        libraries = folder.glob("lib/libcudnn*.so*")
+        for library in sorted(libraries, key=_place_of_cudnn_library):
+            ctypes.CDLL(str(library))
+
+
+def _place_of_cudnn_library(path: Path) -> int:
+    """Return where a library comes: after those that it is linked with."""
+    first = ("libcudnn_graph", "libcudnn_ops")
+    name = path.name.split(".")[0]
+    return first.index(name) if name in first else len(first)
 
 
 def silence_megatron_messages() -> None:
