@@ -24,6 +24,8 @@ from megatron_eso.eval.sequence_log_probability import (
     sequence_log_probability,
 )
 from megatron_eso.model import eso_model, megatron_config
+from megatron_eso.model.attention.dense import dense_attention
+from megatron_eso.model.attention.rows import AttentionRows
 from megatron_eso.parallel import te_adapter
 from megatron_eso.parallel.optimizer import whole_weights
 from megatron_eso.parallel.te_adapter import require_fused_attention
@@ -65,6 +67,25 @@ def layers(overrides: list[str]) -> dict[str, str]:
         if classes:
             found[name] = classes[0].__name__
     return found
+
+
+def attention_of_a_slice(overrides: list[str]) -> float:
+    """Return the largest error of attention whose D and X rows are slices that lie alike in memory."""
+    session = on_h100("make_session", overrides)
+    core: Any = session.chunks[0].module.decoder.layers[-1].self_attention.core_attention
+    groups, size = (
+        core.fused.num_gqa_groups_per_partition,
+        core.fused.hidden_size_per_attention_head_k,
+    )
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randn(8, 3, groups, size, generator=generator).bfloat16() for _ in range(3)]
+    told = AttentionRows(num_pairs=1)
+    found = core.attend_rotated(rows[0].repeat_interleave(2, 2), *rows[1:], told)
+    query, key, value = (x.double().permute(1, 2, 0, 3) for x in rows)
+    exact = dense_attention(
+        query.repeat_interleave(2, 1), key, value, num_pairs=1, scale=core.scale
+    )
+    return float((found - exact.permute(2, 0, 1, 3).flatten(2)).abs().max())
 
 
 def with_buffers(overrides: list[str]) -> dict[str, Any]:

@@ -1,15 +1,20 @@
 """Which kernel a device gets, and that every kernel's calls fit this torch's operators; no GPU needed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_eso.errors import ConfigError
-from megatron_eso.model.attention import kernels
+from megatron_eso.model.attention import core, kernels
+from megatron_eso.model.attention.core import EsoCoreAttention
 from megatron_eso.model.attention.kernels import Facts, choose_kernel
+from megatron_eso.model.attention.rows import AttentionRows
 from megatron_eso.model.attention.split import merge_self, self_gradients, split_attention
 from megatron_eso.model.rotary import rotate, turned_at_once
 from megatron_eso.parallel.device import be_deterministic
+from tests.replaced import replaced
 
 HOPPER, AMPERE, TURING = (9, 0), (8, 0), (7, 5)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -125,3 +130,36 @@ def test_the_deterministic_mode_sets_the_environment_and_refuses_a_contrary_one(
     assert (environ["NCCL_ALGO"], environ["CUBLAS_WORKSPACE_CONFIG"]) == ("Tree,Ring", ":4096:8")
     with pytest.raises(ConfigError, match="NCCL_ALGO=NVLS"):
         be_deterministic({"NCCL_ALGO": "NVLS"})
+
+
+def test_a_sampler_does_not_use_the_kernel_that_plans_anew_for_each_number_of_keys():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    found = []
+
+    class Store:
+        def extend(self, layer, key, value):
+            return (x.permute(1, 2, 0, 3) for x in (key, value))
+
+    def attend(query, *rest, **settings):
+        found.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return query
+
+    segment = torch.zeros(1, 2, 2, 8)
+    rows = AttentionRows(cos=torch.ones(1, 2, 1, 4), store=Store())
+    with replaced([(core, "scaled_dot_product_attention", attend)]):
+        EsoCoreAttention.attend_rotated(
+            SimpleNamespace(backend="split", layer_number=1, scale=1.0), *[segment] * 3, rows
+        )
+    assert found == [False]
+    assert torch.backends.cuda.cudnn_sdp_enabled() is before is True
+
+
+def test_a_cudnn_that_pytorch_was_not_built_with_is_named():
+    def version():
+        raise RuntimeError("cuDNN version incompatibility: compiled against (9, 19, 0)\nmore")
+
+    with (
+        replaced([(torch.backends.cudnn, "version", version)]),
+        pytest.raises(ConfigError, match=r"CUDNN_HOME and LD_LIBRARY_PATH .*\(9, 19, 0\)$"),
+    ):
+        kernels._cudnn_version()

@@ -1,5 +1,6 @@
 """What bench_gpu.py measures with: sessions, inputs, clocks, and attention in other ways than ours."""
 
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -137,7 +138,7 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 
 def official_attention(length: int, scale: float) -> Callable[..., Tensor]:
-    """Return the official scheme's attention of a sequential row: [z; x], 2L long, under one block mask."""
+    """Return the official scheme's attention of [z; x] (:func:`as_official`) under one block mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def may_look(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -148,12 +149,16 @@ def official_attention(length: int, scale: float) -> Callable[..., Tensor]:
     mask = create_block_mask(may_look, None, None, 2 * length, 2 * length, device=str(DEVICE))
     function = torch.compile(flex_attention, dynamic=False) if ON_GPU else flex_attention
 
-    def attend(*rows: Tensor) -> Tensor:
-        q, k, v = (torch.cat([x[1:], x[:1]], dim=2) for x in rows)  # X stands before Z in our rows
-        out: Any = function(q, k, v, block_mask=mask, scale=scale)
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out: Any = function(query, key, value, block_mask=mask, scale=scale)
         return out
 
     return attend
+
+
+def as_official(rows: Tensor) -> Tensor:
+    """Return [z; x], [1, h, 2L, d], of our rows [X; Z], [2, h, L, d]."""
+    return torch.cat([rows[1:], rows[:1]], dim=2)
 
 
 def te_attention(heads: int, size: int, length: int, settings: list[str]) -> Callable[..., Tensor]:
@@ -202,7 +207,8 @@ def synchronize() -> None:
 
 
 def free_memory() -> None:
-    """Give memory that is not used back to the GPU."""
+    """Give memory that is not used back to the GPU; models refer to themselves."""
+    gc.collect()
     if ON_GPU:
         torch.cuda.empty_cache()
 

@@ -34,7 +34,8 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x.is_cuda)(x, cos, sin, 1)
+        # Detached: the compiler would take what requires a gradient for a case of its own.
+        return _turn(x.is_cuda)(x.detach(), cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

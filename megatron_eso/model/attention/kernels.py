@@ -6,7 +6,8 @@ padded to whole tiles. Shapes here: [R, h, L, d] for queries, keys, values and o
 log-sum-exp, in float32 or better.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -128,6 +129,21 @@ def causal_backward(
     recompute their probabilities as exp(score - lse), so they return their part of the merged softmax.
     """
     return _kernel_for(query).backward(grad_out, query, key, value, forward, scale)
+
+
+@contextmanager
+def for_growing_keys() -> Iterator[None]:
+    """Within it PyTorch's attention takes any kernel but cuDNN's.
+
+    On Hopper it prefers cuDNN's, which plans anew for each number of keys: every step of a sampler took
+    150 ms on an H200, where a pass over all 2048 tokens took 17 ms (docs/LOG.md).
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _kernel_for(query: Tensor) -> Kernel:
