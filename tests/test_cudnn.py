@@ -49,6 +49,16 @@ def test_a_library_comes_after_those_that_it_is_linked_with(packages, loaded):
     assert environment == {"CUDNN_HOME": str(packages / "nvidia" / "cudnn")}
 
 
+def test_libraries_that_cannot_be_loaded_stop_nobody(packages, loaded):
+    def fails(path):
+        loaded.append(path)
+        raise OSError("libz.so.1: cannot open shared object file")
+
+    with replaced([(ctypes, "CDLL", fails)]):
+        load_cudnn_of_torch({}, packages)
+    assert len(loaded) == len(NAMES)
+
+
 def test_a_cudnn_that_is_named_is_left_alone(packages, loaded):
     environment = {"CUDNN_HOME": "/opt/cudnn"}
     load_cudnn_of_torch(environment, packages)

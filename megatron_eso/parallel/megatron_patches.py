@@ -115,7 +115,9 @@ def load_cudnn_of_torch(environment: MutableMapping[str, str], packages: Path) -
     if environment.setdefault("CUDNN_HOME", str(folder)) == str(folder):
         libraries = folder.glob("lib/libcudnn*.so*")
         for library in sorted(libraries, key=_place_of_cudnn_library):
-            ctypes.CDLL(str(library))
+            # One that cannot be loaded shows where it is needed; without a GPU nothing needs it.
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(library))
 
 
 def _place_of_cudnn_library(path: Path) -> int:
