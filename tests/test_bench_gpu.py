@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eso.config.precision_rules import DPA_RECIPE
+from tests import released
+
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
@@ -62,3 +65,32 @@ def test_bf16_trains_as_fp32_does(rows):
     losses = next(row for row in rows if row["section"] == "losses")
     assert losses["last_fp32"] < losses["first"]
     assert losses["largest_gap"] < 0.01
+
+
+@pytest.fixture(scope="module")
+def te_rows(tmp_path_factory):
+    wheel = released.unpacked("transformer_engine==2.11.0", tmp_path_factory.mktemp("te"))
+    out = tmp_path_factory.mktemp("bench") / "results.json"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment[DPA_RECIPE] = "DelayedScaling"
+    command = [sys.executable, "-m", "tests.bench_with_te", wheel, str(out)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {(row["section"], row["what"]): row for row in json.loads(out.read_text())}
+
+
+def test_fp8_is_measured_where_transformer_engine_is(te_rows):
+    speeds = [row for key, row in te_rows.items() if "tokens_per_second" in row]
+    gaps = {key[1]: row["mean_gap"] for key, row in te_rows.items() if "mean_gap" in row}
+    assert len(speeds) == 6
+    assert len(gaps) == 7
+    assert gaps.pop("2 steps: BF16, plain layers") == 0
+    assert all(0 < gap < 0.005 for gap in gaps.values()), gaps
+
+
+def test_transformer_engines_attention_is_checked(te_rows):
+    bf16, fp8 = (te_rows["correctness", name] for name in ("te, bfloat16", "te, FP8, bfloat16"))
+    assert max(bf16[name] for name in ("out", "d_query", "d_key", "d_value")) < 0.02
+    assert 0.02 < fp8["out"] < 0.2

@@ -1,6 +1,6 @@
 """Everything that a GPU must show, in one table: right first, then fast.
 
-    python -m tools.bench_gpu                      all sections, about 8 minutes on one H100
+    python -m tools.bench_gpu                      all sections, about 6 minutes on one GPU
     python -m tools.bench_gpu --section training   one of them (may be repeated)
     python -m tools.bench_gpu --smoke              tiny shapes, on a CPU too: that it runs, not how fast
 
@@ -9,24 +9,19 @@ machine does not have, says so in its place. Aims (issue "The H100 path") stand 
 """
 
 import argparse
-import json
 import os
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_eso.config import load_config
 from megatron_eso.config.precision_rules import DPA_RECIPE, process_environment
-from megatron_eso.errors import ConfigError
 from megatron_eso.model.attention.dense import dense_attention
 from megatron_eso.model.attention.flex import flex_rows_attention
 from megatron_eso.model.attention.split import split_attention
@@ -36,9 +31,9 @@ from megatron_eso.plan.flops import model_flops_per_step
 from megatron_eso.plan.peaks import peak_of
 from megatron_eso.train.session import Session
 from megatron_eso.train.step import train_step
+from tools.bench_gpu_fp8 import fp8
 from tools.bench_gpu_parts import (
     DEVICE,
-    FP8,
     FP8_ATTENTION,
     HAS_TE,
     ON_GPU,
@@ -58,90 +53,15 @@ from tools.bench_gpu_parts import (
     seconds_per_row,
     te_attention,
 )  # fmt: skip
+from tools.bench_gpu_report import FULL, SMOKE, STEADY, Report, Sizes
 
-# At 0.001 without warm-up rounding alone parts two runs by a tenth of the loss (docs/LOG.md).
-_STEADY = ["optimizer.learning_rate=0.0003", "optimizer.warmup_steps=10"]
 _OFFICIAL = "flex, official 2L mask"
-_FP8_PARAMETERS = ["precision.fp8_params=true", "eval.use_ema=false"]
 OBJECTIVES = {
     "AR": ["objective.name=ar"],
     "Eso-LM alpha_0 = 1": ["objective.alpha_0=1"],
     "Eso-LM alpha_0 = 0.25": ["objective.alpha_0=0.25"],
     "MDLM": ["objective.name=mdlm"],
 }
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Shapes of a benchmark: full ones, or tiny ones that show it runs."""
-
-    shapes: dict[str, list[str]]
-    """Model settings by label."""
-    lengths: tuple[int, ...]
-    """Tokens of a row in training and in attention."""
-    step_tokens: int
-    """Tokens of a training step; a fourth of them at once."""
-    heads: int
-    head_size: int
-    vocab: int
-    sampling_lengths: tuple[int, ...]
-    loss_steps: int
-    fp8_loss_steps: int
-    repeats: int
-
-
-FULL = Sizes(
-    shapes={
-        "1B": ["model.hidden_size=2048", "model.num_layers=16", "model.num_heads=16",
-               "model.ffn_size=5504", "model.vocab_size=32768"],
-        "7B-shaped, 4 layers": ["model.hidden_size=4096", "model.num_layers=4", "model.num_heads=32",
-                                "model.ffn_size=11008", "model.vocab_size=32768"],
-    },
-    lengths=(4096, 16384), step_tokens=65536, heads=32, head_size=128, vocab=32768,
-    sampling_lengths=(2048, 8192), loss_steps=50, fp8_loss_steps=200, repeats=3,
-)  # fmt: skip
-SMOKE = Sizes(
-    shapes={"tiny": ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2",
-                     "model.vocab_size=64"]},
-    lengths=(64,), step_tokens=512, heads=2, head_size=16, vocab=64, sampling_lengths=(48,),
-    loss_steps=4, fp8_loss_steps=4, repeats=1,
-)  # fmt: skip
-
-
-class Report:
-    """Prints rows as they come and keeps them in a file."""
-
-    def __init__(self, out: Path | None) -> None:
-        self._out, self._rows = out, []
-        self.failures = 0
-
-    def section(self, title: str) -> None:
-        """Begin a table."""
-        self._title = title
-        print(f"\n## {title}\n", flush=True)
-
-    def row(self, what: str, **values: Any) -> None:
-        """Add a result."""
-        self._rows.append({"section": self._title, "what": what, **values})
-        shown = "  ".join(f"{name} {_shown(value)}" for name, value in values.items())
-        print(f"{what:<44} {shown}", flush=True)
-        if self._out is not None:
-            self._out.write_text(json.dumps(self._rows, indent=1) + "\n")
-
-    @contextmanager
-    def trying(self, what: str) -> Iterator[None]:
-        """Report what stops one result, and go on with the others."""
-        try:
-            yield
-        except ConfigError as error:
-            self.row(what, result=f"not measured: {error}")
-        except torch.OutOfMemoryError:
-            self.row(what, result="out of memory")
-        except Exception as error:  # a kernel's compiler may fail in any way
-            self.failures += 1
-            self.row(what, result=f"failed: {type(error).__name__}: {error}"[:300])
-            traceback.print_exc()
-        free_memory()
 
 
 def main() -> None:
@@ -223,7 +143,7 @@ def losses(sizes: Sizes, report: Report) -> None:
             "model.vocab_size=512",
         ]
     settings = [
-        *shape, *batch_settings(16 * 64, 64), "objective.alpha_0=0.5", *_STEADY,
+        *shape, *batch_settings(16 * 64, 64), "objective.alpha_0=0.5", *STEADY,
     ]  # fmt: skip
     found = {}
     for dtype in ("bf16", "fp32"):
@@ -376,61 +296,6 @@ def sampling(sizes: Sizes, report: Report) -> None:
             )
 
 
-def fp8(sizes: Sizes, report: Report) -> None:
-    """FP8 products and attention against BF16, if Transformer Engine is installed. Aim: 1.25 x BF16."""
-    if not HAS_TE:
-        report.row("FP8", result="not measured: needs a GPU and Transformer Engine")
-        return
-    label, shape = list(sizes.shapes.items())[-1]
-    ways = {
-        "BF16, plain layers": ["precision.backend=torch"],
-        "BF16": ["precision.backend=te"],
-        "BF16, te attention": ["precision.backend=te", "precision.attention=te"],
-        "FP8 products": FP8,
-        "FP8 products and attention": FP8_ATTENTION,
-        "FP8 products, attention, parameters": [*FP8_ATTENTION, *_FP8_PARAMETERS],
-    }
-    for length in sizes.lengths:
-        bases: list[float] = []
-        for name, settings in ways.items():
-            with report.trying(f"{label}, L = {length}: {name}"):
-                batch = batch_settings(sizes.step_tokens, length)
-                session = make_session(
-                    [*shape, *batch, "objective.alpha_0=1", "precision.dtype=bf16", *settings]
-                )
-                read = random_rows(length, session.config.model.vocab_size - 1)
-                seconds = best_seconds(lambda s=session, r=read: train_step(s, r), sizes.repeats)
-                bases.append(seconds)
-                speed = session.config.train.global_batch_rows * length / seconds
-                report.row(f"{label}, L = {length}: {name}", tokens_per_second=speed,
-                           of_plain=bases[0] / seconds, memory_gib=session.device.memory_gib())  # fmt: skip
-            session = None
-            free_memory()
-    _fp8_losses(sizes, report, ways | {"FP8 products, delayed scales": ["precision.fp8=delayed"]})
-
-
-def _fp8_losses(sizes: Sizes, report: Report, ways: dict[str, list[str]]) -> None:
-    """Losses of the same steps, and how far those of the last quarter are from bf16's."""
-    base: list[float] = []
-    for name, settings in ways.items():
-        with report.trying(f"{sizes.fp8_loss_steps} steps: {name}"):
-            session = make_session(
-                ["model.hidden_size=512", "model.num_layers=4", "model.num_heads=4",
-                 "model.vocab_size=512", "model.max_length=128", "train.sequence_length=128",
-                 "train.global_batch_rows=16", "train.micro_batch_rows=24", "objective.alpha_0=0.5",
-                 *_STEADY, "precision.dtype=bf16", *settings]
-            )  # fmt: skip
-            read = counting_rows(128, session.config.model.vocab_size - 1)
-            found = [train_step(session, read).loss for _ in range(sizes.fp8_loss_steps)]
-            base = base or found
-            last = slice(-len(found) // 4, None)
-            gaps = [abs(a - b) / b for a, b in zip(found[last], base[last], strict=True)]
-            report.row(
-                f"{sizes.fp8_loss_steps} steps: {name}", first=found[0],
-                last_quarter=sum(found[last]) / len(gaps), mean_gap=sum(gaps) / len(gaps),
-            )  # fmt: skip
-
-
 def graphs(sizes: Sizes, report: Report) -> None:
     """Whole steps with layers launched as CUDA graphs against layers that launch their kernels."""
     small = ["model.hidden_size=768", "model.num_layers=12", "model.num_heads=12",
@@ -487,12 +352,6 @@ def _restart_for_fp8_attention() -> None:
 def _mfu(flops_per_second: float) -> float | None:
     peak = peak_of(torch.cuda.get_device_name()) if ON_GPU else None
     return None if peak is None else flops_per_second / peak.bf16
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    return "-" if value is None else str(value)
 
 
 if __name__ == "__main__":
