@@ -39,10 +39,8 @@ _PLACES = (1 / 6, 1 / 2, 5 / 6)
 def make_session(settings: list[str], *, for_training: bool = True) -> Session:
     """Return a session on this process alone."""
     config = load_config(None, ["train.steps=1000000", *settings])
-    for name in _TE_ATTENTION:
-        os.environ.pop(
-            name, None
-        )  # Megatron-Core sets them for a model, and refuses those of another
+    for name in _TE_ATTENTION:  # Megatron-Core sets them for a model, and refuses those of another
+        os.environ.pop(name, None)
     os.environ.update(process_environment(config))
     session = build_session(
         config, Ranks(0, 1, 0), for_training=for_training, draw_weights=not ON_GPU

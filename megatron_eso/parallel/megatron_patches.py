@@ -12,6 +12,7 @@ fails there can go.
 import contextlib
 import ctypes
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 from importlib.util import find_spec
@@ -86,7 +87,8 @@ def without_cuda_names() -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def quiet_megatron_import() -> Iterator[None]:
     """Silence what Megatron says at import about packages the CPU path does not use."""
-    load_cudnn_of_torch(os.environ, Path(torch.__file__).parent.parent)
+    if "megatron.core" not in sys.modules:  # which imports Transformer Engine
+        load_cudnn_of_torch(os.environ, Path(torch.__file__).parent.parent)
     with warnings.catch_warnings():
         for message in _IMPORT_MESSAGES:
             warnings.filterwarnings("ignore", message=message)
