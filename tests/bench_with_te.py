@@ -18,7 +18,7 @@ def main() -> None:
     from megatron_eso.train import session
     from tests.replaced import replaced
     from tests.te_jobs import H100
-    from tools import bench_gpu, bench_gpu_fp8, bench_gpu_report
+    from tools import bench_gpu, bench_gpu_fp8, bench_gpu_report, bench_gpu_sizes
 
     shape = [
         "model.hidden_size=256",
@@ -27,13 +27,13 @@ def main() -> None:
         "model.vocab_size=64",
     ]
     sizes = replace(
-        bench_gpu_report.SMOKE,
+        bench_gpu_sizes.SMOKE,
         shapes={"tiny": shape},
         lengths=(128,),
         head_size=128,
         step_tokens=1024,
     )
-    report = bench_gpu_report.Report(Path(sys.argv[2]))
+    report = bench_gpu_report.Report(Path(sys.argv[2]), {})
     with replaced(
         [
             (session, "describe_machine", lambda: H100),

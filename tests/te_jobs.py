@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_eso.checkpoint.folder import CheckpointFolder
-from megatron_eso.config.precision_rules import Machine, process_environment
+from megatron_eso.config.precision_rules import FUSED_ATTENTION, Machine, process_environment
 from megatron_eso.errors import ConfigError
 from megatron_eso.eval.evaluate import evaluate
 from megatron_eso.eval.sequence_log_probability import (
@@ -46,12 +46,11 @@ H100 = Machine(
 )
 MEGATRON_TE = "megatron.core.extensions.transformer_engine"
 FP8_WEIGHTS = ["precision.fp8_params=true", "eval.use_ema=false"]
-_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
 
 def on_h100(job: str, overrides: list[str], *args: Any) -> Any:
     """Return what a job of rank_jobs.py returns when the session takes this machine for an H100."""
-    for name in _VARIABLES:
+    for name in FUSED_ATTENTION:
         os.environ.pop(name, None)
     os.environ.update(process_environment(rank_jobs.small_config(overrides)))
     with replaced([(session_module, "describe_machine", lambda: H100)]):

@@ -1,18 +1,21 @@
 """Which kernel a device gets, and that every kernel's calls fit this torch's operators; no GPU needed."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_eso.errors import ConfigError
-from megatron_eso.model.attention import core, kernels
+from megatron_eso.model import compiled, rotary
+from megatron_eso.model.attention import core, kernels, split
 from megatron_eso.model.attention.core import EsoCoreAttention
 from megatron_eso.model.attention.kernels import Facts, choose_kernel
 from megatron_eso.model.attention.rows import AttentionRows
-from megatron_eso.model.attention.split import merge_self, self_gradients, split_attention
-from megatron_eso.model.rotary import rotate, turned_at_once
+from megatron_eso.model.attention.split import split_attention
+from megatron_eso.model.rotary import rotate
 from megatron_eso.parallel.device import be_deterministic
 from tests.replaced import replaced
 
@@ -95,28 +98,64 @@ def test_split_attention_fits_the_operators_of_this_torch(
     assert sorted(seen.given) == sorted(seen.returned)
 
 
-def test_the_rotation_that_a_gpu_compiles_is_the_same():
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(6, 3, 2, 8, generator=generator)
-    cos, sin = (torch.randn(6, 3, 1, 4, generator=generator) for _ in range(2))
-    compiled = torch.compile(turned_at_once, backend="eager", fullgraph=True)
-    for sign in (1, -1):
-        torch.testing.assert_close(compiled(x, cos, sin, sign), rotate(x, cos, sin * sign))
+@pytest.fixture
+def cases():
+    """Let a CPU compile what a GPU would; counts the cases that were compiled."""
+    torch.compiler.reset()
+    compiled._compiled.cache_clear()
+    counter = CompileCounter()
+    compile_ = partial(torch.compile, backend=counter, fullgraph=True)
+    everywhere = lambda x: True  # noqa: E731
+    places = [(compiled, "is_compiled"), (rotary, "is_compiled"), (split, "is_compiled")]
+    with replaced([(where, name, everywhere) for where, name in places]):
+        with replaced([(torch, "compile", compile_)]):
+            yield counter
+    compiled._compiled.cache_clear()
+    torch.compiler.reset()
 
 
-def test_the_self_term_that_a_gpu_compiles_is_the_same():
-    generator = torch.Generator().manual_seed(1)
-    query, key, value, out, grad = (
-        torch.randn(2, 3, 6, 8, generator=generator, dtype=torch.float64) for _ in range(5)
+def rows_of(length, rows, heads, groups, *, needs_gradient=True):
+    """Queries, keys and values [L, R, ., d] as slices of one projection's output, and angles."""
+    generator = torch.Generator().manual_seed(length + rows)
+    shape = (length, rows, groups, (heads // groups + 2) * 8)
+    mixed = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_(
+        needs_gradient
     )
-    lse = torch.randn(2, 3, 6, generator=generator, dtype=torch.float64)
-    for function, inputs in (
-        (merge_self, (query, key, value, out, lse, 0.3)),
-        (self_gradients, (grad, query, key, value, out, lse, 0.3)),
-    ):
-        compiled = torch.compile(function, backend="eager", fullgraph=True)
-        for found, expected in zip(compiled(*inputs), function(*inputs), strict=True):
-            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    query, key, value = mixed.split([heads // groups * 8, 8, 8], dim=3)
+    angles = torch.randn(2, length, rows, 1, 4, generator=generator, dtype=torch.float64)
+    return mixed, query.reshape(length, rows, heads, 8), key, value, *angles
+
+
+def pass_of_a_layer(shape, **settings):
+    """Rotate, attend and go back, for rows of which the last four are pairs; what came out."""
+    mixed, query, key, value, cos, sin = rows_of(*shape, **settings)
+    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    of_heads = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    out = split_attention(*of_heads, num_pairs=min(2, shape[1] // 2), scale=0.3)
+    if out.requires_grad:
+        out.square().sum().backward()
+    return out.detach(), mixed.grad
+
+
+# Training, a last batch, evaluations of other lengths, one row, no gradient.
+SHAPES = [(16, 6), (16, 4), (16, 5), (48, 6), (7, 2), (128, 4)]
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2)], ids=["heads", "grouped"])
+def test_what_a_gpu_compiles_is_the_same_in_few_cases(cases, heads, groups):
+    """PyTorch runs a function uncompiled, and says little, after eight cases of it."""
+    found = [
+        pass_of_a_layer((*shape, heads, groups), needs_gradient=is_trained)
+        for shape in SHAPES
+        for is_trained in (True, False)
+    ]
+    # Turned and turned back, of queries and keys; the self term and its gradients, of one and more pairs.
+    assert cases.frame_count == 2 * (1 if heads == groups else 2) + 2 * 2
+    with replaced([(m, "is_compiled", lambda x: False) for m in (rotary, split)]):
+        for (out, grad), shape in zip(found[::2], SHAPES, strict=True):
+            expected, expected_grad = pass_of_a_layer((*shape, heads, groups))
+            torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+            torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
 
 
 def test_the_deterministic_mode_sets_the_environment_and_refuses_a_contrary_one():

@@ -3,14 +3,17 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from megatron_eso.config.precision_rules import DPA_RECIPE
 from tests import released
+from tools import bench_gpu
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -37,6 +40,7 @@ def test_every_section_gives_finite_numbers(rows):
         assert all(v > 0 for name, v in numbers.items() if name != "loss_gap"), row
     expected = [
         "machine",
+        "products",
         "correctness",
         "losses",
         "attention",
@@ -59,6 +63,47 @@ def test_the_kernels_are_right_before_they_are_fast(rows):
     for row in checked:
         bound = bounds[row["what"].split(", ")[1]]
         assert max(row[name] for name in ("out", "d_query", "d_key", "d_value")) < bound, row
+
+
+def bench(*arguments):
+    """Run the benchmark in this process; its exit code."""
+    with mock.patch.object(sys, "argv", ["bench_gpu", "--smoke", *arguments]):
+        with pytest.raises(SystemExit) as stopped:
+            bench_gpu.main()
+    return stopped.value.code
+
+
+def test_one_failure_is_reported_and_ends_nothing_but_the_exit_code(tmp_path, capsys):
+    def failing(sizes, report):
+        raise RuntimeError("no such kernel")
+
+    out = tmp_path / "gpu.json"
+    with mock.patch.dict(bench_gpu.SECTIONS, {"head": failing}):
+        arguments = ("--section", "head", "--section", "products", "--out", str(out))
+        assert bench(*arguments) == 1
+    rows = {row["section"]: row for row in json.loads(out.read_text())}
+    assert rows["head"]["result"] == "failed: RuntimeError: no such kernel"
+    assert rows["products"]["tflops"] > 0
+    capsys.readouterr()
+
+
+def test_results_of_several_calls_are_one_file_unless_the_machine_changed(tmp_path):
+    out = tmp_path / "gpu.json"
+    for section in ("correctness", "products", "correctness"):
+        assert bench("--section", section, "--out", str(out)) == 0
+    rows = json.loads(out.read_text())
+    sections = [row["section"] for row in rows]
+    assert sections == ["machine", *["correctness"] * (len(rows) - 2), "products"]
+    assert len({row["what"] for row in rows}) == len(rows)
+    rows[0]["device"] = "NVIDIA H100"
+    out.write_text(json.dumps(rows))
+    assert re.search("another machine .device: NVIDIA H100, now CPU", bench("--out", str(out)))
+    assert json.loads(out.read_text()) == rows
+
+
+def test_a_shape_that_is_not_there_is_refused_with_those_that_are():
+    assert bench("--shape", "70B") == "--shape 70B: there are tiny"
+    assert bench("--length", "63") == "--length 63: there are 64"
 
 
 def test_bf16_trains_as_fp32_does(rows):

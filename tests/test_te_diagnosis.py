@@ -4,7 +4,7 @@ import pytest
 
 from megatron_eso.cli.main import app
 from megatron_eso.config import load_config
-from megatron_eso.config.precision_rules import ASKED, Machine
+from megatron_eso.config.precision_rules import ASKED, DPA_RECIPE, FUSED_ATTENTION, Machine
 from megatron_eso.parallel import te_diagnosis
 from megatron_eso.parallel.te_adapter import AttentionChoice, version_of
 
@@ -73,7 +73,7 @@ def test_the_check_command_fails_on_a_machine_without_a_gpu(monkeypatch):
     from typer.testing import CliRunner
 
     monkeypatch.setattr("megatron_eso.parallel.te_adapter.describe_machine", Machine)
-    for name in ("NVTE_FUSED_ATTN", "NVTE_FLASH_ATTN", "NVTE_UNFUSED_ATTN", "NVTE_DPA_FP8_RECIPE"):
+    for name in (*FUSED_ATTENTION, DPA_RECIPE):
         monkeypatch.setenv(name, "")  # what the command sets is undone after the test
     done = CliRunner().invoke(app, ["doctor", "--check", "fp8"])
     assert "there is no GPU" in str(done.exception)

@@ -1,11 +1,13 @@
 """Everything that a GPU must show, in one table: right first, then fast.
 
-    python -m tools.bench_gpu                      all sections, about 6 minutes on one GPU
-    python -m tools.bench_gpu --section training   one of them (may be repeated)
+    python -m tools.bench_gpu --out gpu.json       all sections, about 10 minutes on one GPU
+    python -m tools.bench_gpu --section training --shape 1B --length 16384 --out gpu.json
+                                                   a part of them (each may be repeated)
     python -m tools.bench_gpu --smoke              tiny shapes, on a CPU too: that it runs, not how fast
 
-Results are printed as they come and kept in --out (JSON). What does not fit the memory, or what this
-machine does not have, says so in its place. Aims (issue "The H100 path") stand beside what they are for.
+Results are printed as they come and kept in --out (JSON), which `megatron-eso plan --calibrate` reads. What
+does not fit the memory, or what this machine does not have, says so in its place. Aims (issue "The H100
+path") stand beside what they are for.
 """
 
 import argparse
@@ -15,13 +17,16 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_eso.config import load_config
 from megatron_eso.config.precision_rules import DPA_RECIPE, process_environment
+from megatron_eso.errors import ConfigError
 from megatron_eso.model.attention.dense import dense_attention
 from megatron_eso.model.attention.flex import flex_rows_attention
 from megatron_eso.model.attention.split import split_attention
@@ -53,7 +58,8 @@ from tools.bench_gpu_parts import (
     seconds_per_row,
     te_attention,
 )  # fmt: skip
-from tools.bench_gpu_report import FULL, SMOKE, STEADY, Report, Sizes
+from tools.bench_gpu_report import Report
+from tools.bench_gpu_sizes import FULL, SMOKE, STEADY, Sizes, chosen
 
 _OFFICIAL = "flex, official 2L mask"
 OBJECTIVES = {
@@ -70,27 +76,49 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--section", action="append", choices=SECTIONS)
+    parser.add_argument("--shape", action="append", help="of the shapes of whole steps, this one")
+    parser.add_argument("--length", action="append", type=int, help="of the lengths, this one")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
     parser.add_argument("--repeats", type=int, help="times a call is timed; the best counts [3]")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file for the results; those of earlier calls stay in it"
+    )
     arguments = parser.parse_args()
     if HAS_TE:
         _restart_for_fp8_attention()
     if not ON_GPU and not arguments.smoke:
         raise SystemExit("no GPU here; --smoke shows that the benchmark runs")
-    sizes, report = SMOKE if arguments.smoke else FULL, Report(arguments.out)
-    sizes = replace(sizes, repeats=arguments.repeats or sizes.repeats)
-    report.section("machine")
-    name = torch.cuda.get_device_name() if ON_GPU else "CPU"
-    report.row(name, torch=torch.__version__, cudnn=torch.backends.cudnn.version(),
-               matmul_tflops=matmul_flops_per_second(
-                   torch.bfloat16, DEVICE, size=8192 if ON_GPU else 512) / 1e12)  # fmt: skip
+    try:
+        sizes = chosen(SMOKE if arguments.smoke else FULL, arguments.shape, arguments.length)
+        sizes = replace(sizes, repeats=arguments.repeats or sizes.repeats)
+        report = Report(arguments.out, _machine())
+    except ConfigError as error:
+        raise SystemExit(str(error)) from None
     for section in arguments.section or SECTIONS:
         begin = time.perf_counter()
         report.section(section)
         with report.trying(section):
             SECTIONS[section](sizes, report)
         print(f"({time.perf_counter() - begin:.0f} s)", flush=True)
+    raise SystemExit(report.failures > 0)
+
+
+def _machine() -> dict[str, Any]:
+    """Return what figures depend on besides this code."""
+    return {
+        "device": torch.cuda.get_device_name() if ON_GPU else "CPU",
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "transformer_engine": version("transformer-engine") if HAS_TE else None,
+        "megatron_core": version("megatron-core"),
+    }
+
+
+def products(sizes: Sizes, report: Report) -> None:
+    """Speed of one large product of matrices: what the shares of the peak are to be seen against."""
+    size = 8192 if ON_GPU else 512
+    speed = matmul_flops_per_second(torch.bfloat16, DEVICE, size=size)
+    report.row(f"{size} x {size} in bf16", tflops=speed / 1e12)
 
 
 def correctness(sizes: Sizes, report: Report) -> None:
@@ -134,16 +162,8 @@ def _ways_of_te(*, heads: int, size: int, length: int) -> dict[str, Callable[...
 
 def losses(sizes: Sizes, report: Report) -> None:
     """Losses of the same steps in bf16 and fp32, of rows that can be learnt."""
-    shape = SMOKE.shapes["tiny"]
-    if sizes.shapes is not SMOKE.shapes:
-        shape = [
-            "model.hidden_size=256",
-            "model.num_layers=4",
-            "model.num_heads=4",
-            "model.vocab_size=512",
-        ]
     settings = [
-        *shape, *batch_settings(16 * 64, 64), "objective.alpha_0=0.5", *STEADY,
+        *sizes.loss_shape, *batch_settings(16 * 64, 64), "objective.alpha_0=0.5", *STEADY,
     ]  # fmt: skip
     found = {}
     for dtype in ("bf16", "fp32"):
@@ -193,27 +213,23 @@ def attention(sizes: Sizes, report: Report) -> None:
 def training(sizes: Sizes, report: Report) -> None:
     """Tokens/s, TFLOP/s and MFU of whole steps, the optimizer included."""
     for label, shape in sizes.shapes.items():
-        dtype = "bf16" if ON_GPU else "fp32"
-        session = make_session(
-            [
-                *shape,
-                *batch_settings(sizes.step_tokens, max(sizes.lengths)),
-                f"precision.dtype={dtype}",
-            ]
-        )
+        settings = [*shape, f"precision.dtype={'bf16' if ON_GPU else 'fp32'}"]
+        longest = batch_settings(sizes.step_tokens, max(sizes.lengths))
+        session = make_session([*settings, *longest])
         for length in sizes.lengths:
-            _training_of_length(sizes, report, session, f"{label}, L = {length}", length)
+            _training_of_length(sizes, report, session, f"{label}, L = {length}", length, settings)
         del session
         free_memory()
     print("aims: MFU >= 45 % at 7B-shaped layers; Eso-LM alpha_0 = 1 >= 0.98 x AR")
 
 
 def _training_of_length(
-    sizes: Sizes, report: Report, session: Session, label: str, length: int
+    sizes: Sizes, report: Report, session: Session, label: str, length: int, model: list[str]
 ) -> None:
     base: float | None = None
     for name, objective in OBJECTIVES.items():
-        change_batch(session, [*objective, *batch_settings(sizes.step_tokens, length)])
+        settings = [*objective, *batch_settings(sizes.step_tokens, length)]
+        change_batch(session, settings)
         read = random_rows(length, session.config.model.vocab_size - 1)
         if ON_GPU:
             torch.cuda.reset_peak_memory_stats()
@@ -228,14 +244,14 @@ def _training_of_length(
             base = base or speed
             report.row(f"{label}: {name}", tokens_per_second=speed, of_ar=speed / base,
                        tflops=flops.training / seconds / 1e12, mfu=_mfu(flops.training / seconds),
-                       memory_gib=session.device.memory_gib())  # fmt: skip
+                       memory_gib=session.device.memory_gib(), settings=[*model, *settings])  # fmt: skip
 
 
 def head(sizes: Sizes, report: Report) -> None:
     """The output head, both ways: on masked entries alone, on all, and with all logits at once."""
     entries, hidden_size = sizes.step_tokens // 4, sizes.heads * sizes.head_size
     session = make_session(
-        [*SMOKE.shapes["tiny"], *batch_settings(SMOKE.step_tokens, 64)], for_training=False
+        [*SMOKE.loss_shape, *batch_settings(SMOKE.step_tokens, 64)], for_training=False
     )  # for its groups
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     hidden = torch.randn(entries, hidden_size, device=DEVICE, dtype=dtype, requires_grad=True)
@@ -269,17 +285,9 @@ def head(sizes: Sizes, report: Report) -> None:
 def sampling(sizes: Sizes, report: Report) -> None:
     """Seconds of one row at one token per step, from steps timed at three places of it."""
     longest = max(sizes.sampling_lengths)
-    shape = [
-        "model.hidden_size=768",
-        "model.num_layers=12",
-        "model.num_heads=12",
-        "model.vocab_size=50258",
-    ]
-    if sizes.shapes is SMOKE.shapes:
-        shape = next(iter(sizes.shapes.values()))
     session = make_session(
         [
-            *shape,
+            *sizes.sampling_shape,
             *batch_settings(sizes.step_tokens, sizes.lengths[0]),
             f"model.max_length={longest + 1}",
             "precision.backend=torch",  # as the command `sample`
@@ -298,12 +306,7 @@ def sampling(sizes: Sizes, report: Report) -> None:
 
 def graphs(sizes: Sizes, report: Report) -> None:
     """Whole steps with layers launched as CUDA graphs against layers that launch their kernels."""
-    small = ["model.hidden_size=768", "model.num_layers=12", "model.num_heads=12",
-             "model.vocab_size=32768"]  # fmt: skip
-    cases = {"124M": (small, 1024), "1B": (FULL.shapes["1B"], 4096)}
-    if sizes.shapes is SMOKE.shapes:
-        cases = {"tiny": (SMOKE.shapes["tiny"], 64)}
-    for label, (shape, length) in cases.items():
+    for label, (shape, length) in sizes.graph_cases.items():
         base, losses = 0.0, []
         for is_graphed in (False, True):
             session = make_session(
@@ -330,6 +333,7 @@ def graphs(sizes: Sizes, report: Report) -> None:
 
 
 SECTIONS: dict[str, Callable[[Sizes, Report], None]] = {
+    "products": products,
     "correctness": correctness,
     "losses": losses,
     "attention": attention,

@@ -12,7 +12,8 @@ from tools.bench_gpu_parts import (
     make_session,
     random_rows,
 )  # fmt: skip
-from tools.bench_gpu_report import STEADY, Report, Sizes
+from tools.bench_gpu_report import Report
+from tools.bench_gpu_sizes import STEADY, Sizes
 
 _FP8_PARAMETERS = ["precision.fp8_params=true", "eval.use_ema=false"]
 
@@ -33,18 +34,18 @@ def fp8(sizes: Sizes, report: Report) -> None:
     }
     for length in sizes.lengths:
         bases: list[float] = []
-        for name, settings in ways.items():
+        for name, way in ways.items():
             with report.trying(f"{label}, L = {length}: {name}"):
                 batch = batch_settings(sizes.step_tokens, length)
-                session = make_session(
-                    [*shape, *batch, "objective.alpha_0=1", "precision.dtype=bf16", *settings]
-                )
+                settings = [*shape, *batch, "objective.alpha_0=1", "precision.dtype=bf16", *way]
+                session = make_session(settings)
                 read = random_rows(length, session.config.model.vocab_size - 1)
                 seconds = best_seconds(lambda s=session, r=read: train_step(s, r), sizes.repeats)
                 bases.append(seconds)
                 speed = session.config.train.global_batch_rows * length / seconds
                 report.row(f"{label}, L = {length}: {name}", tokens_per_second=speed,
-                           of_plain=bases[0] / seconds, memory_gib=session.device.memory_gib())  # fmt: skip
+                           of_plain=bases[0] / seconds, memory_gib=session.device.memory_gib(),
+                           settings=settings)  # fmt: skip
             session = None
             free_memory()
     _fp8_losses(sizes, report, ways | {"FP8 products, delayed scales": ["precision.fp8=delayed"]})
@@ -56,8 +57,7 @@ def _fp8_losses(sizes: Sizes, report: Report, ways: dict[str, list[str]]) -> Non
     for name, settings in ways.items():
         with report.trying(f"{sizes.fp8_loss_steps} steps: {name}"):
             session = make_session(
-                [*sizes.fp8_loss_shape, "model.vocab_size=512", "model.max_length=128",
-                 "train.sequence_length=128",
+                [*sizes.fp8_loss_shape, "model.max_length=128", "train.sequence_length=128",
                  "train.global_batch_rows=16", "train.micro_batch_rows=24", "objective.alpha_0=0.5",
                  *STEADY, "precision.dtype=bf16", *settings]
             )  # fmt: skip

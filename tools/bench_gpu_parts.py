@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from megatron_eso.config import derive, load_config
-from megatron_eso.config.precision_rules import process_environment
+from megatron_eso.config.precision_rules import FUSED_ATTENTION, process_environment
 from megatron_eso.model.attention.rows import AttentionRows
 from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.exchange import Rows
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
-from megatron_eso.parallel.parameters import sharded_parameters, shards
 from megatron_eso.sample.generate import PlanSettings, plan_for
 from megatron_eso.sample.plan import DecodingPlan
 from megatron_eso.sample.prompt import rows_with_prompts
@@ -32,39 +31,18 @@ HAS_TE = ON_GPU and find_spec("transformer_engine") is not None
 FP8 = ["precision.backend=te", "precision.fp8=tensorwise"]
 FP8_ATTENTION = [*FP8, "precision.fp8_attention=true"]
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-_TE_ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 _PLACES = (1 / 6, 1 / 2, 5 / 6)
 
 
 def make_session(settings: list[str], *, for_training: bool = True) -> Session:
     """Return a session on this process alone."""
     config = load_config(None, ["train.steps=1000000", *settings])
-    for name in _TE_ATTENTION:  # Megatron-Core sets them for a model, and refuses those of another
+    for name in FUSED_ATTENTION:  # as Megatron-Core set them for the model before
         os.environ.pop(name, None)
     os.environ.update(process_environment(config))
-    session = build_session(
-        config, Ranks(0, 1, 0), for_training=for_training, draw_weights=not ON_GPU
-    )
-    if ON_GPU:
-        _draw_weights(session)
+    session = build_session(config, Ranks(0, 1, 0), for_training=for_training, draw_weights=False)
+    session.draw_weights(draw_on=DEVICE)
     return session
-
-
-@torch.no_grad()
-def _draw_weights(session: Session) -> None:
-    """Draw weights on the GPU: a run's own, the same for every layout, take seconds for each billion."""
-    torch.manual_seed(1)
-    owned = {} if session.optimizer is None else shards(session.optimizer)
-    for entry in sharded_parameters(session.chunks):
-        values = torch.zeros(entry.data.shape, device=entry.data.device)
-        if values.dim() > 1:
-            values.normal_(0.0, session.config.model.init_std)
-        elif "norm" in entry.key:
-            values.fill_(1.0)
-        entry.data.copy_(values)
-        shard = owned.get(entry.data)
-        if shard is not None:
-            shard.master.copy_(values.flatten()[shard.start : shard.end])
 
 
 def change_batch(session: Session, settings: list[str]) -> None:

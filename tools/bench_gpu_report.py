@@ -1,69 +1,41 @@
-"""Shapes of the GPU benchmark, and the report of its results."""
+"""The report of the GPU benchmark's results: printed as they come, kept in a file."""
 
 import json
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_eso.checkpoint.folder import write_durably
 from megatron_eso.errors import ConfigError
 from tools.bench_gpu_parts import free_memory
 
-# At 0.001 without warm-up rounding alone parts two runs by a tenth of the loss (docs/LOG.md).
-STEADY = ["optimizer.learning_rate=0.0003", "optimizer.warmup_steps=10"]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Shapes of a benchmark: full ones, or tiny ones that show it runs."""
-
-    shapes: dict[str, list[str]]
-    """Model settings by label."""
-    lengths: tuple[int, ...]
-    """Tokens of a row in training and in attention."""
-    step_tokens: int
-    """Tokens of a training step; a fourth of them at once."""
-    heads: int
-    head_size: int
-    vocab: int
-    sampling_lengths: tuple[int, ...]
-    loss_steps: int
-    fp8_loss_steps: int
-    fp8_loss_shape: list[str]
-    """Model settings; head size 128, which FP8 attention needs."""
-    repeats: int
-
-
-FULL = Sizes(
-    shapes={
-        "1B": ["model.hidden_size=2048", "model.num_layers=16", "model.num_heads=16",
-               "model.ffn_size=5504", "model.vocab_size=32768"],
-        "7B-shaped, 4 layers": ["model.hidden_size=4096", "model.num_layers=4", "model.num_heads=32",
-                                "model.ffn_size=11008", "model.vocab_size=32768"],
-    },
-    lengths=(4096, 16384), step_tokens=65536, heads=32, head_size=128, vocab=32768,
-    sampling_lengths=(2048, 8192), loss_steps=50, repeats=3, fp8_loss_steps=200,
-    fp8_loss_shape=["model.hidden_size=512", "model.num_layers=4", "model.num_heads=4"],
-)  # fmt: skip
-SMOKE = Sizes(
-    shapes={"tiny": ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2",
-                     "model.vocab_size=64"]},
-    lengths=(64,), step_tokens=512, heads=2, head_size=16, vocab=64, sampling_lengths=(48,),
-    loss_steps=4, repeats=1, fp8_loss_steps=2,
-    fp8_loss_shape=["model.hidden_size=256", "model.num_layers=1", "model.num_heads=2"],
-)  # fmt: skip
-
 
 class Report:
-    """Prints rows as they come and keeps them in a file."""
+    """Prints rows as they come and keeps them in a file, beside those of earlier calls."""
 
-    def __init__(self, out: Path | None) -> None:
+    def __init__(self, out: Path | None, machine: dict[str, Any]) -> None:
+        """Begin with the results in ``out``, if there are some.
+
+        Raises:
+            ConfigError: if they are of another machine or software.
+        """
         self._out, self._rows = out, []
         self.failures = 0
+        if out is not None and out.is_file():
+            self._rows = json.loads(out.read_text())
+            before = self._rows[0]
+            changed = {k: (before.get(k), v) for k, v in machine.items() if before.get(k) != v}
+            if changed:
+                said = ", ".join(f"{name}: {a}, now {b}" for name, (a, b) in changed.items())
+                raise ConfigError(
+                    f"{out} holds results of another machine ({said}); name another --out"
+                )
+        self.section("machine")
+        self.row("machine", **machine)
 
     def section(self, title: str) -> None:
         """Begin a table."""
@@ -71,12 +43,15 @@ class Report:
         print(f"\n## {title}\n", flush=True)
 
     def row(self, what: str, **values: Any) -> None:
-        """Add a result."""
-        self._rows.append({"section": self._title, "what": what, **values})
-        shown = "  ".join(f"{name} {_shown(value)}" for name, value in values.items())
-        print(f"{what:<44} {shown}", flush=True)
+        """Add a result, in the place of an earlier one of the same; lists are kept, not printed."""
+        same = {"section": self._title, "what": what}
+        places = [i for i, row in enumerate(self._rows) if same.items() <= row.items()]
+        at = places[0] if places else len(self._rows)
+        self._rows[at : at + 1] = [{**same, **values}]
+        shown = [(k, v) for k, v in values.items() if not isinstance(v, list)]
+        print(f"{what:<44} " + "  ".join(f"{k} {_shown(v)}" for k, v in shown), flush=True)
         if self._out is not None:
-            self._out.write_text(json.dumps(self._rows, indent=1) + "\n")
+            write_durably(self._out, json.dumps(self._rows, indent=1) + "\n")
 
     @contextmanager
     def trying(self, what: str) -> Iterator[None]:

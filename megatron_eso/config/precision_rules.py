@@ -12,6 +12,9 @@ Version = tuple[int, ...]
 OLDEST_TE: Version = (2, 9)
 BROKEN_CUDNN: tuple[Version, ...] = ((9, 10, 0), (9, 10, 1))
 """Releases whose attention in bf16 Transformer Engine refuses to use (asked: docs/LOG.md)."""
+FUSED_ATTENTION = {"NVTE_FUSED_ATTN": "1", "NVTE_FLASH_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"}
+"""Without these Transformer Engine may fall back to its unfused kernel, silently and at many times the
+cost. Megatron-Core sets them for a model, and refuses those of another in the same process."""
 DPA_RECIPE = "NVTE_DPA_FP8_RECIPE"
 # Layers as of a 7B model: the rules depend on shapes.
 _SHAPE = (
@@ -84,8 +87,7 @@ def process_environment(config: RunConfig) -> dict[str, str]:
     """Return variables that must be set before Transformer Engine is imported, which reads them once."""
     found = {}
     if wants_te_attention(config):
-        # Without these it may fall back to its unfused kernel, silently and at many times the cost.
-        found |= {"NVTE_FUSED_ATTN": "1", "NVTE_FLASH_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"}
+        found |= FUSED_ATTENTION
     if config.precision.fp8_attention:
         found[DPA_RECIPE] = "DelayedScaling"
     return found

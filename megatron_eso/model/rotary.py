@@ -5,12 +5,12 @@ silently wrong here; so the rotation is done in our core attention, with cosines
 once per micro-batch, and on a GPU compiled to one kernel. Letters: L tokens, R rows, h heads, d head size.
 """
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_eso.model.compiled import is_compiled, run_compiled
 
 
 def rotary_tables(max_length: int, head_size: int, base: float) -> tuple[Tensor, Tensor]:
@@ -34,25 +34,30 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        # Detached: the compiler would take what requires a gradient for a case of its own.
-        return _turn(x.is_cuda)(x.detach(), cos, sin, 1)
+        return _turn(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grads[0].is_cuda)(grads[0], cos, sin, -1), None, None
+        return _turn(grads[0], cos, sin, -1), None, None
 
 
-@cache
-def _turn(is_cuda: bool) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
-    """Return the rotation of a device: on a GPU one kernel that reads and writes each number once."""
-    return torch.compile(turned_at_once) if is_cuda else _turned_by_halves
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    if not is_compiled(x):
+        return _turned_by_halves(x, cos, sin, sign)
+    flat = (y.flatten(0, 1) for y in (x, cos, sin))  # one number of tokens, whatever the rows
+    return run_compiled(turned if sign > 0 else turned_back, *flat, changing=(0,)).view(x.shape)
 
 
-def turned_at_once(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """Return x turned by its angles, by minus them for sign -1; for a compiler."""
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x turned by its angles; for a compiler."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin * sign, second * cos + first * sin * sign], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def turned_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x turned by minus its angles; for a compiler."""
+    return turned(x, cos, -sin)
 
 
 def _turned_by_halves(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:

@@ -87,10 +87,14 @@ class Session:
         """The model for evaluation."""
         return Replica(self.config, self.layout, self.torch_device, self.chunks)
 
-    def draw_weights(self) -> None:
-        """Give the model, the masters and the average the run's initial weights."""
-        config, optimizer = self.config, self.optimizer
-        initialize(self.chunks, config.model, seed=config.train.seed, optimizer=optimizer)
+    def draw_weights(self, draw_on: torch.device | str = "cpu") -> None:
+        """Give the model, the masters and the average the run's initial weights.
+
+        Args:
+            draw_on: a GPU is faster, but its numbers are not those that a run begins with.
+        """
+        seed, optimizer = self.config.train.seed, self.optimizer
+        initialize(self.chunks, self.config.model, seed=seed, optimizer=optimizer, draw_on=draw_on)
         if self.average is not None:
             self.average.restart()
 

@@ -14,13 +14,13 @@ Shapes: [R, h, L, d]; P = number of X rows.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_eso.model.attention.kernels import Forward, causal_backward, causal_forward
+from megatron_eso.model.compiled import is_compiled, run_compiled
 
 _BEYOND_ANY_SCORE = 1e6
 
@@ -56,7 +56,7 @@ class _SplitAttention(torch.autograd.Function):
         if num_pairs:
             seen = causal_forward(query[first_z:], key[x_rows], value[x_rows], scale)
             own = query[first_z:], key[first_z:], value[first_z:]
-            out, lse = _on_device(merge_self, query.is_cuda)(*own, seen.out, seen.lse, scale)
+            out, lse = _of_copies(merge_self, *own, seen.out, seen.lse, scale)
             parts.append(out)
             saved += [out, lse]
             ctx.states = (plain.state, seen.state)
@@ -122,8 +122,7 @@ class _CopiesAttention(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         seen = causal_forward(query, key, value, scale)
-        merge = _on_device(merge_self, query.is_cuda)
-        out, lse = merge(query, own_key, own_value, seen.out, seen.lse, scale)
+        out, lse = _of_copies(merge_self, query, own_key, own_value, seen.out, seen.lse, scale)
         ctx.save_for_backward(query, key, value, own_key, own_value, out, lse)
         ctx.state, ctx.scale = seen.state, scale
         return out
@@ -149,8 +148,8 @@ def _copies_gradients(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, X's key and value, own key and own value of Z rows."""
-    of_self = _on_device(self_gradients, query.is_cuda)
-    own = of_self(grad, query, own_key, own_value, merged.out, merged.lse, scale)
+    of_self = grad, query, own_key, own_value, merged.out, merged.lse, scale
+    own = _of_copies(self_gradients, *of_self)
     # The last slot saw none of X's keys. The kernel recomputes probabilities as exp(score - lse), so
     # an lse that no score reaches makes them 0. (Zeroing the gradient there is not enough: the
     # probability may overflow, and infinity times 0 is not a number.)
@@ -161,9 +160,11 @@ def _copies_gradients(
     return own[0] + seen[0], seen[1], seen[2], own[1], own[2]
 
 
-@cache
-def _on_device(function: Callable[..., Any], is_cuda: bool) -> Callable[..., Any]:
-    return torch.compile(function) if is_cuda else function
+def _of_copies(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return a function of tensors [P, h, L, ...], compiled on a GPU for any P and L."""
+    if not is_compiled(arguments[0]):
+        return function(*arguments)
+    return run_compiled(function, *arguments, changing=(0, 2))
 
 
 def merge_self(
