@@ -33,6 +33,16 @@ with quiet_megatron_import():
     from megatron.core.tensor_parallel import random as megatron_random
 
 GPU = torch.device("meta")
+
+
+class Event(NoStream):
+    """An event of a GPU that computes nothing."""
+
+    def elapsed_time(self, end: "Event") -> float:
+        """Return milliseconds from this event to another."""
+        return 1.0
+
+
 _MOVES = ("aten::copy_", "aten::_to_copy")
 _WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
 
@@ -114,7 +124,7 @@ def _stand_ins(cudnn: int) -> list[tuple[Any, str, Any]]:
     cuda: dict[str, Any] = {
         "current_device": lambda: GPU,
         "current_stream": lambda *args: NoStream(), "default_stream": lambda *args: NoStream(),
-        "Stream": NoStream, "Event": NoStream,
+        "Stream": NoStream, "Event": Event,
         "stream": lambda stream: contextlib.nullcontext(),
         "get_device_capability": lambda *args: (9, 0), "get_device_name": lambda *args: "NVIDIA H100",
         "synchronize": _nothing(), "set_device": _nothing(), "empty_cache": _nothing(),

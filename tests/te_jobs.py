@@ -33,7 +33,7 @@ from megatron_eso.sample.plan import DecodingPlan
 from megatron_eso.sample.sampler import Choice, fill_rows
 from megatron_eso.train import session as session_module
 from megatron_eso.train.session import Session
-from megatron_eso.train.step import train_step
+from megatron_eso.train.step import Quality, train_step
 from tests import rank_jobs
 from tests.replaced import replaced
 
@@ -304,6 +304,17 @@ def looked_at(overrides: list[str], looks: bool) -> list[tuple[float, float]]:
             with whole_weights(session.chunks) if looks else nullcontext():
                 pass
         return found
+
+
+def losses_after_a_step_not_applied(overrides: list[str], times: int) -> list[float]:
+    """Return losses of three steps, of which the second was found bad so many times before."""
+    session = on_h100("make_session", overrides)
+    found = []
+    for number in range(3):
+        for _ in range(times if number == 1 else 0):
+            train_step(session, rank_jobs.read_rows, lambda loss, norm: Quality.NOT_FINITE)
+        found.append(train_step(session, rank_jobs.read_rows).loss)
+    return found
 
 
 def largest_weight_in_history(overrides: list[str]) -> float:

@@ -1,14 +1,66 @@
 """What the configuration becomes for Megatron on a GPU; no GPU needed to build it."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import silu
 
 from megatron_eso.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_eso.errors import ConfigError
 from megatron_eso.model.megatron_config import transformer_config
+from megatron_eso.parallel.device import gpu_of_rank
 
 # Megatron says this about its own default.
 pytestmark = pytest.mark.filterwarnings("ignore:full scope is deprecated")
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "num_gpus", "environ", "gpu"),
+    [
+        (0, 1, {}, 0),
+        (3, 8, {}, 3),
+        (3, 8, {"SLURM_LOCALID": "3"}, 3),
+        (3, 1, {"SLURM_LOCALID": "3"}, 0),
+    ],
+)
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_that_slurm_shows_it(
+    local_rank, num_gpus, environ, gpu
+):
+    assert gpu_of_rank(local_rank, num_gpus, environ) == gpu
+
+
+def test_more_ranks_than_gpus_are_refused_with_the_numbers():
+    with pytest.raises(ConfigError, match=r"rank 4 .* 4 can be seen .CUDA_VISIBLE_DEVICES=0,1,2,3"):
+        gpu_of_rank(4, 4, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
+
+
+@pytest.mark.parametrize("given", ["1", "32"])
+def test_the_order_of_communication_is_asked_for_before_cuda_starts(given):
+    """CUDA reads the variable once; Megatron imports Transformer Engine, which may start it."""
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    script = (
+        "import os, torch\n"
+        "seen = []\n"
+        "class Megatron:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'megatron.core':\n"
+        f"            seen.append(os.environ.get('{name}'))\n"
+        "import sys\n"
+        "sys.meta_path.insert(0, Megatron())\n"
+        "import megatron_eso.train.session\n"
+        "print(seen, torch.cuda.is_initialized())\n"
+    )
+    environ = {k: v for k, v in os.environ.items() if k != name}
+    environ |= {name: given} if given != "1" else {}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, env=environ,
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert done.stdout == f"['{given}'] False\n", done.stderr[-2000:]
 
 
 def on_gpu(**model):

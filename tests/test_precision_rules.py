@@ -68,6 +68,11 @@ SETTINGS_BREACHES = [
     ("TE attention: head size", ["precision.attention=te", "model.head_size=100"], "100"),
     ("FP8 GEMM: tokens", [*TENSORWISE, "train.sequence_length=1020"], "multiple of 8"),
     ("FP8 GEMM: tokens", [*TENSORWISE, "train.sequence_length=1000", "parallel.tensor=2"], "16"),
+    (
+        "FP8 GEMM: tokens of a micro-batch",
+        [*TENSORWISE, "train.sequence_length=1000", "train.micro_batch_rows=3"],
+        "1000 / parallel.context=1 x train.micro_batch_rows=3 = 3000 tokens",
+    ),
     ("FP8 GEMM: features", [*TENSORWISE, "model.ffn_size=1000"], "MLP width"),
     (
         "FP8 GEMM: features",

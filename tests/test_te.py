@@ -156,6 +156,12 @@ def test_looking_at_whole_fp8_weights_changes_no_gradient(ranks, recipe):
     assert ranks("looked_at", settings, True) == ranks("looked_at", settings, False)
 
 
+@pytest.mark.parametrize("recipe", [FP8, FP8_ATTENTION], ids=["products", "attention"])
+def test_a_step_that_is_not_applied_leaves_no_trace_in_scales(ranks, recipe):
+    job = "losses_after_a_step_not_applied"
+    assert ranks(job, recipe, 2) == ranks(job, recipe, 0)
+
+
 def test_fp8_weights_have_seen_no_memory_that_nobody_had_written_to(ranks):
     """The stand-in has a large number there; delayed scales would follow it for a whole history."""
     assert 0 < ranks("largest_weight_in_history", FP8)[0] < 1

@@ -1,5 +1,8 @@
 """What doctor says about Transformer Engine on made-up machines."""
 
+import os
+import re
+
 import pytest
 
 from megatron_eso.cli.main import app
@@ -80,6 +83,20 @@ def test_the_check_command_fails_on_a_machine_without_a_gpu(monkeypatch):
     assert done.exception.exit_code == 2
     done = CliRunner().invoke(app, ["doctor", "--check", "fp9"])
     assert "te, fp8, fp8-attention" in str(done.exception)
+
+
+def test_the_doctor_asks_as_a_run_would(monkeypatch):
+    """Beside flash-attn Transformer Engine prefers it where a run does not let it."""
+    from typer.testing import CliRunner
+
+    def diagnose():
+        return [te_diagnosis.Finding(name, os.environ[name], "") for name in FUSED_ATTENTION]
+
+    monkeypatch.setattr("megatron_eso.parallel.diagnosis.diagnose", diagnose)
+    for name in FUSED_ATTENTION:
+        monkeypatch.setenv(name, "")
+    found = CliRunner().invoke(app, ["doctor"]).stdout
+    assert all(re.search(f"{name} +. {value} ", found) for name, value in FUSED_ATTENTION.items())
 
 
 def test_versions_are_read_up_to_what_is_no_number():

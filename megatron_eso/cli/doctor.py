@@ -34,6 +34,11 @@ def doctor(
     if check is not None or run is not None:
         _require(check, run, overrides or [])
         return
+    from megatron_eso.config import load_config
+    from megatron_eso.config.precision_rules import ASKED, process_environment
+
+    # As for a run: Transformer Engine is asked about the attention that it may use then.
+    os.environ.update(process_environment(load_config(None, list(ASKED["te"]))))
     from rich.console import Console
     from rich.table import Table
 

@@ -38,12 +38,10 @@ def require_machine(config: RunConfig, machine: Machine) -> None:
 def _odd_features(config: RunConfig) -> dict[str, int]:
     """Return the widths of a tensor rank's matrices that FP8 GEMMs cannot take."""
     model, tensor = config.model, config.parallel.tensor
-    size, groups = derive.head_size(model), derive.num_kv_heads(model)
+    size, heads = derive.head_size(model), model.num_heads + 2 * derive.num_kv_heads(model)
     widths = {
         "model.hidden_size": model.hidden_size,
-        "query, key and value features per tensor rank": (model.num_heads + 2 * groups)
-        * size
-        // tensor,
+        "query, key and value features per tensor rank": heads * size // tensor,
         "attention features per tensor rank": model.num_heads * size // tensor,
         "MLP width per tensor rank": derive.ffn_size(model) // tensor,
     }
@@ -54,6 +52,10 @@ def _token_multiple(config: RunConfig) -> int:
     """Return what the row length must be a multiple of, so that every GEMM has 8 n tokens."""
     parallel = config.parallel
     return 8 * (parallel.tensor if parallel.sequence else 1) * parallel.context
+
+
+def _micro_batch_tokens(config: RunConfig) -> int:
+    return config.train.sequence_length // config.parallel.context * config.train.micro_batch_rows
 
 
 def _bf16_layers(config: RunConfig) -> int:
@@ -212,6 +214,17 @@ SETTINGS_RULES = (
         lambda c, m: (
             f"train.sequence_length={c.train.sequence_length} with precision.fp8={c.precision.fp8}: every "
             f"rank's part of a row must be a multiple of 8 tokens, so the row one of {_token_multiple(c)}"
+        ),
+    ),
+    Rule(
+        "FP8 GEMM: tokens of a micro-batch",
+        wants_fp8,
+        lambda c, m: _micro_batch_tokens(c) % 16 == 0,
+        lambda c, m: (
+            f"train.sequence_length={c.train.sequence_length} / parallel.context={c.parallel.context} x "
+            f"train.micro_batch_rows={c.train.micro_batch_rows} = {_micro_batch_tokens(c)} tokens with "
+            f"precision.fp8={c.precision.fp8}: the weight gradients' product needs a multiple of 16 "
+            "(Transformer Engine: leading dimension % 16 == 0)"
         ),
     ),
     Rule(

@@ -23,7 +23,7 @@ from megatron_eso.objective.order import likelihood_order
 from megatron_eso.objective.randomness import Stream, uniform_rows
 from megatron_eso.objective.rows import StackRows, filled_up, sequential_rows
 from megatron_eso.parallel.exchange import Rows, read_together, rows_of_rank
-from megatron_eso.parallel.fp8_state import untouched_histories
+from megatron_eso.parallel.fp8_state import untouched_scales
 from megatron_eso.parallel.schedule import run_micro_batches
 
 METRICS = ("nelbo", "likelihood")
@@ -58,7 +58,7 @@ def evaluate(
     check_metrics(objective, metrics)
     for chunk in replica.chunks:
         chunk.eval()
-    with torch.no_grad(), untouched_histories(replica.chunks):
+    with torch.no_grad(), untouched_scales(replica.chunks):
         scores = []
         given = (replica, read, objective, num_rows, bytes_per_token, between)
         if "nelbo" in metrics or objective.name == "ar":

@@ -1,7 +1,7 @@
 """The device a rank runs on: CPU with gloo or a GPU with NCCL. Nothing else asks which it is."""
 
 import os
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -64,10 +64,28 @@ def choose_device(local_rank: int) -> Device:
     """Return the GPU of this rank, or the CPU where there is none; patches Megatron for the CPU."""
     silence_megatron_messages()
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        return Device(torch.device("cuda", local_rank), "nccl")
+        index = gpu_of_rank(local_rank, torch.cuda.device_count(), os.environ)
+        torch.cuda.set_device(index)
+        return Device(torch.device("cuda", index), "nccl")
     apply_cpu_patches()
     return Device(torch.device("cpu"), "gloo")
+
+
+def gpu_of_rank(local_rank: int, num_gpus: int, environ: Mapping[str, str]) -> int:
+    """Return which of the GPUs that this process sees is its own.
+
+    Raises:
+        ConfigError: if there are fewer GPUs than ranks on this node.
+    """
+    if num_gpus == 1 and "SLURM_LOCALID" in environ:
+        return 0  # srun --gpus-per-task=1: each task sees its own alone
+    if local_rank >= num_gpus:
+        raise ConfigError(
+            f"rank {local_rank} of this node (LOCAL_RANK) has no GPU: {num_gpus} can be seen "
+            f"(CUDA_VISIBLE_DEVICES={environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); start one rank "
+            "a GPU (--ranks, parallel.local_ranks, the job's tasks on a node)"
+        )
+    return local_rank
 
 
 # Results of NCCL, cuBLAS and Transformer Engine do not depend on timing with these (Megatron-LM asks for
@@ -117,8 +135,6 @@ def prepare_for_graphs(environ: MutableMapping[str, str]) -> None:
 
 def start_process_group(ranks: Ranks, device: Device, *, timeout_seconds: float = 600.0) -> None:
     """Join the process group, also for a single rank (Megatron wants one)."""
-    # Megatron asks for this so that communication is issued in program order; see its layers.py.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if dist.is_initialized():
         return
     timeout = timedelta(seconds=timeout_seconds)

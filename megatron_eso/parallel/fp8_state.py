@@ -10,7 +10,7 @@ import importlib
 import io
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -144,30 +144,48 @@ def by_itself(chunks: Iterable[nn.Module]) -> Iterator[None]:
             module.disable_parameter_transpose_cache = value
 
 
-@contextmanager
-def untouched_histories(chunks: Iterable[nn.Module]) -> Iterator[None]:
-    """Within it passes leave no trace in the histories that delayed scales follow.
+def kept_scales(chunks: Iterable[nn.Module]) -> Callable[[], None]:
+    """Return a function that undoes what passes do to delayed scales, and to the histories they follow.
 
-    A layer notes the largest values it sees in every forward pass, those of an evaluation too; the scales
-    of the next step would depend on whether there was one.
+    A layer notes the largest values of every pass, and its scales follow them after it: those of an
+    evaluation too, and of a step that is not applied.
     """
-    before = [
-        (entry.module, None if (found := _history(entry.module)) is None else found.clone())
-        for entry in stateful_modules(chunks)
-    ]
+    modules = [entry.module for entry in stateful_modules(chunks)]
+    live = [_scaling(module) for module in modules]
+    flat = [x for tensors in live for x in tensors]
+    kept = [torch.empty_like(x) for x in flat]
+    if flat:
+        torch.ops.aten._foreach_copy_(kept, flat)
+
+    @torch.no_grad()
+    def undo() -> None:
+        if flat:
+            torch.ops.aten._foreach_copy_(flat, kept)
+        for module, before in zip(modules, live, strict=True):
+            for x in () if before else _scaling(module):  # it began only now
+                x.fill_(1.0 if x.dim() == 1 else 0.0)
+
+    return undo
+
+
+@contextmanager
+def untouched_scales(chunks: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it passes leave no trace in delayed scales."""
+    undo = kept_scales(chunks)
     try:
         yield
     finally:
-        for module, kept in before:
-            history = _history(module)
-            if history is not None:
-                history.zero_() if kept is None else history.copy_(kept)
+        undo()
 
 
-def _history(module: Any) -> torch.Tensor | None:
-    """Return what a module has noted of its forward passes; None if it has not begun, or notes nothing."""
-    scaling = getattr(module, "fp8_meta", {}).get("scaling_fwd")
-    return getattr(scaling, "amax_history", None)
+def _scaling(module: Any) -> list[torch.Tensor]:
+    """Return a module's scales [n] and histories [steps, n]; none if it has not begun, or keeps none."""
+    found = []
+    for name in ("scaling_fwd", "scaling_bwd"):
+        scaling: Any = getattr(module, "fp8_meta", {}).get(name)
+        if getattr(scaling, "amax_history", None) is not None:
+            found += [scaling.scale, scaling.amax_history]
+    return found
 
 
 def _is_plain(value: Any) -> bool:

@@ -5,20 +5,21 @@ import time
 import torch
 import torch.distributed as dist
 
-_SIZE = 1024
+_SIZE_CPU, _SIZE_GPU = 1024, 4096  # a smaller product on a GPU measures its launch
 
 
 def matmul_flops_per_second(
-    dtype: torch.dtype, device: torch.device, *, size: int = _SIZE, seconds: float = 0.2
+    dtype: torch.dtype, device: torch.device, *, size: int | None = None, seconds: float = 0.2
 ) -> float:
     """Return FLOP/s of a square matmul with the threads of this process.
 
     Args:
         dtype: format of the matrices.
         device: where to run.
-        size: rows and columns.
+        size: rows and columns; None: enough to keep the device busy.
         seconds: how long to repeat; the best repetition counts.
     """
+    size = size or (_SIZE_GPU if device.type == "cuda" else _SIZE_CPU)
     left = torch.randn(size, size, device=device).to(dtype)
     right = torch.randn(size, size, device=device).to(dtype)
     torch.mm(left, right)

@@ -88,6 +88,9 @@ def without_cuda_names() -> contextlib.AbstractContextManager[Any]:
 def quiet_megatron_import() -> Iterator[None]:
     """Silence what Megatron says at import about packages the CPU path does not use."""
     if "megatron.core" not in sys.modules:  # which imports Transformer Engine
+        # Megatron's layers.py relies on it: communication and products start in program order, so that they
+        # overlap. CUDA reads it once, when the first call makes its context: too late after set_device.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         load_cudnn_of_torch(os.environ, Path(torch.__file__).parent.parent)
     with warnings.catch_warnings():
         for message in _IMPORT_MESSAGES:

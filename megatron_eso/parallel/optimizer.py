@@ -190,13 +190,32 @@ def _fp8_weights(chunks: Iterable[nn.Module]) -> list[nn.Parameter]:
 
 
 class PassClock:
-    """Reduces gradients at the end of the passes, and notes when this rank's own work was done.
+    """Reduces gradients at the end of the passes, and times this rank's own work until then.
 
-    What comes after is also waiting for others, which hides a slow rank.
+    What comes after is also waiting for others, which hides a slow rank. A GPU's work is timed there: the
+    host has issued it long before it is done.
     """
 
-    def __init__(self) -> None:
-        self.passes_done = 0.0
+    def __init__(self, *, is_cuda: bool) -> None:
+        self._is_cuda = is_cuda
+        self._begin = self._end = self._now()
+
+    def start(self) -> None:
+        """Begin to count: the rows are there, the passes come next."""
+        self._begin = self._now()
+
+    def seconds(self) -> float:
+        """Return the seconds of the last passes, once the device has done them."""
+        if self._is_cuda:
+            return self._begin.elapsed_time(self._end) / 1e3
+        return self._end - self._begin
+
+    def _now(self) -> Any:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def __call__(
         self,
@@ -206,7 +225,7 @@ class PassClock:
         force_all_reduce: bool | None = False,
     ) -> None:
         """Reduce without Megatron's division by tokens: the loss holds the global counts."""
-        self.passes_done = time.perf_counter()
+        self._end = self._now()
         with phase("gradient sum"):
             finalize_model_grads(
                 model, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce

@@ -65,17 +65,22 @@ def main() -> None:
     options = parser.parse_args()
     node, nodes = os.environ.get("SLURMD_NODENAME") or platform.node(), options.nodes.split(",")
     mine, found = nodes.index(node), {}
+    # An NCCL that gives up raises here, as gloo does, instead of ending the process with its other pairs.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     for number, pairs in enumerate(rounds(len(nodes))):
         for pair in pairs:
             if mine not in pair:
                 continue
             other = nodes[pair[1 - pair.index(mine)]]
+            # Should the process end here, what it leaves says with whom.
+            found[other] = {"error": "not finished"}
+            options.folder.mkdir(parents=True, exist_ok=True)
+            write_json(options.folder / f"{node}.pairs.json", found)
             try:
                 speed = measure(nodes[pair[0]], options.port + number, pair.index(mine))
                 found[other] = {"gb_per_second": speed}
             except (RuntimeError, OSError) as error:
                 found[other] = {"error": str(error).splitlines()[0][:200]}
-            options.folder.mkdir(parents=True, exist_ok=True)
             write_json(options.folder / f"{node}.pairs.json", found)
 
 

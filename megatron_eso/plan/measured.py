@@ -1,7 +1,12 @@
-"""Reads measured runs: run folders of the trainer, and the YAML table of published runs."""
+"""Reads measured runs: run folders of the trainer, results of its benchmark, and tables.
+
+A row of a table has either ``settings`` of this trainer and ``tokens_per_second`` (so do the benchmark's
+results), or the shape, layout and TFLOP/s per GPU that others have published.
+"""
 
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,7 @@ from megatron_eso.plan.job import Job
 
 
 def read_measured(path: Path) -> list[Measured]:
-    """Return the runs of a run folder (one) or of a YAML table (several).
+    """Return the runs of a run folder (one), of a YAML table or of a benchmark's results (several).
 
     Raises:
         DataError: if nothing measured is found there.
@@ -32,10 +37,16 @@ def read_measured(path: Path) -> list[Measured]:
         return [_run_folder(path)]
     if not path.is_file():
         raise DataError(f"{path} is neither a run folder nor a table of measured runs")
-    table = yaml.safe_load(path.read_text())
+    table: Any = yaml.safe_load(path.read_text())  # JSON is YAML
+    if isinstance(table, list):
+        table = {"rows": [row for row in table if isinstance(row, dict) and "settings" in row]}
     if not isinstance(table, dict) or not table.get("rows"):
-        raise DataError(f"{path}: expected a mapping with 'rows' (see configs/calibration)")
-    return [_published({**table.get("defaults", {}), **row}, path) for row in table["rows"]]
+        raise DataError(
+            f"{path}: expected a mapping with 'rows' (see configs/calibration), or results of "
+            "tools.bench_gpu with whole steps"
+        )
+    rows = [{**table.get("defaults", {}), **row} for row in table["rows"]]
+    return [_of_trainer(row, path) if "settings" in row else _published(row, path) for row in rows]
 
 
 def _run_folder(folder: Path) -> Measured:
@@ -43,7 +54,7 @@ def _run_folder(folder: Path) -> Measured:
     if not config_file.is_file() or not metrics.is_file():
         raise DataError(f"{folder} is no run folder: config.yaml or metrics.jsonl is missing")
     config = load_config(config_file)
-    lines = [json.loads(line) for line in metrics.read_text().splitlines() if line.strip()]
+    lines = [line for text in metrics.read_text().splitlines() if (line := _parsed(text))]
     seconds = [line["seconds_per_step"] for line in lines if "seconds_per_step" in line]
     if len(seconds) < 3:
         raise DataError(
@@ -55,11 +66,35 @@ def _run_folder(folder: Path) -> Measured:
     )
 
 
+def _parsed(line: str) -> dict[str, Any]:
+    """Return a line's record; nothing of a line that a crash cut off."""
+    try:
+        return json.loads(line) if line.strip() else {}
+    except json.JSONDecodeError:
+        return {}
+
+
 def _num_ranks(folder: Path, config: RunConfig) -> int:
     """Return the ranks of the run: what it recorded, or what the configuration starts."""
     path = folder / "run.json"
     found = json.loads(path.read_text()) if path.is_file() else {}
     return int(found.get("num_ranks") or config.parallel.local_ranks)
+
+
+def _of_trainer(row: dict[str, Any], path: Path) -> Measured:
+    name = row.get("name") or row.get("what")
+    speed, settings = row.get("tokens_per_second"), [str(x) for x in _flat(row["settings"])]
+    if not isinstance(name, str) or not isinstance(speed, (int, float)) or not speed > 0:
+        raise ConfigError(f"{path}: row {name or row} needs a name and tokens_per_second > 0")
+    config = load_config(None, ["train.steps=1", *settings])
+    tokens = config.train.global_batch_rows * config.train.sequence_length
+    return Measured(name, Job(config, row.get("gpus", 1)), tokens / speed)
+
+
+def _flat(settings: list[Any]) -> Iterator[Any]:
+    """Yield settings of a list, and of the lists in it: YAML's names for parts that rows share."""
+    for setting in settings:
+        yield from _flat(setting) if isinstance(setting, list) else (setting,)
 
 
 def _published(row: dict[str, Any], path: Path) -> Measured:

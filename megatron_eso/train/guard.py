@@ -1,7 +1,8 @@
 """The step guard: a step whose loss or gradient looks wrong is run again, then left out, or the run stops.
 
-Everything random in a step is a function of (seed, step, row), so a second run of it gives the same
-numbers unless hardware or memory failed in between: that tells a transient fault from a bad batch.
+Everything random in a step is a function of (seed, step, row), and a step that is not applied leaves no
+trace. So a second run of it gives the same numbers, but for rounding on a GPU, unless hardware or memory
+failed in between: that tells a transient fault from a bad batch.
 """
 
 import logging
@@ -16,6 +17,7 @@ from megatron_eso.train.session import Session
 from megatron_eso.train.step import Quality, ReadRows, StepReport, finite_is_good, train_step
 
 log = logging.getLogger(__name__)
+_ROUNDING = 0.01  # of a loss; sums whose order depends on timing differ by far less
 
 
 class Verdict(Enum):
@@ -65,23 +67,26 @@ class StepGuard:
         """Run a bad step a second time; return its report if it was applied."""
         what = self._describe(first)
         self._tell("step_repeated", f"step {first.step}: {what}; it is run again", first)
-        verdict = self._verdict(first)
-        judge = finite_is_good if verdict is Verdict.WARN else self._judge
-        second = train_step(self._session, self._read, judge)
-        is_same = second.loss == first.loss and second.grad_norm == first.grad_norm
-        if second.is_applied and not is_same:
+        may_spike = self._settings.on_spike == Verdict.WARN.value
+        second = train_step(self._session, self._read, finite_is_good if may_spike else self._judge)
+        if not second.is_applied:
+            self._leave_out(self._verdict(second), second)
+            return None
+        gave = f"loss {second.loss:.6g}, gradient norm {second.grad_norm:.6g}"
+        is_same = abs(second.loss - first.loss) <= _ROUNDING * abs(second.loss)
+        if is_same and first.quality is Quality.SPIKE:
+            why = "resilience.on_spike=warn" if self._is_spike(second.loss) else "no spike any more"
             self._tell(
-                "transient", f"step {first.step}: the second run gave loss {second.loss:.6g}, gradient "
-                f"norm {second.grad_norm:.6g}, and is used. The fault was transient: memory or an "
-                "arithmetic unit of a node may be failing", second,
+                "spike",
+                f"step {first.step}: {what}, and {gave} again; it was applied ({why})",
+                second,
+            )
+        else:
+            self._tell(
+                "transient", f"step {first.step}: the second run gave {gave}, and is used. The fault was "
+                "transient: memory or an arithmetic unit of a node may be failing", second,
             )  # fmt: skip
-            return second
-        if second.is_applied:
-            self._tell("spike", f"step {first.step}: {what}, twice; it was applied "
-                       "(resilience.on_spike=warn)", second)  # fmt: skip
-            return second
-        self._leave_out(self._verdict(second), second)
-        return None
+        return second
 
     def _leave_out(self, verdict: Verdict, report: StepReport) -> None:
         state, settings = self._session.state, self._settings

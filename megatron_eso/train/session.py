@@ -147,7 +147,7 @@ def build_session(
         before_finish(forget_layers)
     chunks, settings = build_chunks(config, layout, device.torch_device)
     optimizer = average = None
-    clock = PassClock()
+    clock = PassClock(is_cuda=device.is_cuda)
     if for_training:
         is_graphed = _is_graphed(config, device)
         with gradients_for_graphs() if is_graphed else nullcontext():

@@ -25,6 +25,7 @@ from megatron_eso.parallel.exchange import (
     rows_of_rank,
     sum_over_ranks,
 )
+from megatron_eso.parallel.fp8_state import kept_scales
 from megatron_eso.parallel.groups import seed_dropout
 from megatron_eso.parallel.optimizer import apply_gradients, gradient_norm
 from megatron_eso.parallel.phases import phase
@@ -110,6 +111,8 @@ def train_step(session: Session, read: ReadRows, judge: Judge = finite_is_good) 
         stack = stack_rows_of_step(session, rows, micro_batches)
         counts = global_counts(stack, session)
     rows_done = time.perf_counter()
+    undo_scales = kept_scales(session.chunks)
+    session.clock.start()
     sums = forward_backward(session, stack, counts)
     passes_done = time.perf_counter()
     diffusion = sums[0] / counts.diffusion if counts.diffusion else float("nan")
@@ -123,6 +126,8 @@ def train_step(session: Session, read: ReadRows, judge: Judge = finite_is_good) 
         quality = Quality(sum(worse))
         if quality is Quality.GOOD:
             _apply(session, rate, norm)
+        else:
+            undo_scales()
     end = time.perf_counter()
     return StepReport(
         step=step + 1,
@@ -137,7 +142,7 @@ def train_step(session: Session, read: ReadRows, judge: Judge = finite_is_good) 
             "data": read_done - begin,
             "rows": rows_done - read_done,
             "forward_backward": passes_done - rows_done,
-            "own_passes": session.clock.passes_done - rows_done,
+            "own_passes": session.clock.seconds(),
             "optimizer": end - passes_done,
         },
     )

@@ -1,7 +1,9 @@
 """A node's health check, and the metadata server that announces a machine's end."""
 
 import http.server
+import json
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from megatron_eso.launch import metadata
 from megatron_eso.launch.health import problems
 from megatron_eso.launch.pairs import rounds, slow_nodes
+from megatron_eso.parallel import pair_bandwidth
 
 
 def check(folder, **changes):
@@ -34,6 +37,20 @@ def test_every_problem_is_named(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_a_problem():
     assert "cannot write" in check(Path("/proc"))[0]
+
+
+def test_a_process_that_ends_in_a_measurement_leaves_with_whom(tmp_path, monkeypatch):
+    def ends(host, port, rank):
+        raise SystemExit(1)
+
+    monkeypatch.setenv("SLURMD_NODENAME", "a")
+    monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "1")
+    monkeypatch.setattr(pair_bandwidth, "measure", ends)
+    arguments = ["pairs", "--folder", str(tmp_path), "--nodes", "a,b", "--port", "1"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        pair_bandwidth.main()
+    assert json.loads((tmp_path / "a.pairs.json").read_text()) == {"b": {"error": "not finished"}}
 
 
 @pytest.mark.parametrize("number", [2, 3, 4, 5, 8])

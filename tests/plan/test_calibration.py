@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_eso.config.load import save_config
-from megatron_eso.errors import DataError
-from megatron_eso.plan.calibrate import Measured, calibrate, fit_constants
+from megatron_eso.errors import ConfigError, DataError
+from megatron_eso.plan.calibrate import Measured, calibrate, compare, fit_constants
 from megatron_eso.plan.hardware import Constants, load_hardware
 from megatron_eso.plan.measured import read_measured
 from megatron_eso.plan.memory import stage_memory
@@ -39,6 +39,55 @@ def test_the_profile_holds_what_the_calibration_gives(published):
         assert getattr(H100.constants, name) == pytest.approx(value, rel=0.02), name
 
 
+def test_this_trainers_speeds_on_an_h200_are_predicted_from_the_others():
+    hardware = load_hardware("h200")
+    runs = read_measured(PUBLISHED.with_name("h200_measured.yaml"))
+    found = calibrate(runs, hardware)
+    assert len(found.left_out) == 16
+    assert found.mean_error <= 0.04 and found.worst_error <= 0.08
+    of_links = {"tensor_exposed", "network_exposed", "straggler"}  # one GPU says nothing of them
+    for name, value in vars(found.constants).items():
+        expected = getattr(H100.constants, name) if name in of_links else value
+        assert getattr(hardware.constants, name) == pytest.approx(expected, rel=0.02), name
+
+
+def test_shapes_and_lengths_that_no_run_had_are_predicted_too():
+    runs = read_measured(PUBLISHED.with_name("h200_measured.yaml"))
+    for part in ("1B", " 16384 "):
+        others = [run for run in runs if part not in run.name]
+        left_out = [run for run in runs if part in run.name]
+        fitted = replace(
+            load_hardware("h200"), constants=fit_constants(others, load_hardware("h200"))
+        )
+        errors = [compare(run, fitted).error for run in left_out]
+        assert len(errors) >= 4 and np.abs(errors).max() < 0.06, (part, errors)
+
+
+def test_results_of_the_benchmark_are_runs_to_calibrate_with(tmp_path):
+    shape = ["model.hidden_size=512", "train.sequence_length=128", "train.global_batch_rows=4"]
+    rows = [
+        {"section": "machine", "what": "machine", "device": "NVIDIA H200"},
+        {"section": "training", "what": "AR", "tokens_per_second": 1024.0,
+         "settings": [*shape, "objective.name=ar", "train.micro_batch_rows=2"]},
+        {"section": "training", "what": "MDLM", "result": "out of memory"},
+    ]  # fmt: skip
+    (tmp_path / "gpu.json").write_text(json.dumps(rows))
+    (run,) = read_measured(tmp_path / "gpu.json")
+    assert (run.name, run.step_seconds, run.job.num_gpus) == ("AR", 0.5, 1)
+    assert run.job.config.model.hidden_size == 512
+    (tmp_path / "gpu.json").write_text(json.dumps(rows[:1]))
+    with pytest.raises(DataError, match="whole steps"):
+        read_measured(tmp_path / "gpu.json")
+
+
+@pytest.mark.parametrize("speed", [None, 0, "fast"])
+def test_a_row_without_a_speed_is_refused_by_name(tmp_path, speed):
+    row = {"name": "mine", "settings": ["train.steps=1"], "tokens_per_second": speed}
+    (tmp_path / "table.yaml").write_text(json.dumps({"rows": [row]}))
+    with pytest.raises(ConfigError, match="row mine needs a name and tokens_per_second"):
+        read_measured(tmp_path / "table.yaml")
+
+
 @pytest.mark.parametrize("name", ["7.1B", "462B"])
 def test_published_runs_fit_in_memory(name):
     run = next(r for r in read_measured(PUBLISHED) if r.name == name)
@@ -64,7 +113,8 @@ def test_a_run_folder_gives_its_median_step_without_the_first_line(tmp_path):
     save_config(config, tmp_path / "config.yaml")
     (tmp_path / "run.json").write_text(json.dumps({"num_ranks": 4}))
     lines = [{"step": i, "seconds_per_step": s} for i, s in enumerate((9.0, 1.0, 1.2, 1.1))]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    cut_off = '{"step": 4, "seco'  # by a crash
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*map(json.dumps, lines), cut_off]))
     run = read_measured(tmp_path)[0]
     assert (run.step_seconds, run.job.num_gpus) == (1.1, 4)
 

@@ -1,0 +1,78 @@
+"""What becomes of a step that looks wrong, by what its second run gives."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_eso.config.schema import ResilienceConfig
+from megatron_eso.errors import TrainingError
+from megatron_eso.launch import events
+from megatron_eso.train import guard as guard_module
+from megatron_eso.train.guard import StepGuard
+from megatron_eso.train.step import Quality, StepReport
+
+NAN = math.nan
+REPORT = StepReport(1, Quality.GOOD, 0.0, 0.0, 0.0, 1.0, 1e-3, 10)
+SETTINGS = ResilienceConfig(spike_window=4, on_nonfinite="skip")
+
+
+@pytest.fixture
+def step(tmp_path, monkeypatch):
+    """A function that does a step whose runs give these losses; returns its report and the events told."""
+
+    def do(*losses, norms=None, settings=SETTINGS):
+        left, told = list(zip(losses, norms or [1.0] * len(losses), strict=True)), []
+
+        def train_step(session, read, judge):
+            loss, norm = left.pop(0)
+            return replace(REPORT, loss=loss, grad_norm=norm, quality=judge(loss, norm))
+
+        monkeypatch.setattr(guard_module, "train_step", train_step)
+        monkeypatch.setattr(events, "record", lambda run, event, **values: told.append(event))
+        state = SimpleNamespace(step=0, left_out=[], losses=[2.0, 2.01, 1.99, 2.0])
+        session = SimpleNamespace(
+            state=state,
+            ranks=SimpleNamespace(rank=0),
+            config=SimpleNamespace(resilience=settings, optimizer=SimpleNamespace(learning_rate=1)),
+        )
+        report = StepGuard(session, None, lambda: False, tmp_path).step()
+        assert not left
+        return report, told
+
+    return do
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        pytest.param((2.0,), [], id="good"),
+        pytest.param((9.0, 9.0), ["step_repeated", "spike"], id="a spike of the batch"),
+        pytest.param((9.0, 9.001), ["step_repeated", "spike"], id="the same, rounded otherwise"),
+        pytest.param((9.0, 2.0), ["step_repeated", "transient"], id="a spike of the machine"),
+        pytest.param((NAN, 2.0), ["step_repeated", "transient"], id="nan once"),
+        pytest.param((NAN, 9.0), ["step_repeated", "transient"], id="nan once, of a batch with a spike"),
+    ],
+)  # fmt: skip
+def test_the_second_run_tells_the_batch_from_the_machine(step, losses, told):
+    report, found = step(*losses)
+    assert (report.loss, report.is_applied, found) == (losses[-1], True, told)
+
+
+def test_a_gradient_norm_that_overflowed_once_is_the_machines(step):
+    report, told = step(2.0, 2.0, norms=[math.inf, 1.0])
+    assert report.is_applied and told == ["step_repeated", "transient"]
+
+
+@pytest.mark.parametrize("losses", [(NAN, NAN), (9.0, NAN)])
+def test_what_is_not_finite_twice_is_left_out(step, losses):
+    assert step(*losses) == (None, ["step_repeated", "skipped"])
+
+
+def test_a_spike_is_left_out_or_ends_the_run_where_that_is_asked_for(step):
+    skip = replace(SETTINGS, on_spike="skip")
+    assert step(9.0, 9.001, settings=skip) == (None, ["step_repeated", "skipped"])
+    assert step(NAN, 9.0, settings=skip) == (None, ["step_repeated", "skipped"])
+    with pytest.raises(TrainingError, match=r"a spike, .* twice"):
+        step(9.0, 9.0, settings=replace(SETTINGS, on_spike="stop"))
