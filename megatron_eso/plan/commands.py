@@ -1,27 +1,28 @@
 """What ``megatron-eso plan`` does: one function per kind of question, text and data together."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_eso.config.check import check
 from megatron_eso.config.load import load_config
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
 from megatron_eso.plan import report
 from megatron_eso.plan.calibrate import calibrate
-from megatron_eso.plan.estimate import make_plan
+from megatron_eso.plan.estimate import best_save_every_steps, make_plan, run_failures
 from megatron_eso.plan.goodput import (
-    Failures,
     best_interval,
     expected_share,
     simulate,
     what_it_is_worth,
 )
 from megatron_eso.plan.hardware import Hardware, constants_dict
-from megatron_eso.plan.job import Job
+from megatron_eso.plan.job import Job, require_trainable
 from megatron_eso.plan.measured import read_measured
 from megatron_eso.plan.sampling import sampling_costs
 from megatron_eso.plan.search import Candidate, explain, search
+from megatron_eso.plan.step_time import step_time
 
 SHOWN = 10
 
@@ -47,7 +48,8 @@ def load_run(path: Path | None, overrides: list[str] | None) -> RunConfig:
 
 def plan_command(run: RunConfig, gpus: int, hardware: Hardware, chart: Path | None) -> Answer:
     """Return memory, time and cost of the run as configured."""
-    plan = make_plan(Job(run, gpus), hardware)
+    job = _job(run, gpus, hardware)
+    plan = make_plan(job, hardware)
     text = report.plan_text(plan)
     if chart:
         report.write_chart(plan, chart)
@@ -61,6 +63,8 @@ def search_command(
     """Return the best layouts by time on all GPUs, or by cost over smaller numbers of GPUs too."""
     if by not in ("time", "cost"):
         raise ConfigError(f"--by {by}: choose time or cost")
+    _require_fp8(allow_fp8, "--fp8", hardware)
+    _require_fp8(run.precision.fp8 != "off", f"precision.fp8={run.precision.fp8}", hardware)
     numbers = [gpus]
     while by == "cost" and numbers[-1] % 2 == 0 and numbers[-1] > 1:
         numbers.append(numbers[-1] // 2)
@@ -101,14 +105,21 @@ def search_command(
     return Answer("\n".join(lines), [_candidate_dict(c) for c in fitting[:SHOWN]])
 
 
-def goodput_command(gpus: int, hardware: Hardware) -> Answer:
-    """Return training time under failures at this size and over growing sizes."""
-    failures = Failures(num_gpus=gpus, gpus_per_node=hardware.gpus_per_node)
+def goodput_command(run: RunConfig, gpus: int, hardware: Hardware) -> Answer:
+    """Return training time under failures of the run at this size, and over growing sizes."""
+    job = _job(run, gpus, hardware)
+    step_seconds = step_time(job, hardware).total
+    failures = run_failures(job, hardware, step_seconds)
+    every = best_save_every_steps(job, failures, step_seconds)
+    best = replace(failures, save_interval_seconds=every * step_seconds)
     worth = what_it_is_worth(failures)
     result = simulate(failures)
     text = [
-        f"{gpus} GPUs: best time between saves {best_interval(failures):.0f} s, effective training time "
+        f"{gpus} GPUs, a save every {report.seconds_text(failures.interval_seconds)} of training that "
+        f"stalls {failures.save_stall_seconds:.2g} s: effective training time "
         f"{expected_share(failures):.1%} by formula, {result.share:.1%} simulated",
+        f"best: a save every {report.seconds_text(best.interval_seconds)} "
+        f"(train.save_every_steps={every}): {expected_share(best):.1%} by formula",
         "worth in points of training time: "
         + ", ".join(f"{name} {points:+.2f}" for name, points in worth.items()),
         "",
@@ -117,6 +128,8 @@ def goodput_command(gpus: int, hardware: Hardware) -> Answer:
     data = {
         "assumptions": asdict(failures),
         "best_interval_seconds": best_interval(failures),
+        "best_save_every_steps": every,
+        "best_formula": expected_share(best),
         "formula": expected_share(failures),
         "simulated": asdict(result),
         "worth_points": worth,
@@ -126,6 +139,7 @@ def goodput_command(gpus: int, hardware: Hardware) -> Answer:
 
 def sampling_command(run: RunConfig, hardware: Hardware, length: int) -> Answer:
     """Return sampling costs of every objective at a length."""
+    check(run)
     costs = sampling_costs(run, hardware, length=length)
     return Answer(report.sampling_text(costs), [asdict(cost) for cost in costs])
 
@@ -141,6 +155,21 @@ def calibrate_command(paths: list[Path], hardware: Hardware) -> Answer:
         "left_out": {row.name: row.error for row in result.left_out},
     }
     return Answer(report.calibration_text(result), data)
+
+
+def _job(run: RunConfig, gpus: int, hardware: Hardware) -> Job:
+    """Return the run on its GPUs, which the trainer would accept."""
+    job = Job(run, gpus)
+    require_trainable(job)
+    _require_fp8(run.precision.fp8 != "off", f"precision.fp8={run.precision.fp8}", hardware)
+    return job
+
+
+def _require_fp8(is_asked: bool, what: str, hardware: Hardware) -> None:
+    if is_asked and not hardware.fp8_tflops:
+        raise ConfigError(
+            f"{what}: the GPUs of --cluster {hardware.name} have no FP8 (fp8_tflops: 0)"
+        )
 
 
 def _cost(candidate: Candidate) -> float:

@@ -1,12 +1,12 @@
 """The whole plan of a run on a cluster: memory, time, speed, cost, and warnings with what to change."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_eso.config.derive import head_size, padded_vocab_size, total_steps
 from megatron_eso.plan.flops import Flops, model_flops_per_step
-from megatron_eso.plan.goodput import Failures, expected_share
+from megatron_eso.plan.goodput import Failures, best_interval, expected_share
 from megatron_eso.plan.hardware import Hardware
 from megatron_eso.plan.job import Job, require_placeable
 from megatron_eso.plan.memory import StageMemory, stage_memory
@@ -15,6 +15,8 @@ from megatron_eso.plan.step_time import StepTime, step_time
 
 COLUMNS = 128
 """Matrix kernels work on tiles of this many columns; a part of one costs as much as a whole one."""
+WORTH_SAYING = 0.01
+"""Share of the time that another save interval must give back to be worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Plan:
     memory: list[StageMemory]
     time: StepTime
     flops: Flops
+    failures: Failures
     goodput: float
     warnings: list[str]
 
@@ -48,7 +51,8 @@ class Plan:
     @property
     def days(self) -> float:
         """Wall time to the run's token budget, failures included."""
-        return total_steps(self.job.config) * self.time.total / 86400 / self.goodput
+        training = self.time.total - self.time.checkpoint  # goodput counts the stalls of saves
+        return total_steps(self.job.config) * training / 86400 / self.goodput
 
     @property
     def dollars(self) -> float:
@@ -73,6 +77,7 @@ class Plan:
             "model_flops_per_step": asdict(self.flops) | {"training": self.flops.training},
             "mfu": self.mfu,
             "mfu_full_attention": self.mfu_full_attention,
+            "save_interval_seconds": self.failures.interval_seconds,
             "goodput": self.goodput,
             "days": self.days,
             "dollars": self.dollars,
@@ -83,17 +88,18 @@ class Plan:
 def make_plan(job: Job, hardware: Hardware, *, failures: Failures | None = None) -> Plan:
     """Return the plan of a job.
 
+    Args:
+        job: the run on its GPUs.
+        hardware: profile.
+        failures: what fails; None: as in :func:`run_failures`.
+
     Raises:
         ConfigError: if ranks, rows or layers do not divide.
     """
     require_placeable(job)
     config = job.config
-    # 14 bytes a weight (16-bit weights, fp32 master, two moments), one copy of the model over all GPUs.
-    copied = 14.0 * num_parameters(config.model) / job.num_gpus
-    stall = copied / (hardware.host_copy_gb_per_second * 1e9)
-    failures = failures or Failures(
-        num_gpus=job.num_gpus, gpus_per_node=hardware.gpus_per_node, save_stall_seconds=stall
-    )
+    step_seconds = step_time(job, hardware).total
+    failures = failures or run_failures(job, hardware, step_seconds)
     memory = stage_memory(job, hardware)
     return Plan(
         job=job,
@@ -106,9 +112,55 @@ def make_plan(job: Job, hardware: Hardware, *, failures: Failures | None = None)
             sequence_length=config.train.sequence_length,
             rows=config.train.global_batch_rows,
         ),
+        failures=failures,
         goodput=expected_share(failures),
-        warnings=list(_warnings(job, hardware, memory)),
+        warnings=[
+            *_warnings(job, hardware, memory),
+            *_interval_warnings(job, failures, step_seconds),
+        ],
     )
+
+
+def run_failures(job: Job, hardware: Hardware, step_seconds: float) -> Failures:
+    """Return what fails on the run's GPUs, with the stall and the interval of the run's own saves.
+
+    Args:
+        job: the run on its GPUs.
+        hardware: profile.
+        step_seconds: time of a step without saves.
+    """
+    config = job.config
+    # 14 bytes a weight (16-bit weights, fp32 master, two moments), one copy of the model over all GPUs.
+    copied = 14.0 * num_parameters(config.model) / job.num_gpus
+    steps = total_steps(config)  # there is a save at the end
+    every, local = config.train.save_every_steps or steps, config.checkpoint
+    return Failures(
+        num_gpus=job.num_gpus,
+        gpus_per_node=hardware.gpus_per_node,
+        save_stall_seconds=copied / (hardware.host_copy_gb_per_second * 1e9),
+        save_interval_seconds=min(every, steps) * step_seconds,
+        local_interval_seconds=local.local_every_steps * step_seconds
+        if local.local_folder
+        else None,
+    )
+
+
+def best_save_every_steps(job: Job, failures: Failures, step_seconds: float) -> int:
+    """Return the number of steps between saves that loses least, at most those of the run."""
+    steps = min(best_interval(failures) / step_seconds, total_steps(job.config))
+    return max(1, round(steps))
+
+
+def _interval_warnings(job: Job, failures: Failures, step_seconds: float) -> Iterator[str]:
+    every = job.config.train.save_every_steps
+    best = best_save_every_steps(job, failures, step_seconds)
+    share = expected_share(failures)
+    possible = expected_share(replace(failures, save_interval_seconds=best * step_seconds))
+    if possible - share > WORTH_SAYING:
+        yield (
+            f"train.save_every_steps={every or 'null (one save, at the end)'} leaves {share:.1%} of the "
+            f"time for training under failures; train.save_every_steps={best} leaves {possible:.1%}"
+        )
 
 
 def _warnings(job: Job, hardware: Hardware, memory: list[StageMemory]) -> Iterator[str]:

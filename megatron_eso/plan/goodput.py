@@ -1,7 +1,8 @@
 """Share of wall time that is training when nodes fail: a formula and a simulation of every event.
 
 Formula (Young 1974, Daly 2006; see also "The Llama 3 Herd of Models", section 3.3.4):
-    share = 1 / (1 + C / tau + lambda (detect + restart + tau / 2 + lag))
+    share = 1 / (1 + C / tau + lambda (detect + restart + lost + lag))
+    lambda lost = (exp(lambda tau) - 1) / (lambda tau) - 1, about lambda tau / 2 between frequent saves
 with C the stall of a save, tau the time between saves, lambda failures per second, lag the time until
 a checkpoint is durable.
 """
@@ -51,6 +52,11 @@ class Failures:
         nodes = self.num_gpus / self.gpus_per_node
         return nodes * self.failures_per_1000_node_days / 1000 / DAY
 
+    @property
+    def interval_seconds(self) -> float:
+        """Training between two saves: as given, or the best."""
+        return self.save_interval_seconds or best_interval(self)
+
 
 @dataclass(frozen=True)
 class Simulated:
@@ -68,21 +74,25 @@ class Simulated:
 
 
 def best_interval(failures: Failures) -> float:
-    """Return the time between saves that loses least, Daly's form with recovery time."""
+    """Return the time between saves that loses least, Daly's form with recovery time.
+
+    Not below the lag: a save waits for the one before it.
+    """
     stall = failures.save_stall_seconds
     rate = failures.failures_per_second
     if rate == 0:
         return math.inf
     recovery = failures.detect_seconds + failures.restart_seconds
-    return stall + math.sqrt(2 * (1 / rate + recovery) * stall + stall**2)
+    best = stall + math.sqrt(2 * (1 / rate + recovery) * stall + stall**2)
+    return max(best, failures.durable_lag_seconds)
 
 
 def expected_share(failures: Failures) -> float:
     """Return the formula's share of time that is training."""
     rate = failures.failures_per_second
-    interval = failures.save_interval_seconds or best_interval(failures)
+    interval = failures.interval_seconds
+    lost = _lost_since_save(interval, rate) + failures.durable_lag_seconds if rate else 0.0
     rate *= 1 + failures.burst_probability
-    lost = interval / 2 + failures.durable_lag_seconds
     if failures.local_interval_seconds:
         # A copy that survives bounds the loss to half its own interval.
         local = failures.local_interval_seconds / 2
@@ -91,6 +101,15 @@ def expected_share(failures: Failures) -> float:
     down = failures.detect_seconds + failures.restart_seconds
     stalls = 0.0 if math.isinf(interval) else failures.save_stall_seconds / interval
     return 1 / (1 + stalls + (rate * (down + lost) if rate else 0.0))
+
+
+def _lost_since_save(interval: float, rate: float) -> float:
+    """Return the mean training that a failure throws away (Daly 2006).
+
+    An interval begins anew until one passes without a failure.
+    """
+    failures = min(rate * interval, 600.0)  # beyond, exp() overflows; no run ends there anyway
+    return (math.expm1(failures) / failures - 1) / rate
 
 
 def simulate(failures: Failures, *, days: float = 100.0, seed: int = 1) -> Simulated:
@@ -108,7 +127,7 @@ class _Simulation:
 
     def __init__(self, failures: Failures, horizon: float, draw: random.Random) -> None:
         self.settings, self.horizon, self.draw = failures, horizon, draw
-        self.interval = failures.save_interval_seconds or best_interval(failures)
+        self.interval = failures.interval_seconds
         self.now = self.progress = self.lost = self.down = self.waiting = 0.0
         self.unsaved = 0.0  # training since the last durable checkpoint
         self.num_failures, self.spares = 0, failures.num_spares

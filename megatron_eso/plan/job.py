@@ -5,6 +5,7 @@ Letters: t tensor, p pipeline, v virtual pipeline, c context, d data-parallel ra
 
 from dataclasses import dataclass, replace
 
+from megatron_eso.config.check import check, violations
 from megatron_eso.config.derive import diffusion_fraction, head_size, num_kv_heads
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
@@ -34,7 +35,8 @@ class Job:
     @property
     def num_stack_rows(self) -> float:
         """Rows through the stack in one step."""
-        return self.stack_rows_per_row * self.config.train.global_batch_rows
+        # Whole in any run that trains; in floating point 1.4 x 90 is a little less than 126.
+        return round(self.stack_rows_per_row * self.config.train.global_batch_rows, 6)
 
     @property
     def num_micro_batches(self) -> float:
@@ -84,6 +86,24 @@ class Job:
         """Return the job with another layout."""
         parallel = replace(self.config.parallel, **changes)  # type: ignore[arg-type]
         return replace(self, config=replace(self.config, parallel=parallel))
+
+
+def broken_rules(config: RunConfig, num_gpus: int) -> list[str]:
+    """Return what the trainer would refuse about the run on that many GPUs.
+
+    The rules of ranks divide by numbers that the others require to be positive, so they come second.
+    """
+    return violations(config) or violations(config, num_gpus)
+
+
+def require_trainable(job: Job) -> None:
+    """Raise a :class:`ConfigError` for whatever the trainer would refuse.
+
+    Not for published runs, which another trainer ran.
+    """
+    check(job.config)
+    require_placeable(job)
+    check(job.config, job.num_gpus)
 
 
 def require_placeable(job: Job) -> None:

@@ -7,6 +7,7 @@ Formulas: Korthikanti et al., "Reducing Activation Recomputation in Large Transf
 from dataclasses import dataclass, fields
 
 from megatron_eso.config.derive import ffn_size, padded_vocab_size
+from megatron_eso.plan.flops import matrix_parameters_per_layer
 from megatron_eso.plan.hardware import Hardware
 from megatron_eso.plan.job import Job
 from megatron_eso.plan.parameters import embedding_parameters, head_parameters, layer_parameters
@@ -73,8 +74,7 @@ def layer_activation_bytes(job: Job) -> float:
 def _one_stage(job: Job, hardware: Hardware, stage: int) -> StageMemory:
     config = job.config
     parameters, copies = local_parameters(job, stage), job.data_parallel * config.parallel.context
-    # Transformer Engine keeps an FP8 weight and its transpose: as much as one 16-bit weight.
-    weights = parameters * _element_bytes(job)
+    weights = parameters * _element_bytes(job) + _fp8_copies(job, stage)
     average = 4.0 if config.optimizer.ema_decay else 0.0
     return StageMemory(
         weights=weights,
@@ -84,6 +84,21 @@ def _one_stage(job: Job, hardware: Hardware, stage: int) -> StageMemory:
         logits=_logits(job) if stage == config.parallel.pipeline - 1 else 0.0,
         workspace=hardware.workspace_gb * 1e9,
     )
+
+
+def _fp8_copies(job: Job, stage: int) -> float:
+    """Return the bytes of FP8 weights that are kept beside the 16-bit ones.
+
+    Transformer Engine casts a layer's matrices once a step and keeps the FP8 copy and its transpose
+    between micro-batches. With ``fp8_params`` these two are all there is: as much as one 16-bit weight.
+    """
+    precision, stages = job.config.precision, job.config.parallel.pipeline
+    if precision.fp8 == "off" or precision.fp8_params:
+        return 0.0
+    layers = job.stage_layers[stage]
+    layers -= precision.bf16_first_layers if stage == 0 else 0
+    layers -= precision.bf16_last_layers if stage == stages - 1 else 0
+    return 2.0 * layers * matrix_parameters_per_layer(job.config.model) / job.config.parallel.tensor
 
 
 def _activations(job: Job, stage: int) -> float:

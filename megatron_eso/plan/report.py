@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +42,32 @@ def plan_text(plan: Plan) -> str:
         "",
         f"{plan.tokens_per_second:,.0f} tokens/s; {plan.mfu:.1%} of the 16-bit peak (causal attention "
         f"as computed), {plan.mfu_full_attention:.1%} (all pairs counted)",
-        f"effective training time under failures {plan.goodput:.1%}; {plan.days:,.2f} days, "
-        f"{plan.dollars:,.0f} dollars to the budget",
+        f"effective training time under failures {plan.goodput:.1%} with a save every "
+        f"{seconds_text(plan.failures.interval_seconds)}; "
+        f"{plan.days:,.2f} days, {plan.dollars:,.0f} dollars to the budget",
     ]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in plan.warnings)])
 
 
-def goodput_text(failures: Failures, *, days: float = 60.0) -> str:
-    """Return formula and simulation for growing clusters, at the settings of ``failures``."""
-    from dataclasses import replace
+def seconds_text(seconds: float) -> str:
+    """Return a time for people: fractions only of short ones."""
+    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.3g} s"
 
+
+def goodput_text(failures: Failures, *, days: float = 60.0) -> str:
+    """Return formula and simulation for growing clusters, each at its own best save interval.
+
+    The stall shrinks with the cluster, as each GPU copies a smaller share of the model aside.
+    """
+    copied = failures.save_stall_seconds * failures.num_gpus
     lines = ["   GPUs  best save interval  formula  simulated  failures/day  lost  down"]
     for num_gpus in (1024, 2048, 4096, 8192, 16384, 32768, 65536, 100000):
-        case = replace(failures, num_gpus=num_gpus)
+        case = replace(
+            failures,
+            num_gpus=num_gpus,
+            save_stall_seconds=copied / num_gpus,
+            save_interval_seconds=None,
+        )
         result = simulate(case, days=days)
         wall = days * 86400
         lines.append(
@@ -93,7 +107,20 @@ def calibration_text(result: Calibration) -> str:
 
 
 def write_chart(plan: Plan, path: Path) -> None:
-    """Write memory by stage and step time by part: PNG or SVG by suffix, or a page for .html."""
+    """Write memory by stage and step time by part: PNG or SVG by suffix, or a page for .html.
+
+    Raises:
+        UserError: for another suffix, or a path that cannot be written.
+    """
+    try:
+        _write_chart(plan, path)
+    except OSError as error:
+        raise UserError(
+            f"--chart {path} cannot be written: {error.strerror}; name a file in a folder that exists"
+        ) from None
+
+
+def _write_chart(plan: Plan, path: Path) -> None:
     if path.suffix == ".html":
         buffer = io.BytesIO()
         _figure(plan).savefig(buffer, dpi=110, format="png")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megatron_eso.config.derive import head_size, num_kv_heads
 from megatron_eso.config.schema import RunConfig
+from megatron_eso.errors import ConfigError
 from megatron_eso.plan.flops import matrix_parameters_per_layer
 from megatron_eso.plan.hardware import Hardware
 from megatron_eso.plan.parameters import num_parameters
@@ -37,7 +38,12 @@ def sampling_costs(
         length: tokens of a row.
         batch: rows generated together.
         calls: network calls of the diffusion samplers; None: one a token. ar always needs one a token.
+
+    Raises:
+        ConfigError: for a row without tokens.
     """
+    if length < 1:
+        raise ConfigError(f"--sampling {length}: a row has at least 1 token")
     number = float(calls or length)
     block = config.objective.block_size
     works = {  # network calls, token-forwards of one row, has a cache

@@ -1,5 +1,7 @@
 """Tries every layout of a run on a number of GPUs and ranks those that fit.
 
+What is legal is what the trainer's own rules (``config.check``) say of each layout.
+
 ``explain`` says why a layout loses to the best: what part of the step is longer, or which stage's
 memory overflows.
 """
@@ -7,15 +9,15 @@ memory overflows.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_eso.config.derive import ffn_size, num_kv_heads, padded_vocab_size
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
 from megatron_eso.plan.hardware import Hardware
-from megatron_eso.plan.job import Job
+from megatron_eso.plan.job import Job, broken_rules
 from megatron_eso.plan.memory import stage_memory
 from megatron_eso.plan.step_time import StepTime, step_time
 
-MICRO_BATCHES = (1, 2, 4, 8, 16)
+MOST_ROWS = 32
+"""Largest micro-batch to try, in stack rows; the run's own is tried whatever its size."""
 RECOMPUTES = ("none", "attention", "full")
 
 
@@ -64,25 +66,26 @@ def search(
     """Return all legal layouts: those that fit by time, then those that overflow by memory.
 
     Args:
-        config: the run; its layout settings are replaced.
+        config: the run; its layout is one of those tried.
         num_gpus: GPUs to use, all of them.
         hardware: profile.
         max_context: largest context-parallel size to try.
         allow_fp8: also try FP8 products.
 
     Raises:
-        ConfigError: if no layout divides the batch and the model.
+        ConfigError: if there is no legal layout, with the rules that none of them keeps.
     """
-    found = [
-        Candidate(job, step_time(job, hardware), max(s.total for s in stage_memory(job, hardware)))
-        for job in _jobs(config, num_gpus, hardware, max_context, allow_fp8)
-    ]
+    found: list[Candidate] = []
+    refused: list[list[str]] = []
+    for job in _jobs(config, num_gpus, hardware, max_context, allow_fp8):
+        broken = broken_rules(job.config, num_gpus)
+        if broken:
+            refused.append(broken)
+            continue
+        memory = max(stage.total for stage in stage_memory(job, hardware))
+        found.append(Candidate(job, step_time(job, hardware), memory))
     if not found:
-        raise ConfigError(
-            f"no layout splits train.global_batch_rows={config.train.global_batch_rows} and "
-            f"model.num_layers={config.model.num_layers} over {num_gpus} GPUs; change the batch to a "
-            "multiple of the GPUs or the number of GPUs"
-        )
+        raise _nothing_legal(config, num_gpus, refused)
     limit = hardware.memory_gb * 1e9
     return sorted(
         found,
@@ -105,6 +108,23 @@ def explain(best: Candidate, other: Candidate, hardware: Hardware) -> str:
     return f"{lost:.1%} slower: {why}" if why else "equal"
 
 
+def _nothing_legal(config: RunConfig, num_gpus: int, refused: list[list[str]]) -> ConfigError:
+    """Return the error of a search without a legal layout: what no layout mends, if there is such."""
+    always = (
+        [line for line in refused[0] if all(line in lines for lines in refused)] if refused else []
+    )
+    if always:
+        return ConfigError(
+            f"no layout on {num_gpus} GPUs is legal; these settings fit none:\n"
+            + "\n".join(f"  - {line}" for line in always)
+        )
+    return ConfigError(
+        f"no layout splits train.global_batch_rows={config.train.global_batch_rows} and "
+        f"model.num_layers={config.model.num_layers} over {num_gpus} GPUs; change the batch to a "
+        "multiple of the GPUs or the number of GPUs"
+    )
+
+
 def _jobs(
     config: RunConfig, num_gpus: int, hardware: Hardware, max_context: int, allow_fp8: bool
 ) -> Iterator[Job]:
@@ -119,10 +139,11 @@ def _jobs(
             pipeline=pipeline,
             virtual_pipeline=virtual,
         )
-        for micro in MICRO_BATCHES:
+        ranks = num_gpus // (tensor * context * pipeline)
+        for micro in _micro_batches(config, num_gpus, ranks):
             for recompute in RECOMPUTES:
                 for precision in precisions:
-                    job = Job(
+                    yield Job(
                         replace(
                             config,
                             parallel=replace(base, recompute=recompute),
@@ -131,47 +152,36 @@ def _jobs(
                         ),
                         num_gpus,
                     )
-                    if _is_legal(job):
-                        yield job
 
 
 def _layouts(
     config: RunConfig, num_gpus: int, hardware: Hardware, max_context: int
-) -> Iterator[tuple[int, int, int, int]]:
-    model = config.model
-    widths = (model.num_heads, num_kv_heads(model), ffn_size(model), padded_vocab_size(model))
-    for tensor in _divisors(min(num_gpus, hardware.gpus_per_node)):
-        if num_gpus % tensor or any(width % tensor for width in widths):
-            continue
-        for context in _divisors(max_context):
-            if not _context_shares_heads(config, tensor, context):
-                continue
-            for pipeline in _divisors(model.num_layers):
-                if num_gpus % (tensor * context * pipeline):
-                    continue
-                for virtual in _divisors(model.num_layers // pipeline) if pipeline > 1 else [1]:
-                    yield tensor, context, pipeline, virtual
+) -> list[tuple[int, int, int, int]]:
+    """Return (tensor, context, pipeline, virtual pipeline) to try, the run's own among them."""
+    parallel, num_layers = config.parallel, config.model.num_layers
+    tried = [
+        (tensor, context, pipeline, virtual)
+        for tensor in _divisors(hardware.gpus_per_node)
+        if num_gpus % tensor == 0
+        for context in range(1, min(max_context, num_gpus // tensor) + 1)
+        if num_gpus % (tensor * context) == 0
+        for pipeline in _divisors(num_layers)
+        if num_gpus % (tensor * context * pipeline) == 0
+        for virtual in (_divisors(num_layers // pipeline) if pipeline > 1 else [1])
+    ]
+    own = (parallel.tensor, parallel.context, parallel.pipeline, parallel.virtual_pipeline)
+    if min(own) > 0 and num_gpus % (own[0] * own[1] * own[2]) == 0 and own not in tried:
+        tried.append(own)
+    return tried
 
 
-def _context_shares_heads(config: RunConfig, tensor: int, context: int) -> bool:
-    """Return whether ``config.check`` allows the heads of a tensor rank on context ranks."""
-    ranks, kv_heads = tensor * context, num_kv_heads(config.model)
-    if context == 1:
-        return True
-    return config.model.num_heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
-
-
-def _is_legal(job: Job) -> bool:
-    train, parallel = job.config.train, job.config.parallel
-    rounds = job.num_micro_batches
-    if rounds < 1 or rounds != int(rounds):
-        return False
-    if job.stack_rows_per_row > 1 and train.micro_batch_rows % 2:
-        return False
-    shares = parallel.context * (parallel.tensor if parallel.sequence else 1)
-    if train.sequence_length % shares:
-        return False
-    return parallel.virtual_pipeline == 1 or int(rounds) % parallel.pipeline == 0
+def _micro_batches(config: RunConfig, num_gpus: int, data_parallel: int) -> list[int]:
+    """Return the micro-batches that divide a rank's stack rows, up to a bound, and the run's own."""
+    rows, own = Job(config, num_gpus).num_stack_rows / data_parallel, config.train.micro_batch_rows
+    tried = {micro for micro in range(1, MOST_ROWS + 1) if rows % micro == 0}
+    if own > 0 and rows and rows % own == 0:
+        tried.add(own)
+    return sorted(tried)
 
 
 def _divisors(number: int) -> list[int]:

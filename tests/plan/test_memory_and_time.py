@@ -1,11 +1,14 @@
 """Published memory, and properties that any honest planner has."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_eso.config.schema import ModelConfig
 from megatron_eso.errors import ConfigError
 from megatron_eso.parallel import vocabulary_loss
 from megatron_eso.plan.estimate import make_plan
+from megatron_eso.plan.flops import matrix_parameters_per_layer
 from megatron_eso.plan.hardware import load_hardware
 from megatron_eso.plan.memory import CHUNK_LOGITS, layer_activation_bytes, stage_memory
 from megatron_eso.plan.parameters import num_parameters
@@ -55,6 +58,29 @@ def test_states_take_six_plus_twelve_over_d_bytes_a_weight():
     states = memory.weights + memory.gradients + memory.optimizer
     weights = num_parameters(case.config.model, padded=True)
     assert states == pytest.approx(weights * (6 + 12 / 16))
+
+
+def with_precision(case, **changes):
+    precision = replace(case.config.precision, **changes)
+    return replace(case, config=replace(case.config, precision=precision))
+
+
+@pytest.mark.parametrize(
+    ("changes", "bytes_more", "layers"),
+    [
+        ({"fp8": "tensorwise"}, 2, 32),  # bf16, and FP8 with its transpose
+        ({"fp8": "tensorwise", "fp8_params": True}, 0, 32),  # FP8 with its transpose alone
+        ({"fp8": "tensorwise", "bf16_first_layers": 3, "bf16_last_layers": 1}, 2, 28),
+    ],
+)
+def test_fp8_layers_keep_their_copies_beside_the_weights(changes, bytes_more, layers):
+    case = job(gpus=16, pipeline=2)
+    plain, fp8 = (
+        sum(stage.weights for stage in stage_memory(each, H100))
+        for each in (case, with_precision(case, **changes))
+    )
+    matrices = matrix_parameters_per_layer(case.config.model)
+    assert fp8 - plain == bytes_more * layers * matrices
 
 
 def test_memory_falls_with_every_way_of_splitting():
