@@ -2,22 +2,30 @@
 
 A YAML file may start with ``include: [path, ...]``; paths are relative to the file, later ones win,
 and the file itself wins over what it includes. Every error names the file or override it stands in.
+
+YAML guesses a type from how a value looks: 4:00:00 is a number in base 60, 010 one in base 8, off is
+false. Where the schema has text, what was written is the value, null apart.
 """
 
+import re
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import IO, Any, Literal, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf.omegaconf import get_yaml_loader  # pyright: ignore[reportPrivateImportUsage]
+from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
 
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
 
 INCLUDE_KEY = "include"
+TEXT_TAG, NULL_TAG, MERGE_TAG = (f"tag:yaml.org,2002:{name}" for name in ("str", "null", "merge"))
 
 
 def load_config(
@@ -34,7 +42,7 @@ def load_config(
         ConfigError: for a missing file, a wrong key (with the nearest valid ones) or a wrong value.
     """
     merged = OmegaConf.structured(schema)
-    for source, content in _layers(path, overrides or []):
+    for source, content in _layers(path, overrides or [], schema):
         _refuse_unknown_keys(content, schema, source)
         try:
             merged = OmegaConf.merge(merged, content)
@@ -56,19 +64,34 @@ def save_config(config: Any, path: Path) -> None:
     path.write_text(to_yaml(config))
 
 
-def _layers(path: str | Path | None, overrides: list[str]) -> list[tuple[str, DictConfig]]:
-    layers = _file_layers(Path(path), ()) if path is not None else []
+def _layers(
+    path: str | Path | None, overrides: list[str], schema: type
+) -> list[tuple[str, DictConfig]]:
+    layers = _file_layers(Path(path), (), schema) if path is not None else []
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override '{override}' is not of the form section.key=value")
         try:
-            layers.append((f"override '{override}'", OmegaConf.from_dotlist([override])))
+            layers.append((f"override '{override}'", _override(override, schema)))
         except (OmegaConfBaseException, YAMLError) as error:
             raise ConfigError(f"override '{override}': {_first_lines(error)}") from None
     return layers
 
 
-def _file_layers(path: Path, including: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
+def _override(override: str, schema: type) -> DictConfig:
+    key, text = re.split(r"(?<!\\)=", override, maxsplit=1)
+    content = OmegaConf.from_dotlist([f"{key}=null"])
+    kind, inner = schema, OmegaConf.to_container(content)
+    while isinstance(inner, dict):  # one level, and one key, for each part of the key
+        ((part, inner),) = inner.items()
+        kind = _kind_below(kind, str(part))
+    OmegaConf.update(content, key, _read_yaml(text, kind))
+    return content
+
+
+def _file_layers(
+    path: Path, including: tuple[Path, ...], schema: type
+) -> list[tuple[str, DictConfig]]:
     path = path.resolve()
     if path in including:
         chain = " -> ".join(str(p) for p in (*including, path))
@@ -77,7 +100,8 @@ def _file_layers(path: Path, including: tuple[Path, ...]) -> list[tuple[str, Dic
         by = f" (included by {including[-1]})" if including else ""
         raise ConfigError(f"configuration file {path} does not exist{by}")
     try:
-        content = OmegaConf.load(path)
+        with path.open(encoding="utf-8") as file:
+            content = OmegaConf.create(_read_yaml(file, schema) or {})
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, DictConfig):
@@ -85,8 +109,56 @@ def _file_layers(path: Path, including: tuple[Path, ...]) -> list[tuple[str, Dic
     includes = content.pop(INCLUDE_KEY, [])
     layers = []
     for include in [includes] if isinstance(includes, str) else includes:
-        layers += _file_layers(path.parent / include, (*including, path))
+        layers += _file_layers(path.parent / include, (*including, path), schema)
     return [*layers, (str(path), content)]
+
+
+def _read_yaml(source: str | IO[str], kind: Any) -> Any:
+    """Return what the YAML of a value of this type says, text as it was written."""
+    loader = get_yaml_loader()(source)
+    try:
+        node = loader.get_single_node()
+        return None if node is None else loader.construct_document(_as_written(node, kind, {}))
+    finally:
+        loader.dispose()
+
+
+def _as_written(node: Node, kind: Any, done: dict[tuple[int, Any], Node]) -> Node:
+    """Return a copy of a YAML node in which a scalar is a string where the schema has text.
+
+    ``done`` keeps one copy of a node that aliases repeat, also of one that contains itself.
+    """
+    if (id(node), kind) in done:
+        return done[id(node), kind]
+    written = done[id(node), kind] = copy(node)
+    if isinstance(node, ScalarNode):
+        written.tag = TEXT_TAG if _is_text(kind) and node.tag != NULL_TAG else node.tag
+    elif isinstance(node, SequenceNode):  # in the place of a mapping: what a merge key merges
+        item = _kind_below(kind, "") if get_origin(kind) is list else kind
+        written.value = [_as_written(value, item, done) for value in node.value]
+    elif isinstance(node, MappingNode):
+        written.value = [
+            (key, _as_written(value, kind, done)) if key.tag == MERGE_TAG
+            else (_as_written(key, str, done), _as_written(value, _kind_below(kind, key.value), done))
+            for key, value in node.value
+        ]  # fmt: skip
+    return written
+
+
+def _is_text(kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return all(isinstance(word, str) for word in get_args(kind))
+    return kind is str
+
+
+def _kind_below(kind: Any, key: str) -> Any:
+    """Return the type, null apart, of what stands at a key or in a list; None if there is no such."""
+    if is_dataclass(kind):
+        below = next((f.type for f in fields(kind) if f.name == key), None)
+    else:
+        below = get_args(kind)[-1] if get_origin(kind) in (list, dict) else None
+    others = [other for other in get_args(below) if other is not NoneType]
+    return others[0] if isinstance(below, UnionType) and len(others) == 1 else below
 
 
 def _refuse_unknown_keys(content: DictConfig, schema: type, source: str) -> None:
