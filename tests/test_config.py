@@ -4,7 +4,10 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_eso.cli import config as show
+from megatron_eso.cli import train
 from megatron_eso.config import (
     RunConfig,
     check,
@@ -116,6 +119,54 @@ def test_a_mapping_that_contains_itself_is_refused(tmp_path):
     (tmp_path / "run.yaml").write_text("data: {validation: &a {<<: *a}}\n")
     with pytest.raises(ConfigError, match="recursive aliases"):
         load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "data.sources.0.weight=2",
+            r"replaced whole.* data.sources=\[{path: ..., weight: ...}, ...]",
+        ),
+        ("data.sources[0].weight=2", r"replaced whole.* data.sources=\[{path: ..., weight: ...}"),
+        ("train.profile_steps.0=2", r"replaced whole.* train.profile_steps=\[..., ...]"),
+        ("data.validation=[a]", "named values, not a list: write data.validation={NAME: ..."),
+    ],
+)
+def test_a_part_of_a_list_cannot_be_changed_and_the_error_says_how_to_write_it(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [override])
+
+
+@pytest.mark.parametrize("include", ["", "5", "[base.yaml, 5]", "{base: base.yaml}"])
+def test_an_include_that_is_no_path_is_refused(include, tmp_path):
+    (tmp_path / "base.yaml").write_text("")
+    (tmp_path / "run.yaml").write_text(f"include: {include}\ntrain: {{steps: 1}}\n")
+    with pytest.raises(ConfigError, match=r"run.yaml: include is .*write include: \[FILE.yaml\]"):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("content", [b"name: \xe4\n", "name: ä\n".encode("utf-16")])
+def test_a_file_that_is_not_utf_8_is_refused(content, tmp_path):
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"run.yaml is not text in UTF-8 .*; save it as UTF-8"):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("content", ["5", "hello", "[a, b]"])
+def test_a_file_without_keys_is_refused(content, tmp_path):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(ConfigError, match="expected sections with keys, found"):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("ranks", ["-2", "0"])
+@pytest.mark.parametrize("command", [[train.app], [show.app, "show"]], ids=["train", "config"])
+def test_less_than_one_rank_is_refused(command, ranks):
+    app, *name = command
+    result = CliRunner().invoke(app, [*name, "missing.yaml", "--ranks", ranks])
+    assert result.exit_code == 2
+    assert "Invalid value for '--ranks'" in result.output
 
 
 def test_an_unknown_key_in_a_file_names_the_file(tmp_path):

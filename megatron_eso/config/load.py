@@ -16,7 +16,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import IO, Any, Literal, get_args, get_origin
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.omegaconf import get_yaml_loader  # pyright: ignore[reportPrivateImportUsage]
 from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
@@ -43,7 +43,7 @@ def load_config(
     """
     merged = OmegaConf.structured(schema)
     for source, content in _layers(path, overrides or [], schema):
-        _refuse_unknown_keys(content, schema, source)
+        _refuse_wrong_keys(content, schema, source)
         try:
             merged = OmegaConf.merge(merged, content)
         except OmegaConfBaseException as error:
@@ -101,16 +101,30 @@ def _file_layers(
         raise ConfigError(f"configuration file {path} does not exist{by}")
     try:
         with path.open(encoding="utf-8") as file:
-            content = OmegaConf.create(_read_yaml(file, schema) or {})
+            content = _read_yaml(file, schema)
+        if not isinstance(content, dict | None):
+            raise ConfigError(f"{path}: expected sections with keys, found {content!r:.80}")
+        content = OmegaConf.create(content or {})
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text in UTF-8 ({error}); save it as UTF-8") from None
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(content, DictConfig):
-        raise ConfigError(f"{path}: expected sections with keys, found a list")
-    includes = content.pop(INCLUDE_KEY, [])
     layers = []
-    for include in [includes] if isinstance(includes, str) else includes:
+    for include in _includes(content, path):
         layers += _file_layers(path.parent / include, (*including, path), schema)
     return [*layers, (str(path), content)]
+
+
+def _includes(content: DictConfig, path: Path) -> list[str]:
+    """Take the included paths out of a file's content."""
+    found = content.pop(INCLUDE_KEY, [])
+    paths = list(found) if isinstance(found, list | ListConfig) else [found]
+    if not all(isinstance(item, str) for item in paths):
+        raise ConfigError(
+            f"{path}: {INCLUDE_KEY} is {found}, neither a path nor a list of paths; write "
+            f"{INCLUDE_KEY}: [FILE.yaml], or leave {INCLUDE_KEY} out"
+        )
+    return paths
 
 
 def _read_yaml(source: str | IO[str], kind: Any) -> Any:
@@ -161,14 +175,14 @@ def _kind_below(kind: Any, key: str) -> Any:
     return others[0] if isinstance(below, UnionType) and len(others) == 1 else below
 
 
-def _refuse_unknown_keys(content: DictConfig, schema: type, source: str) -> None:
-    problems = list(_unknown_keys(content, schema, "", schema))
+def _refuse_wrong_keys(content: DictConfig, schema: type, source: str) -> None:
+    problems = list(_wrong_keys(content, schema, "", schema))
     if problems:
         raise ConfigError(f"{source}: " + "; ".join(problems))
 
 
-def _unknown_keys(content: Any, schema: Any, prefix: str, root: Any) -> Iterator[str]:
-    """Yield one message per key that the schema does not have."""
+def _wrong_keys(content: Any, schema: Any, prefix: str, root: Any) -> Iterator[str]:
+    """Yield one message per key that the schema does not have, or that would change part of a list."""
     if not isinstance(content, DictConfig) or not is_dataclass(schema):
         return
     types = {f.name: f.type for f in fields(schema)}
@@ -179,12 +193,24 @@ def _unknown_keys(content: Any, schema: Any, prefix: str, root: Any) -> Iterator
             hint = f"did you mean {' or '.join(near)}?" if near else f"valid: {', '.join(types)}"
             yield f"unknown key '{full}'; {hint}"
             continue
-        field_type = types[key]
-        if content._get_node(key) is not None and not OmegaConf.is_interpolation(content, str(key)):
-            value = content._get_node(key)
-            if get_args(field_type) and is_dataclass(get_args(field_type)[0]):
-                continue  # lists of sections: omegaconf itself names the wrong key
-            yield from _unknown_keys(value, field_type, f"{full}.", root)
+        value, kind = content._get_node(key), types[key]
+        if value is None or OmegaConf.is_interpolation(content, str(key)):
+            continue
+        if get_origin(kind) is list and isinstance(value, DictConfig):
+            yield f"'{full}' is a list, which is replaced whole: write {full}={_form(kind)}"
+        elif get_origin(kind) is dict and isinstance(value, ListConfig):
+            yield f"'{full}' holds named values, not a list: write {full}={_form(kind)}"
+        # In lists of sections omegaconf itself names the wrong key.
+        yield from _wrong_keys(value, kind, f"{full}.", root)
+
+
+def _form(kind: Any) -> str:
+    """Return how a list, or a mapping of names to values, is written."""
+    if get_origin(kind) is dict:
+        return "{NAME: ..., NAME: ...}"
+    item = get_args(kind)[0]
+    keys = ", ".join(f"{f.name}: ..." for f in fields(item)) if is_dataclass(item) else ""
+    return f"[{{{keys}}}, ...]" if keys else "[..., ...]"
 
 
 def _elsewhere(key: str, schema: Any) -> list[str]:
