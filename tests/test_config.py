@@ -4,7 +4,10 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_eso.cli import config as show
+from megatron_eso.cli import train
 from megatron_eso.config import (
     RunConfig,
     check,
@@ -15,6 +18,7 @@ from megatron_eso.config import (
     violations,
 )
 from megatron_eso.errors import ConfigError
+from megatron_eso.launch.profile import ClusterProfile
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -54,6 +58,117 @@ def test_a_wrong_setting_names_the_right_ones_and_where_it_stands(override, mess
     assert override.split("=")[0] in str(caught.value)
 
 
+@pytest.mark.parametrize("written", ["4:00:00", "012345", "on", "010", "2026_11_27", "1.10", "1e3"])
+def test_text_is_read_as_it_was_written(written, tmp_path):
+    text = f"{{time_limit: {written}, environment: {{{written}: {written}}}, setup: [{written}]}}"
+    (tmp_path / "profile.yaml").write_text(text)
+    overrides = [f"time_limit={written}", f"environment.{written}={written}", f"setup=[{written}]"]
+    if "." in written:
+        overrides[1] = f"environment={{{written}: {written}}}"
+    for arguments in ([tmp_path / "profile.yaml"], [None, overrides]):
+        profile = load_config(*arguments, schema=ClusterProfile)
+        assert profile.time_limit == written
+        assert profile.environment == {written: written}
+        assert profile.setup == [written]
+
+
+@pytest.mark.parametrize("written", ["off", '"off"'])
+def test_a_word_that_yaml_takes_for_a_boolean_is_a_choice(written, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"precision: {{fp8: {written}}}\n")
+    assert load_config(tmp_path / "run.yaml").precision.fp8 == "off"
+    assert load_config(None, [f"precision.fp8={written}"]).precision.fp8 == "off"
+    with pytest.raises(ConfigError, match="'no', expected one of"):
+        load_config(None, ["precision.fp8=no"])
+
+
+def test_text_within_lists_merge_keys_and_aliases_is_read_as_it_was_written(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "name: &day 2026_11_27\n"
+        "data:\n"
+        "  sources: [&base {path: 010, weight: 2}, {<<: *base, weight: 010}, {<<: [*base]}]\n"
+        "  validation: {on: *day, 'null': '${name}'}\n"
+        "  cache_dir: ~\n"
+    )
+    data = load_config(tmp_path / "run.yaml").data
+    assert [(source.path, source.weight) for source in data.sources] == [
+        ("010", 2.0), ("010", 8.0), ("010", 2.0),
+    ]  # fmt: skip
+    assert data.validation == {"on": "2026_11_27", "null": "2026_11_27"}
+    assert data.cache_dir is None
+
+
+def test_values_that_are_not_text_are_read_as_yaml():
+    loaded = config(
+        "optimizer.eps=1e-4", "model.qk_norm=yes", "data.shuffle=off", "data.cache_dir=null",
+        "train.tokens=null", "name=${objective.name}", r"data.validation.a\.b=c",
+    )  # fmt: skip
+    assert (loaded.optimizer.eps, loaded.model.qk_norm, loaded.data.shuffle) == (1e-4, True, False)
+    assert (loaded.data.cache_dir, loaded.train.tokens, loaded.name) == (None, None, "eso")
+    assert loaded.data.validation == {"a.b": "c"}
+    with pytest.raises(ConfigError, match="Incompatible value 'None'"):
+        load_config(None, ["name=null"])
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
+    (tmp_path / "run.yaml").write_text("train:\n  steps: 1\n  steps: 2\n")
+    with pytest.raises(ConfigError, match=r"(?s)duplicate key steps.*run.yaml\", line 3"):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_a_mapping_that_contains_itself_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text("data: {validation: &a {<<: *a}}\n")
+    with pytest.raises(ConfigError, match="recursive aliases"):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "data.sources.0.weight=2",
+            r"replaced whole.* data.sources=\[{path: ..., weight: ...}, ...]",
+        ),
+        ("data.sources[0].weight=2", r"replaced whole.* data.sources=\[{path: ..., weight: ...}"),
+        ("train.profile_steps.0=2", r"replaced whole.* train.profile_steps=\[..., ...]"),
+        ("data.validation=[a]", "named values, not a list: write data.validation={NAME: ..."),
+    ],
+)
+def test_a_part_of_a_list_cannot_be_changed_and_the_error_says_how_to_write_it(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [override])
+
+
+@pytest.mark.parametrize("include", ["", "5", "[base.yaml, 5]", "{base: base.yaml}"])
+def test_an_include_that_is_no_path_is_refused(include, tmp_path):
+    (tmp_path / "base.yaml").write_text("")
+    (tmp_path / "run.yaml").write_text(f"include: {include}\ntrain: {{steps: 1}}\n")
+    with pytest.raises(ConfigError, match=r"run.yaml: include is .*write include: \[FILE.yaml\]"):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("content", [b"name: \xe4\n", "name: ä\n".encode("utf-16")])
+def test_a_file_that_is_not_utf_8_is_refused(content, tmp_path):
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"run.yaml is not text in UTF-8 .*; save it as UTF-8"):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("content", ["5", "hello", "[a, b]"])
+def test_a_file_without_keys_is_refused(content, tmp_path):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(ConfigError, match="expected sections with keys, found"):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("ranks", ["-2", "0"])
+@pytest.mark.parametrize("command", [[train.app], [show.app, "show"]], ids=["train", "config"])
+def test_less_than_one_rank_is_refused(command, ranks):
+    app, *name = command
+    result = CliRunner().invoke(app, [*name, "missing.yaml", "--ranks", ranks])
+    assert result.exit_code == 2
+    assert "Invalid value for '--ranks'" in result.output
+
+
 def test_an_unknown_key_in_a_file_names_the_file(tmp_path):
     (tmp_path / "run.yaml").write_text("trian: {steps: 1}\n")
     with pytest.raises(ConfigError, match=r"run.yaml: unknown key 'trian'; did you mean train"):
@@ -64,6 +179,15 @@ def test_the_resolved_configuration_loads_back_unchanged(tmp_path):
     original = load_config(CONFIGS / "run/quickstart.yaml", ["objective.alpha_0=0.125"])
     save_config(original, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == original
+
+
+@pytest.mark.parametrize(
+    "text", ["4:00:00", "on", "010", "1e3", "null", "~", "", "a: #b", "=", "ä\n"]
+)
+def test_any_text_of_a_saved_configuration_loads_back_unchanged(text, tmp_path):
+    original = ClusterProfile(account=text, environment={"on": text}, setup=[text])
+    save_config(original, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml", schema=ClusterProfile) == original
 
 
 def test_all_violations_are_reported_at_once():

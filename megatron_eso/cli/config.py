@@ -21,7 +21,7 @@ def show(
     config: Annotated[Path, typer.Argument(help="Run configuration (YAML)")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
     ranks: Annotated[
-        int | None, typer.Option(help="Number of ranks [parallel.local_ranks]")
+        int | None, typer.Option(min=1, help="Number of ranks [parallel.local_ranks]")
     ] = None,
 ) -> None:
     """Print every setting after includes and overrides, check them, and print what follows.

@@ -2,22 +2,30 @@
 
 A YAML file may start with ``include: [path, ...]``; paths are relative to the file, later ones win,
 and the file itself wins over what it includes. Every error names the file or override it stands in.
+
+YAML guesses a type from how a value looks: 4:00:00 is a number in base 60, 010 one in base 8, off is
+false. Where the schema has text, what was written is the value, null apart.
 """
 
+import re
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import IO, Any, Literal, get_args, get_origin
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf.omegaconf import get_yaml_loader  # pyright: ignore[reportPrivateImportUsage]
+from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
 
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
 
 INCLUDE_KEY = "include"
+TEXT_TAG, NULL_TAG, MERGE_TAG = (f"tag:yaml.org,2002:{name}" for name in ("str", "null", "merge"))
 
 
 def load_config(
@@ -34,8 +42,8 @@ def load_config(
         ConfigError: for a missing file, a wrong key (with the nearest valid ones) or a wrong value.
     """
     merged = OmegaConf.structured(schema)
-    for source, content in _layers(path, overrides or []):
-        _refuse_unknown_keys(content, schema, source)
+    for source, content in _layers(path, overrides or [], schema):
+        _refuse_wrong_keys(content, schema, source)
         try:
             merged = OmegaConf.merge(merged, content)
         except OmegaConfBaseException as error:
@@ -56,19 +64,34 @@ def save_config(config: Any, path: Path) -> None:
     path.write_text(to_yaml(config))
 
 
-def _layers(path: str | Path | None, overrides: list[str]) -> list[tuple[str, DictConfig]]:
-    layers = _file_layers(Path(path), ()) if path is not None else []
+def _layers(
+    path: str | Path | None, overrides: list[str], schema: type
+) -> list[tuple[str, DictConfig]]:
+    layers = _file_layers(Path(path), (), schema) if path is not None else []
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override '{override}' is not of the form section.key=value")
         try:
-            layers.append((f"override '{override}'", OmegaConf.from_dotlist([override])))
+            layers.append((f"override '{override}'", _override(override, schema)))
         except (OmegaConfBaseException, YAMLError) as error:
             raise ConfigError(f"override '{override}': {_first_lines(error)}") from None
     return layers
 
 
-def _file_layers(path: Path, including: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
+def _override(override: str, schema: type) -> DictConfig:
+    key, text = re.split(r"(?<!\\)=", override, maxsplit=1)
+    content = OmegaConf.from_dotlist([f"{key}=null"])
+    kind, inner = schema, OmegaConf.to_container(content)
+    while isinstance(inner, dict):  # one level, and one key, for each part of the key
+        ((part, inner),) = inner.items()
+        kind = _kind_below(kind, str(part))
+    OmegaConf.update(content, key, _read_yaml(text, kind))
+    return content
+
+
+def _file_layers(
+    path: Path, including: tuple[Path, ...], schema: type
+) -> list[tuple[str, DictConfig]]:
     path = path.resolve()
     if path in including:
         chain = " -> ".join(str(p) for p in (*including, path))
@@ -77,26 +100,89 @@ def _file_layers(path: Path, including: tuple[Path, ...]) -> list[tuple[str, Dic
         by = f" (included by {including[-1]})" if including else ""
         raise ConfigError(f"configuration file {path} does not exist{by}")
     try:
-        content = OmegaConf.load(path)
+        with path.open(encoding="utf-8") as file:
+            content = _read_yaml(file, schema)
+        if not isinstance(content, dict | None):
+            raise ConfigError(f"{path}: expected sections with keys, found {content!r:.80}")
+        content = OmegaConf.create(content or {})
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text in UTF-8 ({error}); save it as UTF-8") from None
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(content, DictConfig):
-        raise ConfigError(f"{path}: expected sections with keys, found a list")
-    includes = content.pop(INCLUDE_KEY, [])
     layers = []
-    for include in [includes] if isinstance(includes, str) else includes:
-        layers += _file_layers(path.parent / include, (*including, path))
+    for include in _includes(content, path):
+        layers += _file_layers(path.parent / include, (*including, path), schema)
     return [*layers, (str(path), content)]
 
 
-def _refuse_unknown_keys(content: DictConfig, schema: type, source: str) -> None:
-    problems = list(_unknown_keys(content, schema, "", schema))
+def _includes(content: DictConfig, path: Path) -> list[str]:
+    """Take the included paths out of a file's content."""
+    found = content.pop(INCLUDE_KEY, [])
+    paths = list(found) if isinstance(found, list | ListConfig) else [found]
+    if not all(isinstance(item, str) for item in paths):
+        raise ConfigError(
+            f"{path}: {INCLUDE_KEY} is {found}, neither a path nor a list of paths; write "
+            f"{INCLUDE_KEY}: [FILE.yaml], or leave {INCLUDE_KEY} out"
+        )
+    return paths
+
+
+def _read_yaml(source: str | IO[str], kind: Any) -> Any:
+    """Return what the YAML of a value of this type says, text as it was written."""
+    loader = get_yaml_loader()(source)
+    try:
+        node = loader.get_single_node()
+        return None if node is None else loader.construct_document(_as_written(node, kind, {}))
+    finally:
+        loader.dispose()
+
+
+def _as_written(node: Node, kind: Any, done: dict[tuple[int, Any], Node]) -> Node:
+    """Return a copy of a YAML node in which a scalar is a string where the schema has text.
+
+    ``done`` keeps one copy of a node that aliases repeat, also of one that contains itself.
+    """
+    if (id(node), kind) in done:
+        return done[id(node), kind]
+    written = done[id(node), kind] = copy(node)
+    if isinstance(node, ScalarNode):
+        written.tag = TEXT_TAG if _is_text(kind) and node.tag != NULL_TAG else node.tag
+    elif isinstance(node, SequenceNode):  # in the place of a mapping: what a merge key merges
+        item = _kind_below(kind, "") if get_origin(kind) is list else kind
+        written.value = [_as_written(value, item, done) for value in node.value]
+    elif isinstance(node, MappingNode):
+        written.value = [
+            (key, _as_written(value, kind, done)) if key.tag == MERGE_TAG
+            else (_as_written(key, str, done), _as_written(value, _kind_below(kind, key.value), done))
+            for key, value in node.value
+        ]  # fmt: skip
+    return written
+
+
+def _is_text(kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return all(isinstance(word, str) for word in get_args(kind))
+    return kind is str
+
+
+def _kind_below(kind: Any, key: str) -> Any:
+    """Return the type, null apart, of what stands at a key or in a list; None if there is no such."""
+    if is_dataclass(kind):
+        below = next((f.type for f in fields(kind) if f.name == key), None)
+    else:
+        below = get_args(kind)[-1] if get_origin(kind) in (list, dict) else None
+    others = [other for other in get_args(below) if other is not NoneType]
+    return others[0] if isinstance(below, UnionType) and len(others) == 1 else below
+
+
+def _refuse_wrong_keys(content: DictConfig, schema: type, source: str) -> None:
+    problems = list(_wrong_keys(content, schema, "", schema))
     if problems:
         raise ConfigError(f"{source}: " + "; ".join(problems))
 
 
-def _unknown_keys(content: Any, schema: Any, prefix: str, root: Any) -> Iterator[str]:
-    """Yield one message per key that the schema does not have."""
+def _wrong_keys(content: Any, schema: Any, prefix: str, root: Any) -> Iterator[str]:
+    """Yield one message per key that the schema does not have, or that would change part of a list."""
     if not isinstance(content, DictConfig) or not is_dataclass(schema):
         return
     types = {f.name: f.type for f in fields(schema)}
@@ -107,12 +193,24 @@ def _unknown_keys(content: Any, schema: Any, prefix: str, root: Any) -> Iterator
             hint = f"did you mean {' or '.join(near)}?" if near else f"valid: {', '.join(types)}"
             yield f"unknown key '{full}'; {hint}"
             continue
-        field_type = types[key]
-        if content._get_node(key) is not None and not OmegaConf.is_interpolation(content, str(key)):
-            value = content._get_node(key)
-            if get_args(field_type) and is_dataclass(get_args(field_type)[0]):
-                continue  # lists of sections: omegaconf itself names the wrong key
-            yield from _unknown_keys(value, field_type, f"{full}.", root)
+        value, kind = content._get_node(key), types[key]
+        if value is None or OmegaConf.is_interpolation(content, str(key)):
+            continue
+        if get_origin(kind) is list and isinstance(value, DictConfig):
+            yield f"'{full}' is a list, which is replaced whole: write {full}={_form(kind)}"
+        elif get_origin(kind) is dict and isinstance(value, ListConfig):
+            yield f"'{full}' holds named values, not a list: write {full}={_form(kind)}"
+        # In lists of sections omegaconf itself names the wrong key.
+        yield from _wrong_keys(value, kind, f"{full}.", root)
+
+
+def _form(kind: Any) -> str:
+    """Return how a list, or a mapping of names to values, is written."""
+    if get_origin(kind) is dict:
+        return "{NAME: ..., NAME: ...}"
+    item = get_args(kind)[0]
+    keys = ", ".join(f"{f.name}: ..." for f in fields(item)) if is_dataclass(item) else ""
+    return f"[{{{keys}}}, ...]" if keys else "[..., ...]"
 
 
 def _elsewhere(key: str, schema: Any) -> list[str]:
