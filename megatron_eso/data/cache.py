@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_eso.data import streaming_shim
 from megatron_eso.data.object_store import StoreError
-from megatron_eso.data.store import ShardFile, StoredFile, check_small, problem_of_open
+from megatron_eso.data.store import ShardFile, StoredFile, WholeFiles, check_small
 from megatron_eso.data.transports import Transport
 from megatron_eso.errors import DataError
 
@@ -41,6 +41,7 @@ class CachedStore:
     def __init__(self, address: str, transport: Transport, settings: CacheSettings) -> None:
         self.address = address.rstrip("/")
         self._transport, self._settings = transport, settings
+        self._whole = WholeFiles(verify_hashes=settings.verify_hashes)
         self._folder = settings.root / sha256(self.address.encode()).hexdigest()[:16]
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -79,11 +80,11 @@ class CachedStore:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        check_hash = self._settings.verify_hashes
-        problem = problem_of_open(descriptor, shard.raw, check_hash=check_hash)
+        problem = self._whole.problem_of(descriptor, shard.raw)
         if problem is None:
-            # Last use, for the eviction, which may have taken the name just now.
-            os.utime(descriptor)
+            # Last use, for the eviction, which may have taken the name just now. The time of the
+            # last change stays: by it processes know a file that they have found whole.
+            os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
             return descriptor
         os.close(descriptor)
         log.warning("cached shard %s %s: it is fetched again", path, problem)
@@ -107,6 +108,7 @@ class CachedStore:
                 raise self._write_error(error) from error
         descriptor = os.open(part, os.O_RDONLY)
         os.replace(part, path)
+        self._whole.add(descriptor, shard.raw)
         return descriptor
 
     def _fetch(self, name: str, part: Path, expected: StoredFile | None) -> None:
@@ -176,5 +178,5 @@ class CachedStore:
         for path in self._settings.root.glob("*/*.mds"):
             with suppress(FileNotFoundError):
                 status = path.stat()
-                found.append((status.st_mtime_ns, status.st_size, path))
+                found.append((status.st_atime_ns, status.st_size, path))
         return found

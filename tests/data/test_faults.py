@@ -5,6 +5,7 @@ Each of these made streaming's own iteration end an epoch early, hang, or hand o
 
 import contextlib
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from megatron_eso.config.schema import DataConfig, DataSourceConfig
-from megatron_eso.data import cache
+from megatron_eso.data import open_files
+from megatron_eso.data import store as data_store
 from megatron_eso.data.prepare import prepare
 from megatron_eso.data.reader import RowReader, ValidationReader
 from megatron_eso.errors import DataError
@@ -87,6 +89,87 @@ def test_a_shard_cut_short_while_it_is_open_is_an_error(prepared, tmp_path):
     os.truncate(tmp_path / "set" / "train" / SHARD, 5000)
     with pytest.raises(DataError, match=f"{SHARD} was cut short"):
         reader.read(range(reader.num_rows))
+
+
+@pytest.fixture
+def many_shards(prepared, tmp_path):
+    """Return a split of a few dozen shards."""
+    folder = shutil.copytree(prepared, tmp_path / "many") / "train"
+    in_small_shards(folder, shard_bytes=600)
+    return folder
+
+
+def open_shards() -> int:
+    return sum(".mds" in os.readlink(path) for path in Path("/proc/self/fd").iterdir()
+               if path.is_symlink())  # fmt: skip
+
+
+def test_splits_share_what_the_system_lets_a_process_open(many_shards):
+    expected = rows_of(str(many_shards))
+    before = open_shards()
+    used, limits = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = 2 * used + 40
+    data = DataConfig()
+    readers = [
+        ValidationReader(many_shards, data, sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE)
+        for _ in range(allowed // len(list(many_shards.glob("*.mds"))) + 2)
+    ]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, limits[1]))
+    try:
+        for reader in readers:
+            assert np.array_equal(reader.read(range(reader.num_rows)).tokens, expected)
+        assert open_shards() <= allowed // 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for reader in readers:
+        reader.close()
+    assert open_shards() <= before
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """Return the files that are hashed when they are opened, as it goes."""
+    found = []
+
+    def noted(descriptor, file, *, check_hash, check=data_store.problem_of_open):
+        found.extend([file.name] * check_hash)
+        return check(descriptor, file, check_hash=check_hash)
+
+    monkeypatch.setattr(data_store, "problem_of_open", noted)
+    return found
+
+
+def test_a_shard_that_is_opened_again_is_not_hashed_again_unless_it_changed(
+    many_shards, hashed, monkeypatch
+):
+    monkeypatch.setattr(open_files, "MOST_OPEN_FILES", 3)
+    reader = ValidationReader(many_shards, sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE)
+    rows = [reader.read(range(reader.num_rows)).tokens for _ in range(3)]
+    assert np.array_equal(rows[0], rows[2])
+    names = sorted(path.name for path in many_shards.glob("*.mds"))
+    assert len(names) > 20 and sorted(hashed) == names
+    rewrite(many_shards / SHARD, flipped)
+    with pytest.raises(DataError, match=f"{SHARD}.*is damaged"):
+        reader.read(range(reader.num_rows))
+
+
+def test_a_cached_shard_is_not_hashed_again_because_another_process_used_it(
+    corpus, prepared, tmp_path, hashed
+):
+    tokenizer = str(prepared / "tokenizer.json")
+    prepare([str(corpus)], tmp_path / "set", options(compress=True), num_processes=1,
+            tokenizer=tokenizer)  # fmt: skip
+    data = DataConfig(cache_dir=str(tmp_path / "cache"))
+    readers = [
+        ValidationReader(
+            tmp_path / "set" / "train", data, sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE
+        )
+        for _ in range(2)
+    ]
+    for reader in readers * 3:
+        reader.read([0])
+        reader.close()
+    assert len(hashed) == 1  # by the reader that did not fetch it
 
 
 @pytest.mark.parametrize("name", ["index.json", "manifest.json"])
@@ -196,12 +279,12 @@ def test_another_process_evicts_a_shard_the_moment_it_is_there(
     monkeypatch.undo()
     rows_of(remote, cache_dir=str(tmp_path))
 
-    def check_and_lose(descriptor, *arguments, check=cache.problem_of_open, **named):
+    def check_and_lose(descriptor, *arguments, check=data_store.problem_of_open, **named):
         problem = check(descriptor, *arguments, **named)
         Path(f"/proc/self/fd/{descriptor}").resolve().unlink()
         return problem
 
-    monkeypatch.setattr(cache, "problem_of_open", check_and_lose)
+    monkeypatch.setattr(data_store, "problem_of_open", check_and_lose)
     assert list(tmp_path.rglob("*.mds"))
     assert np.array_equal(rows_of(remote, cache_dir=str(tmp_path)), expected)
     assert not list(tmp_path.rglob("*.mds"))
