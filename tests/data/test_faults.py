@@ -7,6 +7,7 @@ import contextlib
 import os
 import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,13 @@ import pytest
 from megatron_eso.config.schema import DataConfig, DataSourceConfig
 from megatron_eso.data import open_files
 from megatron_eso.data import store as data_store
+from megatron_eso.data.cache import CachedStore, CacheSettings
+from megatron_eso.data.manifest import load_manifest, sha256_of, write_whole
 from megatron_eso.data.prepare import prepare
 from megatron_eso.data.reader import RowReader, ValidationReader
+from megatron_eso.data.row_writer import RowWriter
+from megatron_eso.data.transports import FolderTransport, transport_for
+from megatron_eso.data.verify import verify_split
 from megatron_eso.errors import DataError
 from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE, in_small_shards, options
 
@@ -153,23 +159,75 @@ def test_a_shard_that_is_opened_again_is_not_hashed_again_unless_it_changed(
         reader.read(range(reader.num_rows))
 
 
-def test_a_cached_shard_is_not_hashed_again_because_another_process_used_it(
-    corpus, prepared, tmp_path, hashed
-):
-    tokenizer = str(prepared / "tokenizer.json")
+@pytest.fixture
+def compressed(corpus, prepared, tmp_path):
+    """Return a compressed split, which is read through the cache."""
     prepare([str(corpus)], tmp_path / "set", options(compress=True), num_processes=1,
-            tokenizer=tokenizer)  # fmt: skip
+            tokenizer=str(prepared / "tokenizer.json"))  # fmt: skip
+    return tmp_path / "set" / "train"
+
+
+def test_a_cached_shard_is_not_hashed_again_because_another_process_used_it(
+    compressed, tmp_path, hashed
+):
     data = DataConfig(cache_dir=str(tmp_path / "cache"))
     readers = [
-        ValidationReader(
-            tmp_path / "set" / "train", data, sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE
-        )
+        ValidationReader(compressed, data, sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE)
         for _ in range(2)
     ]
     for reader in readers * 3:
         reader.read([0])
         reader.close()
     assert len(hashed) == 1  # by the reader that did not fetch it
+
+
+def test_a_split_prepared_again_is_not_read_from_the_copies_of_the_old_one(compressed, tmp_path):
+    settings = {"cache_dir": str(tmp_path / "cache"), "verify_hashes": False}
+    before = rows_of(str(compressed), **settings)
+    manifest = load_manifest(compressed)
+    with RowWriter(
+        compressed, dtype=manifest.dtype, row_tokens=manifest.row_tokens, shard_bytes=1 << 26, zstd=True,
+    ) as writer:  # fmt: skip
+        writer.write(before[::-1])
+    replace(manifest, index_sha256=sha256_of(compressed / "index.json")).save(compressed)
+    assert np.array_equal(rows_of(str(compressed), **settings), before[::-1])
+
+
+def test_verify_reads_the_stored_shards_and_not_their_copies(compressed, tmp_path):
+    data = DataConfig(cache_dir=str(tmp_path / "cache"), retries=1)
+    rows_of(str(compressed), cache_dir=data.cache_dir)
+    kept = sorted((tmp_path / "cache").rglob("*"))
+    assert verify_split(str(compressed), data, print) == load_manifest(compressed).num_samples
+    rewrite(compressed / f"{SHARD}.zstd", flipped)
+    said = []
+    with pytest.raises(DataError, match="has 1 faults"):
+        verify_split(str(compressed), data, said.append)
+    assert f"{SHARD}.zstd" in said[0] and "is damaged" in said[0]
+    assert sorted((tmp_path / "cache").rglob("*")) == kept
+
+
+def test_hosts_that_share_a_folder_may_have_processes_of_the_same_number(
+    compressed, tmp_path, monkeypatch
+):
+    """Each of two containers has a process 17: none may write to, or remove, what the other does."""
+    monkeypatch.setattr(os, "getpid", lambda: 17)
+    written = []
+
+    def fetch(self, name, target, original=FolderTransport.fetch):
+        written.append(target)
+        original(self, name, target)
+
+    monkeypatch.setattr(FolderTransport, "fetch", fetch)
+    transport = transport_for(str(compressed), timeout_seconds=1.0)
+    settings = CacheSettings(tmp_path / "cache", None, retries=1, verify_hashes=True)
+    stores = [CachedStore(str(compressed), transport, settings) for _ in range(2)]
+    for one in stores:
+        one.read_small("index.json", None)
+    monkeypatch.setattr(os, "replace", lambda source, target: written.append(source))
+    for _ in range(2):
+        write_whole(tmp_path / "some.json", "{}")
+    assert len(set(written)) == len(written) == 4
+    assert not list(tmp_path.glob(".some*"))
 
 
 @pytest.mark.parametrize("name", ["index.json", "manifest.json"])
@@ -225,7 +283,7 @@ def test_missing_credentials_are_named(store, remote, tmp_path, monkeypatch):
 
 def test_a_poisoned_cache_is_fetched_again_after_a_restart(store, remote, expected, tmp_path):
     rows_of(remote, cache_dir=str(tmp_path))
-    cached = next(tmp_path.rglob(SHARD))
+    cached = next(tmp_path.rglob("shard.00000.*.mds"))
     rewrite(cached, flipped)
     assert np.array_equal(rows_of(remote, cache_dir=str(tmp_path)), expected)
 
