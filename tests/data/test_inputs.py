@@ -1,5 +1,6 @@
 """Inputs of every kind give the same rows, bad ones an error that names file and line."""
 
+import errno
 import gzip
 import io
 import json
@@ -125,6 +126,38 @@ def test_a_folder_of_texts_is_a_document_a_file_sorted_by_name(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert texts_of(tmp_path) == ["first", "second", "third"]
+
+
+def test_linked_folders_are_read_once_and_a_circle_ends(tmp_path):
+    for name, text in {"in/a/one.txt": "one", "elsewhere/two.txt": "two"}.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "in" / "linked").symlink_to("../elsewhere")
+    (tmp_path / "in" / "again").symlink_to("../elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to("../in")
+    assert sorted(texts_of(tmp_path / "in")) == ["one", "two"]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_that_names_it(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "open.txt").write_text("open")
+
+    def refused(path, scan=os.scandir):  # permissions do not bind the user of some test machines
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match=r"cannot read the folder .*/closed \(Permission denied\)"):
+        find_files([str(tmp_path)])
+
+
+def test_an_arrow_file_hides_no_other_texts_but_what_datasets_saves_beside_it(tmp_path):
+    save_arrow(tmp_path / "a.arrow", ["from arrow"])
+    (tmp_path / "b.jsonl").write_text('{"text": "from jsonl"}\n')
+    for name in ("dataset_info.json", "state.json", "dataset_dict.json"):
+        (tmp_path / name).write_text("{}")
+    assert texts_of(tmp_path) == ["from arrow", "from jsonl"]
 
 
 def save_bad(path, lines: list[bytes]) -> None:
