@@ -13,10 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from uuid import uuid4
 
 from megatron_eso.data import streaming_shim
 from megatron_eso.data.object_store import StoreError
-from megatron_eso.data.store import ShardFile, StoredFile, check_small, problem_of_open
+from megatron_eso.data.store import ShardFile, StoredFile, WholeFiles, check_small
 from megatron_eso.data.transports import Transport
 from megatron_eso.errors import DataError
 
@@ -33,6 +34,8 @@ class CacheSettings:
     limit_bytes: int | None
     retries: int
     verify_hashes: bool
+    is_passed_by: bool = False
+    """Every shard is fetched anew and lies in the cache folder, without a name, while it is open."""
 
 
 class CachedStore:
@@ -41,6 +44,7 @@ class CachedStore:
     def __init__(self, address: str, transport: Transport, settings: CacheSettings) -> None:
         self.address = address.rstrip("/")
         self._transport, self._settings = transport, settings
+        self._whole = WholeFiles(verify_hashes=settings.verify_hashes)
         self._folder = settings.root / sha256(self.address.encode()).hexdigest()[:16]
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -51,10 +55,12 @@ class CachedStore:
 
     def read_small(self, name: str, sha256: str | None) -> bytes:
         """Return a small file's content, fetched anew and checked against its hash."""
-        part = self._folder / f".{Path(name).name}.{os.getpid()}.part"
-        self._fetch(name, part, None)
-        content = part.read_bytes()
-        part.unlink()
+        part = self._own_part(name)
+        try:
+            self._fetch(name, part, None)
+            content = part.read_bytes()
+        finally:
+            part.unlink(missing_ok=True)
         check_small(content, f"{self.address}/{name}", sha256)
         return content
 
@@ -62,12 +68,21 @@ class CachedStore:
         """Return a descriptor of the whole shard, fetching it if it is not there whole."""
         from filelock import FileLock
 
-        path = self._folder / shard.raw.name
+        if self._settings.is_passed_by:
+            part = self._own_part(shard.stored.name)
+            try:
+                return self._bring(part, shard)
+            finally:
+                part.unlink(missing_ok=True)
+        path = self._folder / _cached_name(shard.raw)
         with FileLock(path.with_suffix(".lock")):
             descriptor = self._open_cached(path, shard)
             if descriptor is None:
                 self._make_room(shard.num_bytes)
-                descriptor = self._bring(path, shard)
+                part = path.with_suffix(".part")
+                descriptor = self._bring(part, shard)
+                os.replace(part, path)
+                self._whole.add(descriptor, shard.raw)
             return descriptor
 
     def describe(self, shard: ShardFile) -> str:
@@ -79,20 +94,23 @@ class CachedStore:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        check_hash = self._settings.verify_hashes
-        problem = problem_of_open(descriptor, shard.raw, check_hash=check_hash)
+        problem = self._whole.problem_of(descriptor, shard.raw)
         if problem is None:
-            # Last use, for the eviction, which may have taken the name just now.
-            os.utime(descriptor)
+            # Last use, for the eviction, which may have taken the name just now. The time of the
+            # last change stays: by it processes know a file that they have found whole.
+            os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
             return descriptor
         os.close(descriptor)
         log.warning("cached shard %s %s: it is fetched again", path, problem)
         path.unlink(missing_ok=True)
         return None
 
-    def _bring(self, path: Path, shard: ShardFile) -> int:
-        """Fetch a shard and return its descriptor, taken before others can evict the file."""
-        part = path.with_suffix(".part")
+    def _own_part(self, name: str) -> Path:
+        """Return a name that no other process uses; other hosts may have one of the same number."""
+        return self._folder / f".{Path(name).name}.{uuid4().hex}.part"
+
+    def _bring(self, part: Path, shard: ShardFile) -> int:
+        """Fetch a shard to ``part`` and return its descriptor, which outlasts that name."""
         self._fetch(shard.stored.name, part, shard.stored)
         if shard.compressed is not None:
             data = streaming_shim.decompress(shard.compression or "", part.read_bytes())
@@ -105,9 +123,7 @@ class CachedStore:
             except OSError as error:
                 part.unlink(missing_ok=True)
                 raise self._write_error(error) from error
-        descriptor = os.open(part, os.O_RDONLY)
-        os.replace(part, path)
-        return descriptor
+        return os.open(part, os.O_RDONLY)
 
     def _fetch(self, name: str, part: Path, expected: StoredFile | None) -> None:
         """Fetch a file whole, trying again with growing pauses."""
@@ -176,5 +192,11 @@ class CachedStore:
         for path in self._settings.root.glob("*/*.mds"):
             with suppress(FileNotFoundError):
                 status = path.stat()
-                found.append((status.st_mtime_ns, status.st_size, path))
+                found.append((status.st_atime_ns, status.st_size, path))
         return found
+
+
+def _cached_name(file: StoredFile) -> str:
+    """Return a name of the content: another split may take the address of an earlier one."""
+    content = sha256(f"{file.num_bytes} {file.hashes}".encode()).hexdigest()[:16]
+    return f"{Path(file.name).stem}.{content}.mds"

@@ -5,15 +5,15 @@ and the file and line it stands in; the caller raises it or counts it.
 """
 
 import gzip
-import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_eso.data.parquet import pyarrow_module
+from megatron_eso.data.parquet import open_parquet, pyarrow_module
 from megatron_eso.data.sources import Piece
+from megatron_eso.data.zstd import open_zstd
 from megatron_eso.errors import DataError
 
 
@@ -44,7 +44,7 @@ def documents_of(piece: Piece, *, text_key: str) -> Iterator[Document]:
     read = {"text": _text, "lines": _lines, "parquet": _parquet, "arrow": _arrow}[piece.kind]
     try:
         yield from read(piece, text_key)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {piece.path}: {error}") from error
 
 
@@ -84,11 +84,15 @@ def _json_document(line: bytes, text_key: str) -> Document:
         return Document("", "", "", f"is not UTF-8 (byte {error.start} of the line)")
     except ValueError as error:
         return Document("", "", "", f"is not JSON ({error})")
+    except RecursionError:
+        return Document("", "", "", "is nested too deeply to be read as JSON")
     text = record.get(text_key) if isinstance(record, dict) else None
     return _checked(text, "", text_key)
 
 
 def _checked(text: Any, where: str, text_key: str) -> Document:
+    if isinstance(text, UnicodeDecodeError):
+        return Document("", where, "", f"is not UTF-8 (byte {text.start} of the text)")
     if not isinstance(text, str):
         return Document("", where, "", f"has no text under the key '{text_key}' (set --text-key)")
     if not text:
@@ -113,7 +117,7 @@ def _document(data: bytes, where: str, split_key: str) -> Document:
 def _parquet(piece: Piece, text_key: str) -> Iterator[Document]:
     arrow = pyarrow_module("lib")
     try:
-        file = pyarrow_module("parquet").ParquetFile(piece.path)
+        file = open_parquet(piece.path)
         _check_column(file.schema_arrow.names, text_key, piece.path)
         groups = range(piece.begin, file.num_row_groups if piece.end is None else piece.end)
         for group in groups:
@@ -137,9 +141,25 @@ def _arrow(piece: Piece, text_key: str) -> Iterator[Document]:
 def _rows(batches: Any, text_key: str, where: str) -> Iterator[Document]:
     row = 0
     for batch in batches:
-        for value in batch.column(batch.schema.get_field_index(text_key)).to_pylist():
+        column = batch.column(batch.schema.get_field_index(text_key))
+        for value in _values(column):
             yield _checked(value, f"{where}, row {row}", text_key)
             row += 1
+
+
+def _values(column: Any) -> list[Any]:
+    """Return the values of a column; one that is not UTF-8 as the error it gives."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:  # arrow does not say which, and one by one takes ten times as long
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _check_column(names: list[str], text_key: str, path: str) -> None:
@@ -153,14 +173,7 @@ def _open(path: str) -> BinaryIO:
     if path.endswith(".gz"):
         return gzip.open(path, "rb")  # pyright: ignore[reportReturnType]
     if path.endswith(".zst"):
-        try:
-            import zstandard
-        except ImportError:
-            raise DataError(f"{path} needs the zstandard package: pip install zstandard") from None
-        stream = zstandard.ZstdDecompressor().stream_reader(
-            Path(path).open("rb"), read_across_frames=True, closefd=True
-        )
-        return io.BufferedReader(stream, 1 << 20)  # pyright: ignore
+        return open_zstd(path)
     return open(path, "rb")
 
 

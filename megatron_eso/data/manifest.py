@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from uuid import uuid4
 
 from megatron_eso.errors import DataError
 
@@ -132,6 +133,9 @@ def sha256_of(path: Path) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file by renaming a finished temporary one, so that readers never see a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")  # no other host's or process's
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -70,12 +70,27 @@ def open_indexed(prefix: Path) -> IndexedDataset:
         raise DataError(f"{index} has {len(content)} bytes instead of {expected}: it is damaged")
     lengths = np.frombuffer(content, np.int32, num_sequences, HEADER.size)
     bounds = np.frombuffer(content, np.int64, num_bounds, HEADER.size + num_sequences * 12)
-    tokens = np.memmap(data, TYPES[code], mode="r")
-    if len(tokens) != int(lengths.sum(dtype=np.int64)):
+    _check_bounds(bounds, lengths, str(index))
+    dtype, num_tokens = np.dtype(TYPES[code]), int(lengths.sum(dtype=np.int64))
+    num_bytes = data.stat().st_size
+    if num_bytes != num_tokens * dtype.itemsize or not num_tokens:
         raise DataError(
-            f"{data} holds {len(tokens)} tokens, its index {lengths.sum(dtype=np.int64)}"
+            f"{data} has {num_bytes} bytes, its index {num_tokens} tokens of {dtype.itemsize}: "
+            + ("one of them is damaged" if num_bytes else "there is nothing to convert")
         )
-    return IndexedDataset(tokens, lengths, bounds)
+    return IndexedDataset(np.memmap(data, dtype, mode="r"), lengths, bounds)
+
+
+def _check_bounds(bounds: NDArray[np.int64], lengths: NDArray[np.int32], where: str) -> None:
+    """Refuse bounds that would leave sequences out or use some twice."""
+    steps = np.diff(bounds)
+    is_whole = len(bounds) > 0 and bounds[0] == 0 and bounds[-1] == len(lengths)
+    if not is_whole or (steps < 0).any() or (lengths < 0).any():
+        ends = f"from {bounds[0]} to {bounds[-1]}" if len(bounds) else "none"
+        raise DataError(
+            f"{where} is damaged: its documents' bounds ({len(bounds)}, {ends}) must grow from 0 to its "
+            f"{len(lengths)} sequences, whose lengths must not be negative"
+        )
 
 
 def convert_indexed(

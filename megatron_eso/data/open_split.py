@@ -16,13 +16,20 @@ from megatron_eso.data.transports import transport_for
 from megatron_eso.errors import DataError
 
 
-def open_split(address: str, data: DataConfig, *, verify_hashes: bool | None = None) -> ShardedRows:
+def open_split(
+    address: str,
+    data: DataConfig,
+    *,
+    verify_hashes: bool | None = None,
+    pass_by_cache: bool = False,
+) -> ShardedRows:
     """Return the rows of a split.
 
     Args:
         address: local folder or object-store address (s3://, gs://, ...).
         data: cache, retry and verification settings.
         verify_hashes: overrides the setting.
+        pass_by_cache: read the stored shards themselves, and keep no copy of them.
 
     Raises:
         DataError: if the split is missing, empty, damaged, or its tokenizer was replaced.
@@ -31,12 +38,13 @@ def open_split(address: str, data: DataConfig, *, verify_hashes: bool | None = N
         raise DataError("a data source has no path: set data.sources[].path")
     verify = data.verify_hashes if verify_hashes is None else verify_hashes
     if is_remote(address):
-        store = _cached_store(address, data, verify)
+        store = _cached_store(address, data, verify, pass_by_cache)
         content = store.read_small(MANIFEST_NAME, None)
         return ShardedRows(store, parse_manifest(content, f"{address}/{MANIFEST_NAME}"))
     manifest = local_split(Path(address))
     if _is_compressed(Path(address)):
-        return ShardedRows(_cached_store(str(Path(address).resolve()), data, verify), manifest)
+        store = _cached_store(str(Path(address).resolve()), data, verify, pass_by_cache)
+        return ShardedRows(store, manifest)
     return ShardedRows(LocalStore(Path(address), verify_hashes=verify), manifest)
 
 
@@ -77,13 +85,16 @@ def _is_compressed(folder: Path) -> bool:
     return any(entry.get("zip_data") for entry in entries)
 
 
-def _cached_store(address: str, data: DataConfig, verify_hashes: bool) -> CachedStore:
+def _cached_store(
+    address: str, data: DataConfig, verify_hashes: bool, pass_by_cache: bool = False
+) -> CachedStore:
     limit = data.cache_limit_gib
     settings = CacheSettings(
         root=Path(data.cache_dir) if data.cache_dir else default_cache(),
         limit_bytes=None if limit is None else int(limit * 2**30),
         retries=data.retries,
         verify_hashes=verify_hashes,
+        is_passed_by=pass_by_cache,
     )
     transport = transport_for(address, timeout_seconds=data.timeout_seconds)
     return CachedStore(address, transport, settings)

@@ -18,7 +18,19 @@ def pyarrow_module(name: str) -> Any:
         raise DataError("parquet and arrow files need pyarrow: pip install pyarrow") from None
 
 
+def open_parquet(path: str) -> Any:
+    """Return pyarrow's ``ParquetFile`` of a path.
+
+    Raises:
+        DataError: if the file is damaged or cannot be read.
+    """
+    try:
+        return pyarrow_module("parquet").ParquetFile(path)
+    except (pyarrow_module("lib").ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {error}") from error
+
+
 def row_group_bytes(path: str) -> list[int]:
-    """Return the uncompressed size of each row group of a parquet file."""
-    metadata = pyarrow_module("parquet").ParquetFile(path).metadata
+    """Return the uncompressed size of each row group of a parquet file; errors as of opening it."""
+    metadata = open_parquet(path).metadata
     return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]

@@ -155,10 +155,12 @@ class RowReader:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what must be the same when a run continues: data, mixture, order and batch."""
+        # One source needs no mixture, and shuffled orders tell seeds apart.
+        needs_seed = len(self._splits) > 1 and not self._data.shuffle
         return {
             "data.sources": [manifest.index_sha256 for manifest in self.manifests],
             "tokenizer": self.manifests[0].tokenizer_sha256,
-            "mixture": [*self._mixture.shares, self._mixture.period],
+            "mixture": [*self._mixture.shares, self._mixture.period, *[self._seed] * needs_seed],
             "order": [order.fingerprint() for order in self._orders],
             "train.global_batch_rows": self._batch_rows,
         }

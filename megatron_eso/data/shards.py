@@ -8,32 +8,18 @@ checked when the process first opens it.
 
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_eso.data.fork_lock import ForkLock
 from megatron_eso.data.manifest import INDEX_NAME, Manifest
+from megatron_eso.data.open_files import OpenFiles, OpenShard
 from megatron_eso.data.store import ShardFile, Store
 from megatron_eso.errors import DataError
 
-OPEN_FILES = 256
 HEADER_BYTES = 8  # number of samples, offset of the first one: two uint32
-
-
-@dataclass(frozen=True)
-class _OpenShard:
-    """An open file and where its rows start."""
-
-    descriptor: int
-    first_byte: int
-
-    def __del__(self) -> None:
-        os.close(self.descriptor)
 
 
 class ShardedRows:
@@ -47,8 +33,7 @@ class ShardedRows:
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self._dtype = np.dtype(manifest.dtype)
         self._row_bytes = manifest.row_tokens * self._dtype.itemsize
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._lock = ForkLock()
+        self._open = OpenFiles()
 
     @property
     def num_samples(self) -> int:
@@ -133,33 +118,21 @@ class ShardedRows:
 
     def close(self) -> None:
         """Forget the open files; they close when the last read of them ends."""
-        with self._lock:
-            self._open.clear()
+        self._open.clear()
 
-    def _shard(self, shard: int) -> _OpenShard:
-        opened = self._open.get(shard)  # one step of the interpreter: no lock is needed to look
+    def _shard(self, shard: int) -> OpenShard:
+        # One step of the interpreter: no lock is needed to look.
+        opened = self._open.of_shard.get(shard)
         if opened is not None:
             return opened
         file = self._files[shard]
-        opened = self._checked(file, self._store.open(file))
-        with self._lock:
-            self._forget_evicted()
-            opened = self._open.setdefault(shard, opened)
-            while len(self._open) > OPEN_FILES:
-                self._open.popitem(last=False)
-            return opened
+        return self._open.add(shard, self._checked(file, self._store.open(file)))
 
-    def _forget_evicted(self) -> None:
-        """Close files that a full cache removed, so that the disk gets their space back."""
-        gone = [n for n, one in self._open.items() if os.fstat(one.descriptor).st_nlink == 0]
-        for number in gone:
-            del self._open[number]
-
-    def _checked(self, file: ShardFile, descriptor: int) -> _OpenShard:
+    def _checked(self, file: ShardFile, descriptor: int) -> OpenShard:
         num_samples, first = np.frombuffer(
             os.pread(descriptor, HEADER_BYTES, 0), np.uint32
         ).tolist()
-        opened = _OpenShard(descriptor, first)
+        opened = OpenShard(descriptor, first)
         if (
             num_samples != file.num_samples
             or first + num_samples * self._row_bytes != file.num_bytes

@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_eso.data.parquet import row_group_bytes
 from megatron_eso.errors import DataError
@@ -18,6 +19,8 @@ STDLIB = "stdlib"
 HUB_PREFIX = "hf:"
 COMPRESSIONS = (".gz", ".zst")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
+# What Hugging Face datasets writes beside the arrow files of a saved data set.
+ARROW_SIDE_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
 # Tests and tables of characters: text of little use for learning to write Python.
 STDLIB_LEFT_OUT = frozenset(
     {
@@ -124,8 +127,8 @@ def _files_of(source: str) -> list[Piece]:
             f"'{HUB_PREFIX}NAME' for a data set of the Hugging Face hub)"
         )
     pieces = [_whole(file, file.relative_to(path).as_posix()) for file in _walk(path)]
-    if any(piece.kind == "arrow" for piece in pieces):  # a saved data set carries JSON beside it
-        pieces = [piece for piece in pieces if piece.kind == "arrow"]
+    if any(piece.kind == "arrow" for piece in pieces):
+        pieces = [piece for piece in pieces if Path(piece.path).name not in ARROW_SIDE_FILES]
     if not pieces:
         raise DataError(f"source folder {source} holds no files")
     return pieces
@@ -159,9 +162,24 @@ def _hub_files(source: str) -> list[Piece]:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
+    """Yield the files below a folder; links are followed, but no folder is read twice."""
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, names in os.walk(root, onerror=_refuse_folder, followlinks=True):
+        status = os.stat(folder)
+        is_seen = (status.st_dev, status.st_ino) in seen
+        seen.add((status.st_dev, status.st_ino))
+        if is_seen:
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(folder) / name for name in sorted(names) if not name.startswith("."))
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise DataError(
+        f"cannot read the folder {error.filename} ({error.strerror}); change its permissions, or name "
+        "the files that are wanted"
+    ) from error
 
 
 def _whole(path: Path, key: str) -> Piece:

@@ -4,6 +4,7 @@ Both hand out open descriptors of whole, verified, uncompressed shards. Nothing 
 fault: it heals (a damaged cached copy is fetched again) or raises an error that names the shard.
 """
 
+import errno
 import hashlib
 import os
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from megatron_eso.data.manifest import MANIFEST_NAME, Manifest, load_manifest
 from megatron_eso.errors import DataError
 
 READ_BYTES = 1 << 30
+PREPARE_AGAIN = "restore it or prepare the data again"
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class LocalStore:
     def __init__(self, folder: Path, *, verify_hashes: bool) -> None:
         self.address = str(folder)
         self._folder = folder
-        self._verify_hashes = verify_hashes
+        self._whole = WholeFiles(verify_hashes=verify_hashes)
 
     def read_small(self, name: str, sha256: str | None) -> bytes:
         """Return a small file's content, checked against its hash if one is given."""
@@ -106,14 +108,13 @@ class LocalStore:
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(
-                f"shard {path} cannot be opened ({error.strerror}); restore it or prepare the data "
-                "again"
-            ) from None
-        problem = problem_of_open(descriptor, shard.raw, check_hash=self._verify_hashes)
+            is_limit = error.errno in (errno.EMFILE, errno.ENFILE)
+            advice = "raise the limit (ulimit -n)" if is_limit else PREPARE_AGAIN
+            raise DataError(f"shard {path} cannot be opened ({error.strerror}); {advice}") from None
+        problem = self._whole.problem_of(descriptor, shard.raw)
         if problem is not None:
             os.close(descriptor)
-            raise DataError(f"shard {path} {problem}; restore it or prepare the data again")
+            raise DataError(f"shard {path} {problem}; {PREPARE_AGAIN}")
         return descriptor
 
     def describe(self, shard: ShardFile) -> str:
@@ -131,6 +132,29 @@ def check_small(content: bytes, where: str, sha256: str | None) -> None:
         )
 
 
+class WholeFiles:
+    """Which files of a split this process found whole, so that opening one again does not hash it again."""
+
+    def __init__(self, *, verify_hashes: bool) -> None:
+        self._verify_hashes = verify_hashes
+        # By name, a hash of what a change of the file changes: smaller than that itself.
+        self._states: dict[str, int] = {}
+
+    def problem_of(self, descriptor: int, file: StoredFile) -> str | None:
+        """Return what is wrong with an open file, or None; it is read if it is another than before."""
+        state = _state_of(descriptor)
+        check_hash = self._verify_hashes and self._states.get(file.name) != state
+        problem = problem_of_open(descriptor, file, check_hash=check_hash)
+        if check_hash and problem is None:
+            self._states[file.name] = state
+        return problem
+
+    def add(self, descriptor: int, file: StoredFile) -> None:
+        """Note a file whose content was checked before it was written."""
+        if self._verify_hashes:
+            self._states[file.name] = _state_of(descriptor)
+
+
 def problem_of_open(descriptor: int, file: StoredFile, *, check_hash: bool) -> str | None:
     """Return what is wrong with an open file, or None; reads it only if the hash is to be checked."""
     size = os.fstat(descriptor).st_size
@@ -141,6 +165,11 @@ def problem_of_open(descriptor: int, file: StoredFile, *, check_hash: bool) -> s
         parts.append(part)
         offset += len(part)
     return file.problem_of(parts[0] if len(parts) == 1 else b"".join(parts), check_hash=True)
+
+
+def _state_of(descriptor: int) -> int:
+    status = os.fstat(descriptor)
+    return hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
 
 
 def local_split(folder: Path) -> Manifest:

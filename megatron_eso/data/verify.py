@@ -14,17 +14,18 @@ ROWS_AT_ONCE = 4096
 
 
 def verify_split(address: str, data: DataConfig, say: Callable[[str], None]) -> int:
-    """Read every shard of a split and return the number of rows.
+    """Read every shard of a split, where it is stored, and return the number of rows.
 
     Args:
         address: the split.
-        data: cache and retry settings; hashes are checked whatever it says.
+        data: retry settings, and the cache folder, which holds one shard of a split that is not read in
+            place; hashes are checked whatever it says.
         say: receives a line per fault.
 
     Raises:
         DataError: if anything is wrong, after all shards were looked at.
     """
-    split = open_split(address, data, verify_hashes=True)
+    split = open_split(address, data, verify_hashes=True, pass_by_cache=True)
     faults = _duplicates(split)
     num_tokens = 0
     for shard, size in enumerate(split.shard_sizes):
@@ -32,6 +33,8 @@ def verify_split(address: str, data: DataConfig, say: Callable[[str], None]) -> 
             num_tokens += _verify_shard(split, shard, size)
         except DataError as error:
             faults.append(str(error))
+        finally:
+            split.close()  # frees the place of a shard that was fetched
     if not faults and num_tokens != split.manifest.num_tokens:
         faults.append(
             f"{address} holds {num_tokens} tokens, its manifest {split.manifest.num_tokens}"

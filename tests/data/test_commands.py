@@ -106,13 +106,14 @@ def test_mix_counts_exactly_what_the_reader_reads(prepared, tmp_path):
         assert f" {count:,} rows" in output[1 + number]
 
 
-def write_indexed(prefix, documents: list[np.ndarray]) -> None:
-    """Write a Megatron data set by its own description of the layout."""
+def write_indexed(prefix, documents: list[np.ndarray], bounds: list[int] | None = None) -> None:
+    """Write a Megatron data set by its own description of the layout, with a document a sequence."""
     lengths = np.array([len(document) for document in documents], np.int32)
     offsets = (np.cumsum(lengths) - lengths).astype(np.int64) * 2
-    bounds = np.arange(len(documents) + 1, dtype=np.int64)
+    if bounds is None:
+        bounds = list(range(len(documents) + 1))
     header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, len(documents), len(bounds))
-    index = header + lengths.tobytes() + offsets.tobytes() + bounds.tobytes()
+    index = header + lengths.tobytes() + offsets.tobytes() + np.array(bounds, np.int64).tobytes()
     prefix.with_suffix(".idx").write_bytes(index)
     prefix.with_suffix(".bin").write_bytes(np.concatenate(documents).astype("<u2").tobytes())
 
@@ -133,6 +134,26 @@ def test_converting_megatrons_files_keeps_every_document(prepared, tmp_path):
     stream = rows.tokens[:, :-1][rows.is_valid[:, :-1]]
     expected = [token for text in texts for token in [*tokenizer.encode(text), end]]
     assert stream.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "bounds", [[], [0], [0, 1], [1, 3], [0, 1, 5], [0, 2, 1, 3]],
+    ids=["none", "no document", "ends early", "begins late", "ends late", "goes back"],
+)  # fmt: skip
+def test_bounds_that_leave_out_or_repeat_sequences_are_refused(tmp_path, bounds):
+    write_indexed(tmp_path / "old", [np.array([1, 2, 3])] * 3, bounds)
+    with pytest.raises(DataError, match=r"old\.idx is damaged: .* must grow from 0 to its 3"):
+        open_indexed(tmp_path / "old")
+
+
+def test_megatrons_files_without_tokens_or_with_too_few_are_refused(tmp_path):
+    write_indexed(tmp_path / "old", [np.array([], np.int64)])
+    with pytest.raises(DataError, match=r"old\.bin has 0 bytes.*nothing to convert"):
+        open_indexed(tmp_path / "old")
+    write_indexed(tmp_path / "old", [np.array([1, 2, 3])])
+    (tmp_path / "old.bin").write_bytes(b"12345")
+    with pytest.raises(DataError, match=r"old\.bin has 5 bytes, its index 3 tokens of 2"):
+        open_indexed(tmp_path / "old")
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")

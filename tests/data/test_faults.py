@@ -5,16 +5,24 @@ Each of these made streaming's own iteration end an epoch early, hang, or hand o
 
 import contextlib
 import os
+import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_eso.config.schema import DataConfig, DataSourceConfig
-from megatron_eso.data import cache
+from megatron_eso.data import open_files
+from megatron_eso.data import store as data_store
+from megatron_eso.data.cache import CachedStore, CacheSettings
+from megatron_eso.data.manifest import load_manifest, sha256_of, write_whole
 from megatron_eso.data.prepare import prepare
 from megatron_eso.data.reader import RowReader, ValidationReader
+from megatron_eso.data.row_writer import RowWriter
+from megatron_eso.data.transports import FolderTransport, transport_for
+from megatron_eso.data.verify import verify_split
 from megatron_eso.errors import DataError
 from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE, in_small_shards, options
 
@@ -89,6 +97,139 @@ def test_a_shard_cut_short_while_it_is_open_is_an_error(prepared, tmp_path):
         reader.read(range(reader.num_rows))
 
 
+@pytest.fixture
+def many_shards(prepared, tmp_path):
+    """Return a split of a few dozen shards."""
+    folder = shutil.copytree(prepared, tmp_path / "many") / "train"
+    in_small_shards(folder, shard_bytes=600)
+    return folder
+
+
+def open_shards() -> int:
+    return sum(".mds" in os.readlink(path) for path in Path("/proc/self/fd").iterdir()
+               if path.is_symlink())  # fmt: skip
+
+
+def test_splits_share_what_the_system_lets_a_process_open(many_shards):
+    expected = rows_of(str(many_shards))
+    before = open_shards()
+    used, limits = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = 2 * used + 40
+    data = DataConfig()
+    readers = [
+        ValidationReader(many_shards, data, sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE)
+        for _ in range(allowed // len(list(many_shards.glob("*.mds"))) + 2)
+    ]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, limits[1]))
+    try:
+        for reader in readers:
+            assert np.array_equal(reader.read(range(reader.num_rows)).tokens, expected)
+        assert open_shards() <= allowed // 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for reader in readers:
+        reader.close()
+    assert open_shards() <= before
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """Return the files that are hashed when they are opened, as it goes."""
+    found = []
+
+    def noted(descriptor, file, *, check_hash, check=data_store.problem_of_open):
+        found.extend([file.name] * check_hash)
+        return check(descriptor, file, check_hash=check_hash)
+
+    monkeypatch.setattr(data_store, "problem_of_open", noted)
+    return found
+
+
+def test_a_shard_that_is_opened_again_is_not_hashed_again_unless_it_changed(
+    many_shards, hashed, monkeypatch
+):
+    monkeypatch.setattr(open_files, "MOST_OPEN_FILES", 3)
+    reader = ValidationReader(many_shards, sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE)
+    rows = [reader.read(range(reader.num_rows)).tokens for _ in range(3)]
+    assert np.array_equal(rows[0], rows[2])
+    names = sorted(path.name for path in many_shards.glob("*.mds"))
+    assert len(names) > 20 and sorted(hashed) == names
+    rewrite(many_shards / SHARD, flipped)
+    with pytest.raises(DataError, match=f"{SHARD}.*is damaged"):
+        reader.read(range(reader.num_rows))
+
+
+@pytest.fixture
+def compressed(corpus, prepared, tmp_path):
+    """Return a compressed split, which is read through the cache."""
+    prepare([str(corpus)], tmp_path / "set", options(compress=True), num_processes=1,
+            tokenizer=str(prepared / "tokenizer.json"))  # fmt: skip
+    return tmp_path / "set" / "train"
+
+
+def test_a_cached_shard_is_not_hashed_again_because_another_process_used_it(
+    compressed, tmp_path, hashed
+):
+    data = DataConfig(cache_dir=str(tmp_path / "cache"))
+    readers = [
+        ValidationReader(compressed, data, sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE)
+        for _ in range(2)
+    ]
+    for reader in readers * 3:
+        reader.read([0])
+        reader.close()
+    assert len(hashed) == 1  # by the reader that did not fetch it
+
+
+def test_a_split_prepared_again_is_not_read_from_the_copies_of_the_old_one(compressed, tmp_path):
+    settings = {"cache_dir": str(tmp_path / "cache"), "verify_hashes": False}
+    before = rows_of(str(compressed), **settings)
+    manifest = load_manifest(compressed)
+    with RowWriter(
+        compressed, dtype=manifest.dtype, row_tokens=manifest.row_tokens, shard_bytes=1 << 26, zstd=True,
+    ) as writer:  # fmt: skip
+        writer.write(before[::-1])
+    replace(manifest, index_sha256=sha256_of(compressed / "index.json")).save(compressed)
+    assert np.array_equal(rows_of(str(compressed), **settings), before[::-1])
+
+
+def test_verify_reads_the_stored_shards_and_not_their_copies(compressed, tmp_path):
+    data = DataConfig(cache_dir=str(tmp_path / "cache"), retries=1)
+    rows_of(str(compressed), cache_dir=data.cache_dir)
+    kept = sorted((tmp_path / "cache").rglob("*"))
+    assert verify_split(str(compressed), data, print) == load_manifest(compressed).num_samples
+    rewrite(compressed / f"{SHARD}.zstd", flipped)
+    said = []
+    with pytest.raises(DataError, match="has 1 faults"):
+        verify_split(str(compressed), data, said.append)
+    assert f"{SHARD}.zstd" in said[0] and "is damaged" in said[0]
+    assert sorted((tmp_path / "cache").rglob("*")) == kept
+
+
+def test_hosts_that_share_a_folder_may_have_processes_of_the_same_number(
+    compressed, tmp_path, monkeypatch
+):
+    """Each of two containers has a process 17: none may write to, or remove, what the other does."""
+    monkeypatch.setattr(os, "getpid", lambda: 17)
+    written = []
+
+    def fetch(self, name, target, original=FolderTransport.fetch):
+        written.append(target)
+        original(self, name, target)
+
+    monkeypatch.setattr(FolderTransport, "fetch", fetch)
+    transport = transport_for(str(compressed), timeout_seconds=1.0)
+    settings = CacheSettings(tmp_path / "cache", None, retries=1, verify_hashes=True)
+    stores = [CachedStore(str(compressed), transport, settings) for _ in range(2)]
+    for one in stores:
+        one.read_small("index.json", None)
+    monkeypatch.setattr(os, "replace", lambda source, target: written.append(source))
+    for _ in range(2):
+        write_whole(tmp_path / "some.json", "{}")
+    assert len(set(written)) == len(written) == 4
+    assert not list(tmp_path.glob(".some*"))
+
+
 @pytest.mark.parametrize("name", ["index.json", "manifest.json"])
 def test_a_changed_index_or_manifest_is_refused(prepared, tmp_path, name):
     shutil.copytree(prepared, tmp_path / "set")
@@ -142,7 +283,7 @@ def test_missing_credentials_are_named(store, remote, tmp_path, monkeypatch):
 
 def test_a_poisoned_cache_is_fetched_again_after_a_restart(store, remote, expected, tmp_path):
     rows_of(remote, cache_dir=str(tmp_path))
-    cached = next(tmp_path.rglob(SHARD))
+    cached = next(tmp_path.rglob("shard.00000.*.mds"))
     rewrite(cached, flipped)
     assert np.array_equal(rows_of(remote, cache_dir=str(tmp_path)), expected)
 
@@ -196,12 +337,12 @@ def test_another_process_evicts_a_shard_the_moment_it_is_there(
     monkeypatch.undo()
     rows_of(remote, cache_dir=str(tmp_path))
 
-    def check_and_lose(descriptor, *arguments, check=cache.problem_of_open, **named):
+    def check_and_lose(descriptor, *arguments, check=data_store.problem_of_open, **named):
         problem = check(descriptor, *arguments, **named)
         Path(f"/proc/self/fd/{descriptor}").resolve().unlink()
         return problem
 
-    monkeypatch.setattr(cache, "problem_of_open", check_and_lose)
+    monkeypatch.setattr(data_store, "problem_of_open", check_and_lose)
     assert list(tmp_path.rglob("*.mds"))
     assert np.array_equal(rows_of(remote, cache_dir=str(tmp_path)), expected)
     assert not list(tmp_path.rglob("*.mds"))

@@ -1,5 +1,6 @@
 """Inputs of every kind give the same rows, bad ones an error that names file and line."""
 
+import errno
 import gzip
 import io
 import json
@@ -73,6 +74,40 @@ def test_every_format_gives_the_same_documents(tmp_path, name, save):
     assert texts_of(tmp_path / "other" / name) == texts
 
 
+def zstandard_frames(*texts: str) -> bytes:
+    compressor = pytest.importorskip("zstandard").ZstdCompressor()
+    lines = [(json.dumps({"text": text}) + "\n").encode() for text in texts]
+    return b"".join(compressor.compress(line) for line in lines)
+
+
+def test_frames_of_a_zstandard_file_follow_each_other(tmp_path):
+    texts = write_corpus(tmp_path / "corpus.jsonl")
+    skippable = b"\x50\x2a\x4d\x18\x04\0\0\0seek"
+    content = zstandard_frames(*texts[:200]) + skippable + zstandard_frames(*texts[200:])
+    (tmp_path / "frames.jsonl.zst").write_bytes(content)
+    assert texts_of(tmp_path / "frames.jsonl.zst") == texts
+
+
+@pytest.mark.parametrize("name", ["cut.jsonl.zst", "cut.txt.zst"])
+def test_a_zstandard_file_that_was_cut_short_is_an_error(tmp_path, name):
+    content = zstandard_frames("the first frame", " ".join(map(str, range(10_000))))
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=rf"cannot read .*{name}: it ends inside a zstd frame"):
+        texts_of(tmp_path / name)
+
+
+@pytest.mark.parametrize("save", [save_zstandard, save_gzip], ids=["jsonl.zst", "jsonl.gz"])
+def test_a_damaged_compressed_file_is_an_error_that_names_it(tmp_path, save, request):
+    path = tmp_path / f"damaged.{request.node.callspec.id}"
+    save(path, write_corpus(tmp_path / "corpus.jsonl"))
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = b"\xff" * 64
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"cannot read .*damaged\.jsonl"):
+        texts_of(path)
+
+
 @pytest.mark.parametrize("partition_bytes", [1, 100, 1000, 7919, 1 << 20])
 def test_ranges_of_a_jsonl_file_give_every_line_once(corpus, partition_bytes):
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
@@ -93,6 +128,38 @@ def test_a_folder_of_texts_is_a_document_a_file_sorted_by_name(tmp_path):
     assert texts_of(tmp_path) == ["first", "second", "third"]
 
 
+def test_linked_folders_are_read_once_and_a_circle_ends(tmp_path):
+    for name, text in {"in/a/one.txt": "one", "elsewhere/two.txt": "two"}.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "in" / "linked").symlink_to("../elsewhere")
+    (tmp_path / "in" / "again").symlink_to("../elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to("../in")
+    assert sorted(texts_of(tmp_path / "in")) == ["one", "two"]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_that_names_it(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "open.txt").write_text("open")
+
+    def refused(path, scan=os.scandir):  # permissions do not bind the user of some test machines
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match=r"cannot read the folder .*/closed \(Permission denied\)"):
+        find_files([str(tmp_path)])
+
+
+def test_an_arrow_file_hides_no_other_texts_but_what_datasets_saves_beside_it(tmp_path):
+    save_arrow(tmp_path / "a.arrow", ["from arrow"])
+    (tmp_path / "b.jsonl").write_text('{"text": "from jsonl"}\n')
+    for name in ("dataset_info.json", "state.json", "dataset_dict.json"):
+        (tmp_path / name).write_text("{}")
+    assert texts_of(tmp_path) == ["from arrow", "from jsonl"]
+
+
 def save_bad(path, lines: list[bytes]) -> None:
     good = json.dumps({"text": "a good document " * 30}).encode()
     path.write_bytes(b"\n".join([good, *lines, good]) + b"\n")
@@ -105,6 +172,7 @@ def save_bad(path, lines: list[bytes]) -> None:
         pytest.param(b'{"text": ""}', "is empty", id="empty"),
         pytest.param(b'{"words": "x"}', "has no text under the key 'text'", id="no text"),
         pytest.param(b'{"text": "x"', "is not JSON", id="not JSON"),
+        pytest.param(b'{"a": ' + b"[" * 200_000, "is nested too deeply", id="nested"),
         pytest.param(b'{"text": "\\ud800"}', "is not Unicode", id="half a surrogate pair"),
     ],
 )
@@ -124,6 +192,30 @@ def test_a_bad_document_is_an_error_with_file_and_line_or_skipped_and_counted(
     splits = [load_manifest(tmp_path / "skip" / split) for split in ("train", "validation")]
     assert sum(manifest.num_skipped for manifest in splits) == 1
     assert sum(manifest.num_documents for manifest in splits) == 22
+
+
+def test_a_parquet_text_that_is_not_utf_8_is_a_bad_document(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    column = arrow.array([b"good", b"bad \xff", None, b"good too"], arrow.binary())
+    table = arrow.table({"text": column.view(arrow.string())})
+    parquet.write_table(table, tmp_path / "bad.parquet")
+    (piece,) = find_files([str(tmp_path / "bad.parquet")])
+    documents = list(documents_of(piece, text_key="text"))
+    assert [document.text for document in documents] == ["good", "", "", "good too"]
+    assert documents[1].where.endswith("bad.parquet, row group 0, row 1")
+    assert documents[1].problem == "is not UTF-8 (byte 4 of the text)"
+    assert str(documents[2].problem).startswith("has no text")
+
+
+def test_a_damaged_parquet_file_is_an_error_before_and_after_it_is_cut(tmp_path):
+    save_parquet(tmp_path / "cut.parquet", ["some text"] * 200)
+    rewritten = (tmp_path / "cut.parquet").read_bytes()[:-100]
+    (tmp_path / "cut.parquet").write_bytes(rewritten)
+    for partition_bytes in (10, 1 << 20):
+        with pytest.raises(DataError, match=r"cut\.parquet is not a readable parquet file"):
+            texts_of(tmp_path / "cut.parquet", partition_bytes=partition_bytes)
 
 
 def test_the_line_of_a_bad_document_is_right_in_a_later_partition(tmp_path):

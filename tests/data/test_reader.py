@@ -22,9 +22,17 @@ BATCH = 8
 ROOT = Path(__file__).parents[2]
 
 
-def reader(*paths, num_workers=0, batch=BATCH, seed=3, length=SEQUENCE_LENGTH, vocab=VOCAB_SIZE):
+def reader(
+    *paths,
+    num_workers=0,
+    batch=BATCH,
+    seed=3,
+    length=SEQUENCE_LENGTH,
+    vocab=VOCAB_SIZE,
+    shuffle=True,
+):
     sources = [DataSourceConfig(str(path), weight) for path, weight in paths]
-    data = DataConfig(sources=sources, num_workers=num_workers)
+    data = DataConfig(sources=sources, num_workers=num_workers, shuffle=shuffle)
     return RowReader(
         data, sequence_length=length, vocab_size=vocab, global_batch_rows=batch, seed=seed
     )
@@ -220,6 +228,21 @@ def test_the_fingerprint_tells_data_mixture_seed_and_batch_apart(prepared):
         reader((prepared / "train", 1), batch=4),
     ]
     assert all(other.fingerprint() != alone for other in others)
+
+
+def test_the_fingerprint_tells_seeds_apart_where_they_change_the_rows(prepared):
+    mixed = [(prepared / "train", 3), (prepared / "validation", 1)]
+
+    def of(paths, seed, shuffle=False):
+        rows = reader(*paths, seed=seed, shuffle=shuffle)
+        return rows.fingerprint(), rows.samples_of(5, range(BATCH))
+
+    for first, second in zip(of(mixed, 1), of(mixed, 2), strict=True):
+        assert first != second
+    assert of(mixed[:1], 1) == of(mixed[:1], 2)
+    # As runs that began earlier have it: nothing but shares and period where orders tell enough.
+    assert all(len(of(paths, 1, shuffle=True)[0]["mixture"]) == len(paths) + 1
+               for paths in (mixed, mixed[:1]))  # fmt: skip
 
 
 def test_a_wrong_row_length_names_both_numbers_and_the_setting(prepared):
