@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from megatron_eso.checkpoint.folder import CheckpointFolder
 from megatron_eso.errors import CheckpointError
 from megatron_eso.export.exporter import export
 from megatron_eso.export.import_hf import import_hf
@@ -106,6 +107,48 @@ def test_our_own_export_comes_back_unchanged(stock, tmp_path):
     assert StreamedModel(tmp_path / "out").config.mask_token_id == 61
 
 
+def as_trained_for(folder, **objective):
+    """Change what a checkpoint says it was trained for."""
+    sidecar = json.loads((folder / "esolm.json").read_text())
+    sidecar["objective"] |= objective
+    (folder / "esolm.json").write_text(json.dumps(sidecar))
+    CheckpointFolder(folder).commit()
+
+
+@pytest.mark.parametrize("objective", [{"alpha_0": 0.25, "noise_eps": 0.01}, {"name": "ar"}])
+def test_a_backbone_export_comes_back_with_its_mask_row_and_objective(stock, tmp_path, objective):
+    import_hf(stock("llama"), tmp_path / "first")
+    as_trained_for(tmp_path / "first", **objective)
+    export(tmp_path / "first", tmp_path / "out", kind="backbone", verify=False)
+    found = import_hf(tmp_path / "out", tmp_path / "second")
+    assert (found.model.vocab_size, found.has_mask, len(found.remarks)) == (62, True, 1)
+    sidecars = [json.loads((tmp_path / x / "esolm.json").read_text()) for x in ("first", "second")]
+    assert sidecars[0]["objective"] == sidecars[1]["objective"]
+    export(tmp_path / "second", tmp_path / "again", kind="backbone", verify=False)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_an_objective_that_is_not_written_down_is_remarked(stock, tmp_path):
+    """A folder that transformers saved again has no notes of ours, but still the mask token."""
+    import_hf(stock("llama"), tmp_path / "first")
+    export(tmp_path / "first", tmp_path / "out", kind="backbone", verify=False)
+    (tmp_path / "out" / "esolm_export.json").unlink()
+    found = import_hf(tmp_path / "out", tmp_path / "second")
+    assert found.model.vocab_size == 62
+    assert any("taken to be eso" in remark for remark in found.remarks)
+
+
+def test_notes_of_another_version_are_refused(stock, tmp_path):
+    import_hf(stock("llama"), tmp_path / "first")
+    export(tmp_path / "first", tmp_path / "out", kind="backbone", verify=False)
+    facts = json.loads((tmp_path / "out" / "esolm_export.json").read_text())
+    facts["objective"]["beta"] = 1
+    (tmp_path / "out" / "esolm_export.json").write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match=r"objective\.beta"):
+        import_hf(tmp_path / "out", tmp_path / "second")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [[], ["parallel.tensor=2"], ["parallel.pipeline=2"]])
 def test_an_imported_model_trains_at_any_layout(stock, tmp_path, two_ranks, layout):
@@ -129,6 +172,7 @@ def test_an_imported_model_trains_at_any_layout(stock, tmp_path, two_ranks, layo
         ({"num_hidden_layers": 3}, r"layers\.3\.\S+ has no place"),
         ({"intermediate_size": 32}, "config.json says"),
         ({"use_sliding_window": True}, "sliding"),
+        ({"mask_token_id": 7}, "mask_token_id=7 with vocab_size=61"),
     ],
 )
 def test_what_has_no_counterpart_is_refused_and_nothing_is_left(stock, tmp_path, values, message):
@@ -151,4 +195,18 @@ def test_the_vocabulary_is_cut_only_when_asked(stock, tmp_path):
     assert any("--cut-vocabulary" in remark for remark in whole.remarks)
     assert import_hf(source, tmp_path / "cut", cut_vocabulary=True).model.vocab_size == 51
     export(tmp_path / "cut", tmp_path / "out")
+    again = import_hf(tmp_path / "out", tmp_path / "again")
+    assert (again.model.vocab_size, again.has_mask) == (51, True)
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"]
+
+
+@pytest.mark.parametrize("kind", ["esolm", "backbone"])
+def test_cutting_the_vocabulary_keeps_the_mask_row(stock, tmp_path, kind):
+    import_hf(stock("llama"), tmp_path / "first")
+    export(tmp_path / "first", tmp_path / "out", kind=kind, verify=False)
+    small_tokenizer(tmp_path / "out" / "tokenizer.json", 50)
+    assert import_hf(tmp_path / "out", tmp_path / "cut", cut_vocabulary=True).remarks == []
+    export(tmp_path / "cut", tmp_path / "small", kind=kind, verify=False)
+    name = "model.embed_tokens.weight"
+    whole, cut = (load_file(tmp_path / x / "model.safetensors")[name] for x in ("out", "small"))
+    assert torch.equal(cut, torch.cat([whole[:50], whole[61:]]))

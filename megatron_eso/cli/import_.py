@@ -68,7 +68,8 @@ def _from_hf(source: Path, out: Path, cut_vocabulary: bool, sequence_length: int
 
     found = import_hf(source, out, cut_vocabulary=cut_vocabulary, sequence_length=sequence_length)
     typer.echo(
-        f"{found.folder.path}: {found.num_parameters:,} numbers, mask token added where missing"
+        f"{found.folder.path}: {found.num_parameters:,} numbers; the mask token, id "
+        f"{found.model.vocab_size - 1}, " + ("was there" if found.has_mask else "is new")
     )
     for remark in found.remarks:
         typer.echo(remark)

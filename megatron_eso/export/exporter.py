@@ -220,6 +220,7 @@ def _facts(
         "format": kind,
         "dtype": dtype,
         "alpha_0": source.objective.alpha_0,
+        "objective": asdict(source.objective),
         "sequence_length": source.folder.sidecar()["sequence_length"],
         "num_tensors": len(specs),
         "num_parameters": sum(spec.num_bytes // spec.dtype.itemsize for spec in specs),

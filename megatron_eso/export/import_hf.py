@@ -1,7 +1,7 @@
 """Hugging Face weights in (Llama, Qwen3, our own exports), a checkpoint of ours out, tensor by tensor.
 
-An autoregressive model gets a mask token: one more id, whose embedding is the mean of the others. Numbers
-are kept bit for bit (float32 holds bfloat16 and float16 exactly).
+A model without a mask token gets one: one more id, whose embedding is the mean of the others. Numbers are
+kept bit for bit (float32 holds bfloat16 and float16 exactly).
 """
 
 import json
@@ -20,7 +20,7 @@ from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import CheckpointError, DataError
 from megatron_eso.export.describe import read_facts
 from megatron_eso.export.exporter import require_free, require_room, scratch_beside
-from megatron_eso.export.hf_layout import OURS, model_of
+from megatron_eso.export.hf_layout import has_mask, model_of, objective_of
 from megatron_eso.export.mapping import Rule, rules
 from megatron_eso.export.streamed import ExportedTensors
 from megatron_eso.export.torch_dist_writer import TorchDistWriter
@@ -36,6 +36,8 @@ class Imported:
     model: ModelConfig
     sequence_length: int
     num_parameters: int
+    has_mask: bool
+    """The mask token was there; otherwise it is new."""
     remarks: list[str]
 
 
@@ -46,6 +48,8 @@ class Described:
     model_type: str
     model: ModelConfig
     """The vocabulary includes the mask token."""
+    num_stored_ids: int
+    """Rows of the embedding and the head in the weights."""
     objective: ObjectiveConfig
     sequence_length: int
     tokenizer: Tokenizer | None
@@ -85,7 +89,7 @@ def import_hf(
         count = 0
         with TorchDistWriter(scratch) as writer:
             for rule, layer in _work(table, model.num_layers):
-                whole = _joined(tensors, rule, layer, model, known.has_mask)
+                whole = _joined(tensors, rule, layer, known)
                 count += whole.numel()
                 writer.write(
                     f"weights.{rule.ours}", whole, layer=layer, num_layers=model.num_layers
@@ -107,19 +111,23 @@ def import_hf(
         }
         write_durably(scratch / SIDECAR, json.dumps(sidecar, indent=1))
         CheckpointFolder(scratch).commit()
-    return Imported(CheckpointFolder(out), model, known.sequence_length, count, remarks)
+    return Imported(
+        CheckpointFolder(out), model, known.sequence_length, count, known.has_mask, remarks
+    )
 
 
 def describe_hf(
     source: Path, *, cut_vocabulary: bool = False, sequence_length: int | None = None
 ) -> Described:
     """Return what the folder says of its model; arguments and errors as of :func:`import_hf`."""
-    config = _read_config(source)
-    model, objective = model_of(config)
-    tokenizer, remarks = _tokenizer(source)
-    has_mask = config["model_type"] in OURS
-    rows = model.vocab_size - int(has_mask)
-    if cut_vocabulary and not has_mask:
+    config, facts = _read_config(source), read_facts(source)
+    model = model_of(config)
+    objective, remarks = objective_of(config, facts)
+    tokenizer, more = _tokenizer(source)
+    remarks += more
+    num_stored = model.vocab_size
+    rows = num_stored - int(has_mask(config))
+    if cut_vocabulary:
         if tokenizer is None:
             raise CheckpointError("--cut-vocabulary needs a tokenizer.json beside the weights")
         rows = min(rows, tokenizer.vocab_size - 1)
@@ -129,10 +137,10 @@ def describe_hf(
             f"the tokenizer has {tokenizer.vocab_size - 1} ids, the embedding {rows}: to train on text "
             "prepared with it import with --cut-vocabulary"
         )
-    length = min(
-        sequence_length or read_facts(source).get("sequence_length", 1024), model.max_length
-    )
-    return Described(config["model_type"], model, objective, length, tokenizer, has_mask, remarks)
+    length = min(sequence_length or facts.get("sequence_length", 1024), model.max_length)
+    return Described(
+        config["model_type"], model, num_stored, objective, length, tokenizer, has_mask(config), remarks
+    )  # fmt: skip
 
 
 def _read_config(source: Path) -> dict[str, Any]:
@@ -172,16 +180,23 @@ def _require_names(tensors: ExportedTensors, table: list[Rule], model: ModelConf
         raise CheckpointError(f"{tensors.folder} cannot be imported:\n  - " + "\n  - ".join(wrong))
 
 
-def _joined(
-    tensors: ExportedTensors, rule: Rule, layer: int | None, model: ModelConfig, has_mask: bool
-) -> Tensor:
+def _joined(tensors: ExportedTensors, rule: Rule, layer: int | None, known: Described) -> Tensor:
     """Return one tensor of ours, float32."""
+    model = known.model
     parts = [tensors.read(name.format(layer)).float() for name in rule.theirs]
-    if rule.theirs[0] in _VOCABULARY and not has_mask:
+    if rule.theirs[0] in _VOCABULARY:
+        if len(parts[0]) != known.num_stored_ids:
+            raise CheckpointError(
+                f"{rule.theirs[0]} has {len(parts[0])} rows, config.json says "
+                f"vocab_size={known.num_stored_ids}: correct vocab_size there"
+            )
         rows = parts[0][: model.vocab_size - 1]
-        is_embedding = rule.theirs[0] == "model.embed_tokens.weight"
-        # The head's row for the mask is never used: the mask is no prediction.
-        mask = rows.mean(dim=0, keepdim=True) if is_embedding else torch.zeros_like(rows[:1])
+        if known.has_mask:
+            mask = parts[0][-1:]
+        elif rule.theirs[0] == "model.embed_tokens.weight":
+            mask = rows.mean(dim=0, keepdim=True)
+        else:  # the head's row for the mask is never used: the mask is no prediction
+            mask = torch.zeros_like(rows[:1])
         parts = [torch.cat([rows, mask])]
     found = [tuple(part.shape) for part in parts]
     whole = rule.transform.join(model, parts)
