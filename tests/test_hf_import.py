@@ -129,6 +129,53 @@ def test_a_backbone_export_comes_back_with_its_mask_row_and_objective(stock, tmp
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
+def export_as(stock, tmp_path, *, tokenizer=None, kind="backbone", **objective):
+    """Export a stock model's weights as a run of this objective."""
+    import_hf(stock("llama"), tmp_path / "run")
+    as_trained_for(tmp_path / "run", **objective)
+    export(tmp_path / "run", tmp_path / "out", kind=kind, tokenizer=tokenizer, verify=False)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("leading_mask", [True, False])
+def test_an_autoregressive_export_says_how_it_is_read(stock, tmp_path, leading_mask):
+    tokenizer = small_tokenizer(tmp_path / "t.json", 61)
+    out = export_as(stock, tmp_path, tokenizer=tokenizer, name="ar", leading_mask=leading_mask)
+    card = " ".join((out / "README.md").read_text().split())
+    assert "next-token model: the logits at a token are those of the token behind it" in card
+    assert ("prompts start with it" in card) is leading_mask
+    for wrong in ("garbage", "AT a mask", "alpha_0", "diffusion", "Eso-LM"):
+        assert wrong not in card
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((out / name).read_text())["bos_token_id"] == (61 if leading_mask else 0)
+    words = json.loads((out / "tokenizer_config.json").read_text())
+    assert (words["bos_token"] is None) is leading_mask
+
+
+def test_an_autoregressive_export_draws_no_mask(stock, tmp_path):
+    """Its logit is not trained: here all are equal, so 640 draws would find it."""
+    out = export_as(stock, tmp_path, name="ar")
+    model = LlamaForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    torch.manual_seed(0)
+    first = torch.full((16, 1), model.config.bos_token_id)
+    rows = model.generate(
+        first, max_new_tokens=40, do_sample=True, top_k=0, pad_token_id=0,
+        attention_mask=torch.ones_like(first),
+    )  # fmt: skip
+    assert (rows[:, 0] == 61).all()
+    assert not (rows[:, 1:] == 61).any()
+
+
+def test_an_eso_backbone_says_how_it_is_read(stock, tmp_path):
+    out = export_as(stock, tmp_path, alpha_0=0.25)
+    card = (out / "README.md").read_text()
+    assert "garbage" in card
+    assert "alpha_0 = 0.25" in card
+    assert "suppress_tokens" not in (out / "generation_config.json").read_text()
+
+
 def test_an_objective_that_is_not_written_down_is_remarked(stock, tmp_path):
     """A folder that transformers saved again has no notes of ours, but still the mask token."""
     import_hf(stock("llama"), tmp_path / "first")
