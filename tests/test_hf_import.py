@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Tokenizer as Words
+from tokenizers import processors
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_eso.checkpoint.folder import CheckpointFolder
+from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import CheckpointError
 from megatron_eso.export.exporter import export
 from megatron_eso.export.import_hf import import_hf
@@ -166,6 +169,45 @@ def test_an_autoregressive_export_draws_no_mask(stock, tmp_path):
     )  # fmt: skip
     assert (rows[:, 0] == 61).all()
     assert not (rows[:, 1:] == 61).any()
+
+
+ENDS = ("w2", 2), ("w1", 1)
+BYTES = processors.ByteLevel(trim_offsets=True)
+TEMPLATE = processors.TemplateProcessing(
+    single="w1 $A", pair="w1 $A w1 $B", special_tokens=[("w1", 1)]
+)
+ADDERS = {
+    "template": TEMPLATE,
+    "bert": processors.BertProcessing(*ENDS),
+    "roberta": processors.RobertaProcessing(*ENDS),
+    "sequence": processors.Sequence([BYTES, TEMPLATE]),
+}
+
+
+@pytest.mark.parametrize("kind", ["esolm", "backbone"])
+@pytest.mark.parametrize("adder", ADDERS)
+def test_the_exported_tokenizer_adds_no_tokens(stock, tmp_path, kind, adder):
+    """Rows of training and ``sample --prompt`` have none."""
+    file = small_tokenizer(tmp_path / "t.json", 61)
+    words = Words.from_file(str(file))
+    words.post_processor = ADDERS[adder]
+    words.save(str(file))
+    assert 1 in words.encode("w5 w6").ids
+    out = export_as(stock, tmp_path, tokenizer=file, kind=kind)
+    found = AutoTokenizer.from_pretrained(out)
+    assert found("w5 w6").input_ids == Tokenizer(file).encode("w5 w6") == [5, 6]
+    assert found("w5", "w6").input_ids == [5, 6]
+    left = json.loads((out / "tokenizer.json").read_text())["post_processor"]
+    assert ("ByteLevel" in json.dumps(left)) is (adder == "sequence")
+
+
+def test_a_tokenizer_that_adds_nothing_is_exported_as_it_is(stock, tmp_path):
+    file = small_tokenizer(tmp_path / "t.json", 61)
+    words = Words.from_file(str(file))
+    words.post_processor = processors.Sequence([BYTES])
+    words.save(str(file), pretty=False)
+    out = export_as(stock, tmp_path, tokenizer=file)
+    assert (out / "tokenizer.json").read_bytes() == file.read_bytes()
 
 
 def test_an_eso_backbone_says_how_it_is_read(stock, tmp_path):

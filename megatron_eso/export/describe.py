@@ -122,7 +122,7 @@ def write_beside(
     _dump(folder / "generation_config.json", generation)
     if tokenizer is None:
         return
-    shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
+    (folder / "tokenizer.json").write_bytes(without_additions(tokenizer.path.read_bytes()))
     end = tokenizer.end_id
     end_text = None if end is None else tokenizer.decode([end])
     _dump(
@@ -139,6 +139,27 @@ def write_beside(
             "model_input_names": ["input_ids", "attention_mask"],
         },
     )
+
+
+def without_additions(tokenizer_json: bytes) -> bytes:
+    """Return a tokenizer.json that puts no special tokens around a text; unchanged if it puts none.
+
+    Training's rows and ``sample --prompt`` have none, whatever the tokenizer's own model wanted.
+    """
+    content = json.loads(tokenizer_json)
+    kept = _adding_nothing(content.get("post_processor"))
+    if kept == content.get("post_processor"):
+        return tokenizer_json
+    return json.dumps(content | {"post_processor": kept}, ensure_ascii=False, indent=2).encode()
+
+
+def _adding_nothing(processor: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what of a post-processor adds no tokens: ByteLevel, which trims offsets."""
+    if processor is None or processor["type"] == "ByteLevel":
+        return processor
+    parts = map(_adding_nothing, processor.get("processors", []))
+    kept = [part for part in parts if part is not None]
+    return processor | {"processors": kept} if kept else None
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
