@@ -375,6 +375,25 @@ def test_watch_exports_each_committed_checkpoint_once(checkpoints, tmp_path):
     assert done == ["step_0000000007", "step_0000000009"]
 
 
+def test_watch_finds_the_checkpoints_of_a_run_that_has_none_yet(tmp_path):
+    (tmp_path / "run").mkdir()
+    done = []
+
+    def is_over():
+        is_first_look = not (tmp_path / "run" / "checkpoints").exists()
+        if is_first_look:
+            folder = tmp_path / "run" / "checkpoints" / "step_0000000007"
+            folder.mkdir(parents=True)
+            CheckpointFolder(folder).commit()
+        return not is_first_look
+
+    watch_run(
+        tmp_path / "run", tmp_path / "out", lambda source, target: done.append(source.name),
+        poll_seconds=0, is_over=is_over,
+    )  # fmt: skip
+    assert done == ["step_0000000007"]
+
+
 @pytest.mark.slow
 def test_the_command_needs_no_megatron_and_no_process_group(checkpoints, tmp_path):
     script = (
