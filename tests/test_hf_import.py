@@ -4,14 +4,15 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Words
 from tokenizers import processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_eso.checkpoint.folder import CheckpointFolder
+from megatron_eso.cli import import_
 from megatron_eso.data.tokenizer import Tokenizer
-from megatron_eso.errors import CheckpointError
+from megatron_eso.errors import CheckpointError, ConfigError
 from megatron_eso.export.exporter import export
 from megatron_eso.export.import_hf import import_hf
 from megatron_eso.export.streamed import StreamedModel
@@ -259,7 +260,19 @@ def test_an_imported_model_trains_at_any_layout(stock, tmp_path, two_ranks, layo
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"num_hidden_layers": 5}, r"layers\.4\.input_layernorm\.weight is missing"),
         ({"num_hidden_layers": 3}, r"layers\.3\.\S+ has no place"),
-        ({"intermediate_size": 32}, "config.json says"),
+        ({"intermediate_size": 32}, r"gate_proj.*\(64, 32\).*by config.json \[\(32, 32\)"),
+        (
+            {"vocab_size": 40},
+            r"embed_tokens.*\(61, 32\).*by config.json \[\(40, 32\)\].*vocab_size",
+        ),
+        ({"vocab_size": 70}, r"embed_tokens.*\(61, 32\).*by config.json \[\(70, 32\)\]"),
+        ({"num_key_value_heads": 1}, r"k_proj.*by config.json .*\(16, 32\).*num_key_value_heads"),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads=4 is no multiple of num_key_value_heads=3",
+        ),
+        ({"head_dim": 8}, r"q_proj.*\(64, 32\).*by config.json \[\(32, 32\).*head_dim"),
+        ({"hidden_size": None}, "hidden_size is missing"),
         ({"use_sliding_window": True}, "sliding"),
         ({"mask_token_id": 7}, "mask_token_id=7 with vocab_size=61"),
     ],
@@ -269,6 +282,76 @@ def test_what_has_no_counterpart_is_refused_and_nothing_is_left(stock, tmp_path,
     with pytest.raises(CheckpointError, match=message):
         import_hf(source, tmp_path / "ours")
     assert [p.name for p in tmp_path.iterdir()] == ["changed"]
+
+
+@pytest.mark.parametrize("name", ["head_dim", "num_key_value_heads"])
+def test_a_size_that_is_not_written_down_is_as_transformers_takes_it(tmp_path, name):
+    """Qwen3's are numbers of its own, no quotients."""
+    sizes = {"head_dim": 128, "num_key_value_heads": 32, "num_attention_heads": 64}
+    shape = SHAPE | sizes | {"num_hidden_layers": 1}
+    Qwen3ForCausalLM(Qwen3Config(**shape)).bfloat16().save_pretrained(tmp_path / "whole")
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    del config[name]
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(config))
+    model = import_hf(tmp_path / "whole", tmp_path / "ours").model
+    assert (model.head_size, model.num_kv_heads) == (128, 32)
+
+
+def test_a_head_norm_of_another_size_is_refused(stock, tmp_path):
+    source = change_config(stock("qwen3"), tmp_path)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.2.self_attn.k_norm.weight"] = torch.ones(8, dtype=torch.bfloat16)
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"layers\.2\.self_attn\.k_norm\.weight: shapes \[\(8,\)\]"
+    ):
+        import_hf(source, tmp_path / "ours")
+
+
+def test_a_tokenizer_that_is_given_is_kept(stock, tmp_path):
+    source = change_config(stock("llama"), tmp_path)
+    small_tokenizer(source / "tokenizer.json", 50)
+    given = small_tokenizer(tmp_path / "given.json", 61)
+    found = import_hf(source, tmp_path / "ours", tokenizer=given)
+    assert (tmp_path / "ours" / "tokenizer.json").read_bytes() == given.read_bytes()
+    assert found.remarks == []
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_is_not_to_be_cut_for(stock, tmp_path):
+    given = small_tokenizer(tmp_path / "given.json", 70)
+    (remark,) = import_hf(stock("llama"), tmp_path / "ours", tokenizer=given).remarks
+    assert "70 ids, the embedding 61" in remark
+    assert "--cut-vocabulary" not in remark
+
+
+def test_rows_longer_than_the_model_knows_are_refused(stock, tmp_path):
+    with pytest.raises(CheckpointError, match=r"--sequence-length 65.*=64"):
+        import_hf(stock("llama"), tmp_path / "ours", sequence_length=65)
+
+
+@pytest.mark.parametrize(
+    ("source", "words", "message"),
+    [
+        ("hf", ["--weights", "raw"], "--weights is an option of --from official"),
+        ("hf", ["--weights", "ema", "--num-heads", "2"], "--num-heads is an option of"),
+        ("official", ["--cut-vocabulary"], "--cut-vocabulary is an option of --from hf"),
+    ],
+)
+def test_options_of_the_other_format_are_refused(tmp_path, source, words, message):
+    with pytest.raises(ConfigError, match=message):
+        command(["in", "--out", str(tmp_path / "out"), "--from", source, *words])
+
+
+def test_the_command_keeps_the_tokenizer_that_is_given(stock, tmp_path, capsys):
+    given = small_tokenizer(tmp_path / "given.json", 61)
+    words = [str(stock("llama")), "--out", str(tmp_path / "out"), "--from", "hf"]
+    command([*words, "--tokenizer", str(given)])
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == given.read_bytes()
+    assert "the mask token, id 61, is new" in capsys.readouterr().out
+
+
+def command(words):
+    import_.app(words, standalone_mode=False)
 
 
 def test_a_theta_in_either_spelling_is_read(stock, tmp_path):

@@ -33,8 +33,8 @@ def model_of(config: dict[str, Any]) -> ModelConfig:
         hidden_size=int(config["hidden_size"]),
         num_layers=int(config["num_hidden_layers"]),
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_size=config.get("head_dim") or int(config["hidden_size"]) // heads,
+        num_kv_heads=_num_kv_heads(config),
+        head_size=_head_size(config),
         ffn_size=int(config["intermediate_size"]),
         vocab_size=int(config["vocab_size"]),
         max_length=int(config["max_position_embeddings"]),
@@ -82,13 +82,30 @@ def rope_theta(config: dict[str, Any]) -> float:
     return float(config.get("rope_theta") or parameters.get("rope_theta") or 10000.0)
 
 
+def _num_kv_heads(config: dict[str, Any]) -> int:
+    """Return the number of key/value heads; one not written down is as transformers takes it."""
+    default = 32 if config["model_type"] == "qwen3" else None
+    return int(config.get("num_key_value_heads", default) or config["num_attention_heads"])
+
+
+def _head_size(config: dict[str, Any]) -> int:
+    """Return the width of a head; one not written down is as transformers takes it."""
+    quotient = int(config["hidden_size"]) // int(config["num_attention_heads"])
+    return int(config.get("head_dim") or (128 if config["model_type"] == "qwen3" else quotient))
+
+
 def _reasons(config: dict[str, Any]) -> list[str]:
     kind = config.get("model_type")
     if kind not in _KNOWN:
         return [f"model_type={kind!r}: only {', '.join(_KNOWN)} are read"]
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
               "max_position_embeddings", "rms_norm_eps")  # fmt: skip
-    reasons = [f"{name} is missing in config.json" for name in needed if name not in config]
+    reasons = [f"{name} is missing in config.json" for name in needed if not config.get(name)]
+    if not reasons and int(config["num_attention_heads"]) % _num_kv_heads(config):
+        reasons.append(
+            f"num_attention_heads={config['num_attention_heads']} is no multiple of "
+            f"num_key_value_heads={_num_kv_heads(config)}"
+        )
     mask, size = config.get("mask_token_id"), config.get("vocab_size")
     if mask is not None and size is not None and mask != size - 1:
         reasons.append(
