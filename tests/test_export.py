@@ -17,10 +17,12 @@ from megatron_eso.checkpoint.folder import CheckpointFolder
 from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
 from megatron_eso.errors import CheckpointError
 from megatron_eso.export import exporter
+from megatron_eso.export.describe import config_json
 from megatron_eso.export.exporter import export
 from megatron_eso.export.inspect_tensors import inspect
-from megatron_eso.export.mapping import QKV, inexpressible, no_backbone, rules
+from megatron_eso.export.mapping import QKV, inexpressible, no_backbone, rules, shape_of
 from megatron_eso.export.source import open_source
+from megatron_eso.export.streamed import _class_of, read_config
 from megatron_eso.export.torch_dist import TorchDistReader, read_index
 from megatron_eso.export.verify_export import verify_folder
 from megatron_eso.export.watch import watch_run
@@ -345,6 +347,32 @@ def test_the_table_splits_and_joins_without_loss():
         assert torch.equal(rule.transform.join(model, parts), ours)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"qk_norm": True, "attention_bias": True, "mlp_bias": True}, id="rmsnorm"),
+        pytest.param(
+            {"norm": "layernorm", "activation": "gelu", "mlp_bias": True, "head_bias": True},
+            id="layernorm",
+        ),
+    ],
+)
+def test_the_table_knows_the_shapes_of_the_exported_classes(tmp_path, settings):
+    model = ModelConfig(
+        hidden_size=32, num_layers=1, num_heads=4, num_kv_heads=2, head_size=16, ffn_size=48,
+        vocab_size=61, **settings,
+    )  # fmt: skip
+    config = config_json(model, ObjectiveConfig(), kind="esolm", dtype="fp32", end_id=None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = read_config(tmp_path)
+    theirs = {n: tuple(p.shape) for n, p in _class_of(settings)(settings).named_parameters()}
+    found = {}
+    for rule in rules(model):
+        shapes = rule.transform.shapes(model, shape_of(rule, model))
+        found |= dict(zip([name.format(0) for name in rule.theirs], shapes, strict=True))
+    assert found == theirs
+
+
 def test_inspect_says_what_becomes_of_every_tensor(checkpoints, exported):
     found = inspect(checkpoints / "tensor")
     by_name = {line.name: line for line in found.lines}
@@ -373,6 +401,25 @@ def test_watch_exports_each_committed_checkpoint_once(checkpoints, tmp_path):
     CheckpointFolder(run / "step_0000000009").commit()
     watch_run(tmp_path / "run", tmp_path / "out", one, poll_seconds=0, is_over=lambda: True)
     assert done == ["step_0000000007", "step_0000000009"]
+
+
+def test_watch_finds_the_checkpoints_of_a_run_that_has_none_yet(tmp_path):
+    (tmp_path / "run").mkdir()
+    done = []
+
+    def is_over():
+        is_first_look = not (tmp_path / "run" / "checkpoints").exists()
+        if is_first_look:
+            folder = tmp_path / "run" / "checkpoints" / "step_0000000007"
+            folder.mkdir(parents=True)
+            CheckpointFolder(folder).commit()
+        return not is_first_look
+
+    watch_run(
+        tmp_path / "run", tmp_path / "out", lambda source, target: done.append(source.name),
+        poll_seconds=0, is_over=is_over,
+    )  # fmt: skip
+    assert done == ["step_0000000007"]
 
 
 @pytest.mark.slow

@@ -4,10 +4,15 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Words
+from tokenizers import processors
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_eso.errors import CheckpointError
+from megatron_eso.checkpoint.folder import CheckpointFolder
+from megatron_eso.cli import import_
+from megatron_eso.data.tokenizer import Tokenizer
+from megatron_eso.errors import CheckpointError, ConfigError
 from megatron_eso.export.exporter import export
 from megatron_eso.export.import_hf import import_hf
 from megatron_eso.export.streamed import StreamedModel
@@ -106,6 +111,134 @@ def test_our_own_export_comes_back_unchanged(stock, tmp_path):
     assert StreamedModel(tmp_path / "out").config.mask_token_id == 61
 
 
+def as_trained_for(folder, **objective):
+    """Change what a checkpoint says it was trained for."""
+    sidecar = json.loads((folder / "esolm.json").read_text())
+    sidecar["objective"] |= objective
+    (folder / "esolm.json").write_text(json.dumps(sidecar))
+    CheckpointFolder(folder).commit()
+
+
+@pytest.mark.parametrize("objective", [{"alpha_0": 0.25, "noise_eps": 0.01}, {"name": "ar"}])
+def test_a_backbone_export_comes_back_with_its_mask_row_and_objective(stock, tmp_path, objective):
+    import_hf(stock("llama"), tmp_path / "first")
+    as_trained_for(tmp_path / "first", **objective)
+    export(tmp_path / "first", tmp_path / "out", kind="backbone", verify=False)
+    found = import_hf(tmp_path / "out", tmp_path / "second")
+    assert (found.model.vocab_size, found.has_mask, len(found.remarks)) == (62, True, 1)
+    sidecars = [json.loads((tmp_path / x / "esolm.json").read_text()) for x in ("first", "second")]
+    assert sidecars[0]["objective"] == sidecars[1]["objective"]
+    export(tmp_path / "second", tmp_path / "again", kind="backbone", verify=False)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def export_as(stock, tmp_path, *, tokenizer=None, kind="backbone", **objective):
+    """Export a stock model's weights as a run of this objective."""
+    import_hf(stock("llama"), tmp_path / "run")
+    as_trained_for(tmp_path / "run", **objective)
+    export(tmp_path / "run", tmp_path / "out", kind=kind, tokenizer=tokenizer, verify=False)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("leading_mask", [True, False])
+def test_an_autoregressive_export_says_how_it_is_read(stock, tmp_path, leading_mask):
+    tokenizer = small_tokenizer(tmp_path / "t.json", 61)
+    out = export_as(stock, tmp_path, tokenizer=tokenizer, name="ar", leading_mask=leading_mask)
+    card = " ".join((out / "README.md").read_text().split())
+    assert "next-token model: the logits at a token are those of the token behind it" in card
+    assert ("prompts start with it" in card) is leading_mask
+    for wrong in ("garbage", "AT a mask", "alpha_0", "diffusion", "Eso-LM"):
+        assert wrong not in card
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((out / name).read_text())["bos_token_id"] == (61 if leading_mask else 0)
+    words = json.loads((out / "tokenizer_config.json").read_text())
+    assert (words["bos_token"] is None) is leading_mask
+
+
+def test_an_autoregressive_export_draws_no_mask(stock, tmp_path):
+    """Its logit is not trained: here all are equal, so 640 draws would find it."""
+    out = export_as(stock, tmp_path, name="ar")
+    model = LlamaForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    torch.manual_seed(0)
+    first = torch.full((16, 1), model.config.bos_token_id)
+    rows = model.generate(
+        first, max_new_tokens=40, do_sample=True, top_k=0, pad_token_id=0,
+        attention_mask=torch.ones_like(first),
+    )  # fmt: skip
+    assert (rows[:, 0] == 61).all()
+    assert not (rows[:, 1:] == 61).any()
+
+
+ENDS = ("w2", 2), ("w1", 1)
+BYTES = processors.ByteLevel(trim_offsets=True)
+TEMPLATE = processors.TemplateProcessing(
+    single="w1 $A", pair="w1 $A w1 $B", special_tokens=[("w1", 1)]
+)
+ADDERS = {
+    "template": TEMPLATE,
+    "bert": processors.BertProcessing(*ENDS),
+    "roberta": processors.RobertaProcessing(*ENDS),
+    "sequence": processors.Sequence([BYTES, TEMPLATE]),
+}
+
+
+@pytest.mark.parametrize("kind", ["esolm", "backbone"])
+@pytest.mark.parametrize("adder", ADDERS)
+def test_the_exported_tokenizer_adds_no_tokens(stock, tmp_path, kind, adder):
+    """Rows of training and ``sample --prompt`` have none."""
+    file = small_tokenizer(tmp_path / "t.json", 61)
+    words = Words.from_file(str(file))
+    words.post_processor = ADDERS[adder]
+    words.save(str(file))
+    assert 1 in words.encode("w5 w6").ids
+    out = export_as(stock, tmp_path, tokenizer=file, kind=kind)
+    found = AutoTokenizer.from_pretrained(out)
+    assert found("w5 w6").input_ids == Tokenizer(file).encode("w5 w6") == [5, 6]
+    assert found("w5", "w6").input_ids == [5, 6]
+    left = json.loads((out / "tokenizer.json").read_text())["post_processor"]
+    assert ("ByteLevel" in json.dumps(left)) is (adder == "sequence")
+
+
+def test_a_tokenizer_that_adds_nothing_is_exported_as_it_is(stock, tmp_path):
+    file = small_tokenizer(tmp_path / "t.json", 61)
+    words = Words.from_file(str(file))
+    words.post_processor = processors.Sequence([BYTES])
+    words.save(str(file), pretty=False)
+    out = export_as(stock, tmp_path, tokenizer=file)
+    assert (out / "tokenizer.json").read_bytes() == file.read_bytes()
+
+
+def test_an_eso_backbone_says_how_it_is_read(stock, tmp_path):
+    out = export_as(stock, tmp_path, alpha_0=0.25)
+    card = (out / "README.md").read_text()
+    assert "garbage" in card
+    assert "alpha_0 = 0.25" in card
+    assert "suppress_tokens" not in (out / "generation_config.json").read_text()
+
+
+def test_an_objective_that_is_not_written_down_is_remarked(stock, tmp_path):
+    """A folder that transformers saved again has no notes of ours, but still the mask token."""
+    import_hf(stock("llama"), tmp_path / "first")
+    export(tmp_path / "first", tmp_path / "out", kind="backbone", verify=False)
+    (tmp_path / "out" / "esolm_export.json").unlink()
+    found = import_hf(tmp_path / "out", tmp_path / "second")
+    assert found.model.vocab_size == 62
+    assert any("taken to be eso" in remark for remark in found.remarks)
+
+
+def test_notes_of_another_version_are_refused(stock, tmp_path):
+    import_hf(stock("llama"), tmp_path / "first")
+    export(tmp_path / "first", tmp_path / "out", kind="backbone", verify=False)
+    facts = json.loads((tmp_path / "out" / "esolm_export.json").read_text())
+    facts["objective"]["beta"] = 1
+    (tmp_path / "out" / "esolm_export.json").write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match=r"objective\.beta"):
+        import_hf(tmp_path / "out", tmp_path / "second")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [[], ["parallel.tensor=2"], ["parallel.pipeline=2"]])
 def test_an_imported_model_trains_at_any_layout(stock, tmp_path, two_ranks, layout):
@@ -127,8 +260,21 @@ def test_an_imported_model_trains_at_any_layout(stock, tmp_path, two_ranks, layo
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"num_hidden_layers": 5}, r"layers\.4\.input_layernorm\.weight is missing"),
         ({"num_hidden_layers": 3}, r"layers\.3\.\S+ has no place"),
-        ({"intermediate_size": 32}, "config.json says"),
+        ({"intermediate_size": 32}, r"gate_proj.*\(64, 32\).*by config.json \[\(32, 32\)"),
+        (
+            {"vocab_size": 40},
+            r"embed_tokens.*\(61, 32\).*by config.json \[\(40, 32\)\].*vocab_size",
+        ),
+        ({"vocab_size": 70}, r"embed_tokens.*\(61, 32\).*by config.json \[\(70, 32\)\]"),
+        ({"num_key_value_heads": 1}, r"k_proj.*by config.json .*\(16, 32\).*num_key_value_heads"),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads=4 is no multiple of num_key_value_heads=3",
+        ),
+        ({"head_dim": 8}, r"q_proj.*\(64, 32\).*by config.json \[\(32, 32\).*head_dim"),
+        ({"hidden_size": None}, "hidden_size is missing"),
         ({"use_sliding_window": True}, "sliding"),
+        ({"mask_token_id": 7}, "mask_token_id=7 with vocab_size=61"),
     ],
 )
 def test_what_has_no_counterpart_is_refused_and_nothing_is_left(stock, tmp_path, values, message):
@@ -136,6 +282,76 @@ def test_what_has_no_counterpart_is_refused_and_nothing_is_left(stock, tmp_path,
     with pytest.raises(CheckpointError, match=message):
         import_hf(source, tmp_path / "ours")
     assert [p.name for p in tmp_path.iterdir()] == ["changed"]
+
+
+@pytest.mark.parametrize("name", ["head_dim", "num_key_value_heads"])
+def test_a_size_that_is_not_written_down_is_as_transformers_takes_it(tmp_path, name):
+    """Qwen3's are numbers of its own, no quotients."""
+    sizes = {"head_dim": 128, "num_key_value_heads": 32, "num_attention_heads": 64}
+    shape = SHAPE | sizes | {"num_hidden_layers": 1}
+    Qwen3ForCausalLM(Qwen3Config(**shape)).bfloat16().save_pretrained(tmp_path / "whole")
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    del config[name]
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(config))
+    model = import_hf(tmp_path / "whole", tmp_path / "ours").model
+    assert (model.head_size, model.num_kv_heads) == (128, 32)
+
+
+def test_a_head_norm_of_another_size_is_refused(stock, tmp_path):
+    source = change_config(stock("qwen3"), tmp_path)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.2.self_attn.k_norm.weight"] = torch.ones(8, dtype=torch.bfloat16)
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"layers\.2\.self_attn\.k_norm\.weight: shapes \[\(8,\)\]"
+    ):
+        import_hf(source, tmp_path / "ours")
+
+
+def test_a_tokenizer_that_is_given_is_kept(stock, tmp_path):
+    source = change_config(stock("llama"), tmp_path)
+    small_tokenizer(source / "tokenizer.json", 50)
+    given = small_tokenizer(tmp_path / "given.json", 61)
+    found = import_hf(source, tmp_path / "ours", tokenizer=given)
+    assert (tmp_path / "ours" / "tokenizer.json").read_bytes() == given.read_bytes()
+    assert found.remarks == []
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_is_not_to_be_cut_for(stock, tmp_path):
+    given = small_tokenizer(tmp_path / "given.json", 70)
+    (remark,) = import_hf(stock("llama"), tmp_path / "ours", tokenizer=given).remarks
+    assert "70 ids, the embedding 61" in remark
+    assert "--cut-vocabulary" not in remark
+
+
+def test_rows_longer_than_the_model_knows_are_refused(stock, tmp_path):
+    with pytest.raises(CheckpointError, match=r"--sequence-length 65.*=64"):
+        import_hf(stock("llama"), tmp_path / "ours", sequence_length=65)
+
+
+@pytest.mark.parametrize(
+    ("source", "words", "message"),
+    [
+        ("hf", ["--weights", "raw"], "--weights is an option of --from official"),
+        ("hf", ["--weights", "ema", "--num-heads", "2"], "--num-heads is an option of"),
+        ("official", ["--cut-vocabulary"], "--cut-vocabulary is an option of --from hf"),
+    ],
+)
+def test_options_of_the_other_format_are_refused(tmp_path, source, words, message):
+    with pytest.raises(ConfigError, match=message):
+        command(["in", "--out", str(tmp_path / "out"), "--from", source, *words])
+
+
+def test_the_command_keeps_the_tokenizer_that_is_given(stock, tmp_path, capsys):
+    given = small_tokenizer(tmp_path / "given.json", 61)
+    words = [str(stock("llama")), "--out", str(tmp_path / "out"), "--from", "hf"]
+    command([*words, "--tokenizer", str(given)])
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == given.read_bytes()
+    assert "the mask token, id 61, is new" in capsys.readouterr().out
+
+
+def command(words):
+    import_.app(words, standalone_mode=False)
 
 
 def test_a_theta_in_either_spelling_is_read(stock, tmp_path):
@@ -151,4 +367,18 @@ def test_the_vocabulary_is_cut_only_when_asked(stock, tmp_path):
     assert any("--cut-vocabulary" in remark for remark in whole.remarks)
     assert import_hf(source, tmp_path / "cut", cut_vocabulary=True).model.vocab_size == 51
     export(tmp_path / "cut", tmp_path / "out")
+    again = import_hf(tmp_path / "out", tmp_path / "again")
+    assert (again.model.vocab_size, again.has_mask) == (51, True)
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"]
+
+
+@pytest.mark.parametrize("kind", ["esolm", "backbone"])
+def test_cutting_the_vocabulary_keeps_the_mask_row(stock, tmp_path, kind):
+    import_hf(stock("llama"), tmp_path / "first")
+    export(tmp_path / "first", tmp_path / "out", kind=kind, verify=False)
+    small_tokenizer(tmp_path / "out" / "tokenizer.json", 50)
+    assert import_hf(tmp_path / "out", tmp_path / "cut", cut_vocabulary=True).remarks == []
+    export(tmp_path / "cut", tmp_path / "small", kind=kind, verify=False)
+    name = "model.embed_tokens.weight"
+    whole, cut = (load_file(tmp_path / x / "model.safetensors")[name] for x in ("out", "small"))
+    assert torch.equal(cut, torch.cat([whole[:50], whole[61:]]))

@@ -35,14 +35,17 @@ def import_(
         ),
     ] = Source.OFFICIAL,
     weights: Annotated[
-        Weights, typer.Option(help="Averaged or raw weights of the file")
-    ] = Weights.EMA,
-    num_heads: Annotated[int | None, typer.Option(help="Heads [as the file says]")] = None,
+        Weights | None,
+        typer.Option(help="official: averaged or raw weights of the file [ema]"),
+    ] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(help="official: heads [as the file says]", min=1)
+    ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens of a row [as the file says]")
+        int | None, typer.Option(help="Tokens of a row [as the file says]", min=1)
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="tokenizer.json to keep [the one in the file]")
+        Path | None, typer.Option(help="tokenizer.json to keep [the file's or folder's]")
     ] = None,
     cut_vocabulary: Annotated[
         bool, typer.Option(help="hf: drop embedding rows beyond the tokenizer's ids")
@@ -57,18 +60,49 @@ def import_(
         megatron-eso import --from official official.ckpt --out runs/raw --weights raw
         megatron-eso import --from hf Qwen3-0.6B --out runs/qwen3 --cut-vocabulary
     """
+    given = {"weights": weights, "num_heads": num_heads, "cut_vocabulary": cut_vocabulary}
+    _require_of_format(source, [name for name, value in given.items() if value])
     if source is Source.HF:
-        _from_hf(checkpoint, out, cut_vocabulary, sequence_length)
+        _from_hf(checkpoint, out, cut_vocabulary, sequence_length, tokenizer)
     else:
+        weights = Weights.EMA if weights is None else weights
         _from_official(checkpoint, out, weights, num_heads, sequence_length, tokenizer)
 
 
-def _from_hf(source: Path, out: Path, cut_vocabulary: bool, sequence_length: int | None) -> None:
+def _require_of_format(source: Source, given: list[str]) -> None:
+    """Raise for options of the other format: ignored, they would seem to have been followed."""
+    from megatron_eso.errors import ConfigError
+
+    meant = {
+        "weights": (Source.OFFICIAL, "whose file holds averaged and raw weights"),
+        "num_heads": (Source.OFFICIAL, "for files without a configuration"),
+        "cut_vocabulary": (Source.HF, "for embeddings with rows beyond the tokenizer's ids"),
+    }
+    wrong = [
+        f"--{name.replace('_', '-')} is an option of --from {meant[name][0].value}, {meant[name][1]}"
+        for name in given
+        if meant[name][0] is not source
+    ]
+    if wrong:
+        raise ConfigError(f"with --from {source.value} leave out:\n  - " + "\n  - ".join(wrong))
+
+
+def _from_hf(
+    source: Path,
+    out: Path,
+    cut_vocabulary: bool,
+    sequence_length: int | None,
+    tokenizer: Path | None,
+) -> None:
     from megatron_eso.export.import_hf import import_hf
 
-    found = import_hf(source, out, cut_vocabulary=cut_vocabulary, sequence_length=sequence_length)
+    found = import_hf(
+        source, out, cut_vocabulary=cut_vocabulary, sequence_length=sequence_length,
+        tokenizer=tokenizer,
+    )  # fmt: skip
     typer.echo(
-        f"{found.folder.path}: {found.num_parameters:,} numbers, mask token added where missing"
+        f"{found.folder.path}: {found.num_parameters:,} numbers; the mask token, id "
+        f"{found.model.vocab_size - 1}, " + ("was there" if found.has_mask else "is new")
     )
     for remark in found.remarks:
         typer.echo(remark)

@@ -1,4 +1,4 @@
-"""What goes beside the exported weights: configs, tokenizer, model files, model card."""
+"""What goes beside the exported weights: configs, tokenizer, model files."""
 
 import json
 import shutil
@@ -31,6 +31,8 @@ def config_json(
 ) -> dict[str, Any]:
     """Return config.json, with both spellings of what transformers 4 and 5 spell differently."""
     name, architecture = model_type(model, kind)
+    mask = model.vocab_size - 1
+    has_leading_mask = objective.name == "ar" and objective.leading_mask
     theta = float(model.rotary_base)
     config: dict[str, Any] = {
         "model_type": name,
@@ -53,10 +55,10 @@ def config_json(
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "dtype": DTYPE_NAMES[dtype],
         "torch_dtype": DTYPE_NAMES[dtype],
-        "bos_token_id": end_id,
+        "bos_token_id": mask if has_leading_mask else end_id,
         "eos_token_id": end_id,
         "pad_token_id": end_id,
-        "mask_token_id": model.vocab_size - 1,
+        "mask_token_id": mask,
     }
     if kind == "esolm":
         # The AR objective with a leading mask is another input than any Eso-LM pass; see inexpressible.
@@ -99,12 +101,20 @@ def read_tokenizer(path: Path | None, model: ModelConfig) -> Tokenizer | None:
 
 
 def write_beside(
-    folder: Path, config: dict[str, Any], *, tokenizer: Tokenizer | None, kind: str, max_length: int
+    folder: Path,
+    config: dict[str, Any],
+    objective: ObjectiveConfig,
+    *,
+    tokenizer: Tokenizer | None,
+    kind: str,
+    max_length: int,
 ) -> None:
     """Write config.json, generation_config.json, the tokenizer's files and the model's .py files."""
     _dump(folder / "config.json", config)
-    end = config["eos_token_id"]
-    generation: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    generation: dict[str, Any] = {name: config[name] for name in names}
+    if objective.name == "ar":  # a stock class would draw the mask, whose logit is not trained
+        generation["suppress_tokens"] = [config["mask_token_id"]]
     if kind == "esolm":
         generation["max_new_tokens"] = max(1, min(256, max_length // 2))
         for name in MODEL_FILES:
@@ -112,7 +122,7 @@ def write_beside(
     _dump(folder / "generation_config.json", generation)
     if tokenizer is None:
         return
-    shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
+    (folder / "tokenizer.json").write_bytes(without_additions(tokenizer.path.read_bytes()))
     end = tokenizer.end_id
     end_text = None if end is None else tokenizer.decode([end])
     _dump(
@@ -121,13 +131,35 @@ def write_beside(
             # transformers 5 has another name for this class, which 4 does not know.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": max_length,
-            "bos_token": end_text,
+            # The mask token is none of the tokenizer's.
+            "bos_token": end_text if config["bos_token_id"] == end else None,
             "eos_token": end_text,
             "pad_token": end_text,
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
         },
     )
+
+
+def without_additions(tokenizer_json: bytes) -> bytes:
+    """Return a tokenizer.json that puts no special tokens around a text; unchanged if it puts none.
+
+    Training's rows and ``sample --prompt`` have none, whatever the tokenizer's own model wanted.
+    """
+    content = json.loads(tokenizer_json)
+    kept = _adding_nothing(content.get("post_processor"))
+    if kept == content.get("post_processor"):
+        return tokenizer_json
+    return json.dumps(content | {"post_processor": kept}, ensure_ascii=False, indent=2).encode()
+
+
+def _adding_nothing(processor: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what of a post-processor adds no tokens: ByteLevel, which trims offsets."""
+    if processor is None or processor["type"] == "ByteLevel":
+        return processor
+    parts = map(_adding_nothing, processor.get("processors", []))
+    kept = [part for part in parts if part is not None]
+    return processor | {"processors": kept} if kept else None
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -138,66 +170,3 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 def _dump(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def model_card(config: dict[str, Any], facts: dict[str, Any], kind: str) -> str:
-    """Return README.md with the source and the verification's numbers."""
-    checked = facts["verification"]
-    lines = [f"| {name} | {value:.3g} |" for name, value in checked.items()] if checked else []
-    table = (
-        "\n".join(["| check | found |", "|---|---|", *lines])
-        if lines
-        else "Not verified (--no-verify)."
-    )
-    usage = _BACKBONE if kind == "backbone" else _USAGE
-    return _CARD.format(
-        kind="backbone" if kind == "backbone" else config["model_type"],
-        parameters=f"{facts['num_parameters']:,}",
-        alpha_0=facts["alpha_0"],
-        step=facts["step"],
-        weights=facts["weights"],
-        dtype=config["dtype"],
-        mask=config["mask_token_id"],
-        usage=usage,
-        table=table,
-    )
-
-
-_CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [diffusion, {kind}]
----
-# Eso-LM, {parameters} parameters
-
-An Eso-LM ("Esoteric Language Models", arXiv 2506.01928) trained with megatron_eso: step {step}, {weights}
-weights, alpha_0 = {alpha_0}, stored in {dtype}. The mask token is id {mask}.
-
-{usage}
-## Verified when exported
-
-Against an independent forward pass over the source checkpoint, in float32 (limits: relative logit
-difference 1e-4, KL 1e-8, the same most likely token everywhere, generated tokens within 1e-3 nats):
-
-{table}
-"""
-_USAGE = """    from transformers import AutoModelForCausalLM, AutoTokenizer
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
-    prompt = tokenizer("def ", return_tensors="pt")
-    rows = model.generate(**prompt, max_new_tokens=64, alpha_0=0.5, do_sample=True, top_p=0.9, seed=1)
-    scores = model.log_likelihood([[1, 2]], [[3, 4]], order="left-to-right")
-
-`model(input_ids)` takes a canvas with mask tokens in place and returns logits AT each mask: nothing is
-shifted by one. It is no next-token model: stock servers must not load it as one.
-"""
-_BACKBONE = """These are stock {0} weights. Two traps:
-
-1. The model predicts the token AT a mask token from entries in prediction order. Read as a next-token
-   model the same weights give garbage, without an error.
-2. Permuted rows need gathered rotary angles. Given `position_ids` that do not count up, transformers
-   builds a block-diagonal mask (packed sequences) silently, also with FlashAttention at batch 1: pass
-   `position_embeddings` to the layers and a 4-d causal mask of your own.
-
-Use `--format esolm` (the default) unless you know why not.
-""".replace("{0}", "Llama or Qwen3")

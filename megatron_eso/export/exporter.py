@@ -20,6 +20,7 @@ from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
 from megatron_eso.errors import CheckpointError
 from megatron_eso.export import describe
 from megatron_eso.export.mapping import Rule, inexpressible, no_backbone, rules
+from megatron_eso.export.model_card import model_card
 from megatron_eso.export.safetensors_writer import SHARD_BYTES, SafetensorsWriter, Spec
 from megatron_eso.export.source import DTYPES, Source, open_source
 from megatron_eso.export.verify_export import rounded, verify_export
@@ -70,12 +71,13 @@ def export(
             source.model, source.objective, kind=kind, dtype=dtype, end_id=end
         )
         describe.write_beside(
-            scratch, config, tokenizer=tokens, kind=kind, max_length=source.model.max_length
-        )
+            scratch, config, source.objective, tokenizer=tokens, kind=kind,
+            max_length=source.model.max_length,
+        )  # fmt: skip
         found = _verify(scratch, source, dtype) if verify else {}
         facts = _facts(source, specs, dtype, kind, found)
         (scratch / describe.FACTS).write_text(json.dumps(facts, indent=1))
-        (scratch / "README.md").write_text(describe.model_card(config, facts, kind))
+        (scratch / "README.md").write_text(model_card(config, facts))
     return facts
 
 
@@ -220,6 +222,7 @@ def _facts(
         "format": kind,
         "dtype": dtype,
         "alpha_0": source.objective.alpha_0,
+        "objective": asdict(source.objective),
         "sequence_length": source.folder.sidecar()["sequence_length"],
         "num_tensors": len(specs),
         "num_parameters": sum(spec.num_bytes // spec.dtype.itemsize for spec in specs),

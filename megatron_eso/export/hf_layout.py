@@ -1,16 +1,24 @@
 """A Hugging Face config.json in our terms; what cannot be expressed is refused with every reason."""
 
+from dataclasses import fields
 from typing import Any
 
 from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
 from megatron_eso.errors import CheckpointError
+from megatron_eso.export.describe import FACTS
 
 OURS = ("esolm", "esolm_dit")
 _KNOWN = ("llama", "qwen3", *OURS)
+_OF_OBJECTIVE = ("alpha_0", "diffusion_fraction", "noise_eps")  # those our own classes read
 
 
-def model_of(config: dict[str, Any]) -> tuple[ModelConfig, ObjectiveConfig]:
-    """Return shape and objective; ``vocab_size`` still without the mask token unless it is ours.
+def has_mask(config: dict[str, Any]) -> bool:
+    """Return whether the mask token has a row in the weights: in all our exports, stock class or not."""
+    return config["model_type"] in OURS or config.get("mask_token_id") is not None
+
+
+def model_of(config: dict[str, Any]) -> ModelConfig:
+    """Return the shape; ``vocab_size`` without the mask token unless :func:`has_mask`.
 
     Raises:
         CheckpointError: naming every setting that has no counterpart here.
@@ -21,12 +29,12 @@ def model_of(config: dict[str, Any]) -> tuple[ModelConfig, ObjectiveConfig]:
     kind = config["model_type"]
     is_dit = kind == "esolm_dit"
     heads = int(config["num_attention_heads"])
-    model = ModelConfig(
+    return ModelConfig(
         hidden_size=int(config["hidden_size"]),
         num_layers=int(config["num_hidden_layers"]),
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_size=config.get("head_dim") or int(config["hidden_size"]) // heads,
+        num_kv_heads=_num_kv_heads(config),
+        head_size=_head_size(config),
         ffn_size=int(config["intermediate_size"]),
         vocab_size=int(config["vocab_size"]),
         max_length=int(config["max_position_embeddings"]),
@@ -40,12 +48,32 @@ def model_of(config: dict[str, Any]) -> tuple[ModelConfig, ObjectiveConfig]:
         rotary_base=rope_theta(config),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
     )
-    objective = ObjectiveConfig(
-        alpha_0=float(config.get("alpha_0", 1.0)),
-        diffusion_fraction=config.get("diffusion_fraction"),
-        noise_eps=float(config.get("noise_eps", 1e-3)),
-    )
-    return model, objective
+
+
+def objective_of(
+    config: dict[str, Any], facts: dict[str, Any]
+) -> tuple[ObjectiveConfig, list[str]]:
+    """Return what the model was trained for, and a remark where that is not written down.
+
+    Args:
+        config: config.json; what it says of the objective goes first, as transformers reads it.
+        facts: what our export wrote beside it; empty for another program's model.
+
+    Raises:
+        CheckpointError: if our export is of a version with other settings.
+    """
+    noted = dict(facts.get("objective") or {"alpha_0": facts.get("alpha_0", 1.0)})
+    unknown = set(noted) - {field.name for field in fields(ObjectiveConfig)}
+    if unknown:
+        raise CheckpointError(
+            f"{FACTS} is of another version: objective.{', objective.'.join(sorted(unknown))} unknown here"
+        )
+    objective = ObjectiveConfig(**noted | {n: config[n] for n in _OF_OBJECTIVE if n in config})
+    if not has_mask(config) or "objective" in facts or "alpha_0" in config:
+        return objective, []
+    return objective, [
+        f"{FACTS} does not name the objective: taken to be eso with alpha_0 = {objective.alpha_0}"
+    ]
 
 
 def rope_theta(config: dict[str, Any]) -> float:
@@ -54,13 +82,36 @@ def rope_theta(config: dict[str, Any]) -> float:
     return float(config.get("rope_theta") or parameters.get("rope_theta") or 10000.0)
 
 
+def _num_kv_heads(config: dict[str, Any]) -> int:
+    """Return the number of key/value heads; one not written down is as transformers takes it."""
+    default = 32 if config["model_type"] == "qwen3" else None
+    return int(config.get("num_key_value_heads", default) or config["num_attention_heads"])
+
+
+def _head_size(config: dict[str, Any]) -> int:
+    """Return the width of a head; one not written down is as transformers takes it."""
+    quotient = int(config["hidden_size"]) // int(config["num_attention_heads"])
+    return int(config.get("head_dim") or (128 if config["model_type"] == "qwen3" else quotient))
+
+
 def _reasons(config: dict[str, Any]) -> list[str]:
     kind = config.get("model_type")
     if kind not in _KNOWN:
         return [f"model_type={kind!r}: only {', '.join(_KNOWN)} are read"]
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
               "max_position_embeddings", "rms_norm_eps")  # fmt: skip
-    reasons = [f"{name} is missing in config.json" for name in needed if name not in config]
+    reasons = [f"{name} is missing in config.json" for name in needed if not config.get(name)]
+    if not reasons and int(config["num_attention_heads"]) % _num_kv_heads(config):
+        reasons.append(
+            f"num_attention_heads={config['num_attention_heads']} is no multiple of "
+            f"num_key_value_heads={_num_kv_heads(config)}"
+        )
+    mask, size = config.get("mask_token_id"), config.get("vocab_size")
+    if mask is not None and size is not None and mask != size - 1:
+        reasons.append(
+            f"mask_token_id={mask} with vocab_size={size}: the mask token is the last id here; without "
+            "mask_token_id in config.json a new one is added"
+        )
     activation = config.get("hidden_act", "silu")
     wanted = "gelu_pytorch_tanh" if kind == "esolm_dit" else "silu"
     if activation != wanted:

@@ -1,7 +1,7 @@
 """Hugging Face weights in (Llama, Qwen3, our own exports), a checkpoint of ours out, tensor by tensor.
 
-An autoregressive model gets a mask token: one more id, whose embedding is the mean of the others. Numbers
-are kept bit for bit (float32 holds bfloat16 and float16 exactly).
+A model without a mask token gets one: one more id, whose embedding is the mean of the others. Numbers are
+kept bit for bit (float32 holds bfloat16 and float16 exactly).
 """
 
 import json
@@ -20,8 +20,8 @@ from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import CheckpointError, DataError
 from megatron_eso.export.describe import read_facts
 from megatron_eso.export.exporter import require_free, require_room, scratch_beside
-from megatron_eso.export.hf_layout import OURS, model_of
-from megatron_eso.export.mapping import Rule, rules
+from megatron_eso.export.hf_layout import has_mask, model_of, objective_of
+from megatron_eso.export.mapping import Rule, rules, shape_of
 from megatron_eso.export.streamed import ExportedTensors
 from megatron_eso.export.torch_dist_writer import TorchDistWriter
 
@@ -36,6 +36,8 @@ class Imported:
     model: ModelConfig
     sequence_length: int
     num_parameters: int
+    has_mask: bool
+    """The mask token was there; otherwise it is new."""
     remarks: list[str]
 
 
@@ -46,6 +48,8 @@ class Described:
     model_type: str
     model: ModelConfig
     """The vocabulary includes the mask token."""
+    num_stored_ids: int
+    """Rows of the embedding and the head in the weights."""
     objective: ObjectiveConfig
     sequence_length: int
     tokenizer: Tokenizer | None
@@ -60,6 +64,7 @@ def import_hf(
     *,
     cut_vocabulary: bool = False,
     sequence_length: int | None = None,
+    tokenizer: Path | None = None,
 ) -> Imported:
     """Write a checkpoint from a folder with config.json and safetensors weights.
 
@@ -70,13 +75,17 @@ def import_hf(
             tokenizer fits; otherwise every row is kept.
         sequence_length: tokens of a row in training; None: as our export noted, else the model's
             longest, at most 1024.
+        tokenizer: ``tokenizer.json`` to keep beside the weights; None: the one in the folder.
 
     Raises:
         CheckpointError: if the model cannot be read or expressed, or ``out`` holds anything.
+        DataError: if the ``tokenizer`` given cannot be read.
     """
     require_free(out)
-    known = describe_hf(source, cut_vocabulary=cut_vocabulary, sequence_length=sequence_length)
-    model, tokenizer, remarks = known.model, known.tokenizer, known.remarks
+    known = describe_hf(
+        source, cut_vocabulary=cut_vocabulary, sequence_length=sequence_length, tokenizer=tokenizer
+    )
+    model = known.model
     tensors = ExportedTensors(source)
     table = rules(model)
     _require_names(tensors, table, model)
@@ -85,13 +94,13 @@ def import_hf(
         count = 0
         with TorchDistWriter(scratch) as writer:
             for rule, layer in _work(table, model.num_layers):
-                whole = _joined(tensors, rule, layer, model, known.has_mask)
+                whole = _joined(tensors, rule, layer, known)
                 count += whole.numel()
                 writer.write(
                     f"weights.{rule.ours}", whole, layer=layer, num_layers=model.num_layers
                 )
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer.path, scratch / "tokenizer.json")
+        if known.tokenizer is not None:
+            shutil.copyfile(known.tokenizer.path, scratch / "tokenizer.json")
         sidecar = {
             "format_version": FORMAT_VERSION,
             "step": 0,
@@ -101,38 +110,59 @@ def import_hf(
             "sequence_length": known.sequence_length,
             "mask_token_id": model.vocab_size - 1,
             "data": {},
-            "tokenizer": None if tokenizer is None else "tokenizer.json",
+            "tokenizer": None if known.tokenizer is None else "tokenizer.json",
             "parallel": {},
             "origin": {"format": "hf", "model_type": known.model_type, "folder": source.name},
         }
         write_durably(scratch / SIDECAR, json.dumps(sidecar, indent=1))
         CheckpointFolder(scratch).commit()
-    return Imported(CheckpointFolder(out), model, known.sequence_length, count, remarks)
+    return Imported(
+        CheckpointFolder(out), model, known.sequence_length, count, known.has_mask, known.remarks
+    )
 
 
 def describe_hf(
-    source: Path, *, cut_vocabulary: bool = False, sequence_length: int | None = None
+    source: Path,
+    *,
+    cut_vocabulary: bool = False,
+    sequence_length: int | None = None,
+    tokenizer: Path | None = None,
 ) -> Described:
     """Return what the folder says of its model; arguments and errors as of :func:`import_hf`."""
-    config = _read_config(source)
-    model, objective = model_of(config)
-    tokenizer, remarks = _tokenizer(source)
-    has_mask = config["model_type"] in OURS
-    rows = model.vocab_size - int(has_mask)
-    if cut_vocabulary and not has_mask:
-        if tokenizer is None:
-            raise CheckpointError("--cut-vocabulary needs a tokenizer.json beside the weights")
-        rows = min(rows, tokenizer.vocab_size - 1)
+    config, facts = _read_config(source), read_facts(source)
+    model = model_of(config)
+    objective, remarks = objective_of(config, facts)
+    words, more = _tokenizer(source, tokenizer)
+    remarks += more
+    num_stored = model.vocab_size
+    rows = num_stored - int(has_mask(config))
+    if cut_vocabulary:
+        if words is None:
+            raise CheckpointError(
+                "--cut-vocabulary needs a tokenizer.json beside the weights, or --tokenizer FILE"
+            )
+        rows = min(rows, words.vocab_size - 1)
     model = replace(model, vocab_size=rows + 1)
-    if tokenizer is not None and tokenizer.vocab_size != model.vocab_size:
+    if words is not None and words.vocab_size != model.vocab_size:
+        is_spare = words.vocab_size < model.vocab_size
         remarks.append(
-            f"the tokenizer has {tokenizer.vocab_size - 1} ids, the embedding {rows}: to train on text "
-            "prepared with it import with --cut-vocabulary"
+            f"the tokenizer has {words.vocab_size - 1} ids, the embedding {rows}: to train on text "
+            "prepared with it import with "
+            + (
+                "--cut-vocabulary"
+                if is_spare
+                else "--tokenizer and the file the model was trained with"
+            )
         )
-    length = min(
-        sequence_length or read_facts(source).get("sequence_length", 1024), model.max_length
+    if sequence_length is not None and sequence_length > model.max_length:
+        raise CheckpointError(
+            f"--sequence-length {sequence_length} is more than the model's max_position_embeddings="
+            f"{model.max_length}; give at most that"
+        )
+    length = sequence_length or min(facts.get("sequence_length", 1024), model.max_length)
+    return Described(
+        config["model_type"], model, num_stored, objective, length, words, has_mask(config), remarks
     )
-    return Described(config["model_type"], model, objective, length, tokenizer, has_mask, remarks)
 
 
 def _read_config(source: Path) -> dict[str, Any]:
@@ -146,7 +176,9 @@ def _read_config(source: Path) -> dict[str, Any]:
     return config
 
 
-def _tokenizer(source: Path) -> tuple[Tokenizer | None, list[str]]:
+def _tokenizer(source: Path, asked: Path | None) -> tuple[Tokenizer | None, list[str]]:
+    if asked is not None:
+        return Tokenizer(asked, requires_end=False), []
     path = source / "tokenizer.json"
     if not path.is_file():
         return None, ["no tokenizer.json: sampling and export will ask for one"]
@@ -172,34 +204,37 @@ def _require_names(tensors: ExportedTensors, table: list[Rule], model: ModelConf
         raise CheckpointError(f"{tensors.folder} cannot be imported:\n  - " + "\n  - ".join(wrong))
 
 
-def _joined(
-    tensors: ExportedTensors, rule: Rule, layer: int | None, model: ModelConfig, has_mask: bool
-) -> Tensor:
+def _joined(tensors: ExportedTensors, rule: Rule, layer: int | None, known: Described) -> Tensor:
     """Return one tensor of ours, float32."""
-    parts = [tensors.read(name.format(layer)).float() for name in rule.theirs]
-    if rule.theirs[0] in _VOCABULARY and not has_mask:
-        rows = parts[0][: model.vocab_size - 1]
-        is_embedding = rule.theirs[0] == "model.embed_tokens.weight"
-        # The head's row for the mask is never used: the mask is no prediction.
-        mask = rows.mean(dim=0, keepdim=True) if is_embedding else torch.zeros_like(rows[:1])
-        parts = [torch.cat([rows, mask])]
+    model = known.model
+    names = [name.format(layer) for name in rule.theirs]
+    parts = [tensors.read(name).float() for name in names]
+    shapes = rule.transform.shapes(model, shape_of(rule, model))
+    is_vocabulary = rule.theirs[0] in _VOCABULARY
+    if is_vocabulary:
+        shapes = [(known.num_stored_ids, *shape[1:]) for shape in shapes]
     found = [tuple(part.shape) for part in parts]
-    whole = rule.transform.join(model, parts)
-    expected = rule.transform.shapes(model, tuple(whole.shape))
-    if found != expected or whole.shape[0] != _rows(rule, model, whole):
+    if found != shapes:
         raise CheckpointError(
-            f"{', '.join(rule.theirs)}: shapes {found}, config.json says {expected}"
+            f"{', '.join(names)}: shapes {found}, by config.json {shapes}; correct "
+            "vocab_size, hidden_size, intermediate_size, num_attention_heads, num_key_value_heads or "
+            "head_dim there"
         )
-    return whole
+    if is_vocabulary:
+        parts = [_with_mask(parts[0], rule, known)]
+    return rule.transform.join(model, parts)
 
 
-def _rows(rule: Rule, model: ModelConfig, whole: Tensor) -> int:
-    """Return how many rows config.json says the tensor has; its own number where it says nothing."""
-    if rule.ours.endswith("linear_fc1.weight"):
-        return (model.ffn_size or 0) * (2 if model.activation == "swiglu" else 1)
-    if rule.ours.endswith(("linear_proj.weight", "linear_fc2.weight")):
-        return model.hidden_size
-    return whole.shape[0]
+def _with_mask(stored: Tensor, rule: Rule, known: Described) -> Tensor:
+    """Return the rows of the ids kept and, last, the mask token's."""
+    rows = stored[: known.model.vocab_size - 1]
+    if known.has_mask:
+        mask = stored[-1:]
+    elif rule.theirs[0] == "model.embed_tokens.weight":
+        mask = rows.mean(dim=0, keepdim=True)
+    else:  # the head's row for the mask is never used: the mask is no prediction
+        mask = torch.zeros_like(rows[:1])
+    return torch.cat([rows, mask])
 
 
 def _num_numbers(source: Path, tensors: ExportedTensors) -> int:

@@ -135,6 +135,24 @@ def _layer_rules(model: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], Tra
         yield f"mlp.linear_fc2.{kind}", (f"mlp.down_proj.{kind}",), COPY
 
 
+def shape_of(rule: Rule, model: ModelConfig) -> tuple[int, ...]:
+    """Return the shape of our tensor of a rule, of one layer."""
+    hidden, inner, size = model.hidden_size, derive.ffn_size(model), derive.head_size(model)
+    num_ids, groups = derive.padded_vocab_size(model), derive.num_kv_heads(model)
+    matrices = {
+        "embedding.word_embeddings": (num_ids, hidden),
+        "output_layer": (num_ids, hidden),
+        "self_attention.linear_qkv": ((model.num_heads + 2 * groups) * size, hidden),
+        "self_attention.linear_proj": (hidden, model.num_heads * size),
+        "mlp.linear_fc1": (inner * (2 if model.activation == "swiglu" else 1), hidden),
+        "mlp.linear_fc2": (hidden, inner),
+    }
+    module, kind = rule.ours.removeprefix(LAYERS).rsplit(".", 1)
+    if module in matrices and kind in ("weight", "bias"):
+        return matrices[module] if kind == "weight" else matrices[module][:1]
+    return (size,) if module.endswith(("q_layernorm", "k_layernorm")) else (hidden,)
+
+
 def inexpressible(model: ModelConfig, objective: str = "eso") -> list[str]:
     """Return why a model cannot be exported; empty if it can."""
     reasons = []

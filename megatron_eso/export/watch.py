@@ -31,10 +31,11 @@ def watch_run(
         poll_seconds: pause between looks.
         is_over: asked after each look; the command line stops on Ctrl-C.
     """
-    root = run / "checkpoints" if (run / "checkpoints").is_dir() else run
-    if not root.is_dir():
+    if not run.is_dir():
         raise CheckpointError(f"{run} does not exist; --watch needs the folder of a run")
     while True:
+        # Asked at each look: a run that has just started makes the folder at its first save.
+        root = run / "checkpoints" if (run / "checkpoints").is_dir() else run
         for folder in list_folders(root):
             target = out / folder.path.name
             if not folder.is_committed or target.exists():
