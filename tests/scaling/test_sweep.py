@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shlex
 import signal
 import subprocess
@@ -66,6 +67,12 @@ def grid(tmp_path, *overrides):
     return Path(sweep.folder), cells
 
 
+def one_cell(tmp_path, *overrides):
+    """Return the folder and the cells of a grid that is made in no time."""
+    one = ["models=['../model/ladder/s1.yaml']", "objectives=[{name: ar}]", "budgets=[5.0e10]"]
+    return grid(tmp_path, *one, *overrides)
+
+
 def test_every_cell_spends_its_budget_to_half_a_step(tmp_path):
     for cell in grid(tmp_path)[1]:
         per_step = cell.flops / cell.run.train.steps
@@ -125,6 +132,89 @@ def test_finished_cells_are_kept_and_failed_ones_retried_to_the_limit(tmp_path):
     assert "given-up" in states_table(states)
 
 
+ENDINGS = {
+    "Ctrl-C": None,
+    "stopped with a checkpoint": "sys.exit(75)",
+    "a kill": "os.kill(os.getpid(), signal.SIGTERM)",
+    "stopped, but not cleanly": "(run / 'status.json').write_text('{\"state\": \"stopped\"}'); sys.exit(1)",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
+def test_an_interrupted_cell_goes_on_however_often(tmp_path, ending):
+    folder, cells = one_cell(tmp_path)
+    script = tmp_path / "interrupted.py"
+    script.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "run = pathlib.Path(sys.argv[2].removeprefix('folder=')); run.mkdir(exist_ok=True)\n"
+        + (ending or "time.sleep(60)")
+    )
+
+    def interrupt(line):
+        if not ending and line.startswith("start"):
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        quiet = dict(max_attempts=1, trainer=(sys.executable, str(script)), say=interrupt)
+        if ending:
+            assert run_cells(folder, cells[:1], **quiet)[0].state == "stopped"
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run_cells(folder, cells[:1], **quiet)
+        assert read_state(folder, cells[0], max_attempts=1).state == "stopped"
+    failing = trainer(tmp_path, fail=cells[0].name)  # a fault of its own still counts
+    quiet = dict(max_attempts=1, say=lambda line: None)
+    assert run_cells(folder, cells[:1], trainer=failing, **quiet)[0].state == "given-up"
+
+
+def test_a_cell_whose_runner_died_with_it_is_not_given_up(tmp_path):
+    folder, cells = one_cell(tmp_path)
+    own = folder / "cells" / cells[0].name
+    own.mkdir(parents=True)
+    (own / "attempts").write_text("2026-11-27T09:00:00\n" * 3)
+    assert read_state(folder, cells[0], max_attempts=2).state == "stopped"
+
+
+@pytest.mark.parametrize(
+    "age, status, state",
+    [
+        pytest.param(0, '{"state": "running"}', "running", id="fresh"),
+        pytest.param(3600, '{"state": "running"}', "stopped", id="silent for an hour"),
+        pytest.param(0, '{"state": "stopped"}', "stopped", id="says that it stopped"),
+    ],
+)
+def test_a_cell_on_another_machine_is_judged_by_its_files(
+    tmp_path, monkeypatch, age, status, state
+):
+    folder, cells = one_cell(tmp_path)
+    own = folder / "cells" / cells[0].name
+    (own / "run").mkdir(parents=True)
+    changed = time.time() - age
+    for name, text in (
+        ("attempts", "2026-11-27T09:00:00\n"),
+        ("pid", "3999999\nelsewhere\n17.0\n"),
+        ("run/status.json", status),
+    ):
+        (own / name).write_text(text)
+        os.utime(own / name, (changed, changed))
+    assert read_state(folder, cells[0]).state == state
+    monkeypatch.setenv("SLURM_JOB_ID", "17")  # the job that Slurm has started again, here
+    assert read_state(folder, cells[0]).state == "stopped"
+
+
+def test_a_running_cell_says_where_it_runs(tmp_path):
+    folder, cells = one_cell(tmp_path)
+    said = []
+
+    def look(line):
+        if line.startswith("start"):
+            said.append((folder / "cells" / cells[0].name / "pid").read_text().split())
+
+    run_cells(folder, cells[:1], trainer=trainer(tmp_path), say=look)
+    assert said[0][1] == platform.node()
+    assert not (folder / "cells" / cells[0].name / "pid").exists()
+
+
 def test_a_changed_cell_is_noticed(tmp_path):
     folder, cells = grid(tmp_path)
     run_cells(folder, cells[:1], trainer=trainer(tmp_path), say=lambda line: None)
@@ -167,11 +257,13 @@ def test_a_slurm_array_has_a_task_per_legal_cell(tmp_path, monkeypatch):
     _, cells = grid(tmp_path)
     hostile = Path("a $(touch x) \"'sweep.yaml")
     script = slurm_array_script(
-        hostile, cells, folder=tmp_path, throttle=4, extra=["--gpus-per-node=8"]
-    )
+        hostile, cells, folder=tmp_path, throttle=4, extra=["--gpus-per-node=8"],
+        workers=3, max_attempts=5,
+    )  # fmt: skip
     words = shlex.split(script.splitlines()[-1])
     assert words[:6] == ["exec", sys.executable, "-m", "megatron_eso", "sweep", "run"]
     assert words[6] == str(hostile)
+    assert words[7:] == ["--cell", "$SLURM_ARRAY_TASK_ID", "--workers", "3", "--max-attempts", "5"]
     assert f"{len(cells) - 1}%4" in script and "--cell" in script and "--gpus-per-node=8" in script
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ClusterError, match="sbatch"):
