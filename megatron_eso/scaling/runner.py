@@ -218,7 +218,8 @@ def _start(
     (folder / "fingerprint").write_text(cell.fingerprint + "\n")
     save_config(cell.run, folder / "cell.yaml")
     attempts.note_start(folder)
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    ranks = workers * cell.run.parallel.local_ranks
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     with open(folder / "log.txt", "a") as log:
         process = subprocess.Popen(

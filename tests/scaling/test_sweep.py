@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eso.config import load_config
 from megatron_eso.errors import ClusterError, ConfigError, DataError
 from megatron_eso.scaling.collect import collect, read_table, tensorboard_steps, write_table
 from megatron_eso.scaling.grid import grid_table, make_grid
@@ -105,6 +106,10 @@ def test_a_token_ladder_gives_tokens_by_parameters(tmp_path):
         ("budgets=[1.0]", "too small for one"),
         ("tokens_per_parameter=[20.0]", "exactly one"),
         ("budgets=[-1.0]", "positive"),
+        ("budgets=[.nan]", "positive"),
+        ("num_gpus=0", "num_gpus=0 must be at least 1"),
+        ("batch_rows=0", "batch_rows=0 must be at least 1"),
+        ("learning_rate.reference_parameters=0", "reference_parameters=0 must be positive"),
     ],
 )
 def test_bad_grids_are_refused(tmp_path, override, message):
@@ -117,6 +122,42 @@ def test_illegal_cells_stay_with_their_reason(tmp_path):
     illegal = [c for c in cells if c.problems]
     assert illegal and all("too small" in c.problems[0] for c in illegal)
     assert "not run" in grid_table(cells)
+
+
+def test_a_cell_trains_on_the_gpus_it_is_priced_for(tmp_path):
+    for number in (1, 2):
+        folder, [cell] = one_cell(tmp_path, f"num_gpus={number}")
+        assert cell.run.parallel.local_ranks == number
+    # Folders of sweeps from before, whose cells trained on one GPU whatever num_gpus said, still count.
+    assert cell.fingerprint == one_cell(tmp_path)[1][0].fingerprint
+    run_cells(folder, [cell], trainer=trainer(tmp_path), say=lambda line: None)
+    stored = load_config(folder / "cells" / cell.name / "cell.yaml")
+    assert stored.parallel.local_ranks == 2
+
+
+def test_a_base_that_contradicts_num_gpus_is_refused(tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        (LAPTOP.parent / "laptop_base.yaml").read_text() + "parallel: {local_ranks: 2}\n"
+    )
+    base = f"base={tmp_path}/base.yaml"
+    assert one_cell(tmp_path, base, "num_gpus=2")[1][0].run.parallel.local_ranks == 2
+    with pytest.raises(ConfigError, match="local_ranks=2, the sweep for num_gpus=4"):
+        one_cell(tmp_path, base, "num_gpus=4")
+
+
+def test_objectives_that_differ_in_a_detail_are_named_by_it(tmp_path):
+    listed = (
+        "objectives=[{name: ar}, {name: eso, alpha_0: 0.5}, {name: eso, alpha_0: 0.25},"
+        " {name: eso, alpha_0: 0.25, diffusion_fraction: 0.75}, {name: bd3lm, block_size: 4},"
+        " {name: bd3lm, block_size: 8}]"
+    )
+    _, cells = one_cell(tmp_path, listed)
+    assert [cell.objective for cell in cells] == [
+        "ar", "eso-0.5", "eso-0.25-diffusion_fraction-null", "eso-0.25-diffusion_fraction-0.75",
+        "bd3lm-block_size-4", "bd3lm-block_size-8",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="duplicate cells ar_"):
+        one_cell(tmp_path, "objectives=[{name: ar}, {name: ar}]")
 
 
 def test_finished_cells_are_kept_and_failed_ones_retried_to_the_limit(tmp_path):
