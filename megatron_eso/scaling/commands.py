@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_eso.errors import ConfigError
+from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.scaling import collect as collecting
 from megatron_eso.scaling.grid import make_grid
 from megatron_eso.scaling.runner import (
@@ -57,9 +57,14 @@ def submit_array(
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text(
         slurm_array_script(
-            sweep_file.resolve(), cells, folder=Path.cwd(), throttle=throttle, extra=options,
-            workers=workers, max_attempts=max_attempts,
-        )  # fmt: skip
+            sweep_file.resolve(),
+            cells,
+            folder=Path.cwd(),
+            throttle=throttle,
+            extra=options,
+            workers=workers,
+            max_attempts=max_attempts,
+        )
     )
     return f"{script}: {submit_script(script)}"
 
@@ -96,8 +101,16 @@ def report(table: Path, out: Path, budget: float | None, note: Path | None) -> s
     from megatron_eso.scaling.report import write_report
     from megatron_eso.scaling.study import fit_study
 
+    text = _read_note(note) if note else ""
     study = fit_study(collecting.read_table(table), budget=budget)
-    return _say(write_report(study, out, note=note.read_text() if note else ""))
+    return _say(write_report(study, out, note=text))
+
+
+def _read_note(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--note {path} cannot be read as text: {error}") from None
 
 
 def _check_at_least_1(**options: int) -> None:

@@ -70,9 +70,7 @@ def make_grid(path: Path, overrides: list[str] | None = None) -> tuple[SweepConf
             level,
             hardware,
         )
-        for name, objective in zip(
-            objective_names(sweep.objectives), sweep.objectives, strict=True
-        )
+        for name, objective in zip(objective_names(sweep.objectives), sweep.objectives, strict=True)
         for model in sweep.models
         for level in sweep.budgets or sweep.tokens_per_parameter
     ]

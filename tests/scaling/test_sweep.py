@@ -15,6 +15,7 @@ import pytest
 
 from megatron_eso.config import load_config
 from megatron_eso.errors import ClusterError, ConfigError, DataError
+from megatron_eso.scaling import commands
 from megatron_eso.scaling.collect import collect, read_table, tensorboard_steps, write_table
 from megatron_eso.scaling.grid import grid_table, make_grid
 from megatron_eso.scaling.report import write_report
@@ -349,6 +350,25 @@ def test_unfinished_and_diverged_cells_are_left_out_and_make_it_provisional():
     assert len(study.left_out) == 2
     assert any("2 cells" in reason for reason in study.objectives[0].provisional)
     assert "PROVISIONAL" in recommendation(study.objectives[0], 1e10)
+
+
+def test_a_table_whose_rows_do_not_fit_its_head_is_refused_with_the_line(tmp_path):
+    table = tmp_path / "cells.csv"
+    for wrong in ("1,2,3", "1"):
+        table.write_text(f"cell,loss\na,2.0\n{wrong}\n")
+        with pytest.raises(DataError, match=r"line 3: \d values for 2 columns"):
+            read_table(table)
+
+
+def test_a_note_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"--note .*missing"):
+        commands.report(tmp_path / "cells.csv", tmp_path / "r.html", None, tmp_path / "missing")
+
+
+def test_counts_below_one_are_refused():
+    for counts in ((0, 2, 8), (1, 0, 8), (1, 2, -1)):
+        with pytest.raises(ConfigError, match="must be at least 1"):
+            commands.submit_array(LAPTOP, None, *counts, [])
 
 
 def test_nothing_finished_is_refused():
