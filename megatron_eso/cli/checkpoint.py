@@ -156,8 +156,10 @@ def _one(path: Path) -> "CheckpointFolder":
     from megatron_eso.checkpoint.folder import MARKER, SIDECAR, CheckpointFolder
     from megatron_eso.errors import CheckpointError
 
-    if not path.is_dir():
+    if not path.exists():
         raise CheckpointError(f"{path} does not exist")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; give a checkpoint's folder, or a run's")
     if path.name.startswith("step_") or (path / SIDECAR).exists():
         return CheckpointFolder(path)
     committed = [folder for folder in _folders(path) if folder.is_committed]

@@ -60,10 +60,11 @@ def sample(
 
     settings = PlanSettings(cast("Any", plan), alpha_0, num_steps, tokens_per_step)
     check_settings(settings)
-    if infill is not None and (prompt or length):
+    if infill is not None and (prompt or length is not None):
         raise ConfigError("--infill gives the whole row; --prompt and --length do not apply")
-    if batch < 1:
-        raise ConfigError(f"--batch {batch} must be at least 1")
+    for name, number in (("batch", batch), ("num-samples", num_samples), ("length", length)):
+        if number is not None and number < 1:
+            raise ConfigError(f"--{name} {number} must be at least 1")
     if out is not None and live:
         raise ConfigError("--live draws in the terminal; leave it out together with --out")
     if tensor * pipeline != (int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else ranks):

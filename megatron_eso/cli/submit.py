@@ -43,10 +43,11 @@ def submit(
 
     given = overrides or []
     own = [o.removeprefix("cluster.") for o in given if o.startswith("cluster.")]
-    own += [f"nodes={nodes}"] if nodes else []
+    own += [f"nodes={nodes}"] if nodes is not None else []
     rest = [o for o in given if not o.startswith("cluster.")]
-    tasks = [shlex.split(task) for task in sweep] if sweep else None
+    tasks = [_words(task) for task in sweep] if sweep else None
     profile = load_profile(cluster, own)
+    _check_throttle(throttle, profile.survival.requeue)
     plan = launcher.prepare(config, rest, profile, tasks)
     step_seconds, said = 0.0, []
     if profile.hardware:
@@ -70,3 +71,30 @@ def submit(
     typer.echo(f"job {job} submitted; run folder {plan.job.run}")
     folder = shlex.quote(str(plan.job.run))
     typer.echo(f"next: megatron-eso status {folder}   |   megatron-eso logs -f {folder}")
+
+
+def _words(task: str) -> list[str]:
+    """Return the overrides of one array task."""
+    import shlex
+
+    from megatron_eso.errors import ConfigError
+
+    try:
+        return shlex.split(task)
+    except ValueError as error:
+        raise ConfigError(
+            f"--sweep {task}: {error}; it is split as a shell would: write a quote of a value as \\' or "
+            'inside "..."'
+        ) from None
+
+
+def _check_throttle(throttle: int, requeue: str) -> None:
+    from megatron_eso.errors import ClusterError
+
+    if throttle < 0:
+        raise ClusterError(f"--throttle {throttle} must not be negative; 0: no limit")
+    if throttle and requeue == "chain":
+        raise ClusterError(
+            f"--throttle {throttle} limits one array, but with survival.requeue=chain each task goes on as "
+            "an array of its own; leave --throttle out or set cluster.survival.requeue=requeue"
+        )

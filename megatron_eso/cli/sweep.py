@@ -30,13 +30,15 @@ def run(
     sweep: SweepFile,
     overrides: Overrides = None,
     workers: Annotated[int, typer.Option(help="Cells at once on this machine")] = 1,
-    max_attempts: Annotated[int, typer.Option(help="Starts of a failing cell")] = 2,
+    max_attempts: Annotated[int, typer.Option(help="Failures until a cell is given up")] = 2,
     cell: Annotated[int | None, typer.Option(help="Run this cell only (Slurm arrays)")] = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit as an array")] = False,
     throttle: Annotated[int, typer.Option(help="With --slurm: tasks at once")] = 8,
     sbatch: Annotated[list[str] | None, typer.Option(help="With --slurm: #SBATCH option")] = None,
 ) -> None:
     """Run the cells that are not finished; the same command goes on after a kill.
+
+    An interrupted start is not counted as a failure.
 
     Examples:
         megatron-eso sweep run configs/sweep/laptop.yaml --workers 2
@@ -45,7 +47,9 @@ def run(
     from megatron_eso.scaling import commands
 
     if slurm:
-        typer.echo(commands.submit_array(sweep, overrides, throttle, sbatch or []))
+        typer.echo(
+            commands.submit_array(sweep, overrides, workers, max_attempts, throttle, sbatch or [])
+        )
         return
     ok = commands.run(sweep, overrides, workers, max_attempts, cell, say=typer.echo)
     raise typer.Exit(0 if ok else 5)

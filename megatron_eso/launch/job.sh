@@ -18,8 +18,8 @@ trap 'usr1=1; say "USR1: save and stop"; [ -n "$srun_pid" ] && kill -USR1 "$srun
 requeue() { # $1: requeue or requeuehold; $2: nodes to exclude
     trap '' TERM # the children ignore it too: Slurm ends this script while they run
     if [ "$REQUEUE" = chain ] && [ "$1" = requeue ]; then
-        successor=$(sbatch --parsable --dependency="afterany:$SLURM_JOB_ID" --chdir="$RUN" \
-            ${2:+--exclude="$2"} "$RUN/slurm/job.sbatch") || { say "sbatch refused the successor"; exit 1; }
+        successor=$(sbatch --parsable --dependency="afterany:$THIS_JOB" "${CHAIN_OPTIONS[@]}" \
+            ${2:+--exclude="$2"} "$JOB_SCRIPT") || { say "sbatch refused the successor"; exit 1; }
         helper chained --job "$successor"
         say "successor: job $successor"
         exit 0

@@ -4,6 +4,7 @@
 ``cluster.key=value`` overrides on the command line.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -175,8 +176,8 @@ def _wrong_numbers(profile: ClusterProfile) -> Iterator[str]:
     for name in ("nodes", "tasks_per_node", "cpus_per_task"):
         if getattr(profile, name) < 1:
             yield f"{name}={getattr(profile, name)} must be at least 1"
-    if profile.checkpoint_gb_per_second <= 0:
-        yield f"checkpoint_gb_per_second={profile.checkpoint_gb_per_second:g} must be positive"
+    if not 0 < profile.checkpoint_gb_per_second < math.inf:
+        yield f"checkpoint_gb_per_second={profile.checkpoint_gb_per_second:g} must be positive, a number"
     if survival.spare_nodes < 0 or profile.gpus_per_node < 0:
         yield "spare_nodes and gpus_per_node must not be negative"
     limit = minutes_of(profile.time_limit)

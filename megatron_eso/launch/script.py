@@ -16,6 +16,9 @@ from megatron_eso.launch.profile import ClusterProfile
 
 _BODY = Path(__file__).with_name("job.sh")
 OUTPUT = "slurm-%j.out"
+ARRAY_OUTPUT = "%a/slurm-%A_%a.out"
+COMMENT = "megatron-eso"
+"""How our jobs are told from others in the queue."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,11 @@ def job_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII).strip("_")[:60] or "run"
 
 
+def identity(job: Job) -> list[str]:
+    """Return the sbatch options by which a job, or a successor that it submits, is known as ours."""
+    return [f"--job-name={job_name(job.name)}", f"--comment={COMMENT}"]
+
+
 def quote_word(text: str) -> str:
     """Return text for a comment: printable, on one line."""
     return re.sub(r"[^\w .:/@+-]", "_", text, flags=re.ASCII)
@@ -123,9 +131,13 @@ def _variables(profile: ClusterProfile, job: Job) -> list[str]:
         "BAD_NODE_HOURS": f"{survival.bad_node_hours:g}",
         "POLL_METADATA": int(survival.poll_metadata),
     }
+    if survival.requeue == "chain":
+        options = [*identity(job), f"--chdir={job.run}"]
+        values |= {"JOB_SCRIPT": slurm / "job.sbatch", "CHAIN_OPTIONS": options}
     if profile.container.runtime != "none":
         values |= {"IMAGE": profile.container.image, "MOUNTS": profile.container.mounts}
-    return [f"{name}={_quoted(value)}" for name, value in values.items()] + _sweep(job)
+    lines = [f"{name}={_quoted(value)}" for name, value in values.items()] + _sweep(job)
+    return lines + (_successor(job) if survival.requeue == "chain" else [])
 
 
 def _sweep(job: Job) -> list[str]:
@@ -137,6 +149,17 @@ def _sweep(job: Job) -> list[str]:
         'RUN=$RUN/${SLURM_ARRAY_TASK_ID:?this script is an array job}',
         'eval "TRAIN+=(${SWEEP[$SLURM_ARRAY_TASK_ID]})" # quoted by megatron-eso submit',
     ]  # fmt: skip
+
+
+def _successor(job: Job) -> list[str]:
+    """Return the lines that let a job submit its successor; an array's task submits itself again."""
+    if job.sweep is None:
+        return ["THIS_JOB=$SLURM_JOB_ID"]
+    return [
+        # Slurm knows one task of each array by the number of the whole array.
+        "THIS_JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID",
+        f'CHAIN_OPTIONS+=(--array="$SLURM_ARRAY_TASK_ID" --output={shlex.quote(ARRAY_OUTPUT)})',
+    ]
 
 
 def _quoted(value: object) -> str:

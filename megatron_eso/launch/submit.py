@@ -17,10 +17,9 @@ from megatron_eso.errors import ClusterError
 from megatron_eso.launch import slurm
 from megatron_eso.launch.profile import ClusterProfile, minutes_of
 from megatron_eso.launch.records import Records, read_json, write_json
-from megatron_eso.launch.script import Job, job_name, render
+from megatron_eso.launch.script import ARRAY_OUTPUT, COMMENT, Job, identity, render
 
 _PACKAGE = Path(__file__).parents[1]
-_COMMENT = "megatron-eso"
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def submit(plan: Plan, *, throttle: int = 0) -> str:
 def live_job(run: Path) -> slurm.QueuedJob | None:
     """Return the job in the queue that works on a run folder, if any."""
     for job in slurm.queue():
-        if job.comment == _COMMENT and os.path.realpath(job.folder) == os.path.realpath(run):
+        if job.comment == COMMENT and os.path.realpath(job.folder) == os.path.realpath(run):
             return job
     known = read_json(run / "slurm" / "job.json").get("job")
     return next(iter(slurm.queue(job=known)), None) if known else None
@@ -161,7 +160,7 @@ def _check_partition(profile: ClusterProfile) -> None:
 
 def _arguments(plan: Plan, *, throttle: int, chdir: bool = True) -> list[str]:
     """Return sbatch's options that carry the user's names: no shell reads them."""
-    arguments = [f"--job-name={job_name(plan.job.name)}", f"--comment={_COMMENT}"]
+    arguments = identity(plan.job)
     if chdir:
         arguments.append(f"--chdir={plan.job.run}")
         bad = Records(plan.job.run).bad_nodes()
@@ -170,7 +169,7 @@ def _arguments(plan: Plan, *, throttle: int, chdir: bool = True) -> list[str]:
     if plan.job.sweep is not None:
         limit = f"%{throttle}" if throttle else ""
         arguments.append(f"--array=0-{len(plan.job.sweep) - 1}{limit}")
-        arguments.append("--output=%a/slurm-%A_%a.out")
+        arguments.append(f"--output={ARRAY_OUTPUT}")
     return arguments
 
 

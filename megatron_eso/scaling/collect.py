@@ -154,7 +154,7 @@ def read_table(path: Path) -> list[Row]:
     """Return the rows of a table written by :func:`write_table`.
 
     Raises:
-        DataError: if it is missing or has no row.
+        DataError: if it is missing, has no row, or a row of another length than the head's.
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist; write it with `megatron-eso sweep collect`")
@@ -163,10 +163,23 @@ def read_table(path: Path) -> list[Row]:
 
         rows = pyarrow.parquet.read_table(path).to_pylist()
     else:
-        with open(path, newline="") as file:
-            rows = [{k: _value(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        rows = _read_csv(path)
     if not rows:
         raise DataError(f"{path} has no rows")
+    return rows
+
+
+def _read_csv(path: Path) -> list[Row]:
+    rows = []
+    with open(path, newline="") as file:
+        reader = csv.reader(file)
+        names = next(reader, [])
+        for cells in filter(None, reader):
+            if len(cells) != len(names):
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {len(cells)} values for {len(names)} columns"
+                )
+            rows.append(dict(zip(names, map(_value, cells), strict=True)))
     return rows
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_eso.errors import ConfigError
+from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.scaling import collect as collecting
 from megatron_eso.scaling.grid import make_grid
 from megatron_eso.scaling.runner import (
@@ -25,9 +25,8 @@ def run(
     say: Callable[[str], None],
 ) -> bool:
     """Run the study's cells; return whether all legal ones are finished."""
+    _check_at_least_1(workers=workers, max_attempts=max_attempts)
     sweep, cells = make_grid(sweep_file, overrides)
-    if workers < 1:
-        raise ConfigError(f"--workers {workers} must be at least 1")
     if cell is not None:
         if not 0 <= cell < len(cells):
             raise ConfigError(f"--cell {cell}: the grid has cells 0 to {len(cells) - 1}")
@@ -40,9 +39,15 @@ def run(
 
 
 def submit_array(
-    sweep_file: Path, overrides: list[str] | None, throttle: int, options: list[str]
+    sweep_file: Path,
+    overrides: list[str] | None,
+    workers: int,
+    max_attempts: int,
+    throttle: int,
+    options: list[str],
 ) -> str:
     """Write the Slurm array and submit it; return what sbatch says."""
+    _check_at_least_1(workers=workers, max_attempts=max_attempts, throttle=throttle)
     if overrides:
         raise ConfigError(
             "with --slurm put overrides into the sweep file: every task reads it again"
@@ -52,7 +57,13 @@ def submit_array(
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text(
         slurm_array_script(
-            sweep_file.resolve(), cells, folder=Path.cwd(), throttle=throttle, extra=options
+            sweep_file.resolve(),
+            cells,
+            folder=Path.cwd(),
+            throttle=throttle,
+            extra=options,
+            workers=workers,
+            max_attempts=max_attempts,
         )
     )
     return f"{script}: {submit_script(script)}"
@@ -90,8 +101,22 @@ def report(table: Path, out: Path, budget: float | None, note: Path | None) -> s
     from megatron_eso.scaling.report import write_report
     from megatron_eso.scaling.study import fit_study
 
+    text = _read_note(note) if note else ""
     study = fit_study(collecting.read_table(table), budget=budget)
-    return _say(write_report(study, out, note=note.read_text() if note else ""))
+    return _say(write_report(study, out, note=text))
+
+
+def _read_note(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--note {path} cannot be read as text: {error}") from None
+
+
+def _check_at_least_1(**options: int) -> None:
+    for name, value in options.items():
+        if value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
 def _say(paths: list[Path]) -> str:

@@ -6,7 +6,7 @@ the rule beside the value. Illegal cells stay in the grid with the reason.
 
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_eso.config.check import violations
@@ -41,11 +41,14 @@ class Cell:
     dollars: float
     rules: dict[str, str]
     problems: tuple[str, ...] = ()
+    base_ranks: int = 1
+    """parallel.local_ranks of the base, which decides nothing; fingerprints hold it."""
 
     @property
     def fingerprint(self) -> str:
         """Hash of the settings that decide the result."""
-        text = to_yaml(replace(self.run, folder="", name=""))
+        parallel = replace(self.run.parallel, local_ranks=self.base_ranks)
+        text = to_yaml(replace(self.run, folder="", name="", parallel=parallel))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -62,11 +65,12 @@ def make_grid(path: Path, overrides: list[str] | None = None) -> tuple[SweepConf
         _cell(
             sweep,
             _base_run(sweep, path.parent, model, objective),
+            name,
             Path(model).stem,
             level,
             hardware,
         )
-        for objective in sweep.objectives
+        for name, objective in zip(objective_names(sweep.objectives), sweep.objectives, strict=True)
         for model in sweep.models
         for level in sweep.budgets or sweep.tokens_per_parameter
     ]
@@ -79,9 +83,19 @@ def make_grid(path: Path, overrides: list[str] | None = None) -> tuple[SweepConf
     return sweep, cells
 
 
-def objective_name(objective: ObjectiveConfig) -> str:
-    """Return the objective as tables and legends call it: ar, mdlm, eso-0.25."""
-    return f"eso-{objective.alpha_0:g}" if objective.name == "eso" else objective.name
+def objective_names(objectives: list[ObjectiveConfig]) -> list[str]:
+    """Return the objectives as tables and legends call them: ar, mdlm, eso-0.25.
+
+    Those that share such a name get what they differ in behind it: eso-1-loss_weight-constant.
+    """
+    short = [f"eso-{o.alpha_0:g}" if o.name == "eso" else o.name for o in objectives]
+    names = []
+    for name, objective in zip(short, objectives, strict=True):
+        same = [asdict(o) for n, o in zip(short, objectives, strict=True) if n == name]
+        own = asdict(objective)
+        differing = [k for k in own if k != "alpha_0" and any(o[k] != own[k] for o in same)]
+        names.append("-".join([name, *(f"{key}-{_word(own[key])}" for key in differing)]))
+    return names
 
 
 def grid_table(cells: list[Cell]) -> str:
@@ -107,20 +121,40 @@ def grid_table(cells: list[Cell]) -> str:
     return "\n".join(lines)
 
 
+def _word(value: object) -> str:
+    """Return a setting's value as a part of a name."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "null" if value is None else str(value).lower()
+
+
 def _check_axes(sweep: SweepConfig, path: Path) -> None:
     for name in ("models", "objectives"):
         if not getattr(sweep, name):
             raise ConfigError(f"{path}: the grid is empty: '{name}' lists nothing")
     if bool(sweep.budgets) == bool(sweep.tokens_per_parameter):
         raise ConfigError(f"{path}: give exactly one of budgets and tokens_per_parameter")
-    if any(level <= 0 for level in [*sweep.budgets, *sweep.tokens_per_parameter]):
+    if not all(0 < level < math.inf for level in [*sweep.budgets, *sweep.tokens_per_parameter]):
         raise ConfigError(f"{path}: budgets and tokens_per_parameter must be positive")
+    if sweep.num_gpus < 1:
+        raise ConfigError(f"{path}: num_gpus={sweep.num_gpus} must be at least 1")
+    if sweep.batch_rows is not None and sweep.batch_rows < 1:
+        raise ConfigError(f"{path}: batch_rows={sweep.batch_rows} must be at least 1")
+    size = sweep.learning_rate.reference_parameters
+    if not 0 < size < math.inf:
+        raise ConfigError(f"{path}: learning_rate.reference_parameters={size:g} must be positive")
 
 
 def _base_run(
     sweep: SweepConfig, folder: Path, model: str, objective: ObjectiveConfig
 ) -> RunConfig:
     base = load_config(folder / sweep.base if sweep.base else None)
+    ranks = base.parallel.local_ranks
+    if ranks not in (1, sweep.num_gpus):
+        raise ConfigError(
+            f"{sweep.base} asks for parallel.local_ranks={ranks}, the sweep for num_gpus="
+            f"{sweep.num_gpus}, which is what a cell trains on; set num_gpus={ranks} or leave out the other"
+        )
     rows = sweep.batch_rows or base.train.global_batch_rows
     return replace(
         base,
@@ -130,14 +164,21 @@ def _base_run(
     )
 
 
-def _cell(sweep: SweepConfig, run: RunConfig, size: str, level: float, hardware: Hardware) -> Cell:
+def _cell(
+    sweep: SweepConfig,
+    run: RunConfig,
+    objective: str,
+    size: str,
+    level: float,
+    hardware: Hardware,
+) -> Cell:
+    base_ranks = run.parallel.local_ranks
     inner = parameters_without_embeddings(run)
     batch_tokens = run.train.global_batch_rows * run.train.sequence_length
     honest, full, published = _flops_per_step(run)
     counted = honest if sweep.flops_convention == "honest" else published
     exact = level / counted if sweep.budgets else level * inner / batch_tokens
     steps = round(exact)
-    objective = objective_name(run.objective)
     name = f"{objective}_{size}_{level:.3g}".replace("+", "")
     run = _with_rules(sweep, run, name, steps, inner)
     problems = _problems(sweep, run, exact, steps * batch_tokens / inner)
@@ -168,6 +209,7 @@ def _cell(sweep: SweepConfig, run: RunConfig, size: str, level: float, hardware:
             "optimizer.warmup_steps": f"{run.optimizer.warmup_steps} = {sweep.warmup_share:g} x steps",
         },
         problems=tuple(problems),
+        base_ranks=base_ranks,
     )
 
 
@@ -185,6 +227,7 @@ def _with_rules(sweep: SweepConfig, run: RunConfig, name: str, steps: int, inner
         name=name,
         folder=str(Path(sweep.folder) / "cells" / name / "run"),
         train=replace(run.train, steps=steps, tokens=None),
+        parallel=replace(run.parallel, local_ranks=sweep.num_gpus),
         optimizer=replace(
             run.optimizer,
             learning_rate=rate,

@@ -1,6 +1,7 @@
 """Runs the cells of a sweep on this machine, or writes them as a Slurm array; restartable.
 
-A cell's folder: cell.yaml (configuration), fingerprint, attempts, log.txt, run/ (the run's folder).
+A cell's folder: cell.yaml (configuration), fingerprint, log.txt, run/ (the run's folder), and what
+scaling/attempts.py keeps there.
 What a cell is worth is read from its files alone, so a runner that was killed loses nothing.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from megatron_eso.config.load import save_config
 from megatron_eso.errors import ClusterError, ConfigError
+from megatron_eso.scaling import attempts
 from megatron_eso.scaling.grid import Cell
 
 # Command that trains one cell; tests replace it.
@@ -28,7 +30,7 @@ class CellState:
 
     cell: Cell
     state: str
-    """illegal, waiting, running, finished, failed, given-up, changed."""
+    """illegal, waiting, running, finished, stopped (interrupted), failed, given-up, changed."""
     step: int = 0
     loss: float | None = None
     attempts: int = 0
@@ -45,10 +47,10 @@ def read_state(sweep_folder: Path, cell: Cell, *, max_attempts: int = 2) -> Cell
     if cell.problems:
         return CellState(cell, "illegal")
     folder = cell_folder(sweep_folder, cell)
-    attempts = len(_lines(folder / "attempts"))
+    starts, failures, has_failed = attempts.count_attempts(folder)
     stored = _lines(folder / "fingerprint")
     if stored and stored[0] != cell.fingerprint:
-        return CellState(cell, "changed", attempts=attempts)
+        return CellState(cell, "changed", attempts=starts)
     status = _status(folder / "run" / "status.json")
     steps = [line for line in read_metrics(folder / "run") if "loss" in line]
     last = steps[-1] if steps else {}
@@ -59,13 +61,13 @@ def read_state(sweep_folder: Path, cell: Cell, *, max_attempts: int = 2) -> Cell
     state = "waiting"
     if status.get("state") == "finished":
         state = "finished"
-    elif _is_alive(folder):
+    elif attempts.is_alive(folder):
         state = "running"
-    elif attempts >= max_attempts:
+    elif failures >= max_attempts:
         state = "given-up"
-    elif attempts:
-        state = "failed"
-    return CellState(cell, state, step, last.get("loss"), attempts, eta)
+    elif starts:
+        state = "failed" if has_failed else "stopped"
+    return CellState(cell, state, step, last.get("loss"), starts, eta)
 
 
 def run_cells(
@@ -83,7 +85,7 @@ def run_cells(
         sweep_folder: the study's folder.
         cells: the grid.
         workers: cells at once.
-        max_attempts: starts of a failing cell over all calls.
+        max_attempts: failures of a cell over all calls; a start that was interrupted is none.
         say: receives a line for every change.
         trainer: command that takes a configuration file.
 
@@ -97,7 +99,7 @@ def run_cells(
             f"{len(changed)} cell(s) ran with other settings: {', '.join(changed[:4])}; move "
             f"{sweep_folder}/cells/<cell> aside, or set another folder=..."
         )
-    todo = [state.cell for state in states if state.state in ("waiting", "failed")]
+    todo = [state.cell for state in states if state.state in ("waiting", "stopped", "failed")]
     say(f"{len(cells)} cells: {_counts(states)}; {len(todo)} to run, {workers} at once")
     running: dict[str, tuple[Cell, subprocess.Popen]] = {}
     try:
@@ -111,6 +113,7 @@ def run_cells(
                 if process.poll() is None:
                     continue
                 del running[name]
+                attempts.note_end(cell_folder(sweep_folder, cell), process.returncode)
                 state = read_state(sweep_folder, cell, max_attempts=max_attempts)
                 loss = "" if state.loss is None else f", loss {state.loss:.4f}"
                 say(f"{state.state} {name}{loss} (exit {process.returncode})")
@@ -119,8 +122,9 @@ def run_cells(
     finally:
         for _, process in running.values():
             process.terminate()
-        for _, process in running.values():
+        for cell, process in running.values():
             process.wait()
+            attempts.forget_process(cell_folder(sweep_folder, cell))
     return [read_state(sweep_folder, cell, max_attempts=max_attempts) for cell in cells]
 
 
@@ -139,7 +143,14 @@ def states_table(states: list[CellState]) -> str:
 
 
 def slurm_array_script(
-    sweep_file: Path, cells: list[Cell], *, folder: Path, throttle: int, extra: list[str]
+    sweep_file: Path,
+    cells: list[Cell],
+    *,
+    folder: Path,
+    throttle: int,
+    extra: list[str],
+    workers: int = 1,
+    max_attempts: int = 2,
 ) -> str:
     """Return an sbatch script with one array task per legal cell.
 
@@ -149,6 +160,8 @@ def slurm_array_script(
         folder: folder the tasks work in: relative paths of the sweep start here.
         throttle: tasks at once.
         extra: further ``#SBATCH`` options, e.g. ``--partition=gpu``.
+        workers: tasks that share a machine's cores.
+        max_attempts: failures of a cell, after which no task starts it again.
     """
     legal = [index for index, cell in enumerate(cells) if not cell.problems]
     array = ",".join(map(str, legal))
@@ -161,7 +174,7 @@ def slurm_array_script(
             "set -euo pipefail",
             f"cd {shlex.quote(str(folder))}",
             f"exec {shlex.quote(sys.executable)} -m megatron_eso sweep run {shlex.quote(str(sweep_file))}"
-            ' --cell "$SLURM_ARRAY_TASK_ID"',
+            f' --cell "$SLURM_ARRAY_TASK_ID" --workers {workers} --max-attempts {max_attempts}',
             "",
         ]
     )
@@ -204,9 +217,9 @@ def _start(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "fingerprint").write_text(cell.fingerprint + "\n")
     save_config(cell.run, folder / "cell.yaml")
-    with open(folder / "attempts", "a") as attempts:
-        attempts.write(time.strftime("%Y-%m-%dT%H:%M:%S\n"))
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    attempts.note_start(folder)
+    ranks = workers * cell.run.parallel.local_ranks
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     with open(folder / "log.txt", "a") as log:
         process = subprocess.Popen(
@@ -215,19 +228,8 @@ def _start(
             stderr=subprocess.STDOUT,
             env=environment,
         )
-    (folder / "pid").write_text(str(process.pid))
+    attempts.note_process(folder, process.pid)
     return process
-
-
-def _is_alive(folder: Path) -> bool:
-    """Return whether the cell's trainer still runs on this machine, also after its runner died."""
-    for pid in _lines(folder / "pid"):
-        command = Path("/proc") / pid / "cmdline"
-        try:
-            return str(folder / "cell.yaml").encode() in command.read_bytes()
-        except OSError:
-            return False
-    return False
 
 
 def _counts(states: list[CellState]) -> str:

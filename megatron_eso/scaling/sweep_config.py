@@ -51,4 +51,4 @@ class SweepConfig:
     hardware: str = "h100"
     """Profile that cost is estimated with."""
     num_gpus: int = 8
-    """GPUs (ranks) of one cell."""
+    """GPUs (ranks) of one machine that a cell trains on: its parallel.local_ranks."""

@@ -207,3 +207,33 @@ def test_a_folder_on_this_machines_memory_is_refused(node):
     said = node.run("submit", *RUN, "folder=/dev/shm/run", code=6)
     assert "/dev/shm/run is on a tmpfs" in said and "shared_folders" in said
     assert not Path("/dev/shm/run").exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--nodes", "0"], "nodes=0 must be at least 1"),
+        (["--throttle", "-1"], "--throttle -1 must not be negative"),
+        (["--throttle", "2", "cluster.survival.requeue=chain"], "survival.requeue=chain each task"),
+        (["--sweep", "name=it's"], "--sweep name=it's: No closing quotation"),
+    ],
+)
+def test_options_of_submit_that_cannot_be_meant_are_refused(node, tmp_path, words, message):
+    code = 2 if "--sweep" in words else 6
+    assert message in node.submit(*words, code=code)
+    assert node.asked() == [] and not (tmp_path / "r").exists()
+
+
+def test_a_file_in_place_of_a_checkpoint_is_called_a_file(node, tmp_path):
+    (tmp_path / "f").touch()
+    assert "f is a file; give a" in node.run("checkpoint", "inspect", tmp_path / "f", code=4)
+    assert "does not exist" in node.run("checkpoint", "inspect", tmp_path / "g", code=4)
+
+
+@pytest.mark.parametrize("option, number", [("num_samples", -1), ("num_samples", 0), ("length", 0)])
+def test_a_number_of_samples_or_tokens_below_one_is_refused(tmp_path, option, number):
+    from megatron_eso.cli.sample import sample
+    from megatron_eso.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} {number} must be at"):
+        sample(tmp_path, **{option: number})

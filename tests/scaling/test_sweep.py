@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shlex
 import signal
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eso.config import load_config
 from megatron_eso.errors import ClusterError, ConfigError, DataError
+from megatron_eso.scaling import commands
 from megatron_eso.scaling.collect import collect, read_table, tensorboard_steps, write_table
 from megatron_eso.scaling.grid import grid_table, make_grid
 from megatron_eso.scaling.report import write_report
@@ -66,6 +69,12 @@ def grid(tmp_path, *overrides):
     return Path(sweep.folder), cells
 
 
+def one_cell(tmp_path, *overrides):
+    """Return the folder and the cells of a grid that is made in no time."""
+    one = ["models=['../model/ladder/s1.yaml']", "objectives=[{name: ar}]", "budgets=[5.0e10]"]
+    return grid(tmp_path, *one, *overrides)
+
+
 def test_every_cell_spends_its_budget_to_half_a_step(tmp_path):
     for cell in grid(tmp_path)[1]:
         per_step = cell.flops / cell.run.train.steps
@@ -98,6 +107,10 @@ def test_a_token_ladder_gives_tokens_by_parameters(tmp_path):
         ("budgets=[1.0]", "too small for one"),
         ("tokens_per_parameter=[20.0]", "exactly one"),
         ("budgets=[-1.0]", "positive"),
+        ("budgets=[.nan]", "positive"),
+        ("num_gpus=0", "num_gpus=0 must be at least 1"),
+        ("batch_rows=0", "batch_rows=0 must be at least 1"),
+        ("learning_rate.reference_parameters=0", "reference_parameters=0 must be positive"),
     ],
 )
 def test_bad_grids_are_refused(tmp_path, override, message):
@@ -112,6 +125,42 @@ def test_illegal_cells_stay_with_their_reason(tmp_path):
     assert "not run" in grid_table(cells)
 
 
+def test_a_cell_trains_on_the_gpus_it_is_priced_for(tmp_path):
+    for number in (1, 2):
+        folder, [cell] = one_cell(tmp_path, f"num_gpus={number}")
+        assert cell.run.parallel.local_ranks == number
+    # Folders of sweeps from before, whose cells trained on one GPU whatever num_gpus said, still count.
+    assert cell.fingerprint == one_cell(tmp_path)[1][0].fingerprint
+    run_cells(folder, [cell], trainer=trainer(tmp_path), say=lambda line: None)
+    stored = load_config(folder / "cells" / cell.name / "cell.yaml")
+    assert stored.parallel.local_ranks == 2
+
+
+def test_a_base_that_contradicts_num_gpus_is_refused(tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        (LAPTOP.parent / "laptop_base.yaml").read_text() + "parallel: {local_ranks: 2}\n"
+    )
+    base = f"base={tmp_path}/base.yaml"
+    assert one_cell(tmp_path, base, "num_gpus=2")[1][0].run.parallel.local_ranks == 2
+    with pytest.raises(ConfigError, match="local_ranks=2, the sweep for num_gpus=4"):
+        one_cell(tmp_path, base, "num_gpus=4")
+
+
+def test_objectives_that_differ_in_a_detail_are_named_by_it(tmp_path):
+    listed = (
+        "objectives=[{name: ar}, {name: eso, alpha_0: 0.5}, {name: eso, alpha_0: 0.25},"
+        " {name: eso, alpha_0: 0.25, diffusion_fraction: 0.75}, {name: bd3lm, block_size: 4},"
+        " {name: bd3lm, block_size: 8}]"
+    )
+    _, cells = one_cell(tmp_path, listed)
+    assert [cell.objective for cell in cells] == [
+        "ar", "eso-0.5", "eso-0.25-diffusion_fraction-null", "eso-0.25-diffusion_fraction-0.75",
+        "bd3lm-block_size-4", "bd3lm-block_size-8",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="duplicate cells ar_"):
+        one_cell(tmp_path, "objectives=[{name: ar}, {name: ar}]")
+
+
 def test_finished_cells_are_kept_and_failed_ones_retried_to_the_limit(tmp_path):
     folder, cells = grid(tmp_path)
     cells = [c for c in cells if c.objective == "ar" and c.size in ("s1", "s2")]
@@ -123,6 +172,89 @@ def test_finished_cells_are_kept_and_failed_ones_retried_to_the_limit(tmp_path):
     run_cells(folder, cells, trainer=trainer(tmp_path), **quiet)
     assert (folder / "cells" / "ar_s1_5e10" / "run" / "starts").read_text() == "x"
     assert "given-up" in states_table(states)
+
+
+ENDINGS = {
+    "Ctrl-C": None,
+    "stopped with a checkpoint": "sys.exit(75)",
+    "a kill": "os.kill(os.getpid(), signal.SIGTERM)",
+    "stopped, but not cleanly": "(run / 'status.json').write_text('{\"state\": \"stopped\"}'); sys.exit(1)",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
+def test_an_interrupted_cell_goes_on_however_often(tmp_path, ending):
+    folder, cells = one_cell(tmp_path)
+    script = tmp_path / "interrupted.py"
+    script.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "run = pathlib.Path(sys.argv[2].removeprefix('folder=')); run.mkdir(exist_ok=True)\n"
+        + (ending or "time.sleep(60)")
+    )
+
+    def interrupt(line):
+        if not ending and line.startswith("start"):
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        quiet = dict(max_attempts=1, trainer=(sys.executable, str(script)), say=interrupt)
+        if ending:
+            assert run_cells(folder, cells[:1], **quiet)[0].state == "stopped"
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run_cells(folder, cells[:1], **quiet)
+        assert read_state(folder, cells[0], max_attempts=1).state == "stopped"
+    failing = trainer(tmp_path, fail=cells[0].name)  # a fault of its own still counts
+    quiet = dict(max_attempts=1, say=lambda line: None)
+    assert run_cells(folder, cells[:1], trainer=failing, **quiet)[0].state == "given-up"
+
+
+def test_a_cell_whose_runner_died_with_it_is_not_given_up(tmp_path):
+    folder, cells = one_cell(tmp_path)
+    own = folder / "cells" / cells[0].name
+    own.mkdir(parents=True)
+    (own / "attempts").write_text("2026-11-27T09:00:00\n" * 3)
+    assert read_state(folder, cells[0], max_attempts=2).state == "stopped"
+
+
+@pytest.mark.parametrize(
+    "age, status, state",
+    [
+        pytest.param(0, '{"state": "running"}', "running", id="fresh"),
+        pytest.param(3600, '{"state": "running"}', "stopped", id="silent for an hour"),
+        pytest.param(0, '{"state": "stopped"}', "stopped", id="says that it stopped"),
+    ],
+)
+def test_a_cell_on_another_machine_is_judged_by_its_files(
+    tmp_path, monkeypatch, age, status, state
+):
+    folder, cells = one_cell(tmp_path)
+    own = folder / "cells" / cells[0].name
+    (own / "run").mkdir(parents=True)
+    changed = time.time() - age
+    for name, text in (
+        ("attempts", "2026-11-27T09:00:00\n"),
+        ("pid", "3999999\nelsewhere\n17.0\n"),
+        ("run/status.json", status),
+    ):
+        (own / name).write_text(text)
+        os.utime(own / name, (changed, changed))
+    assert read_state(folder, cells[0]).state == state
+    monkeypatch.setenv("SLURM_JOB_ID", "17")  # the job that Slurm has started again, here
+    assert read_state(folder, cells[0]).state == "stopped"
+
+
+def test_a_running_cell_says_where_it_runs(tmp_path):
+    folder, cells = one_cell(tmp_path)
+    said = []
+
+    def look(line):
+        if line.startswith("start"):
+            said.append((folder / "cells" / cells[0].name / "pid").read_text().split())
+
+    run_cells(folder, cells[:1], trainer=trainer(tmp_path), say=look)
+    assert said[0][1] == platform.node()
+    assert not (folder / "cells" / cells[0].name / "pid").exists()
 
 
 def test_a_changed_cell_is_noticed(tmp_path):
@@ -167,11 +299,13 @@ def test_a_slurm_array_has_a_task_per_legal_cell(tmp_path, monkeypatch):
     _, cells = grid(tmp_path)
     hostile = Path("a $(touch x) \"'sweep.yaml")
     script = slurm_array_script(
-        hostile, cells, folder=tmp_path, throttle=4, extra=["--gpus-per-node=8"]
-    )
+        hostile, cells, folder=tmp_path, throttle=4, extra=["--gpus-per-node=8"],
+        workers=3, max_attempts=5,
+    )  # fmt: skip
     words = shlex.split(script.splitlines()[-1])
     assert words[:6] == ["exec", sys.executable, "-m", "megatron_eso", "sweep", "run"]
     assert words[6] == str(hostile)
+    assert words[7:] == ["--cell", "$SLURM_ARRAY_TASK_ID", "--workers", "3", "--max-attempts", "5"]
     assert f"{len(cells) - 1}%4" in script and "--cell" in script and "--gpus-per-node=8" in script
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ClusterError, match="sbatch"):
@@ -216,6 +350,25 @@ def test_unfinished_and_diverged_cells_are_left_out_and_make_it_provisional():
     assert len(study.left_out) == 2
     assert any("2 cells" in reason for reason in study.objectives[0].provisional)
     assert "PROVISIONAL" in recommendation(study.objectives[0], 1e10)
+
+
+def test_a_table_whose_rows_do_not_fit_its_head_is_refused_with_the_line(tmp_path):
+    table = tmp_path / "cells.csv"
+    for wrong in ("1,2,3", "1"):
+        table.write_text(f"cell,loss\na,2.0\n{wrong}\n")
+        with pytest.raises(DataError, match=r"line 3: \d values for 2 columns"):
+            read_table(table)
+
+
+def test_a_note_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"--note .*missing"):
+        commands.report(tmp_path / "cells.csv", tmp_path / "r.html", None, tmp_path / "missing")
+
+
+def test_counts_below_one_are_refused():
+    for counts in ((0, 2, 8), (1, 0, 8), (1, 2, -1)):
+        with pytest.raises(ConfigError, match="must be at least 1"):
+            commands.submit_array(LAPTOP, None, *counts, [])
 
 
 def test_nothing_finished_is_refused():

@@ -1,0 +1,108 @@
+"""How often a cell was started, which starts failed, and whether one of them still runs.
+
+attempts   a line for every start, and one behind it if that start failed by itself
+pid        process, host and Slurm attempt of the trainer; removed when a runner sees its end
+
+A start that was interrupted (Ctrl-C, a kill, a requeue, a runner that died) says nothing about the cell:
+it leaves no second line, and only failures count against ``--max-attempts``.
+"""
+
+import os
+import platform
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_eso.errors import STOPPED_EXIT_CODE
+from megatron_eso.launch.environment import attempt_name
+from megatron_eso.launch.lease import LEASE_FILE, QUIET_SECONDS
+from megatron_eso.launch.processes import STOPPING
+from megatron_eso.launch.records import read_json
+
+_FAILED = "failed"
+_FROM_OUTSIDE = (*STOPPING, signal.SIGHUP)
+
+
+def note_start(folder: Path) -> None:
+    """Write down that a cell is about to be started."""
+    with open(folder / "attempts", "a") as file:
+        file.write(time.strftime("%Y-%m-%dT%H:%M:%S\n"))
+
+
+def note_process(folder: Path, pid: int, environ: Mapping[str, str] = os.environ) -> None:
+    """Write down which process trains a cell, and where."""
+    (folder / "pid").write_text(f"{pid}\n{platform.node()}\n{attempt_name(environ)}\n")
+
+
+def note_end(folder: Path, code: int) -> None:
+    """Write down that the trainer ended, and whether that was a failure of its own.
+
+    Args:
+        folder: the cell's folder.
+        code: exit code, or -signal.
+    """
+    forget_process(folder)
+    status = _status_since_start(folder)
+    if status.get("state") in ("finished", "stopped") or code == STOPPED_EXIT_CODE:
+        return
+    # Launchers of several ranks pass a signal on as 128 + its number.
+    if code in {number for n in _FROM_OUTSIDE for number in (-n, 128 + n)}:
+        return
+    with open(folder / "attempts", "a") as file:
+        file.write(f"{_FAILED} {time.strftime('%Y-%m-%dT%H:%M:%S')} exit {code}\n")
+
+
+def forget_process(folder: Path) -> None:
+    """Note that no trainer works on a cell any more."""
+    (folder / "pid").unlink(missing_ok=True)
+
+
+def count_attempts(folder: Path) -> tuple[int, int, bool]:
+    """Return the number of starts, how many failed by themselves, and whether the last one did."""
+    lines = _lines(folder / "attempts")
+    failed = [line.startswith(_FAILED) for line in lines]
+    return len(lines) - sum(failed), sum(failed), bool(failed) and failed[-1]
+
+
+def is_alive(folder: Path, environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a cell's trainer still runs, here (also after its runner died) or elsewhere.
+
+    A process of another host cannot be looked at: it counts as alive until the files of its run have
+    been silent for as long as its lease is respected, or Slurm has started the same job again here.
+    """
+    lines = _lines(folder / "pid")
+    if not lines:
+        return False
+    pid, host, attempt = [*lines, "", ""][:3]
+    if host in ("", platform.node()):
+        try:
+            command = (Path("/proc") / pid / "cmdline").read_bytes()
+        except OSError:
+            return False
+        return str(folder / "cell.yaml").encode() in command
+    if attempt and attempt.split(".")[0] == environ.get("SLURM_JOB_ID"):
+        return False
+    if _status_since_start(folder).get("state", "running") != "running":
+        return False
+    run = folder / "run"
+    signs = (folder / "pid", run / "status.json", run / "checkpoints" / LEASE_FILE)
+    return time.time() - max(map(_changed, signs)) < QUIET_SECONDS
+
+
+def _status_since_start(folder: Path) -> dict:
+    """Return the status that the newest start wrote; empty before it wrote one."""
+    path = folder / "run" / "status.json"
+    return read_json(path) if _changed(path) >= _changed(folder / "attempts") else {}
+
+
+def _changed(path: Path) -> float:
+    """Return when a file was last written; 0 if there is none."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
