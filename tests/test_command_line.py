@@ -116,6 +116,16 @@ def test_eval_prints_a_table_and_writes_json(place):
     assert scores[0]["nats_per_token"] == pytest.approx(trained[0]["nats_per_token"], rel=1e-5)
 
 
+def test_eval_asks_nothing_of_the_batches_a_checkpoint_was_trained_with(place):
+    """0.6 of 10 rows are whole rows, 0.6 of the default batch are not."""
+    run("train", "run.yaml", "name=uneven", *SETTINGS, "objective.diffusion_fraction=0.6", "train.steps=1",
+        "train.global_batch_rows=10", "data.validation={}", folder=place)  # fmt: skip
+    out = run("eval", "runs/uneven", "data/validation", "--rows", 2, folder=place)
+    assert "nelbo" in out
+    refused = run("eval", "runs/uneven", "data/validation", "--eps", 2, folder=place, code=2)
+    assert "eval.noise_eps=2.0 must be in [0, 1)" in refused
+
+
 def test_eval_scores_raw_text_as_it_scores_the_same_text_prepared(place):
     """Packed alone and in order, the text gives the rows that data prepare would write."""
     text = place / "held-out.txt"

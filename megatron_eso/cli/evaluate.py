@@ -58,7 +58,7 @@ def evaluate(
     import torch.distributed as dist
 
     from megatron_eso.cli.model_loading import load
-    from megatron_eso.config.check import check
+    from megatron_eso.config.check import check_evaluation
     from megatron_eso.eval.evaluate import METRICS
     from megatron_eso.eval.evaluate import evaluate as run
     from megatron_eso.parallel.exchange import Rows
@@ -74,7 +74,7 @@ def evaluate(
         noise_eps=eps, micro_batch_rows=batch,
     )  # fmt: skip
     config = replace(config, eval=settings)
-    check(config)
+    check_evaluation(config)
     reader = _reader(data, loaded, tokenizer, config, text_key, rows)
 
     def read(numbers: list[int]) -> Rows:
