@@ -44,6 +44,17 @@ class Batch:
     sampled: Sampled
     padding: Tensor
 
+    def token_rows(self, stop_token: int | None = None) -> list[list[int]]:
+        """Return each row's tokens without its padding, up to the first stop token that was decided."""
+        rows = []
+        given = self.plan.order[:, : self.plan.num_given].tolist()
+        whole = zip(self.sampled.tokens.tolist(), given, self.padding.tolist(), strict=True)
+        for tokens, known, padding in whole:
+            decided = set(range(len(tokens))).difference(known)
+            ends = (place for place in sorted(decided) if tokens[place] == stop_token)
+            rows.append(tokens[padding : next(ends, len(tokens))])
+        return rows
+
 
 def check_settings(settings: PlanSettings) -> None:
     """Refuse settings without a meaning, before a model is loaded.

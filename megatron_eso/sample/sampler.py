@@ -102,19 +102,19 @@ def fill_rows(
             fresh, done = open_, done + count
             choice.on_step(step - 1, tokens)
             if choice.stop_token is not None and _have_ended(
-                tokens, order[:, done:], padding, choice
+                tokens, given, order[:, done:], choice.stop_token
             ):
                 tokens.scatter_(1, order[:, done:], choice.stop_token)
                 break
     return Sampled(tokens, log_probs, step)
 
 
-def _have_ended(tokens: Tensor, still_open: Tensor, padding: Tensor, choice: Choice) -> bool:
-    """Return whether every row's first stop token stands before everything that is open."""
+def _have_ended(tokens: Tensor, given: Tensor, still_open: Tensor, stop_token: int) -> bool:
+    """Return whether every row's first decided stop token stands before everything that is open."""
     if not still_open.shape[1]:
         return False
     columns = torch.arange(tokens.shape[1], device=tokens.device)
-    is_stop = (tokens == choice.stop_token) & (columns >= padding[:, None])
+    is_stop = (tokens == stop_token).scatter(1, given, False)
     first_stop = torch.where(is_stop, columns, tokens.shape[1]).amin(dim=1)
     return bool((first_stop < still_open.amin(dim=1)).all())
 
