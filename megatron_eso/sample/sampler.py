@@ -42,7 +42,8 @@ class Choice:
     first_row: int = 0
     """Number of the batch's first row, so that a row's text does not depend on its batch."""
     stop_token: int | None = None
-    """End once every row holds this token with nothing open before it; the rest becomes this token."""
+    """End once every row has decided this token with nothing open before it; the rest becomes this
+    token. A given one, of a prompt, ends nothing."""
     forced: Tensor | None = None
     """[B, L] tokens to decide instead of sampling (teacher forcing)."""
     on_step: Callable[[int, Tensor], None] = field(default=lambda step, tokens: None)
@@ -133,16 +134,19 @@ def _pick(logits: Tensor, open_: Tensor, u: Tensor, choice: Choice) -> Tensor:
 
 
 def check_choice(choice: Choice) -> None:
-    """Refuse a temperature or nucleus without a meaning.
+    """Refuse a temperature, nucleus or seed without a meaning.
 
     Raises:
-        ConfigError: naming both.
+        ConfigError: naming the one.
     """
-    if choice.temperature < 0 or not 0 < choice.top_p <= 1:
+    # Written so that not-a-number is refused.
+    if not 0 <= choice.temperature < float("inf") or not 0 < choice.top_p <= 1:
         raise ConfigError(
-            f"temperature={choice.temperature} must not be negative and top_p={choice.top_p} must be in "
-            "(0, 1]"
+            f"temperature={choice.temperature} must be a number from 0 on and top_p={choice.top_p} must "
+            "be in (0, 1]"
         )
+    if not 0 <= choice.seed < 2**64:
+        raise ConfigError(f"seed={choice.seed} must be in [0, 2**64), the generator's keys")
 
 
 def _check(replica: Replica, choice: Choice) -> None:
