@@ -86,6 +86,22 @@ def check_metrics(objective: ObjectiveConfig, metrics: Collection[str]) -> None:
         )
 
 
+def check_request(
+    objective: ObjectiveConfig, metrics: Collection[str], alpha_0: float | None
+) -> None:
+    """Refuse metrics, or an alpha_0 to score with, that an objective does not have.
+
+    Raises:
+        ConfigError: naming what it has, or the option to leave out.
+    """
+    check_metrics(objective, metrics)
+    if alpha_0 is not None and objective.name != "eso":
+        raise ConfigError(
+            f"--alpha-0 {alpha_0}: a model of objective.name={objective.name} has no alpha_0 to score "
+            "with; leave it out"
+        )
+
+
 def evaluation_objective(objective: ObjectiveConfig, settings: EvalConfig) -> ObjectiveConfig:
     """Return the objective with the bound's weight and the evaluation's alpha_0 and times."""
     alpha_0 = objective.alpha_0 if settings.alpha_0 is None else settings.alpha_0
