@@ -182,6 +182,7 @@ def _bd3lm(
         num_sequential_tokens=0,
         pattern=Pattern.BLOCK,
         block_size=size,
+        is_valid=None if bool(is_valid.all()) else is_valid.repeat(2, 1),
     )
 
 
