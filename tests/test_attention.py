@@ -47,6 +47,7 @@ def test_split_equals_dense_forward_and_backward(length, rows, pairs, heads, gro
     [
         (Pattern.CAUSAL, 0, False),
         (Pattern.BLOCK, 4, False),
+        (Pattern.BLOCK, 4, True),
         (Pattern.BIDIRECTIONAL, 0, False),
         (Pattern.BIDIRECTIONAL, 0, True),
     ],
@@ -102,7 +103,7 @@ def test_split_is_accurate_in_low_precision(dtype, bound, device):
 def test_a_copy_sees_itself_and_the_true_tokens_before_it():
     """The official 2L mask: z_i sees x_j for j < i and z_i; slot r holds copy r + 1, the last copy 0."""
     length = 7
-    mask = copies_mask(length, Pattern.CAUSAL, 0, torch.device("cpu"))
+    mask = copies_mask(length, Pattern.CAUSAL, 0, None, torch.device("cpu"))
     for slot in range(length):
         copy = (slot + 1) % length
         assert mask[slot, :length].tolist() == [x < copy for x in range(length)]
@@ -112,8 +113,8 @@ def test_a_copy_sees_itself_and_the_true_tokens_before_it():
 def test_blocks_of_one_are_the_sequential_pass():
     """BD3-LM with block size 1: a copy sees the earlier true tokens and itself (not shifted)."""
     length = 6
-    blocks = copies_mask(length, Pattern.BLOCK, 1, torch.device("cpu"))
-    ours = copies_mask(length, Pattern.CAUSAL, 0, torch.device("cpu"))
+    blocks = copies_mask(length, Pattern.BLOCK, 1, None, torch.device("cpu"))
+    ours = copies_mask(length, Pattern.CAUSAL, 0, None, torch.device("cpu"))
     assert torch.equal(blocks[:, :length].roll(-1, 0), ours[:, :length])
     plain = plain_mask(length, Pattern.BLOCK, 1, None, torch.device("cpu"))
     assert torch.equal(plain, torch.ones(length, length, dtype=torch.bool).tril())
@@ -131,6 +132,24 @@ def test_an_entry_never_depends_on_what_it_may_not_see():
     assert torch.equal(after[2, :, :7], before[2, :, :7])  # copies 1..7 see x_0..x_6
     assert torch.equal(after[2, :, -1], before[2, :, -1])  # copy 0 sees itself alone
     assert not torch.allclose(after[2, :, 7:-1], before[2, :, 7:-1])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("attend", [dense_attention, flex_rows_attention])
+def test_padding_in_blocks_is_seen_by_nobody_else(attend):
+    """Pairs of 10, 3 and no valid entries of 12, in blocks of 4: the last one's still come out finite."""
+    valid = torch.arange(12) < torch.tensor([10, 3, 0])[:, None]
+    is_valid = valid.repeat(2, 1)
+    q, k, v = (x.detach() for x in random_inputs(6, 2, 2, 12, 4))
+    settings = {"num_pairs": 3, "scale": 0.5, "pattern": Pattern.BLOCK, "block_size": 4}
+    before = attend(q, k, v, is_valid=is_valid, **settings)
+    k, v = (x.where(is_valid[:, None, :, None], 3.0) for x in (k, v))
+    after = attend(q, k, v, is_valid=is_valid, **settings)
+    assert torch.isfinite(before).all()
+    assert torch.equal(after.transpose(1, 2)[is_valid], before.transpose(1, 2)[is_valid])
+    whole = attend(q[[0, 3]], k[[0, 3]], v[[0, 3]], **{**settings, "num_pairs": 1})
+    # What lies before the padding's block sees what it would see without any padding.
+    torch.testing.assert_close(before[[0, 3], :, :8], whole[:, :, :8], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("kept", "new"), [(0, 5), (6, 1), (4, 3)])

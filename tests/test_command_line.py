@@ -7,9 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from megatron_eso.cli import bench_sample as bench_module
+from megatron_eso.cli import model_loading
+from megatron_eso.cli.evaluate import evaluate
+from megatron_eso.config.schema import ModelConfig, ObjectiveConfig, RunConfig
+from megatron_eso.errors import CheckpointError, ConfigError, UserError
+from megatron_eso.eval import frontier
+from megatron_eso.eval.evaluate import check_request
+from megatron_eso.eval.frontier import Point, hugging_face_judge, our_judge, windows
+from tests.replaced import replaced
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -116,6 +129,16 @@ def test_eval_prints_a_table_and_writes_json(place):
     assert scores[0]["nats_per_token"] == pytest.approx(trained[0]["nats_per_token"], rel=1e-5)
 
 
+def test_eval_asks_nothing_of_the_batches_a_checkpoint_was_trained_with(place):
+    """0.6 of 10 rows are whole rows, 0.6 of the default batch are not."""
+    run("train", "run.yaml", "name=uneven", *SETTINGS, "objective.diffusion_fraction=0.6", "train.steps=1",
+        "train.global_batch_rows=10", "data.validation={}", folder=place)  # fmt: skip
+    out = run("eval", "runs/uneven", "data/validation", "--rows", 2, folder=place)
+    assert "nelbo" in out
+    refused = run("eval", "runs/uneven", "data/validation", "--eps", 2, folder=place, code=2)
+    assert "eval.noise_eps=2.0 must be in [0, 1)" in refused
+
+
 def test_eval_scores_raw_text_as_it_scores_the_same_text_prepared(place):
     """Packed alone and in order, the text gives the rows that data prepare would write."""
     text = place / "held-out.txt"
@@ -188,6 +211,98 @@ def test_bench_sample_compares_methods_under_a_judge(place):
     assert (place / "front/frontier.png").stat().st_size > 5000
     refused = run("bench-sample", "runs/judge", "--judge", "runs/first", folder=place, code=2)
     assert "objective.name=eso" in refused
+    # The second checkpoint and its steps are looked at before the first one is sampled.
+    refused = run("bench-sample", "runs/judge", "runs/first", "--rows", 1, "--steps", 33, folder=place,
+                  code=2)  # fmt: skip
+    assert "--num-steps 33 is more than the 32 tokens" in refused
+    assert "tokens/s" not in refused
+
+
+def test_bench_sample_keeps_what_was_measured_before_a_failure(tmp_path):
+    point = Point("eso", 4, 4.0, 1.0, 8.0, 2.0, None, 1, 1)
+    measured = iter([point])
+    loaded = SimpleNamespace(replica=None, tokenizer=None)
+    stand_ins = (
+        (bench_module, "_checked", lambda *known, **numbers: [(None, 8, ["one", "two"])]),
+        (model_loading, "load", lambda *path, **settings: loaded),
+        (frontier, "measure", lambda *settings, **numbers: next(measured)),
+    )
+    with replaced(stand_ins), pytest.raises(StopIteration):
+        bench_module.bench_sample([Path("run")], out=tmp_path / "new")
+    assert json.loads((tmp_path / "new/frontier.json").read_text()) == [point.as_dict()]
+    assert "| eso | 4 |" in (tmp_path / "new/frontier.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rows": -1}, "--rows -1"),
+        ({"batch": 0}, "--batch 0"),
+        ({"orders": 0, "metric": "likelihood"}, "--orders 0"),
+        ({"eps": 2.0}, "noise_eps=2.0"),
+        ({"json_file": Path(__file__) / "scores.json"}, "cannot write --json"),
+        ({"json_file": ROOT}, "is a folder"),
+    ],
+    ids=["rows", "batch", "orders", "eps", "no-folder", "no-file"],
+)
+def test_eval_refuses_what_is_wrong_before_it_looks_for_a_model(settings, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(Path("no-checkpoint"), "no-data", **settings)
+
+
+def test_eval_makes_the_folder_of_its_scores_first(tmp_path):
+    with pytest.raises(CheckpointError, match="no-checkpoint"):
+        evaluate(Path("no-checkpoint"), "no-data", json_file=tmp_path / "new" / "scores.json")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "new"]
+
+
+@pytest.mark.parametrize("name", ["ar", "mdlm", "bd3lm"])
+def test_eval_takes_alpha_0_for_eso_alone(name):
+    check_request(ObjectiveConfig(), ["nelbo"], 0.5)
+    with pytest.raises(ConfigError, match=rf"--alpha-0 0\.5: .* objective\.name={name} has no"):
+        check_request(ObjectiveConfig(name=name), ["nelbo"], 0.5)
+
+
+def test_a_judge_scores_a_long_text_in_windows():
+    """A table of next-token probabilities: the windows' sum is the whole text's, and none is too long."""
+    logits = torch.randn(7, 7, generator=torch.Generator().manual_seed(0))
+
+    def model(ids):
+        assert ids.shape[1] <= model.config.max_position_embeddings
+        return SimpleNamespace(logits=logits[ids])
+
+    model.config, model.device = SimpleNamespace(max_position_embeddings=5), torch.device("cpu")
+
+    def tokenizer(text, return_tensors):
+        return SimpleNamespace(input_ids=torch.tensor([[int(letter) for letter in text]]))
+
+    judge, texts = hugging_face_judge(model, tokenizer), ["0123456012345", "01234", "01", "0"]
+    expected, count = 0.0, 0
+    for text in texts:
+        for before, after in pairwise(text):
+            expected -= float(logits[int(before)].log_softmax(dim=0)[int(after)])
+            count += 1
+    nats, found = judge(torch.zeros(1), texts)
+    assert found == count
+    assert nats == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("longest", [2, 3, 8])
+def test_windows_score_every_token_once_with_half_a_window_before_it(longest):
+    scored = []
+    for begin, first, end in windows(20, longest):
+        assert end - begin <= longest and 0 <= begin < first
+        assert first - begin >= min(first, longest // 2)
+        scored += range(first, end)
+    assert scored == list(range(1, 20))
+
+
+def test_a_judge_is_refused_for_rows_beyond_its_positions():
+    config = RunConfig(objective=ObjectiveConfig(name="ar"), model=ModelConfig(max_length=128))
+    replica = SimpleNamespace(config=config)
+    our_judge(replica, longest=128)
+    with pytest.raises(ConfigError, match=r"rows of 129 tokens .*model\.max_length=128"):
+        our_judge(replica, longest=129)
 
 
 def test_config_show_and_doctor_explain_themselves(place):

@@ -122,6 +122,14 @@ def test_rows_that_fill_a_micro_batch_change_no_score(one_rank, objective):
     )
 
 
+@pytest.mark.parametrize(("leading_mask", "num_tokens"), [("true", 106), ("false", 104)])
+def test_ar_scores_are_divided_by_the_tokens_predicted(one_rank, leading_mask, num_tokens):
+    """Of 17 tokens 16 are predicted; of the 13 of rows 2 and 5, 13 or, from the second on, 12."""
+    objective = ["objective.name=ar", f"objective.leading_mask={leading_mask}"]
+    found = one_rank.run("scores", objective, 7)[0]
+    assert [(name, tokens) for name, _, tokens in found] == [("likelihood", num_tokens)]
+
+
 def test_flex_attention_is_refused_on_a_cpu_where_it_cannot_train(one_rank):
     with pytest.raises(AssertionError, match=r"attention=flex: .* no backward pass on a CPU"):
         one_rank.run("weights", ["precision.attention=flex"])

@@ -1,18 +1,25 @@
 """The objective as pure tensors: randomness, noise, orders, rows and sums, against obvious oracles."""
 
 import math
+import time
 
 import pytest
 import torch
 
 from megatron_eso.config.schema import ObjectiveConfig
-from megatron_eso.objective.build import Draw, build_rows
+from megatron_eso.objective.build import Draw, build_rows, predicted
 from megatron_eso.objective.deal import MicroBatch, deal
 from megatron_eso.objective.losses import TokenCounts, loss_sums, mean_loss
-from megatron_eso.objective.noise import keep_probability, loss_weight, stratified_times
+from megatron_eso.objective.noise import (
+    _GOLDEN,
+    _coprime_near,
+    keep_probability,
+    loss_weight,
+    stratified_times,
+)
 from megatron_eso.objective.order import invert, likelihood_order, prediction_order
 from megatron_eso.objective.randomness import Stream, uniform
-from megatron_eso.objective.rows import sequential_rows
+from megatron_eso.objective.rows import filled_up, sequential_rows
 
 MASK = 50
 
@@ -72,6 +79,22 @@ def test_a_time_does_not_depend_on_which_rows_are_asked_together():
     whole = stratified_times(3, 5, list(range(12)), num_rows=12, eps=1e-3)
     assert torch.equal(whole[5:7], stratified_times(3, 5, [5, 6], num_rows=12, eps=1e-3))
     assert float(whole.min()) >= 1e-3
+
+
+def test_the_stride_through_the_strata_is_the_first_of_all_by_distance():
+    def first_by_distance(number):
+        target = round(number * _GOLDEN)
+        near = sorted(range(1, max(number, 2)), key=lambda stride: abs(stride - target))
+        return next(stride for stride in near if math.gcd(stride, number) == 1)
+
+    numbers = [*range(1, 1200), 2310, 30030, 65536, 100_000]
+    assert [_coprime_near(n) for n in numbers] == [first_by_distance(n) for n in numbers]
+
+
+def test_times_of_a_batch_of_millions_are_drawn_at_once():
+    begin = time.process_time()
+    stratified_times(1, 0, [0, 1, 2], num_rows=4_000_000, eps=0.0)
+    assert time.process_time() - begin < 0.5  # sorting all strides took seconds
 
 
 def test_the_weight_is_one_over_t_for_pure_diffusion():
@@ -152,6 +175,32 @@ def test_padding_never_carries_loss_and_is_not_counted():
         rows = build(objective, tokens=tokens, valid=valid)
         assert int(rows.loss_positions.max()) < 20
         assert rows.num_diffusion_tokens + rows.num_sequential_tokens == 80
+
+
+@pytest.mark.parametrize("name", ["mdlm", "bd3lm"])
+def test_rows_that_look_ahead_say_what_is_padding(name):
+    tokens = tokens_of(4, 32)
+    valid = everything_valid(tokens)
+    objective = ObjectiveConfig(name=name, block_size=4)
+    assert build(objective, tokens=tokens).is_valid is None
+    valid[1, 20:] = False
+    rows = build(objective, tokens=tokens, valid=valid)
+    copies = 2 if name == "bd3lm" else 1
+    assert torch.equal(rows.is_valid, valid[:, :-1].repeat(copies, 1))
+    filled = filled_up(rows, 10)
+    assert filled.is_valid[: -len(rows.tokens)].all()
+    assert torch.equal(filled.is_valid[-len(rows.tokens) :], rows.is_valid)
+
+
+@pytest.mark.parametrize("leading_mask", [True, False])
+def test_the_tokens_counted_are_those_that_ar_rows_predict(leading_mask):
+    tokens = tokens_of(3, 32)
+    valid = torch.arange(33) < torch.tensor([33, 32, 5])[:, None]
+    objective = ObjectiveConfig(name="ar", leading_mask=leading_mask)
+    rows = build(objective, rows=3, tokens=tokens, valid=valid)
+    counted = predicted(valid, objective).sum(dim=1)
+    assert torch.equal(counted, torch.bincount(rows.loss_rows, minlength=3))
+    assert int(counted.sum()) == rows.num_sequential_tokens
 
 
 def test_the_loss_at_a_uniform_model_is_the_log_of_the_vocabulary():

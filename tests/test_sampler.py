@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_eso.config.schema import ModelConfig
+from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
 from megatron_eso.errors import ConfigError
 from megatron_eso.sample.choose import choose_tokens
-from megatron_eso.sample.plan import make_plan
+from megatron_eso.sample.generate import Batch, PlanSettings, plan_for
+from megatron_eso.sample.plan import make_block_plan, make_plan
 from megatron_eso.sample.prompt import rows_with_gaps, rows_with_prompts
+from megatron_eso.sample.sampler import Choice, Sampled, _have_ended, check_choice
 from tests.rank_jobs import LENGTH, VOCAB, assemble, read_rows
 from tests.reference import ReferenceModel
 
@@ -362,6 +364,78 @@ def test_rows_that_have_all_ended_are_not_continued(one_rank):
     )[0]  # fmt: skip
     assert reply["num_steps"] == 7
     assert reply["tokens"][1].tolist() == [5] * 6 + [9] * (LENGTH - 6)
+
+
+def test_a_given_stop_token_ends_no_row():
+    """Row 0 is [9, 9 | 5, ...], its given 9s a prompt; row 1 has a decided 9 before everything open."""
+    tokens = torch.tensor([[9, 9, 5, MASK, MASK], [1, 2, 9, MASK, MASK]])
+    given, still_open = torch.tensor([[0, 1], [0, 1]]), torch.tensor([[3, 4], [3, 4]])
+    assert not _have_ended(tokens, given, still_open, 9)
+    tokens[0, 2] = 9
+    assert _have_ended(tokens, given, still_open, 9)
+
+
+def test_text_ends_at_the_first_stop_token_that_was_decided():
+    """Prompts [9, 1] and [1] (padded): the text holds them, and what was decided up to a 9."""
+    tokens = torch.tensor([[9, 1, 5, 9, 5], [9, 1, 5, 6, 7]])
+    plan = make_plan(torch.arange(5).expand(2, 5) < 2, alpha_0=0.5, num_steps=2, seed=0)
+    sampled = Sampled(tokens, torch.zeros(2, 5), 3)
+    batch = Batch(0, plan, sampled, padding=torch.tensor([0, 1]))
+    assert batch.token_rows(stop_token=9) == [[9, 1, 5], [1, 5, 6, 7]]
+    assert batch.token_rows() == [[9, 1, 5, 9, 5], [1, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("method", ["fixed", "binomial"])
+@pytest.mark.parametrize(
+    ("num_given", "num_steps", "expected"),
+    [
+        (0, 8, [1] * 8), (0, 20, [2, 3] * 4), (64, 16, [4] * 4), (112, 4, [4]), (100, 14, [6, 8]),
+        (100, 1, [1, 1]), (100, None, [12, 16]), (127, 1, [1]),
+    ],
+)  # fmt: skip
+def test_blocks_share_the_steps_by_what_they_have_to_decide(method, num_given, num_steps, expected):
+    is_given = torch.arange(128)[None] < num_given
+    settings = {"block_size": 16, "num_steps": num_steps, "method": method, "seed": 1}
+    plan = make_block_plan(is_given, **settings)
+    assert sum(plan.counts) == 128 - num_given
+    blocks = (plan.order[0, num_given:] // 16).split(plan.counts)
+    numbers = [int(step[0]) for step in blocks]
+    assert all(bool((step == step[0]).all()) for step in blocks)
+    found = [numbers.count(block) for block in range(num_given // 16, 8)]
+    if method == "fixed":
+        assert found == expected
+    else:  # steps that decide nothing are left out
+        assert all(0 < here <= most for here, most in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["eso", "mdlm"])
+@pytest.mark.parametrize(
+    "settings", [{"num_steps": 4}, {"tokens_per_step": 4}, {"alpha_0": 1.0}], ids=str
+)
+def test_what_a_left_to_right_plan_would_ignore_is_refused(name, settings):
+    canvas = rows_with_prompts([[1] * 8], 16, ModelConfig(vocab_size=128, max_length=64))
+    asked = PlanSettings(method="left-to-right", **settings)
+    with pytest.raises(ConfigError, match="left-to-right decides one token at a time"):
+        plan_for(ObjectiveConfig(name=name, alpha_0=0.5), canvas, asked, Choice())
+    plain = PlanSettings(method="left-to-right")
+    assert plan_for(ObjectiveConfig(name=name), canvas, plain, Choice()).counts == [1] * 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"top_p": float("nan")}, "top_p=nan"),
+        ({"seed": 2**64}, "seed=18446744073709551616"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+    ids=str,
+)
+def test_a_choice_without_a_meaning_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        check_choice(Choice(**settings))
+    check_choice(Choice(temperature=0.0, seed=2**64 - 1))
 
 
 def test_a_strided_plan_keeps_tokens_of_a_step_apart():

@@ -38,8 +38,6 @@ def bench_sample(
     Examples:
         megatron-eso bench-sample runs/eso runs/ar runs/mdlm --judge runs/ar --steps 128 --steps 32
     """
-    import json
-
     from megatron_eso.cli.model_loading import load
     from megatron_eso.data.tokenizer import decode
     from megatron_eso.eval.frontier import measure, plot, table
@@ -47,32 +45,94 @@ def bench_sample(
     from megatron_eso.sample.sampler import Choice
 
     choice = Choice(temperature=temperature, top_p=top_p, seed=seed)
-    loaded_judge, shared = None, None
+    # Everything that can be wrong is looked at before anything is measured.
+    asked = _checked(checkpoints, steps, alpha_0, length, choice, rows=rows, batch=batch)
+    _make_folder(out)
+    loaded_judge = None
     if judge is not None:
-        loaded_judge, shared = _judge(judge)
+        longest = max(size for _, size, _ in asked)
+        loaded_judge = _judge(judge, [known for known, _, _ in asked], longest)
     points = []
-    for checkpoint in checkpoints:
+    for checkpoint, (_, size, of_one) in zip(checkpoints, asked, strict=True):
         loaded = load(checkpoint, use_ema=True, dtype="fp32")
-        _check_tokenizer(loaded, shared, judge)
-        size = length or loaded.replica.config.train.sequence_length
-        for settings in _settings(loaded.replica.config.objective, steps, alpha_0, size):
+        for settings in of_one:
             point = measure(
                 loaded.replica, lambda ids, t=loaded.tokenizer: decode(t, ids), settings, choice,
                 num_rows=rows, batch_rows=batch, length=size, judge=loaded_judge,
             )  # fmt: skip
             points.append(point)
+            _write(out, points)
             typer.echo(
                 f"{point.method}, {point.evaluations:.0f} passes: {point.tokens_per_second:,.0f} tokens/s",
                 err=True,
             )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "frontier.json").write_text(json.dumps([p.as_dict() for p in points], indent=1) + "\n")
-    (out / "frontier.md").write_text(table(points) + "\n")
     typer.echo(table(points))
     if loaded_judge is not None:
         plot(points, out / "frontier.png")
     typer.echo(f"written to {out}")
     finish()
+
+
+def _checked(
+    checkpoints: list[Path],
+    steps: list[int] | None,
+    alphas: list[float] | None,
+    length: int | None,
+    choice: Any,
+    *,
+    rows: int,
+    batch: int,
+) -> list[tuple[Any, int, list[Any]]]:
+    """Return what is known of each checkpoint, its tokens of a row and its settings, all checked."""
+    from megatron_eso.cli.model_loading import describe, tokenizer_of
+    from megatron_eso.errors import ConfigError
+    from megatron_eso.sample.generate import check_request
+    from megatron_eso.sample.prompt import rows_with_prompts
+
+    for name, number in (("--rows", rows), ("--batch", batch)):
+        if number < 1:
+            raise ConfigError(f"{name} {number} must be at least 1")
+    asked = []
+    for path in checkpoints:
+        known = describe(path)
+        tokenizer_of(known)
+        size = known.sequence_length if length is None else length
+        canvas = rows_with_prompts([[]], size, known.model)
+        settings = _settings(known.objective, steps, alphas, size)
+        for each in settings:
+            check_request(known.objective, canvas, each, choice)
+        asked.append((known, size, settings))
+    return asked
+
+
+def _make_folder(out: Path) -> None:
+    """Make the folder and try to write there; what lies in it stays until the first point."""
+    import tempfile
+
+    from megatron_eso.errors import DataError
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise DataError(f"cannot write to --out {out}: {error.strerror}") from error
+
+
+def _write(out: Path, points: list[Any]) -> None:
+    """Write what has been measured so far; a later point may fail."""
+    import json
+
+    from megatron_eso.eval.frontier import table
+
+    _replace(out / "frontier.json", json.dumps([p.as_dict() for p in points], indent=1) + "\n")
+    _replace(out / "frontier.md", table(points) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def _settings(
@@ -91,9 +151,9 @@ def _settings(
     ]
 
 
-def _judge(path: Path) -> tuple[Any, str | None]:
-    """Return the judge, and the tokenizer's hash if the samples must share it."""
-    from megatron_eso.cli.model_loading import is_exported, load
+def _judge(path: Path, samplers: list[Any], longest: int) -> Any:
+    """Return the judge; one of ours must share the tokenizer of all that it will read."""
+    from megatron_eso.cli.model_loading import describe, is_exported, load
     from megatron_eso.errors import ConfigError
     from megatron_eso.eval.frontier import hugging_face_judge, our_judge
 
@@ -106,22 +166,21 @@ def _judge(path: Path) -> tuple[Any, str | None]:
             ) from error
         model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True).eval()
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        return hugging_face_judge(model, tokenizer), None
-    loaded = load(path, use_ema=True, dtype="fp32")
-    return our_judge(loaded.replica), _hash(loaded)
+        return hugging_face_judge(model, tokenizer)
+    shared = _hash(describe(path))
+    for known in samplers:
+        if _hash(known) != shared:
+            raise ConfigError(
+                f"{known.path} and the judge {path} have different tokenizers, so the judge cannot "
+                "read its samples; train them on one data set"
+            )
+    return our_judge(load(path, use_ema=True, dtype="fp32").replica, longest=longest)
 
 
-def _check_tokenizer(loaded: Any, shared: str | None, judge: Path | None) -> None:
-    from megatron_eso.errors import ConfigError
-
-    if shared is not None and _hash(loaded) != shared:
-        raise ConfigError(
-            f"{loaded.path} and the judge {judge} have different tokenizers, so the judge cannot "
-            "read its samples; train them on one data set"
-        )
-
-
-def _hash(loaded: Any) -> str:
+def _hash(known: Any) -> str:
     from megatron_eso.data.manifest import sha256_of
+    from megatron_eso.errors import CheckpointError
 
-    return sha256_of(loaded.tokenizer_file)
+    if known.tokenizer_file is None:
+        raise CheckpointError(f"{known.path} has no tokenizer to compare with the samples'")
+    return sha256_of(known.tokenizer_file)

@@ -48,33 +48,41 @@ def evaluate(
         megatron-eso eval runs/quickstart my_notes.txt --metric likelihood --orders 100 --json scores.json
         megatron-eso eval runs/quickstart runs/data/stdlib/validation --ranks 2 --tensor 2
     """
+    from dataclasses import replace
+
+    from megatron_eso.config.check import check_evaluation
+    from megatron_eso.config.schema import EvalConfig, RunConfig
+
+    settings = EvalConfig(
+        likelihood_orders=orders, nelbo_repeats=repeats, alpha_0=alpha_0, noise_eps=eps,
+        micro_batch_rows=batch,
+    )  # fmt: skip
+    # Everything that can be wrong is looked at before weights are read.
+    _check_numbers(metric, orders=orders, rows=rows, batch=batch)
+    check_evaluation(RunConfig(eval=settings))
+    if json_file is not None and os.environ.get("RANK", "0") == "0":  # who writes it
+        _check_writable(json_file)
     if ranks > 1 and "RANK" not in os.environ:
         from megatron_eso.launch.local import start_ranks
 
         raise SystemExit(start_ranks(ranks, sys.argv[1:]))
-    from dataclasses import replace
 
     import torch
     import torch.distributed as dist
 
-    from megatron_eso.cli.model_loading import load
-    from megatron_eso.config.check import check
-    from megatron_eso.eval.evaluate import METRICS
+    from megatron_eso.cli.model_loading import describe, load
+    from megatron_eso.eval.evaluate import METRICS, check_request
     from megatron_eso.eval.evaluate import evaluate as run
     from megatron_eso.parallel.exchange import Rows
     from megatron_eso.parallel.finish import finish
 
+    metrics = METRICS if metric == "all" else [metric]
+    check_request(describe(checkpoint).objective, metrics, alpha_0)
     loaded = load(
         checkpoint, use_ema=not raw_weights, dtype="fp32", tensor=tensor, pipeline=pipeline,
         context=context, with_tokenizer=False,
     )  # fmt: skip
-    config = loaded.replica.config
-    settings = replace(
-        config.eval, likelihood_orders=orders, nelbo_repeats=repeats, alpha_0=alpha_0,
-        noise_eps=eps, micro_batch_rows=batch,
-    )  # fmt: skip
-    config = replace(config, eval=settings)
-    check(config)
+    config = replace(loaded.replica.config, eval=settings)
     reader = _reader(data, loaded, tokenizer, config, text_key, rows)
 
     def read(numbers: list[int]) -> Rows:
@@ -84,13 +92,40 @@ def evaluate(
     count = min(rows or reader.num_rows, reader.num_rows)
     scores = run(
         replace(loaded.replica, config=config), read, num_rows=count,
-        bytes_per_token=reader.bytes_per_token, metrics=METRICS if metric == "all" else [metric],
+        bytes_per_token=reader.bytes_per_token, metrics=metrics,
     )  # fmt: skip
     if dist.get_rank() == 0:
         _show(scores, f"{loaded.path} ({loaded.kind}) on {data}: {count} rows")
         if json_file is not None:
             _write(json_file, scores)
     finish()
+
+
+def _check_numbers(metric: str, *, orders: int, rows: int, batch: int) -> None:
+    from megatron_eso.errors import ConfigError
+
+    if rows < 0:
+        raise ConfigError(f"--rows {rows} must be at least 0; 0 scores all rows")
+    if batch < 1:
+        raise ConfigError(f"--batch {batch} must be at least 1")
+    if metric == "likelihood" and orders < 1:
+        raise ConfigError(f"--orders {orders} leaves nothing to score with --metric likelihood")
+
+
+def _check_writable(path: Path) -> None:
+    """Make the folder of a file and refuse one that takes none, or a folder of the file's name."""
+    import tempfile
+
+    from megatron_eso.errors import DataError
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise DataError(f"cannot write --json {path}: {error.strerror}") from error
+    if path.is_dir():
+        raise DataError(f"--json {path} is a folder; name a file")
 
 
 def _reader(

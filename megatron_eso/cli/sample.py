@@ -149,12 +149,7 @@ def _run(
             loaded.replica, canvas, settings, choice, batch_rows=batch, on_plan=watch
         ):
             evaluations += part.sampled.num_steps
-            for row, padding in zip(
-                part.sampled.tokens.tolist(), part.padding.tolist(), strict=True
-            ):
-                ids = row[padding:]
-                if choice.stop_token in ids:
-                    ids = ids[: ids.index(choice.stop_token)]
+            for ids in part.token_rows(choice.stop_token):
                 text = decode(loaded.tokenizer, ids)
                 if file is not None:
                     steps = part.sampled.num_steps

@@ -295,6 +295,18 @@ def _precision(config: RunConfig) -> Iterator[str]:
     yield from broken(SETTINGS_RULES, config)
 
 
+def check_evaluation(config: RunConfig) -> None:
+    """Raise a :class:`ConfigError` that lists every violation of the ``eval`` settings' rules.
+
+    For what scores a model without training it: the rules of training batches do not matter there.
+    """
+    found = list(_evaluation(config))
+    if found:
+        raise ConfigError(
+            "these evaluation settings do not fit:\n" + "\n".join(f"  - {line}" for line in found)
+        )
+
+
 def _evaluation(config: RunConfig) -> Iterator[str]:
     for name in ("num_rows", "nelbo_repeats"):
         if getattr(config.eval, name) < 1:

@@ -17,7 +17,7 @@ from megatron_eso.config.schema import EvalConfig, ObjectiveConfig
 from megatron_eso.errors import ConfigError
 from megatron_eso.eval.scores import LogMeanExp, Score, is_power_of_ten, score
 from megatron_eso.model.replica import Replica
-from megatron_eso.objective.build import Draw, build_rows
+from megatron_eso.objective.build import Draw, build_rows, predicted
 from megatron_eso.objective.deal import MicroBatch
 from megatron_eso.objective.order import likelihood_order
 from megatron_eso.objective.randomness import Stream, uniform_rows
@@ -83,6 +83,22 @@ def check_metrics(objective: ObjectiveConfig, metrics: Collection[str]) -> None:
         raise ConfigError(
             f"a model of objective.name={objective.name} has no exact likelihood under an order, only "
             "the NELBO; ask for --metric nelbo"
+        )
+
+
+def check_request(
+    objective: ObjectiveConfig, metrics: Collection[str], alpha_0: float | None
+) -> None:
+    """Refuse metrics, or an alpha_0 to score with, that an objective does not have.
+
+    Raises:
+        ConfigError: naming what it has, or the option to leave out.
+    """
+    check_metrics(objective, metrics)
+    if alpha_0 is not None and objective.name != "eso":
+        raise ConfigError(
+            f"--alpha-0 {alpha_0}: a model of objective.name={objective.name} has no alpha_0 to score "
+            "with; leave it out"
         )
 
 
@@ -174,7 +190,7 @@ def row_nats(
     stack_rows_per_row: int,
     between: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
-    """Return [B] weighted nats and [B] valid tokens of all rows, float64, the same on every rank."""
+    """Return [B] weighted nats and [B] predicted tokens of all rows, float64, the same on every rank."""
     train = replica.config.train
     fixed = derive.fixed_stack_rows(replica.config)
     limit = fixed or replica.config.eval.micro_batch_rows or train.micro_batch_rows
@@ -201,7 +217,8 @@ def row_nats(
         if nats is not None and here:
             result[0, first : first + here] = nats[:here]
             if layout.context_rank == 0:
-                result[1, first : first + here] = rows.is_valid[:here, :-1].sum(dim=1)
+                counted = predicted(rows.is_valid[:here], replica.config.objective)
+                result[1, first : first + here] = counted.sum(dim=1)
     torch.distributed.all_reduce(result)
     return result[0].cpu(), result[1].cpu()
 

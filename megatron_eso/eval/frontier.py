@@ -5,7 +5,7 @@ become dull, and entropy of the tokens shows that.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -111,16 +111,25 @@ def token_entropy(row: Tensor) -> float:
     return float(-(shares * shares.log()).sum())
 
 
-def our_judge(replica: Replica) -> Judge:
+def our_judge(replica: Replica, *, longest: int) -> Judge:
     """Return a judge that is an AR checkpoint of ours with the samples' own tokenizer.
 
+    Args:
+        replica: the judge's model.
+        longest: tokens of the longest rows it will get.
+
     Raises:
-        ConfigError: if the checkpoint is not autoregressive.
+        ConfigError: if the checkpoint is not autoregressive, or has no positions for such rows.
     """
     if replica.config.objective.name != "ar":
         raise ConfigError(
             f"the judge was trained with objective.name={replica.config.objective.name}; only ar has "
             "one exact likelihood that all samplers can be held to"
+        )
+    if longest > (most := replica.config.model.max_length):
+        raise ConfigError(
+            f"rows of {longest} tokens are longer than the judge's rotary table (model.max_length="
+            f"{most}); lower --length or take another judge"
         )
 
     def judge(tokens: Tensor, texts: list[str]) -> tuple[float, int]:
@@ -141,7 +150,11 @@ def our_judge(replica: Replica) -> Judge:
 
 
 def hugging_face_judge(model: Any, tokenizer: Any) -> Judge:
-    """Return a judge that is any causal language model of `transformers`, with its own tokens."""
+    """Return a judge that is any causal language model of `transformers`, with its own tokens.
+
+    A text of more tokens than the model has positions is scored in windows that overlap by half.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
 
     def judge(tokens: Tensor, texts: list[str]) -> tuple[float, int]:
         del tokens
@@ -150,15 +163,33 @@ def hugging_face_judge(model: Any, tokenizer: Any) -> Judge:
             ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
             if ids.shape[1] < 2:
                 continue
-            with torch.no_grad():
-                logits = model(ids).logits[:, :-1].float()
-            nats += float(torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="sum"))
+            for begin, first, end in windows(ids.shape[1], longest or ids.shape[1]):
+                with torch.no_grad():
+                    logits = model(ids[:, begin:end]).logits[0, first - begin - 1 : -1].float()
+                targets = ids[0, first:end]
+                nats += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
             count += ids.shape[1] - 1
         if not count:
             raise ConfigError("the judge's tokenizer finds no token in any sample")
         return nats, count
 
     return judge
+
+
+def windows(number: int, longest: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (begin, first, end) of windows in which tokens ``first`` to ``end`` of a text are scored.
+
+    Every token but the text's first is scored once, with at least half a window before it if there is.
+
+    Args:
+        number: tokens of the text.
+        longest: tokens of a window, at least 2.
+    """
+    begin, first = 0, 1
+    while first < number:
+        end = min(begin + longest, number)
+        yield begin, first, end
+        begin, first = end - longest // 2, end
 
 
 def table(points: Sequence[Point]) -> str:

@@ -67,6 +67,12 @@ def build_rows(
     return _eso(tokens, is_valid, micro_batch, objective, draw, mask_id)
 
 
+def predicted(is_valid: Bool[Tensor, "B L1"], objective: ObjectiveConfig) -> Bool[Tensor, "B L"]:
+    """Return which valid tokens of samples of L + 1 a row predicts: L from the first, or the second, on."""
+    begins_with_second = objective.name == "ar" and not objective.leading_mask
+    return is_valid[:, 1:] if begins_with_second else is_valid[:, :-1]
+
+
 def _eso(
     tokens: Tensor,
     is_valid: Tensor,
@@ -176,6 +182,7 @@ def _bd3lm(
         num_sequential_tokens=0,
         pattern=Pattern.BLOCK,
         block_size=size,
+        is_valid=None if bool(is_valid.all()) else is_valid.repeat(2, 1),
     )
 
 

@@ -6,6 +6,7 @@ noise schedule for eps.
 """
 
 import math
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -60,8 +61,9 @@ def stratified_times(
     return eps + (1 - eps) * unit
 
 
+@cache
 def _coprime_near(num_rows: int) -> int:
-    """Return the number nearest n / golden ratio that has no factor in common with n."""
+    """Return the number nearest n / golden ratio that has no factor in common with n; of two, the less."""
     target = round(num_rows * _GOLDEN)
-    near = sorted(range(1, max(num_rows, 2)), key=lambda stride: abs(stride - target))
-    return next(stride for stride in near if math.gcd(stride, num_rows) == 1)
+    strides = (stride for away in range(num_rows) for stride in (target - away, target + away))
+    return next(stride for stride in strides if stride > 0 and math.gcd(stride, num_rows) == 1)

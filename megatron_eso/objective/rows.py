@@ -24,7 +24,7 @@ class Pattern(Enum):
 
     CAUSAL = "causal"  # D and X rows causal, Z rows as above
     BIDIRECTIONAL = "bidirectional"  # every entry sees all valid entries of its row (MDLM)
-    BLOCK = "block"  # X block-causal, Z sees its own block and X's earlier blocks (BD3-LM)
+    BLOCK = "block"  # X block-causal, Z sees its block and X's earlier ones; no padding (BD3-LM)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class StackRows:
     block_size: int = 0
     """Block length of the BLOCK pattern."""
     is_valid: Bool[Tensor, "R L"] | None = None
-    """Only for BIDIRECTIONAL rows with padding: entries that may be seen."""
+    """Only for BIDIRECTIONAL and BLOCK rows with padding: entries that others may see."""
     loss_gradient: Float[Tensor, " N"] | None = None
     """Gradient of the step's loss with respect to each entry's log-probability, if known."""
 
@@ -202,13 +202,16 @@ def filled_up(rows: StackRows, num_rows: int) -> StackRows:
     length = rows.tokens.shape[1]
     empty = torch.zeros_like(rows.tokens[:1]).expand(missing, length)
     places = torch.arange(length, device=rows.positions.device).expand(missing, length)
-    assert rows.is_valid is None  # single rows fill any micro-batch by themselves
+    is_valid = rows.is_valid
+    if is_valid is not None:
+        is_valid = torch.cat([torch.ones_like(is_valid[:1]).expand(missing, -1), is_valid])
     return replace(
         rows,
         tokens=torch.cat([empty, rows.tokens]),
         positions=torch.cat([places, rows.positions]),
         num_diffusion=rows.num_diffusion + missing,
         loss_entries=rows.loss_entries + missing * length,
+        is_valid=is_valid,
     )
 
 

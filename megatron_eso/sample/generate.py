@@ -44,6 +44,17 @@ class Batch:
     sampled: Sampled
     padding: Tensor
 
+    def token_rows(self, stop_token: int | None = None) -> list[list[int]]:
+        """Return each row's tokens without its padding, up to the first stop token that was decided."""
+        rows = []
+        given = self.plan.order[:, : self.plan.num_given].tolist()
+        whole = zip(self.sampled.tokens.tolist(), given, self.padding.tolist(), strict=True)
+        for tokens, known, padding in whole:
+            decided = set(range(len(tokens))).difference(known)
+            ends = (place for place in sorted(decided) if tokens[place] == stop_token)
+            rows.append(tokens[padding : next(ends, len(tokens))])
+        return rows
+
 
 def check_settings(settings: PlanSettings) -> None:
     """Refuse settings without a meaning, before a model is loaded.
@@ -120,6 +131,11 @@ def plan_for(
             f"--alpha-0 {settings.alpha_0}: a model of objective.name={objective.name} decides every "
             "token by diffusion (1)"
         )
+    if settings.method == "left-to-right" and (settings.alpha_0 or steps):
+        raise ConfigError(
+            "--plan left-to-right decides one token at a time: --alpha-0, --num-steps and "
+            "--tokens-per-step do not apply; leave them out or take another plan"
+        )
     method = "binomial" if settings.method == "auto" else settings.method
     if objective.name == "bd3lm":
         size = objective.block_size
@@ -133,7 +149,7 @@ def plan_for(
     # A strided plan decides every token by diffusion, whatever the training did.
     as_trained = 1.0 if method == "strided" or objective.name != "eso" else objective.alpha_0
     alpha_0 = as_trained if settings.alpha_0 is None else settings.alpha_0
-    if steps is not None and method != "left-to-right" and settings.tokens_per_step:
+    if settings.tokens_per_step:
         steps = max(round(alpha_0 * left / settings.tokens_per_step), 1)
     return make_plan(
         canvas.is_given,

@@ -105,7 +105,8 @@ def make_block_plan(
     Args:
         is_given: positions that are known: a prefix of the same length in every row.
         block_size: tokens of a block; divides L.
-        num_steps: diffusion steps of the whole row, shared evenly by its blocks; None: one per token.
+        num_steps: diffusion steps for all open tokens, shared by the blocks in proportion to their open
+            ones; a block with any takes one at least. None: one per token.
         method: binomial or fixed.
         seed: seed of the counts and orders.
         first_row: number of the batch's first row.
@@ -120,14 +121,16 @@ def make_block_plan(
     check_prefix(is_given, num_given, "block diffusion")
     if length % block_size:
         raise ConfigError(f"a row of {length} tokens does not divide into blocks of {block_size}")
-    num_blocks = length // block_size
-    steps = max((num_steps or length) // num_blocks, 1)
+    num_open = length - num_given
+    steps = num_steps or num_open
     key = uniform_rows(seed, 0, _rows(is_given, first_row), Stream.ORDER, length)
     key = torch.where(is_given, -1.0, key) + torch.arange(length) // block_size * 2
-    counts = []
-    for block in range(num_blocks):
-        left = block_size - min(max(num_given - block * block_size, 0), block_size)
-        here = min(steps, max(left, 1))
+    counts, taken = [], 0
+    for block in range(num_given // block_size, length // block_size):
+        end = (block + 1) * block_size
+        left = min(end - num_given, block_size)
+        here = min(max(steps * (end - num_given) // num_open - taken, 1), left)
+        taken += here
         if method == "fixed":
             counts += even_counts(left, here)
         else:

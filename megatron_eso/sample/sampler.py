@@ -42,7 +42,8 @@ class Choice:
     first_row: int = 0
     """Number of the batch's first row, so that a row's text does not depend on its batch."""
     stop_token: int | None = None
-    """End once every row holds this token with nothing open before it; the rest becomes this token."""
+    """End once every row has decided this token with nothing open before it; the rest becomes this
+    token. A given one, of a prompt, ends nothing."""
     forced: Tensor | None = None
     """[B, L] tokens to decide instead of sampling (teacher forcing)."""
     on_step: Callable[[int, Tensor], None] = field(default=lambda step, tokens: None)
@@ -102,19 +103,19 @@ def fill_rows(
             fresh, done = open_, done + count
             choice.on_step(step - 1, tokens)
             if choice.stop_token is not None and _have_ended(
-                tokens, order[:, done:], padding, choice
+                tokens, given, order[:, done:], choice.stop_token
             ):
                 tokens.scatter_(1, order[:, done:], choice.stop_token)
                 break
     return Sampled(tokens, log_probs, step)
 
 
-def _have_ended(tokens: Tensor, still_open: Tensor, padding: Tensor, choice: Choice) -> bool:
-    """Return whether every row's first stop token stands before everything that is open."""
+def _have_ended(tokens: Tensor, given: Tensor, still_open: Tensor, stop_token: int) -> bool:
+    """Return whether every row's first decided stop token stands before everything that is open."""
     if not still_open.shape[1]:
         return False
     columns = torch.arange(tokens.shape[1], device=tokens.device)
-    is_stop = (tokens == choice.stop_token) & (columns >= padding[:, None])
+    is_stop = (tokens == stop_token).scatter(1, given, False)
     first_stop = torch.where(is_stop, columns, tokens.shape[1]).amin(dim=1)
     return bool((first_stop < still_open.amin(dim=1)).all())
 
@@ -133,16 +134,19 @@ def _pick(logits: Tensor, open_: Tensor, u: Tensor, choice: Choice) -> Tensor:
 
 
 def check_choice(choice: Choice) -> None:
-    """Refuse a temperature or nucleus without a meaning.
+    """Refuse a temperature, nucleus or seed without a meaning.
 
     Raises:
-        ConfigError: naming both.
+        ConfigError: naming the one.
     """
-    if choice.temperature < 0 or not 0 < choice.top_p <= 1:
+    # Written so that not-a-number is refused.
+    if not 0 <= choice.temperature < float("inf") or not 0 < choice.top_p <= 1:
         raise ConfigError(
-            f"temperature={choice.temperature} must not be negative and top_p={choice.top_p} must be in "
-            "(0, 1]"
+            f"temperature={choice.temperature} must be a number from 0 on and top_p={choice.top_p} must "
+            "be in (0, 1]"
         )
+    if not 0 <= choice.seed < 2**64:
+        raise ConfigError(f"seed={choice.seed} must be in [0, 2**64), the generator's keys")
 
 
 def _check(replica: Replica, choice: Choice) -> None:

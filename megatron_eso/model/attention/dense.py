@@ -27,7 +27,8 @@ def dense_attention(
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     first_z = query.shape[0] - num_pairs
-    mask = plain_mask(query.shape[2], pattern, block_size, is_valid, query.device)
+    visible = (None, None) if is_valid is None else (is_valid[:first_z], is_valid[first_z:])
+    mask = plain_mask(query.shape[2], pattern, block_size, visible[0], query.device)
     plain = scaled_dot_product_attention(
         query[:first_z], key[:first_z], value[:first_z], attn_mask=mask, scale=scale
     )
@@ -36,7 +37,7 @@ def dense_attention(
     x_rows = slice(first_z - num_pairs, first_z)
     keys = torch.cat([key[x_rows], key[first_z:]], dim=2)
     values = torch.cat([value[x_rows], value[first_z:]], dim=2)
-    mask = copies_mask(query.shape[2], pattern, block_size, query.device)
+    mask = copies_mask(query.shape[2], pattern, block_size, visible[1], query.device)
     copies = scaled_dot_product_attention(
         query[first_z:], keys, values, attn_mask=mask, scale=scale
     )
@@ -50,20 +51,37 @@ def plain_mask(
     is_valid: Tensor | None,
     device: torch.device,
 ) -> Tensor | None:
-    """Return who sees whom within D and X rows: [L, L] or [R, 1, 1, L]; None: everybody."""
+    """Return who sees whom within D and X rows: [L, L], or with padding [R, 1, 1 or L, L]; None: everybody.
+
+    In blocks an entry sees itself even where it is padding: what is before it may be padding too.
+    """
     if pattern is Pattern.BIDIRECTIONAL:
         return None if is_valid is None else is_valid[:, None, None, :]
     place = torch.arange(length, device=device)
     if pattern is Pattern.BLOCK:
         place = place // block_size
-    return place[:, None] >= place[None, :]
+    seen = place[:, None] >= place[None, :]
+    if is_valid is None:
+        return seen
+    own = torch.eye(length, dtype=torch.bool, device=device)
+    return (seen & is_valid[:, None, None, :]) | own
 
 
-def copies_mask(length: int, pattern: Pattern, block_size: int, device: torch.device) -> Tensor:
-    """Return who a Z row sees in [its X row; itself]: [L, 2L]."""
+def copies_mask(
+    length: int,
+    pattern: Pattern,
+    block_size: int,
+    is_valid: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """Return who a Z row sees in [its X row; itself]: [L, 2L], or with padding in blocks [R, 1, L, 2L]."""
     slot = torch.arange(length, device=device)
     if pattern is Pattern.BLOCK:
         block = slot // block_size
-        return torch.cat([block[:, None] > block[None, :], block[:, None] == block[None, :]], dim=1)
+        seen = torch.cat([block[:, None] > block[None, :], block[:, None] == block[None, :]], dim=1)
+        if is_valid is None:
+            return seen
+        own = torch.eye(length, 2 * length, dtype=torch.bool, device=device).roll(length, dims=1)
+        return (seen & is_valid.repeat(1, 2)[:, None, None, :]) | own
     copy = (slot + 1) % length  # slot r holds copy r + 1, the last slot copy 0
     return torch.cat([copy[:, None] > slot[None, :], slot[:, None] == slot[None, :]], dim=1)

@@ -31,14 +31,17 @@ def flex_rows_attention(
     if is_valid is None:
         mask = _plain_mask(length, pattern, block_size, device)
     else:
-        mask = _valid_mask(is_valid)
+        mask = _valid_mask(is_valid[:first_z], pattern, block_size)
     plain = _attend(query[:first_z], key[:first_z], value[:first_z], mask, scale)
     if not num_pairs:
         return plain
     x_rows = slice(first_z - num_pairs, first_z)
     keys = torch.cat([key[x_rows], key[first_z:]], dim=2)
     values = torch.cat([value[x_rows], value[first_z:]], dim=2)
-    mask = _copies_mask(length, pattern, block_size, device)
+    if is_valid is None:
+        mask = _copies_mask(length, pattern, block_size, device)
+    else:
+        mask = _valid_copies_mask(is_valid[first_z:], block_size)
     return torch.cat([plain, _attend(query[first_z:], keys, values, mask, scale)])
 
 
@@ -68,10 +71,15 @@ def _plain_mask(length: int, pattern: Pattern, block_size: int, device: torch.de
     return _block_mask(may_look, None, length, length, device)
 
 
-def _valid_mask(is_valid: Tensor) -> Any:
-    def may_look(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def _valid_mask(is_valid: Tensor, pattern: Pattern, block_size: int) -> Any:
+    def may_look_both_ways(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return is_valid[row, key]
 
+    def may_look_in_blocks(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = is_valid[row, key] & (query // block_size >= key // block_size)
+        return seen | (query == key)
+
+    may_look = may_look_in_blocks if pattern is Pattern.BLOCK else may_look_both_ways
     rows, length = is_valid.shape
     return _block_mask(may_look, rows, length, length, is_valid.device)
 
@@ -89,6 +97,18 @@ def _copies_mask(length: int, pattern: Pattern, block_size: int, device: torch.d
 
     may_look = may_look_in_blocks if pattern is Pattern.BLOCK else may_look_shifted
     return _block_mask(may_look, None, length, 2 * length, device)
+
+
+def _valid_copies_mask(is_valid: Tensor, block_size: int) -> Any:
+    rows, length = is_valid.shape
+
+    def may_look(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own, place = key >= length, key % length
+        block, other = query // block_size, place // block_size
+        seen = torch.where(own, other == block, other < block) & is_valid[row, place]
+        return seen | (own & (place == query))
+
+    return _block_mask(may_look, rows, length, 2 * length, is_valid.device)
 
 
 def _block_mask(
