@@ -22,7 +22,7 @@ from megatron_eso.checkpoint.load import (
     load_training_state,
     require_same_model,
 )
-from megatron_eso.checkpoint.local import LocalCopies
+from megatron_eso.checkpoint.local import LocalCopies, run_identity
 from megatron_eso.checkpoint.save import Saver
 from megatron_eso.checkpoint.state import collect
 from megatron_eso.data.reader import RowReader
@@ -66,10 +66,11 @@ class Keeper:
             owner=self._owner,
             while_waiting=heart.beat,
         )
-        has_local = session.config.checkpoint.local_folder is not None
-        self._local = (
-            LocalCopies(session.config, folder.path, reader.fingerprint()) if has_local else None
-        )
+        self._local = None
+        if session.config.checkpoint.local_folder is not None:
+            run_id = from_first_rank(lambda: run_identity(folder.checkpoints), session.torch_device)
+            data = reader.fingerprint()
+            self._local = LocalCopies(session.config, folder.path, run_id, data)
 
     def resume_or_start(self) -> None:
         """Load the newest valid checkpoint; else load or draw the weights that the run starts from.
@@ -207,12 +208,16 @@ class Keeper:
                     "checkpoint %s is set aside: it counts no more, its files stay until newer checkpoints "
                     "replace it", folder.path,
                 )  # fmt: skip
+        if self._local is not None:
+            self._local.forget_beyond(self._session.state.step)
 
     def _load_local(self, shared_step: int) -> bool:
         """Load the node-local copies if they are newer than the shared checkpoint."""
         session = self._session
-        step = self._local.newest() if self._local is not None else -1
-        if self._local is None or step <= shared_step:
+        if self._local is None or session.config.checkpoint.resume == "never":
+            return False
+        step = self._local.newest()
+        if step <= shared_step:
             return False
         stored = self._local.load(
             step, session.chunks, session.optimizer, session.average, session.layout.weights_group

@@ -71,3 +71,44 @@ def test_going_back_over_a_damaged_checkpoint_sets_it_aside(one_rank, run):
     assert any("step_0000000004 is set aside" in line for line in found["said"])
     assert all(f.damage(hashes=True) == "" for f in list_folders(run / "checkpoints"))
     assert committed(run) == [2, 4]
+
+
+@pytest.mark.parametrize("is_removed", [True, False], ids=["removed folder", "resume=never"])
+def test_another_run_in_the_same_place_does_not_take_local_copies(
+    one_rank, run, tmp_path, is_removed
+):
+    settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
+    one_rank.run(START, str(run), settings, 3, [])
+    assert one_rank.run(START, str(run), settings, 3, [])[0]["first"] == 3
+    if is_removed:
+        shutil.rmtree(run)
+        settings.append("optimizer.learning_rate=0.02")
+    else:
+        settings.append("checkpoint.resume=never")
+    assert one_rank.run(START, str(run), settings, 1, [])[0]["first"] == 0
+    assert [p.stem for p in tmp_path.rglob("*.pt")] == ["step_0000000001"]
+
+
+def test_a_new_run_starts_from_the_weights_it_was_given_and_from_no_local_copy(
+    one_rank, run, tmp_path
+):
+    given = tmp_path / "given"
+    one_rank.run(START, str(given), [], 1, [1])
+    settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
+    one_rank.run(START, str(run), settings, 2, [])
+    shutil.rmtree(run)
+    found = one_rank.run(START, str(run), [*settings, f"checkpoint.init_from={given}"], 0, [])[0]
+    assert found["first"] == 0
+    assert any(f"from {given}" in line for line in found["said"])
+    assert any(
+        line.endswith("it is of another run, layout, model or data") for line in found["said"]
+    )
+
+
+def test_new_local_copies_last_after_one_rank_lost_its_own(two_ranks, run, tmp_path):
+    settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
+    two_ranks.run(START, str(run), settings, 5, [1])
+    shutil.rmtree(next(tmp_path.rglob("rank_00001")))
+    assert two_ranks.run(START, str(run), settings, 2, [])[0]["first"] == 1
+    assert len(list(tmp_path.rglob("step_0000000002.pt"))) == 2
+    assert two_ranks.run(START, str(run), settings, 3, [])[0]["first"] == 2
