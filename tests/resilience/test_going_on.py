@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 
 from megatron_eso.checkpoint.folder import list_folders
@@ -71,6 +72,16 @@ def test_going_back_over_a_damaged_checkpoint_sets_it_aside(one_rank, run):
     assert any("step_0000000004 is set aside" in line for line in found["said"])
     assert all(f.damage(hashes=True) == "" for f in list_folders(run / "checkpoints"))
     assert committed(run) == [2, 4]
+
+
+def test_a_run_that_goes_back_to_step_0_does_again_what_it_did(one_rank, run):
+    one_rank.run(START, str(run), [], 0, [0])
+    found = one_rank.run(START, str(run), [], 3, [], 3)[0]
+    once = one_rank.run(START, str(run), [], 3, [])[0]
+    assert (found["first"], found["went_to"]) == (0, 0)
+    assert found["losses"] == once["losses"] * 2
+    for one, other in zip(found["state"], once["state"], strict=True):
+        assert np.array_equal(one, other)
 
 
 @pytest.mark.parametrize("is_removed", [True, False], ids=["removed folder", "resume=never"])
