@@ -1,16 +1,25 @@
 """Checkpoints: bitwise on the same layout, equal at any other, and damage is noticed."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, load, save
+from typer.testing import CliRunner
 
 from megatron_eso.checkpoint import straight_reader
 from megatron_eso.checkpoint.compare import compare
 from megatron_eso.checkpoint.find import newest_valid
-from megatron_eso.checkpoint.folder import CheckpointFolder, folder_of_step, list_folders, prune
+from megatron_eso.checkpoint.folder import (
+    CheckpointFolder,
+    folder_of_step,
+    list_folders,
+    prune,
+    set_aside_beyond,
+)
+from megatron_eso.cli.checkpoint import app
 from megatron_eso.errors import CheckpointError
 from tests.rank_jobs import assemble
 
@@ -131,6 +140,51 @@ def test_retention_keeps_the_newest_and_the_milestones(tmp_path):
     prune(tmp_path, keep_last=2, keep_every_steps=30)
     left = [(f.step, f.is_committed) for f in list_folders(tmp_path)]
     assert left == [(30, True), (60, True), (70, True), (90, False)]
+
+
+def test_retention_counts_whole_checkpoints_alone(tmp_path):
+    for step in (10, 20, 30, 40, 50):
+        make(tmp_path, step)
+    for step in (30, 50):
+        (folder_of_step(tmp_path, step).path / "esolm.json").unlink()
+    prune(tmp_path, keep_last=2, keep_every_steps=None)
+    assert [f.step for f in list_folders(tmp_path)] == [20, 30, 40, 50]
+    prune(tmp_path, keep_last=1, keep_every_steps=None)
+    assert [f.step for f in list_folders(tmp_path)] == [40, 50]
+
+
+def test_a_checkpoint_just_saved_is_kept_whatever_lies_beyond_it(tmp_path):
+    for step in (10, 20, 80, 90):
+        make(tmp_path, step)
+    prune(tmp_path, keep_last=1, keep_every_steps=None, up_to=20)
+    assert [f.step for f in list_folders(tmp_path)] == [20, 80, 90]
+
+
+@pytest.mark.parametrize("hashes", [True, False])
+def test_pruning_by_hand_keeps_what_is_whole_by_its_hashes(tmp_path, hashes, monkeypatch):
+    for step in (10, 20):
+        make(tmp_path, step)
+    changed = folder_of_step(tmp_path, 20).path / "esolm.json"
+    changed.write_text(changed.read_text().replace("20", "21"))
+    words = ["prune", str(tmp_path), "--keep-last", "1", *(() if hashes else ["--no-hashes"])]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert [f.step for f in list_folders(tmp_path)] == ([10, 20] if hashes else [20])
+    monkeypatch.setitem(sys.modules, "xxhash", None)  # as on a login node
+    asked = CliRunner().invoke(app, words)
+    assert ("--no-hashes" in str(asked.exception)) is hashes
+
+
+def test_a_checkpoint_that_was_set_aside_counts_again_under_its_old_name(tmp_path):
+    for step in (10, 20, 30):
+        make(tmp_path, step)
+    assert [f.step for f in set_aside_beyond(tmp_path, 10)] == [20, 30]
+    assert newest_valid(tmp_path, hashes=True) == folder_of_step(tmp_path, 10)
+    other = folder_of_step(tmp_path, 30)
+    assert "rename its SET_ASIDE to COMMITTED" in other.damage(hashes=False)
+    prune(tmp_path, keep_last=1, keep_every_steps=None)
+    assert [f.step for f in list_folders(tmp_path)] == [10, 20, 30]
+    (other.path / "SET_ASIDE").rename(other.path / "COMMITTED")
+    assert newest_valid(tmp_path, hashes=True) == other
 
 
 def test_a_newer_format_is_refused_with_advice(tmp_path):

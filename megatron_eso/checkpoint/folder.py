@@ -5,6 +5,7 @@
         esolm.json      what the tensors are: architecture, objective, vocabulary, step
         MANIFEST.json   size and hash of every other file
         COMMITTED       written last; a folder without it does not count
+        SET_ASIDE       what COMMITTED is called once a run went on from an older checkpoint
 
 Folders are never renamed: object-store file systems cannot.
 """
@@ -15,12 +16,14 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megatron_eso.errors import CheckpointError
 
 MANIFEST, MARKER, SIDECAR = "MANIFEST.json", "COMMITTED", "esolm.json"
+SET_ASIDE = "SET_ASIDE"
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step_(\d{10})")
 
@@ -42,6 +45,15 @@ class CheckpointFolder:
         """True once everything was written."""
         return (self.path / MARKER).is_file()
 
+    @property
+    def is_set_aside(self) -> bool:
+        """True if it was committed, and a run has gone on from an older one since."""
+        return (self.path / SET_ASIDE).is_file()
+
+    def set_aside(self) -> None:
+        """Make it count no more, and leave its files: what looks damaged may only be unreadable here."""
+        (self.path / MARKER).replace(self.path / SET_ASIDE)
+
     def sidecar(self) -> dict[str, Any]:
         """Return the description of the tensors.
 
@@ -56,6 +68,11 @@ class CheckpointFolder:
         Args:
             hashes: also read every file and compare its hash.
         """
+        if not self.is_committed and self.is_set_aside:
+            return (
+                "it was set aside when a run found it damaged and went on from an older one; to use it "
+                f"nevertheless rename its {SET_ASIDE} to {MARKER}"
+            )
         if not self.is_committed:
             return "it was never committed (the save did not finish)"
         try:
@@ -122,29 +139,59 @@ def list_folders(root: Path) -> list[CheckpointFolder]:
     return [CheckpointFolder(p) for p in sorted(root.iterdir()) if _NAME.fullmatch(p.name)]
 
 
-def prune(root: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:
+def set_aside_beyond(root: Path, step: int) -> list[CheckpointFolder]:
+    """Set aside every committed checkpoint of a later step than ``step``; return them.
+
+    They were passed over as damaged. Left as they are, they would pass for the newest: retention would
+    keep them, and a later restart might go on from one, on a course that the run has left.
+    """
+    later = [f for f in list_folders(root) if f.is_committed and f.step > step]
+    for folder in later:
+        folder.set_aside()
+    return later
+
+
+def prune(
+    root: Path, *, keep_last: int, keep_every_steps: int | None, up_to: int | None = None
+) -> list[Path]:
     """Remove what is :func:`unwanted`; return the removed folders."""
-    removed = unwanted(root, keep_last=keep_last, keep_every_steps=keep_every_steps)
+    removed = unwanted(root, keep_last=keep_last, keep_every_steps=keep_every_steps, up_to=up_to)
     for folder in removed:
         remove(folder)
     return [folder.path for folder in removed]
 
 
-def unwanted(root: Path, *, keep_last: int, keep_every_steps: int | None) -> list[CheckpointFolder]:
-    """Return old committed checkpoints and uncommitted ones older than the newest."""
-    folders = list_folders(root)
-    committed = [folder for folder in folders if folder.is_committed]
-    if not committed:
-        return []
-    kept = {folder.path for folder in committed[-keep_last:]}
+def unwanted(
+    root: Path,
+    *,
+    keep_last: int,
+    keep_every_steps: int | None,
+    up_to: int | None = None,
+    hashes: bool = False,
+) -> list[CheckpointFolder]:
+    """Return checkpoints older than those to keep, and uncommitted ones older than the newest whole one.
+
+    Whole ones alone are counted: nothing that is whole is given up for something damaged.
+
+    Args:
+        root: folder of a run's checkpoints.
+        keep_last: newest whole checkpoints to keep.
+        keep_every_steps: keep committed checkpoints at multiples of this many steps.
+        up_to: pass over later steps, neither counted nor returned; None: there are none.
+        hashes: read every file of those to keep: one with another hash than when written is not whole.
+    """
+    folders = [f for f in list_folders(root) if up_to is None or f.step <= up_to]
+    whole = (folder for folder in reversed(folders) if not folder.damage(hashes=hashes))
+    kept = [folder.step for folder in islice(whole, keep_last)]
     found = []
-    for folder in folders:
-        is_milestone = keep_every_steps and folder.step % keep_every_steps == 0
-        if folder.is_committed and (folder.path in kept or is_milestone):
-            continue
-        if not folder.is_committed and folder.step >= committed[-1].step:
-            continue  # a save under way
-        found.append(folder)
+    for folder in folders if kept else []:
+        if folder.is_committed:
+            is_milestone = keep_every_steps and folder.step % keep_every_steps == 0
+            is_old = len(kept) == keep_last and folder.step < kept[-1] and not is_milestone
+        else:
+            is_old = folder.step < kept[0]  # a later one may be a save under way
+        if is_old:
+            found.append(folder)
     return found
 
 
@@ -185,8 +232,13 @@ def write_durably(path: Path, text: str) -> None:
 
 def hash_file(path: Path) -> str:
     """Return the xxh3_128 hash of a file's content."""
-    import xxhash  # not on a login node, where checkpoints are listed and pruned
-
+    try:
+        import xxhash  # may be missing on a login node, where checkpoints are listed and pruned
+    except ImportError:
+        raise CheckpointError(
+            "hashes cannot be compared without the package xxhash: `pip install xxhash`, or give "
+            "--no-hashes, which trusts the sizes of files"
+        ) from None
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while block := file.read(8 << 20):

@@ -5,11 +5,14 @@
 
 They need no exchange between ranks, but only the same layout can read them, and a lost node loses
 its part: the shared checkpoints stay the ground. A restart takes the newest step that all ranks hold.
+They outlive the folder of a run that was removed: a random name of the run, kept beside its shared
+checkpoints, tells those of another run in the same place.
 """
 
 import hashlib
 import json
 import logging
+import secrets
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -35,24 +38,35 @@ from megatron_eso.parallel.parameters import (
 )
 
 log = logging.getLogger(__name__)
+RUN_ID = "run_id"
 _KEPT = 2
+
+
+def run_identity(checkpoints: Path) -> str:
+    """Return the random name that a run got when first asked; one process alone may call."""
+    file = checkpoints / RUN_ID
+    if not file.is_file():
+        write_durably(file, secrets.token_hex(8))
+    return file.read_text()
 
 
 class LocalCopies:
     """This rank's copies; every method but the constructor's must be called by all ranks."""
 
-    def __init__(self, config: RunConfig, run: Path, data: dict[str, Any]) -> None:
+    def __init__(self, config: RunConfig, run: Path, run_id: str, data: dict[str, Any]) -> None:
         """Say where copies are and which ones fit.
 
         Args:
             config: the run, with resolved precision.
             run: run folder; its path names the copies.
+            run_id: name of the run (:func:`run_identity`); copies of others do not fit.
             data: fingerprint of the training data.
         """
         name = hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:16]
         self._root = Path(config.checkpoint.local_folder or "") / f"megatron-eso-{name}"
         self._folder = self._root / f"rank_{dist.get_rank():05d}"
         fits = {
+            "run_id": run_id,
             "num_ranks": dist.get_world_size(),
             "parallel": asdict(config.parallel),
             "model": asdict(config.model),
@@ -150,6 +164,22 @@ class LocalCopies:
         self.kept_step = step
         return header["state"]
 
+    def forget_beyond(self, step: int) -> None:
+        """Remove this rank's copies of steps after ``step``, from which the run goes on.
+
+        They would pass for the newest, and new ones be removed in their place.
+        """
+        if self._child is not None and self._step > step:
+            self._child.kill("the run went back")
+            self._child = None
+        for path in self._folder.glob("step_*"):
+            if int(path.name.partition(".")[0].removeprefix("step_")) > step:
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    log.warning("node-local copy %s cannot be removed: %s", path, error)
+        self.kept_step = min(self.kept_step, step)
+
     def close(self, *, remove: bool) -> None:
         """End a copy under way; remove all copies once a shared checkpoint holds more."""
         if self._child is not None:
@@ -185,7 +215,7 @@ class LocalCopies:
         try:
             header = json.loads(self._header(step).read_text())
             if header["fits"] != self._fits:
-                damage = "it is of another layout, model or data"
+                damage = "it is of another run, layout, model or data"
             elif file.stat().st_size != header["bytes"]:
                 damage = f"it has {file.stat().st_size} bytes instead of {header['bytes']}"
             elif hash_file(file) != header["xxh3_128"]:

@@ -225,12 +225,12 @@ class Saver:
             seconds = time.perf_counter() - save.begin
             log.info("checkpoint %s committed after %.1f s", path, seconds)
             events.record(self.root.parent, "committed", step=save.folder.step, seconds=seconds)
-            self._prune()
+            self._prune(save.folder.step)
 
-    def _prune(self) -> None:
-        keep = self.settings
+    def _prune(self, step: int) -> None:
+        last, every = self.settings.keep_last, self.settings.keep_every_steps
         try:
-            prune(self.root, keep_last=keep.keep_last, keep_every_steps=keep.keep_every_steps)
+            prune(self.root, keep_last=last, keep_every_steps=every, up_to=step)
         except OSError as error:
             log.warning("old checkpoints under %s could not be removed: %s", self.root, error)
 

@@ -171,7 +171,7 @@ def restore(
             if not place.is_final:  # a part that keeps the whole alive would cost its memory
                 flat = {kind: tensor.clone() for kind, tensor in flat.items()}
             _put(shard.master, flat[WEIGHTS])
-            if step and all(kind in flat for kind in MOMENTS):
+            if all(kind in flat for kind in MOMENTS):
                 set_moments(optimizer, shard, flat["exp_avg"], flat["exp_avg_sq"], step)
             if average is not None:
                 _put(average.parts[parameter], flat.get(EMA, flat[WEIGHTS]))

@@ -98,9 +98,14 @@ def prune(
     keep_every: Annotated[
         int | None, typer.Option(min=1, help="Keep steps that are multiples of this")
     ] = None,
+    hashes: Annotated[
+        bool, typer.Option(help="Read all of those to keep and compare hashes")
+    ] = True,
     dry_run: Annotated[bool, typer.Option(help="Only say what would be removed")] = False,
 ) -> None:
     """Remove old checkpoints, and unfinished ones older than the newest.
+
+    Whole checkpoints alone are counted, so a damaged one is never kept in place of a whole one.
 
     Examples:
         megatron-eso checkpoint prune runs/quickstart --keep-last 1 --dry-run
@@ -109,7 +114,7 @@ def prune(
     from megatron_eso.checkpoint import folder as files
 
     root = _folders(run)[0].path.parent
-    unwanted = files.unwanted(root, keep_last=keep_last, keep_every_steps=keep_every)
+    unwanted = files.unwanted(root, keep_last=keep_last, keep_every_steps=keep_every, hashes=hashes)
     for folder in unwanted:
         typer.echo(f"{'would remove' if dry_run else 'removed'} {folder.path}")
         if not dry_run:

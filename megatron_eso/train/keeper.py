@@ -11,13 +11,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_eso.checkpoint.find import find_checkpoint_together, newest_valid_together
-from megatron_eso.checkpoint.folder import FORMAT_VERSION, CheckpointFolder
+from megatron_eso.checkpoint.folder import (
+    FORMAT_VERSION,
+    CheckpointFolder,
+    list_folders,
+    set_aside_beyond,
+)
 from megatron_eso.checkpoint.load import (
     load_first_weights,
     load_training_state,
     require_same_model,
 )
-from megatron_eso.checkpoint.local import LocalCopies
+from megatron_eso.checkpoint.local import LocalCopies, run_identity
 from megatron_eso.checkpoint.save import Saver
 from megatron_eso.checkpoint.state import collect
 from megatron_eso.data.reader import RowReader
@@ -25,7 +30,7 @@ from megatron_eso.errors import CheckpointError
 from megatron_eso.launch import events, lease
 from megatron_eso.launch.environment import attempt_name
 from megatron_eso.launch.heartbeat import Heart
-from megatron_eso.parallel.exchange import any_rank, raise_together
+from megatron_eso.parallel.exchange import any_rank, from_first_rank, raise_together
 from megatron_eso.train.run_folder import RunFolder
 from megatron_eso.train.session import Session, TrainState
 
@@ -61,36 +66,34 @@ class Keeper:
             owner=self._owner,
             while_waiting=heart.beat,
         )
-        has_local = session.config.checkpoint.local_folder is not None
-        self._local = (
-            LocalCopies(session.config, folder.path, reader.fingerprint()) if has_local else None
-        )
+        self._local = None
+        if session.config.checkpoint.local_folder is not None:
+            run_id = from_first_rank(lambda: run_identity(folder.checkpoints), session.torch_device)
+            data = reader.fingerprint()
+            self._local = LocalCopies(session.config, folder.path, run_id, data)
 
     def resume_or_start(self) -> None:
-        """Load the newest valid checkpoint; else load or draw the weights that the run starts from."""
-        session, settings = self._session, self._session.config.checkpoint
+        """Load the newest valid checkpoint; else load or draw the weights that the run starts from.
+
+        Raises:
+            CheckpointError: if there are checkpoints and none is whole, or there is no room for one.
+        """
         folder = self._newest()
-        if self._load_local(folder.step if folder else -1):
-            self.saver.kept_step = folder.step if folder else -1
+        shared_step = folder.step if folder else -1
+        if self._load_local(shared_step):
+            self.saver.kept_step = shared_step
         elif folder is not None:
             self._load(folder)
             if self._is_first:
                 log.info("continuing from %s", folder.path)
-        elif settings.init_from:
-            folder = find_checkpoint_together(
-                Path(settings.init_from),
-                hashes=settings.verify_hashes,
-                device=session.torch_device,
-            )
-            require_same_model(folder, asdict(session.config.model))
-            kind = load_first_weights(folder, session.chunks, session.optimizer, session.average)
-            log.info("weights (%s) from %s", kind, folder.path)
         else:
-            session.draw_weights()
+            self._require_none()
+            self._begin()
         if not self._has_room():
             raise CheckpointError(
                 f"{self._folder.path} has no room for one checkpoint: free space or choose another folder"
             )
+        self._leave_behind(shared_step)
 
     def go_back(self) -> bool:
         """Load the newest checkpoint again; return False if there is none.
@@ -103,6 +106,7 @@ class Keeper:
             return False
         left_out = self._session.state.left_out
         self._load(folder)
+        self._leave_behind(folder.step)
         self._session.state.left_out = sorted({*left_out, *self._session.state.left_out})
         return True
 
@@ -162,11 +166,58 @@ class Keeper:
         if self._is_first and not attempt_name(os.environ):
             lease.release(self._folder.checkpoints, self._owner)
 
+    def _begin(self) -> None:
+        """Load or draw the weights that a new run starts from."""
+        session, settings = self._session, self._session.config.checkpoint
+        if not settings.init_from:
+            session.draw_weights()
+            return
+        folder = find_checkpoint_together(
+            Path(settings.init_from), hashes=settings.verify_hashes, device=session.torch_device
+        )
+        require_same_model(folder, asdict(session.config.model))
+        kind = load_first_weights(folder, session.chunks, session.optimizer, session.average)
+        log.info("weights (%s) from %s", kind, folder.path)
+
+    def _require_none(self) -> None:
+        """Raise if the run has checkpoints, which no one could load: it must not silently start anew."""
+        root = self._folder.checkpoints
+        names = from_first_rank(
+            lambda: [f.path.name for f in list_folders(root) if f.is_committed or f.is_set_aside],
+            self._session.torch_device,
+        )
+        if names:
+            raise CheckpointError(
+                f"{root} holds {len(names)} checkpoints, of which none is whole ({', '.join(names)}; the "
+                "lines above say why): the run would start again from step 0. Restore their files; or, to "
+                "start again, choose another folder=..., or remove them"
+            )
+
+    def _leave_behind(self, shared_step: int) -> None:
+        """Take out of the way what is newer than the state gone on from: it is of a course that was left.
+
+        Args:
+            shared_step: newest checkpoint that is whole; those of later steps are not. -1: there is none.
+        """
+        root = self._folder.checkpoints
+        for folder in from_first_rank(
+            lambda: set_aside_beyond(root, shared_step), self._session.torch_device
+        ):
+            if self._is_first:
+                log.warning(
+                    "checkpoint %s is set aside: it counts no more, its files stay until newer checkpoints "
+                    "replace it", folder.path,
+                )  # fmt: skip
+        if self._local is not None:
+            self._local.forget_beyond(self._session.state.step)
+
     def _load_local(self, shared_step: int) -> bool:
         """Load the node-local copies if they are newer than the shared checkpoint."""
         session = self._session
-        step = self._local.newest() if self._local is not None else -1
-        if self._local is None or step <= shared_step:
+        if self._local is None or session.config.checkpoint.resume == "never":
+            return False
+        step = self._local.newest()
+        if step <= shared_step:
             return False
         stored = self._local.load(
             step, session.chunks, session.optimizer, session.average, session.layout.weights_group

@@ -115,6 +115,14 @@ class Faulty:
         return (self.folder / "x" / name / "log.txt").read_text()
 
 
+def flip_a_bit(folder):
+    """Change one bit in the middle of a checkpoint's largest file: only its hash can tell."""
+    file = max(folder.path.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+
+
 def processes_of(name):
     """Processes started for a run, by an environment that all its processes inherit."""
     found = []

@@ -1,0 +1,118 @@
+"""Runs of the tests' small model with what keeps their checkpoints, one start after the other.
+
+A start does not give back what it holds unless it is asked to: it ends as if it were killed.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from megatron_eso.checkpoint.folder import list_folders
+from megatron_eso.checkpoint.state import collect
+from megatron_eso.errors import CheckpointError
+from megatron_eso.launch.heartbeat import Heart
+from megatron_eso.train.keeper import Keeper
+from megatron_eso.train.run_folder import RunFolder
+from megatron_eso.train.session import Session
+from megatron_eso.train.step import train_step
+from tests.rank_jobs import make_empty_session, read_rows
+from tests.resilience.conftest import flip_a_bit
+
+
+def start(
+    folder: str,
+    overrides: list[str],
+    to: int,
+    save_at: list[int],
+    back_at: int = -1,
+    damage_at_back: bool = False,
+) -> dict[str, Any]:
+    """Go on with the run of a folder to a step; return where it began, what it said and ended with.
+
+    Args:
+        folder: run folder.
+        overrides: settings.
+        to: last step.
+        save_at: steps that are saved.
+        back_at: step at which to go back to the newest checkpoint, once.
+        damage_at_back: change a bit of the newest before.
+    """
+    with _listening() as said:
+        session = make_empty_session(overrides)
+        try:
+            keeper = _open(session, folder)
+            keeper.resume_or_start()
+        except CheckpointError as error:
+            return {"error": str(error)}
+        first, losses, went_to = session.state.step, [], -1
+        while True:
+            if session.state.step in save_at:
+                keeper.save()
+                assert keeper.finish()
+            if session.state.step == back_at:
+                if damage_at_back:
+                    flip_a_bit(list_folders(Path(folder) / "checkpoints")[-1])
+                assert keeper.go_back()
+                went_to, back_at = session.state.step, -1
+            if session.state.step >= to:
+                break
+            losses.append(train_step(session, read_rows).loss)
+            keeper.copy_locally()
+            _await_copy(session, keeper)
+    return {
+        "first": first,
+        "went_to": went_to,
+        "losses": losses,
+        "said": said,
+        "state": _state(session),
+    }
+
+
+@contextmanager
+def _listening() -> Iterator[list[str]]:
+    """Collect what is logged within the context."""
+    said: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("megatron_eso")
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+
+
+def _open(session: Session, folder: str) -> Keeper:
+    Path(folder).mkdir(exist_ok=True)
+    settings = session.config.resilience
+    heart = Heart(
+        os.environ,
+        setup_seconds=settings.setup_timeout_seconds,
+        floor_seconds=settings.min_timeout_seconds,
+        factor=settings.timeout_factor,
+    )
+    data: Any = SimpleNamespace(fingerprint=lambda: {"rows": "made up"})
+    return Keeper(session, RunFolder(Path(folder)), data, heart)
+
+
+def _await_copy(session: Session, keeper: Keeper) -> None:
+    """Wait for the node-local copy under way: what it holds is then certain."""
+    deadline = time.monotonic() + 60
+    while session.config.checkpoint.local_folder and keeper.kept_step < session.state.step:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def _state(session: Session) -> list[np.ndarray]:
+    found = collect(
+        session.chunks, session.optimizer, session.average, session.layout.weights_group
+    )
+    return [entry.data.detach().numpy().copy() for entry in found.values()]

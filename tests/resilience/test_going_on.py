@@ -1,0 +1,125 @@
+"""Which state a start goes on from, and what becomes of the states that it does not."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from megatron_eso.checkpoint.folder import list_folders
+from tests.resilience.conftest import flip_a_bit
+
+pytestmark = pytest.mark.slow
+START = "resilience.keeper_jobs.start"
+
+
+@pytest.fixture
+def run(tmp_path):
+    return tmp_path / "run"
+
+
+def committed(run):
+    return [folder.step for folder in list_folders(run / "checkpoints") if folder.is_committed]
+
+
+def flip(run, *steps):
+    for folder in list_folders(run / "checkpoints"):
+        if folder.step in steps:
+            flip_a_bit(folder)
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_damaged_checkpoints_take_the_place_of_no_new_ones(one_rank, run, keep_last):
+    one_rank.run(START, str(run), ["checkpoint.keep_last=3"], 4, [2, 3, 4])
+    flip(run, 3, 4)
+    settings = [f"checkpoint.keep_last={keep_last}"]
+    again = one_rank.run(START, str(run), settings, 3, [3])[0]
+    assert again["first"] == 2
+    assert sum("is set aside" in line for line in again["said"]) == 2
+    assert committed(run) == [2, 3][-keep_last:]
+    assert all(f.damage(hashes=True) == "" for f in list_folders(run / "checkpoints")[:-1])
+    *_, last = list_folders(run / "checkpoints")
+    assert last.step == 4 and "was set aside" in last.damage(hashes=False)  # its files are left
+    assert one_rank.run(START, str(run), settings, 5, [5])[0]["first"] == 3
+    assert [f.step for f in list_folders(run / "checkpoints")] == [3, 5][-keep_last:]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(one_rank, run, tmp_path):
+    one_rank.run(START, str(run), [], 2, [1, 2])
+    flip(run, 1, 2)
+    found = one_rank.run(START, str(run), [], 3, [])[0]
+    assert "none is whole (step_0000000001, step_0000000002;" in found["error"]
+    assert "choose another folder=..., or remove them" in found["error"]
+    assert committed(run) == [1, 2]
+
+
+def test_checkpoints_that_were_set_aside_are_still_checkpoints(one_rank, run, tmp_path):
+    """The run went on from node-local copies, and these are lost before a new checkpoint is there."""
+    settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
+    one_rank.run(START, str(run), settings, 2, [1])
+    flip(run, 1)
+    assert one_rank.run(START, str(run), settings, 3, [])[0]["first"] == 2
+    assert committed(run) == []
+    shutil.rmtree(next(tmp_path.glob("megatron-eso-*")))
+    assert (
+        "none is whole (step_0000000001;"
+        in one_rank.run(START, str(run), settings, 3, [])[0]["error"]
+    )
+
+
+def test_going_back_over_a_damaged_checkpoint_sets_it_aside(one_rank, run):
+    found = one_rank.run(START, str(run), [], 4, [2, 4], 4, True)[0]
+    assert (found["first"], found["went_to"]) == (0, 2)
+    assert any("step_0000000004 is set aside" in line for line in found["said"])
+    assert all(f.damage(hashes=True) == "" for f in list_folders(run / "checkpoints"))
+    assert committed(run) == [2, 4]
+
+
+def test_a_run_that_goes_back_to_step_0_does_again_what_it_did(one_rank, run):
+    one_rank.run(START, str(run), [], 0, [0])
+    found = one_rank.run(START, str(run), [], 3, [], 3)[0]
+    once = one_rank.run(START, str(run), [], 3, [])[0]
+    assert (found["first"], found["went_to"]) == (0, 0)
+    assert found["losses"] == once["losses"] * 2
+    for one, other in zip(found["state"], once["state"], strict=True):
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("is_removed", [True, False], ids=["removed folder", "resume=never"])
+def test_another_run_in_the_same_place_does_not_take_local_copies(
+    one_rank, run, tmp_path, is_removed
+):
+    settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
+    one_rank.run(START, str(run), settings, 3, [])
+    assert one_rank.run(START, str(run), settings, 3, [])[0]["first"] == 3
+    if is_removed:
+        shutil.rmtree(run)
+        settings.append("optimizer.learning_rate=0.02")
+    else:
+        settings.append("checkpoint.resume=never")
+    assert one_rank.run(START, str(run), settings, 1, [])[0]["first"] == 0
+    assert [p.stem for p in tmp_path.rglob("*.pt")] == ["step_0000000001"]
+
+
+def test_a_new_run_starts_from_the_weights_it_was_given_and_from_no_local_copy(
+    one_rank, run, tmp_path
+):
+    given = tmp_path / "given"
+    one_rank.run(START, str(given), [], 1, [1])
+    settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
+    one_rank.run(START, str(run), settings, 2, [])
+    shutil.rmtree(run)
+    found = one_rank.run(START, str(run), [*settings, f"checkpoint.init_from={given}"], 0, [])[0]
+    assert found["first"] == 0
+    assert any(f"from {given}" in line for line in found["said"])
+    assert any(
+        line.endswith("it is of another run, layout, model or data") for line in found["said"]
+    )
+
+
+def test_new_local_copies_last_after_one_rank_lost_its_own(two_ranks, run, tmp_path):
+    settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
+    two_ranks.run(START, str(run), settings, 5, [1])
+    shutil.rmtree(next(tmp_path.rglob("rank_00001")))
+    assert two_ranks.run(START, str(run), settings, 2, [])[0]["first"] == 1
+    assert len(list(tmp_path.rglob("step_0000000002.pt"))) == 2
+    assert two_ranks.run(START, str(run), settings, 3, [])[0]["first"] == 2
