@@ -2,6 +2,7 @@
 
 import math
 
+from megatron_eso.config.check import wsd_decay_steps
 from megatron_eso.config.schema import OptimizerConfig
 
 
@@ -16,6 +17,5 @@ def learning_rate(step: int, optimizer: OptimizerConfig, total_steps: int) -> fl
         length = optimizer.decay_steps or total_steps - optimizer.warmup_steps
         done = min((step - optimizer.warmup_steps) / max(length, 1), 1.0)
         return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * done))
-    length = optimizer.decay_steps or max(total_steps // 10, 1)
-    left = min((total_steps - step) / length, 1.0)
+    left = min((total_steps - step) / wsd_decay_steps(optimizer, total_steps), 1.0)
     return low + (peak - low) * max(left, 0.0)
