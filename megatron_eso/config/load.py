@@ -4,6 +4,7 @@ A YAML file may start with ``include: [path, ...]``; paths are relative to the f
 and the file itself wins over what it includes. Every error names the file or override it stands in.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -52,8 +53,28 @@ def to_yaml(config: Any) -> str:
 
 
 def save_config(config: Any, path: Path) -> None:
-    """Write the configuration as YAML."""
-    path.write_text(to_yaml(config))
+    """Write the configuration as YAML; see :func:`write_whole`."""
+    write_whole(path, to_yaml(config).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file so that it is whole or as before, also after a crash; alone if it is that already.
+
+    Raises:
+        OSError: with the file's name, if it cannot be written.
+    """
+    temporary = path.with_name(path.name + ".part")
+    try:
+        if path.is_file() and path.read_bytes() == content:
+            return
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _layers(path: str | Path | None, overrides: list[str]) -> list[tuple[str, DictConfig]]:
