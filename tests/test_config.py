@@ -239,11 +239,35 @@ def test_all_violations_are_reported_at_once():
         (["data.cache_limit_gib=0"], "null sets no bound"),
         (["resilience.on_nonfinite=rollback"], "set train.save_every_steps"),
         (["checkpoint.local_every_steps=0"], "checkpoint.local_every_steps=0"),
+        (["train.save_every_steps=0"], "null saves only at the end and on a signal"),
+        (["train.save_every_steps=-2"], "save_every_steps=-2 must be at least 1"),
+        (["train.eval_every_steps=0"], "null evaluates only at the end"),
+        (["eval.micro_batch_rows=0"], "null takes train.micro_batch_rows"),
+        (["optimizer.weight_decay=-0.1"], "weight_decay=-0.1 must be at least 0"),
+        (["optimizer.weight_decay=nan"], "weight_decay=nan must be at least 0"),
+        (["optimizer.clip_grad_norm=-1"], "0 sets no bound"),
+        (["optimizer.eps=0"], "optimizer.eps=0.0 must be positive"),
+        (["optimizer.warmup_steps=-1"], "warmup_steps=-1 must be at least 0"),
+        (["optimizer.decay_steps=-5"], "decay_steps=-5 must be at least 1"),
+        (["optimizer.decay_steps=0"], "schedule=constant has no decay"),
+        (
+            ["optimizer.schedule=wsd", "optimizer.warmup_steps=10"],
+            "None (wsd: a tenth, 1) are more",
+        ),
     ],
 )
 def test_a_broken_rule_says_what_to_change(overrides, message):
     found = violations(config(*overrides))
     assert any(message in line for line in found), found
+
+
+def test_a_setting_that_may_be_off_is_off_at_its_documented_value():
+    """0 where the setting has no null, null where it has."""
+    off = [
+        "optimizer.weight_decay=0", "optimizer.clip_grad_norm=0", "optimizer.warmup_steps=0",
+        "train.save_every_steps=null", "train.eval_every_steps=null", "eval.micro_batch_rows=null",
+    ]  # fmt: skip
+    assert not violations(config(*off))
 
 
 def test_a_token_budget_must_be_whole_batches():

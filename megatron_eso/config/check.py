@@ -9,8 +9,32 @@ from collections.abc import Iterator
 from megatron_eso.config import derive
 from megatron_eso.config.precision_rules import broken
 from megatron_eso.config.precision_table import SETTINGS_RULES
-from megatron_eso.config.schema import RunConfig
+from megatron_eso.config.schema import OptimizerConfig, RunConfig
 from megatron_eso.errors import ConfigError
+
+# Bounds of single settings, null apart, and what may have been meant by a value beyond them.
+_AT_LEAST = {
+    0: ("optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad_norm",
+        "eval.likelihood_orders", "resilience.max_restarts_without_progress", "resilience.spike_window",
+        "resilience.max_skipped_steps", "resilience.straggler_every_steps", "data.num_workers",
+        "data.prefetch_shards"),
+    1: ("train.eval_every_steps", "train.save_every_steps", "optimizer.decay_steps", "eval.num_rows",
+        "eval.micro_batch_rows", "eval.nelbo_repeats", "checkpoint.keep_last",
+        "checkpoint.local_every_steps", "checkpoint.keep_every_steps", "data.retries",
+        "data.shuffle_block_size", "data.shuffle_canonical_nodes"),
+}  # fmt: skip
+_POSITIVE = ("optimizer.learning_rate", "optimizer.eps", "resilience.setup_timeout_seconds",
+             "resilience.min_timeout_seconds", "resilience.spike_deviations", "checkpoint.timeout_seconds",
+             "data.timeout_seconds", "data.cache_limit_gib")  # fmt: skip
+_MEANT = {
+    "train.eval_every_steps": "null evaluates only at the end",
+    "train.save_every_steps": "null saves only at the end and on a signal",
+    "optimizer.decay_steps": "null takes the default, schedule=constant has no decay",
+    "optimizer.clip_grad_norm": "0 sets no bound",
+    "eval.micro_batch_rows": "null takes train.micro_batch_rows",
+    "checkpoint.keep_every_steps": "null keeps no milestones",
+    "data.cache_limit_gib": "null sets no bound",
+}
 
 
 def check(config: RunConfig, world_size: int | None = None) -> None:
@@ -59,6 +83,11 @@ def violations(config: RunConfig, world_size: int | None = None) -> list[str]:
     if world_size is not None:
         found += _world(config, world_size)
     return found
+
+
+def wsd_decay_steps(optimizer: OptimizerConfig, total_steps: int) -> int:
+    """Return the length of the decay at the end of the wsd schedule."""
+    return optimizer.decay_steps or max(total_steps // 10, 1)
 
 
 def _model(config: RunConfig) -> Iterator[str]:
@@ -139,6 +168,7 @@ def _length(config: RunConfig) -> Iterator[str]:
         if getattr(train, name) < 1:
             yield f"train.{name}={getattr(train, name)} must be at least 1"
             return
+    yield from _bounds(config, "train")
     if train.sequence_length > model.max_length:
         yield (
             f"train.sequence_length={train.sequence_length} is longer than the rotary table "
@@ -264,8 +294,7 @@ def _world(config: RunConfig, world_size: int) -> Iterator[str]:
 
 def _optimizer(config: RunConfig) -> Iterator[str]:
     optimizer = config.optimizer
-    if optimizer.learning_rate <= 0:
-        yield f"optimizer.learning_rate={optimizer.learning_rate} must be positive"
+    yield from _bounds(config, "optimizer")
     if not 0 <= optimizer.min_learning_rate <= optimizer.learning_rate:
         yield (
             f"optimizer.min_learning_rate={optimizer.min_learning_rate} must be between 0 and "
@@ -275,10 +304,14 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
         if not 0 <= getattr(optimizer, name) < 1:
             yield f"optimizer.{name}={getattr(optimizer, name)} must be in [0, 1)"
     steps = derive.total_steps(config)
-    if optimizer.warmup_steps + (optimizer.decay_steps or 0) > steps > 0:
+    decay, how = optimizer.decay_steps or 0, ""
+    if optimizer.schedule == "wsd" and optimizer.decay_steps is None:
+        decay = wsd_decay_steps(optimizer, steps)
+        how = f" (wsd: a tenth, {decay})"
+    if optimizer.warmup_steps + decay > steps > 0:
         yield (
             f"optimizer.warmup_steps={optimizer.warmup_steps} and optimizer.decay_steps="
-            f"{optimizer.decay_steps} are more than the run's {steps} steps"
+            f"{optimizer.decay_steps}{how} are more than the run's {steps} steps"
         )
 
 
@@ -308,11 +341,7 @@ def check_evaluation(config: RunConfig) -> None:
 
 
 def _evaluation(config: RunConfig) -> Iterator[str]:
-    for name in ("num_rows", "nelbo_repeats"):
-        if getattr(config.eval, name) < 1:
-            yield f"eval.{name}={getattr(config.eval, name)} must be at least 1"
-    if config.eval.likelihood_orders < 0:
-        yield f"eval.likelihood_orders={config.eval.likelihood_orders} must be at least 0"
+    yield from _bounds(config, "eval")
     if not 0 <= config.eval.noise_eps < 1:
         yield f"eval.noise_eps={config.eval.noise_eps} must be in [0, 1)"
     if config.eval.alpha_0 is not None and not 0 <= config.eval.alpha_0 <= 1:
@@ -333,46 +362,33 @@ def _baselines(config: RunConfig) -> Iterator[str]:
 
 
 def _resilience(config: RunConfig) -> Iterator[str]:
-    settings, checkpoint = config.resilience, config.checkpoint
-    for name in ("setup_timeout_seconds", "min_timeout_seconds"):
-        if getattr(settings, name) <= 0:
-            yield f"resilience.{name}={getattr(settings, name)} must be positive"
+    settings = config.resilience
+    yield from _bounds(config, "resilience", "checkpoint")
     if settings.timeout_factor < 1:
         yield (
             f"resilience.timeout_factor={settings.timeout_factor} must be at least 1: a step may take as "
             "long as the longest so far"
         )
-    for name in ("max_restarts_without_progress", "spike_window", "max_skipped_steps",
-                 "straggler_every_steps"):  # fmt: skip
-        if getattr(settings, name) < 0:
-            yield f"resilience.{name}={getattr(settings, name)} must be at least 0"
     if (
         "rollback" in (settings.on_nonfinite, settings.on_spike)
         and not config.train.save_every_steps
     ):
         yield "resilience.on_...=rollback goes back to a checkpoint: set train.save_every_steps"
-    for name in ("keep_last", "local_every_steps"):
-        if getattr(checkpoint, name) < 1:
-            yield f"checkpoint.{name}={getattr(checkpoint, name)} must be at least 1"
-    for name in ("checkpoint.timeout_seconds", "resilience.spike_deviations"):
-        section, key = name.split(".")
-        if getattr(getattr(config, section), key) <= 0:
-            yield f"{name}={getattr(getattr(config, section), key)} must be positive"
-    if checkpoint.keep_every_steps is not None and checkpoint.keep_every_steps < 1:
-        yield (
-            f"checkpoint.keep_every_steps={checkpoint.keep_every_steps} must be at least 1; null keeps "
-            "no milestones"
-        )
 
 
 def _data(config: RunConfig) -> Iterator[str]:
-    data = config.data
-    least = {"num_workers": 0, "prefetch_shards": 0, "retries": 1, "shuffle_block_size": 1,
-             "shuffle_canonical_nodes": 1}  # fmt: skip
-    for name, bound in least.items():
-        if getattr(data, name) < bound:
-            yield f"data.{name}={getattr(data, name)} must be at least {bound}"
-    if data.timeout_seconds <= 0:
-        yield f"data.timeout_seconds={data.timeout_seconds} must be positive"
-    if data.cache_limit_gib is not None and data.cache_limit_gib <= 0:
-        yield f"data.cache_limit_gib={data.cache_limit_gib} must be positive; null sets no bound"
+    yield from _bounds(config, "data")
+
+
+def _bounds(config: RunConfig, *sections: str) -> Iterator[str]:
+    """Yield a message for each setting of these sections that is beyond its bound."""
+    least = [(name, bound) for bound, names in _AT_LEAST.items() for name in names]
+    for name, bound in [*least, *((name, None) for name in _POSITIVE)]:
+        section, key = name.split(".")
+        value = getattr(getattr(config, section), key)
+        if section not in sections or value is None:
+            continue
+        if not (value > 0 if bound is None else value >= bound):
+            asked = "positive" if bound is None else f"at least {bound}"
+            hint = f"; {_MEANT[name]}" if name in _MEANT else ""
+            yield f"{name}={value} must be {asked}{hint}"

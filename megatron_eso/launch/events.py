@@ -30,11 +30,21 @@ def record(run: Path, event: str, **facts: Any) -> None:
         # One write of one line: processes that append at the same time do not mix their lines.
         descriptor = os.open(run / EVENTS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(descriptor, (json.dumps(line) + "\n").encode())
+            text = missing_newline(run / EVENTS) + json.dumps(line) + "\n"
+            os.write(descriptor, text.encode())
         finally:
             os.close(descriptor)
     except OSError as error:
         log.warning("event %s is missing from %s: %s", event, run / EVENTS, error)
+
+
+def missing_newline(path: Path) -> str:
+    """Return the newline that the next line must begin with after one cut off by a crash, else nothing."""
+    with open(path, "rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return ""
+        file.seek(-1, os.SEEK_END)
+        return "" if file.read(1) == b"\n" else "\n"
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:

@@ -14,8 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from megatron_eso.errors import CRASH_LOOP_EXIT_CODE, HANG_EXIT_CODE, STOPPED_EXIT_CODE
-from megatron_eso.launch import events
+from megatron_eso.errors import (
+    CRASH_LOOP_EXIT_CODE,
+    HANG_EXIT_CODE,
+    STOPPED_EXIT_CODE,
+    CheckpointError,
+)
+from megatron_eso.launch import events, lease
+from megatron_eso.launch.environment import attempt_name
 from megatron_eso.launch.heartbeat import VARIABLE, Beat, Board
 from megatron_eso.launch.processes import (
     STOPPING,
@@ -102,6 +108,10 @@ def supervise(settings: Supervision) -> int:
 
     The process is expected to end then: signals that stop a run are ignored from there on.
     """
+    refusal = _refusal(settings)
+    if refusal:
+        say(refusal)
+        return CheckpointError.exit_code
     adopt_orphans()
     board = Board(settings.num_ranks)
     stop = _Stop()
@@ -124,6 +134,24 @@ def supervise(settings: Supervision) -> int:
     return code
 
 
+def _refusal(settings: Supervision) -> str:
+    """Return why the ranks would be refused the run's lease, or an empty string.
+
+    Asked before the first event, which would cut the account of the run that holds it.
+    """
+    if settings.rank_environment or attempt_name(os.environ):
+        return ""  # the job script has taken it
+    checkpoints, owner = settings.run / "checkpoints", lease.owner_name(os.environ)
+    try:
+        lease.acquire(checkpoints, owner)
+        lease.release(checkpoints, owner)  # rank 0 takes it
+    except CheckpointError as error:
+        return str(error)
+    except OSError:
+        return ""  # the ranks say what is wrong with the folder
+    return ""
+
+
 def _note(settings: Supervision, event: str, **facts: object) -> None:
     """Write to the ledger; of many launchers under srun only the first rank's does."""
     given = settings.rank_environment
@@ -141,6 +169,7 @@ def _restart_until_done(
             return ending.code
         without_progress = 0 if ending.kept_step > kept else without_progress + 1
         kept = max(kept, ending.kept_step)
+        newest = max(kept, _newest_checkpoint(settings.run))
         events.record(
             settings.run, "fault", cause=ending.cause, why=ending.why, rank=ending.rank,
             step=ending.step, silent_seconds=round(ending.silent_seconds, 3),
@@ -152,14 +181,24 @@ def _restart_until_done(
             say(ending.why)
             return ending.code
         if without_progress >= settings.max_restarts:
+            newer = f"newer checkpoint than step {newest}" if newest >= 0 else "checkpoint"
             say(
-                f"{ending.why}; given up after {without_progress} faults in a row without a newer "
-                f"checkpoint than step {max(kept, 0)} (resilience.max_restarts_without_progress="
-                f"{settings.max_restarts}). The messages above name the cause; the same command "
-                "continues"
+                f"{ending.why}; given up after {without_progress} faults in a row without a {newer} "
+                f"(resilience.max_restarts_without_progress={settings.max_restarts}). The messages above "
+                "name the cause; the same command continues"
             )
             return CRASH_LOOP_EXIT_CODE
-        say(f"{ending.why}; starting again (newest checkpoint: step {max(ending.kept_step, 0)})")
+        place = f" (newest checkpoint: step {newest})" if newest >= 0 else ""
+        say(f"{ending.why}; starting again{place}")
+
+
+def _newest_checkpoint(run: Path) -> int:
+    """Return the step of the newest committed checkpoint, which ranks that did not get far do not tell.
+
+    -1 if there is none.
+    """
+    marked = (run / "checkpoints").glob("step_*/COMMITTED")
+    return max((int(p.parent.name.removeprefix("step_")) for p in marked), default=-1)
 
 
 def _run_once(

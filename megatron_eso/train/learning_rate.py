@@ -2,6 +2,7 @@
 
 import math
 
+from megatron_eso.config.check import wsd_decay_steps
 from megatron_eso.config.schema import OptimizerConfig
 
 
@@ -16,6 +17,24 @@ def learning_rate(step: int, optimizer: OptimizerConfig, total_steps: int) -> fl
         length = optimizer.decay_steps or total_steps - optimizer.warmup_steps
         done = min((step - optimizer.warmup_steps) / max(length, 1), 1.0)
         return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * done))
-    length = optimizer.decay_steps or max(total_steps // 10, 1)
-    left = min((total_steps - step) / length, 1.0)
+    left = min((total_steps - step) / wsd_decay_steps(optimizer, total_steps), 1.0)
     return low + (peak - low) * max(left, 0.0)
+
+
+def change_of_schedule(step: int, optimizer: OptimizerConfig, *, before: int, now: int) -> str:
+    """Return what happens to the learning rate when a run of other length goes on; empty: nothing.
+
+    Args:
+        step: steps done, at least one.
+        optimizer: the schedule.
+        before: steps of the run when they were done.
+        now: steps of the run from here on.
+    """
+    following = learning_rate(step, optimizer, now)
+    if following == learning_rate(step, optimizer, before):
+        return ""
+    last = learning_rate(step - 1, optimizer, before)
+    return (
+        f"the run had {before} steps and has {now} now, and optimizer.schedule={optimizer.schedule} goes "
+        f"by that: the learning rate is {last:.4g} in step {step} and {following:.4g} in step {step + 1}"
+    )

@@ -3,14 +3,23 @@
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from megatron_eso.checkpoint.folder import list_folders
+from megatron_eso.config.derive import total_steps
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.data.reader import RowReader
-from megatron_eso.errors import STOPPED_EXIT_CODE, CheckpointError, ConfigError, TrainingError
+from megatron_eso.errors import (
+    STOPPED_EXIT_CODE,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TrainingError,
+    UserError,
+)
 from megatron_eso.launch import events
 from megatron_eso.launch.heartbeat import Heart
 from megatron_eso.parallel.device import Ranks
@@ -19,6 +28,7 @@ from megatron_eso.parallel.phases import phase
 from megatron_eso.resilience.signals import StopRequest
 from megatron_eso.train.guard import StepGuard
 from megatron_eso.train.keeper import Keeper
+from megatron_eso.train.learning_rate import change_of_schedule
 from megatron_eso.train.metrics import Metrics, measured_peak
 from megatron_eso.train.profile import Profile
 from megatron_eso.train.run_folder import RunFolder
@@ -52,19 +62,32 @@ class Run:
             floor_seconds=config.resilience.min_timeout_seconds,
             factor=config.resilience.timeout_factor,
         )
-        self.session = session = build_session(config, ranks, draw_weights=False)
+        self.session = build_session(config, ranks, draw_weights=False)
         self.folder = RunFolder(Path(config.folder))
-        self._create_folder()
+        try:
+            self._set_up(begin)
+        except UserError:
+            if self.is_first:
+                self.folder.give_back()
+            raise
+
+    def _set_up(self, begin: float) -> None:
+        """Take the folder, open the data, continue or start, and only then change what the folder says."""
+        session, config = self.session, self.session.config
+        self._earlier: RunConfig | None = None
+        self._on_first_rank(self._take_folder)
         self._note("setup", began=begin, joined=session.joined)
         # One rank whose store, cache or disk fails must not leave the others waiting for it.
         self.reader = together(lambda: _open_rows(config), session.torch_device)
-        together(self._keep_tokenizer, session.torch_device)
         self.validation = together(lambda: Validation(config), session.torch_device)
         self.keeper = Keeper(session, self.folder, self.reader, self.heart)
         self.keeper.resume_or_start()
+        self._compare_lengths()
+        tokenizer = together(self._tokenizer, session.torch_device)
+        self._on_first_rank(lambda: self.folder.describe(session.config, tokenizer))
         self.guard = StepGuard(session, self._read, self.keeper.go_back, self.folder.path)
         self.stragglers = Stragglers(config.resilience.straggler_every_steps)
-        self.profile = Profile(config.train, self.folder.path, ranks.rank)
+        self.profile = Profile(config.train, self.folder.path, session.ranks.rank)
         self.metrics = None
         peak = measured_peak(session)
         if self.is_first:
@@ -80,6 +103,13 @@ class Run:
 
     def train(self) -> int:
         """Train to the end or until asked to stop; return the exit code."""
+        try:
+            return self._train()
+        except UserError as error:
+            self._say_why(str(error))
+            raise
+
+    def _train(self) -> int:
         session, config = self.session, self.session.config
         total = session.derived.total_steps
         if self._must_stop():
@@ -106,8 +136,9 @@ class Run:
     def _step(self) -> None:
         try:
             report = self.guard.step()
-        except TrainingError as error:
-            self._give_up(str(error))
+        except TrainingError:
+            self._save()  # what was good before this step
+            self.keeper.finish()
             raise
         self.heart.step = self.session.state.step
         if report is None:
@@ -136,12 +167,7 @@ class Run:
             raise StopAskedError
 
     def _finish(self) -> int:
-        self._save()
-        if not self.keeper.finish():
-            raise CheckpointError(
-                f"the last checkpoint could not be written under {self.folder.path}: free space there and "
-                "run the same command, which continues from the checkpoint before"
-            )
+        self._save_last("")
         try:
             scores = self._evaluate()
         except StopAskedError:
@@ -164,27 +190,48 @@ class Run:
         read = self.reader.read(step, rows)
         return Rows(torch.from_numpy(read.tokens), torch.from_numpy(read.is_valid))
 
-    def _create_folder(self) -> None:
-        failure = ""
+    def _on_first_rank(self, action: Callable[[], None]) -> None:
+        """Do what only the rank that writes does; what is wrong there ends all ranks."""
+        found: UserError | None = None
         if self.is_first:
             try:
-                self.folder.create(self.session.config)
-                if self.session.config.checkpoint.resume == "never" and list_folders(
-                    self.folder.checkpoints
-                ):
-                    failure = (
-                        f"{self.folder.checkpoints} holds checkpoints and checkpoint.resume=never; "
-                        "choose another folder or checkpoint.resume=auto"
-                    )
-                self.folder.open_log()
-            except ConfigError as error:
-                failure = str(error)
-        raise_together(failure, ConfigError, self.session.torch_device)
+                action()
+            except (ConfigError, DataError, CheckpointError) as error:
+                found = error
+            except OSError as error:
+                found = ConfigError(f"folder={self.folder.path} cannot be written: {error}")
+        for kind in (ConfigError, DataError, CheckpointError):
+            failure = str(found) if isinstance(found, kind) else ""
+            raise_together(failure, kind, self.session.torch_device)
 
-    def _keep_tokenizer(self) -> None:
-        """Put the data's tokenizer beside the checkpoints."""
-        if self.is_first:
-            self.folder.tokenizer.write_bytes(self.reader.tokenizer_json())
+    def _take_folder(self) -> None:
+        config, folder = self.session.config, self.folder
+        folder.take()
+        self._earlier = folder.earlier_config(config)
+        if config.checkpoint.resume == "never" and list_folders(folder.checkpoints):
+            raise ConfigError(
+                f"{folder.checkpoints} holds checkpoints and checkpoint.resume=never; choose another "
+                "folder or checkpoint.resume=auto"
+            )
+        folder.open_log()
+
+    def _tokenizer(self) -> bytes:
+        return self.reader.tokenizer_json() if self.is_first else b""
+
+    def _compare_lengths(self) -> None:
+        """Refuse a run that is shorter than what is done; warn if its schedule is another one now."""
+        step, total = self.session.state.step, self.session.derived.total_steps
+        if step > total:
+            raise ConfigError(
+                f"{self.folder.path} has done {step} steps, more than the {total} that train.steps or "
+                f"train.tokens ask for: ask for at least {step}, or choose another folder; nothing was "
+                "changed"
+            )
+        if self._earlier is not None and 0 < step < total:
+            optimizer, before = self.session.config.optimizer, total_steps(self._earlier)
+            change = change_of_schedule(step, optimizer, before=before, now=total)
+            if change:
+                log.warning(change)
 
     def _save(self) -> None:
         begin = time.perf_counter()
@@ -209,23 +256,31 @@ class Run:
         return {name: [score.as_dict() for score in scores] for name, scores in found.items()}
 
     def _stop_early(self) -> int:
-        self._save()
-        is_kept = self.keeper.finish()
+        name, step = self.stop.name or "a signal to another rank", self.session.state.step
+        self._save_last(f"stopped by {name} at step {step}, but ")
         if self.is_first:
             log.info(
-                "stopped by %s at step %d %s, %.1f s after the signal; the same command continues",
-                self.stop.name or "a signal to another rank", self.session.state.step,
-                "with a checkpoint" if is_kept else "WITHOUT a checkpoint of this step",
-                self.stop.seconds_ago,
+                "stopped by %s at step %d with a checkpoint, %.1f s after the signal; the same command "
+                "continues", name, step, self.stop.seconds_ago,
             )  # fmt: skip
             self._write_status("stopped", reason=self.stop.name)
         self._end("stopped", reason=self.stop.name, seconds=round(self.stop.seconds_ago, 3))
         return STOPPED_EXIT_CODE
 
-    def _give_up(self, why: str) -> None:
-        """Save what is good after a step that is not, and say why the run ends."""
+    def _save_last(self, before: str) -> None:
+        """Save the step that the run ends with; its exit code says that there is this checkpoint."""
         self._save()
-        self.keeper.finish()
+        if not self.keeper.finish():
+            raise CheckpointError(
+                f"{before}the last checkpoint could not be written under {self.folder.path}: free space "
+                "there and run the same command, which continues from the checkpoint before"
+            )
+
+    def _say_why(self, why: str) -> None:
+        """Say that and why the run ends, where another attempt has not taken the folder over."""
+        if self.is_first and not self.folder.is_taken():
+            self.keeper.release()
+            return
         if self.is_first:
             self._write_status("failed", reason=why)
         self._end("failed", reason=why)

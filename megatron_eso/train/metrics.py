@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_eso.eval.scores import Score
+from megatron_eso.launch.events import missing_newline
 from megatron_eso.parallel.matmul_speed import matmul_flops_per_second
 from megatron_eso.plan.flops import model_flops_per_step
 from megatron_eso.plan.peaks import peak_of
@@ -44,6 +45,7 @@ class Metrics:
         self._gpu_peaks = _gpu_peaks(session)
         self._board = SummaryWriter(str(folder / "tensorboard"))
         self._lines = open(folder / "metrics.jsonl", "a")
+        self._lines.write(missing_newline(folder / "metrics.jsonl"))
         self._since, self._steps = time.perf_counter(), 0
         self._phases: dict[str, float] = {}
         self._has_warned = False

@@ -21,9 +21,13 @@ from typing import Any
 
 import torch
 
-from megatron_eso.config.load import load_config, save_config
+from megatron_eso.config.load import load_config, save_config, write_whole
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
+from megatron_eso.launch import lease
+from megatron_eso.launch.environment import attempt_name
+
+_PROBE_BYTES = 16 << 10  # what a start writes to see that it can: a full disk takes an empty file
 
 # What may differ when a run continues: how it is computed and reported, not what.
 _FREE_SECTIONS = {"parallel", "precision", "checkpoint", "eval", "resilience"}
@@ -44,31 +48,63 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer.json"
 
-    def create(self, config: RunConfig) -> None:
-        """Make the folder and write configuration and commit; refuse another run's folder.
+    def take(self) -> None:
+        """Make the folder and take its lease, before anything in it is touched.
 
         Raises:
-            ConfigError: if it holds a run with other settings, or cannot be written.
+            CheckpointError: if another run or a newer attempt holds it.
+            OSError: if it cannot be written.
         """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lease.acquire(self.checkpoints, lease.owner_name(os.environ))
+        probe = self.path / ".write_test"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".write_test"
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise ConfigError(f"folder={self.path} cannot be written: {error}") from None
+            probe.write_bytes(os.urandom(_PROBE_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def is_taken(self) -> bool:
+        """Return whether this process still holds the folder's lease."""
+        try:
+            held = lease.read(self.checkpoints)
+        except OSError:
+            return False
+        return held is not None and held["owner"] == lease.owner_name(os.environ)
+
+    def give_back(self) -> None:
+        """Give the lease back, unless it is the job script's."""
+        if not attempt_name(os.environ):
+            lease.release(self.checkpoints, lease.owner_name(os.environ))
+
+    def earlier_config(self, config: RunConfig) -> RunConfig | None:
+        """Return the configuration of the run that is in the folder; None if none is.
+
+        Raises:
+            ConfigError: if it is another run than the one of ``config``.
+        """
         stored = self.path / "config.yaml"
         # A start that failed before its first step leaves nothing that must be kept.
-        if stored.exists() and (self.path / "metrics.jsonl").exists():
-            changed = _differences(asdict(load_config(stored)), asdict(config))
-            if changed:
-                raise ConfigError(
-                    f"{self.path} holds a run with other settings:\n  - "
-                    + "\n  - ".join(changed)
-                    + "\nchoose another folder=... (or name=...), or remove that one"
-                )
-        save_config(config, stored)
-        (self.path / "run.json").write_text(json.dumps(_provenance(), indent=1))
+        if not stored.exists() or not (self.path / "metrics.jsonl").exists():
+            return None
+        earlier = load_config(stored)
+        changed = _differences(asdict(earlier), asdict(config))
+        if changed:
+            raise ConfigError(
+                f"{self.path} holds a run with other settings:\n  - "
+                + "\n  - ".join(changed)
+                + "\nchoose another folder=... (or name=...), or remove that one"
+            )
+        return earlier
+
+    def describe(self, config: RunConfig, tokenizer: bytes) -> None:
+        """Write configuration, provenance and a copy of the tokenizer, each whole or not at all.
+
+        Raises:
+            OSError: with the name of the file that cannot be written.
+        """
+        save_config(config, self.path / "config.yaml")
+        write_whole(self.path / "run.json", json.dumps(_provenance(), indent=1).encode())
+        write_whole(self.tokenizer, tokenizer)
 
     def open_log(self) -> None:
         """Send log messages to log.txt and the terminal."""

@@ -75,6 +75,22 @@ def test_across_machines_the_wall_clock_counts_but_never_backwards():
     assert ledger.clock_jumps == [-45]
 
 
+def test_what_the_clocks_of_two_machines_differ_by_is_no_jump():
+    ledger = account([event("start", 0), event("setup", 5, boot="other", wall=-5.2)])
+    assert ledger.elapsed == 0
+    assert ledger.clock_jumps == []
+
+
+def test_a_line_cut_off_by_a_crash_does_not_take_the_next_one_along(tmp_path):
+    events.record(tmp_path, "start")
+    with open(tmp_path / "events.jsonl", "a") as file:
+        file.write('{"event": "setup", "ti')
+    events.record(tmp_path, "ready", step=3)
+    events.record(tmp_path, "stop", step=3)
+    assert [e["event"] for e in events.read_events(tmp_path)] == ["start", "ready", "stop"]
+    assert (tmp_path / "events.jsonl").read_text().count("\n") == 4  # and no empty lines
+
+
 def test_events_survive_a_torn_line_and_an_unwritable_folder(tmp_path, caplog):
     events.record(tmp_path, "start")
     with open(tmp_path / "events.jsonl", "a") as file:

@@ -1,0 +1,67 @@
+"""What the launcher says and writes, with ranks that end at once."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_eso.launch import lease
+from megatron_eso.launch.supervisor import Supervision, supervise
+
+SUPERVISED = (
+    "from pathlib import Path\n"
+    "from megatron_eso.launch.supervisor import Supervision, supervise\n"
+    "raise SystemExit(supervise(Supervision(\n"
+    "    arguments=[], num_ranks=1, run=Path('run'), module='crash', max_restarts=2)))\n"
+)
+
+
+def run_of_crashes(folder):
+    """Supervise a rank that ends with exit code 1; return what the launcher says of each restart."""
+    (folder / "crash.py").write_text("raise SystemExit(1)\n")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", SUPERVISED],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 7, done.stderr
+    return [line.split("; ", 1)[1] for line in done.stderr.splitlines() if "; " in line]
+
+
+def test_a_restart_names_the_checkpoint_that_it_continues_from(tmp_path):
+    """Also if the ranks died before they had looked for one."""
+    for step in (8, 12):
+        folder = tmp_path / f"run/checkpoints/step_{step:010d}"
+        folder.mkdir(parents=True)
+        (folder / "COMMITTED").touch()
+    (tmp_path / "run/checkpoints/step_0000000014").mkdir()  # a save that did not end
+    again, given_up = run_of_crashes(tmp_path)
+    assert again == "starting again (newest checkpoint: step 12)"
+    assert "without a newer checkpoint than step 12 (" in given_up
+
+
+def test_a_restart_names_no_checkpoint_where_there_is_none(tmp_path):
+    again, given_up = run_of_crashes(tmp_path)
+    assert again == "starting again"
+    assert "given up after 2 faults in a row without a checkpoint (" in given_up
+
+
+def test_a_launcher_that_is_refused_leaves_no_event(tmp_path, monkeypatch, capsys):
+    """It would cut the account of the run that is at work."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    living = subprocess.Popen(["sleep", "60"])
+    start = Path(f"/proc/{living.pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    owner = f"{platform.node()}/{living.pid}/{start}"
+    try:
+        lease.acquire(tmp_path / "checkpoints", owner)
+        assert supervise(Supervision(arguments=[], num_ranks=1, run=tmp_path)) == 4
+    finally:
+        living.kill()
+        living.wait()
+    assert f"{owner} holds the lease" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    assert lease.read(tmp_path / "checkpoints")["owner"] == owner

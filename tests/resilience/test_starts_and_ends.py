@@ -1,0 +1,145 @@
+"""What a start may change in a run's folder, and what a run that ends badly says there."""
+
+import json
+import os
+import resource
+from contextlib import contextmanager
+
+import pytest
+
+from megatron_eso.checkpoint.folder import list_folders
+from megatron_eso.config.schema import OptimizerConfig, RunConfig
+from megatron_eso.launch import lease
+from megatron_eso.train.learning_rate import change_of_schedule
+from megatron_eso.train.run_folder import RunFolder
+from tests.resilience.conftest import SETTINGS
+
+ALONE = {"num_ranks": 1, "max_restarts": 0}
+KEPT = ("config.yaml", "run.json", "tokenizer.json", "status.json", "metrics.jsonl")
+
+
+@contextmanager
+def files_end_at(num_bytes):
+    """As on a full disk: files can be made, and writing beyond this fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def content(folder):
+    return {name: (folder / name).read_bytes() for name in KEPT if (folder / name).exists()}
+
+
+@pytest.mark.parametrize("num_bytes", [0, 600])
+def test_a_file_that_cannot_be_written_is_as_before_and_named(tmp_path, num_bytes):
+    folder = RunFolder(tmp_path)
+    folder.describe(RunConfig(name="one"), b"tokens")
+    before = content(tmp_path)
+    assert len(before["config.yaml"]) > 600
+    with files_end_at(num_bytes), pytest.raises(OSError, match=f"{tmp_path}/config.yaml"):
+        folder.describe(RunConfig(name="two"), b"others")
+    assert content(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(before)
+
+
+def test_a_file_that_is_right_already_is_left_alone(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.describe(RunConfig(), b"tokens")
+    before = [(tmp_path / name).stat().st_ino for name in ("config.yaml", "tokenizer.json")]
+    folder.describe(RunConfig(), b"tokens")
+    assert [(tmp_path / n).stat().st_ino for n in ("config.yaml", "tokenizer.json")] == before
+
+
+@pytest.mark.slow
+def test_a_start_on_a_full_disk_is_refused_and_the_next_one_continues(faulty):
+    settings = [*SETTINGS, "parallel.tensor=1", "train.steps=2", "folder=starved"]
+    faulty.command("train", "run.yaml", *settings)
+    folder = faulty.folder / "x" / "starved"
+    before = content(folder)
+    with files_end_at(1024):
+        out = faulty.command("train", "run.yaml", *settings, code=2)
+    assert "folder=starved cannot be written" in out and "Traceback" not in out
+    assert content(folder) == before
+    assert lease.read(folder / "checkpoints") is None
+    faulty.command("train", "run.yaml", *settings)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_refused_the_lease_changes_nothing(faulty):
+    folder = faulty.folder / "x" / "alive"
+    folder.mkdir()
+    for name in KEPT[:-1]:
+        (folder / name).write_text("theirs")
+    lease.acquire(folder / "checkpoints", lease.owner_name({}))
+    before = content(folder)
+    out = faulty.command("train", "run.yaml", *SETTINGS, "parallel.tensor=1", "train.steps=2",
+                         "folder=alive", code=4)  # fmt: skip
+    assert f"/{os.getpid()}/" in out and "runs on this host" in out
+    assert content(folder) == before
+    assert {path.name for path in folder.iterdir()} == {*before, "checkpoints"}
+    assert lease.read(folder / "checkpoints")["owner"] == lease.owner_name({})
+
+
+@pytest.mark.slow
+def test_a_signal_without_room_for_a_checkpoint_is_an_error_not_a_stop(faulty):
+    faults = [
+        {"kind": "signal", "rank": 0, "step": 6, "signal": "SIGTERM"},
+        {"kind": "full_disk", "rank": 0, "step": 7},
+    ]
+    settings = ("train.steps=12", "parallel.tensor=1")
+    out = faulty.run("unsaved", *settings, code=4, faults=faults, **ALONE)
+    assert "stopped by SIGTERM at step 7, but the last checkpoint could not be written" in out
+    folder = faulty.folder / "x" / "unsaved"
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "failed" and "stopped by SIGTERM" in status["reason"]
+    assert faulty.events("unsaved", "stop")[0]["state"] == "failed"
+    assert lease.read(folder / "checkpoints") is None
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_write_its_last_checkpoint_has_failed(faulty):
+    settings = ("train.steps=3", "parallel.tensor=1")
+    faults = [{"kind": "full_disk", "rank": 0, "step": 3}]
+    faulty.run("last", *settings, code=4, faults=faults, **ALONE)
+    folder = faulty.folder / "x" / "last"
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "failed" and "the last checkpoint could not be" in status["reason"]
+
+
+@pytest.mark.slow
+def test_a_run_of_another_length_says_what_becomes_of_its_schedule(faulty):
+    """And a torn line of metrics does not take the next one along."""
+    settings = ("parallel.tensor=1", "optimizer.schedule=cosine", "train.log_every_steps=1")
+    folder = faulty.folder / "x" / "longer"
+    out = faulty.run("longer", *settings, "train.steps=4", **ALONE)
+    assert "the run had" not in out
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "lo')
+    out = faulty.run("longer", *settings, "train.steps=6", **ALONE)
+    assert "the run had 4 steps and has 6 now" in out
+    assert "the learning rate is 4.393e-05 in step 4 and 7.5e-05 in step 5" in out
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "grad_norm" in line] == [1, 2, 3, 4, 5, 6]
+    before = content(folder)
+    out = faulty.run("longer", *settings, "train.steps=5", code=2, **ALONE)
+    assert "has done 6 steps, more than the 5 that train.steps" in out
+    assert content(folder) == before
+    assert list_folders(folder / "checkpoints")[-1].step == 6
+    out = faulty.run("longer", *settings, "train.steps=6", **ALONE)
+    assert "finished" in out and "the run had" not in out
+
+
+def test_a_length_that_a_schedule_does_not_go_by_changes_nothing():
+    constant, wsd = OptimizerConfig(), OptimizerConfig(schedule="wsd", decay_steps=10)
+    cosine = OptimizerConfig(schedule="cosine", decay_steps=50)
+    for optimizer in (constant, wsd, cosine):
+        assert change_of_schedule(60, optimizer, before=100, now=200) == ""
+
+
+def test_a_decay_that_began_and_is_taken_back_is_told_with_both_rates():
+    wsd = OptimizerConfig(schedule="wsd", decay_steps=10, learning_rate=1.0)
+    told = change_of_schedule(99, wsd, before=100, now=200)
+    assert "is 0.2 in step 99 and 1 in step 100" in told
