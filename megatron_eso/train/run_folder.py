@@ -72,8 +72,8 @@ class RunFolder:
         return held is not None and held["owner"] == lease.owner_name(os.environ)
 
     def give_back(self) -> None:
-        """Give the lease back, unless it is the job script's."""
-        if not attempt_name(os.environ):
+        """Give the lease back if it is held, unless it is the job script's."""
+        if self.is_taken() and not attempt_name(os.environ):
             lease.release(self.checkpoints, lease.owner_name(os.environ))
 
     def earlier_config(self, config: RunConfig) -> RunConfig | None:
