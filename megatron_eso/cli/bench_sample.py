@@ -123,16 +123,11 @@ def _write(out: Path, points: list[Any]) -> None:
     """Write what has been measured so far; a later point may fail."""
     import json
 
+    from megatron_eso.data.manifest import write_whole
     from megatron_eso.eval.frontier import table
 
-    _replace(out / "frontier.json", json.dumps([p.as_dict() for p in points], indent=1) + "\n")
-    _replace(out / "frontier.md", table(points) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_whole(out / "frontier.json", json.dumps([p.as_dict() for p in points], indent=1) + "\n")
+    write_whole(out / "frontier.md", table(points) + "\n")
 
 
 def _settings(

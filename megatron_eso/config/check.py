@@ -237,8 +237,8 @@ def _cuda_graphs(config: RunConfig) -> Iterator[str]:
         "to none": config.parallel.recompute != "none",
         f"precision.fp8={config.precision.fp8} keeps its scales by code that a graph leaves out; set it to "
         "off": config.precision.fp8 != "off",
-        "objective.name=mdlm has another mask in rows with padding; use eso, ar or bd3lm": (
-            config.objective.name == "mdlm"
+        f"objective.name={config.objective.name} has another mask in rows with padding; use eso or ar": (
+            config.objective.name in ("mdlm", "bd3lm")
         ),
     }
     for why, is_so in unfit.items():

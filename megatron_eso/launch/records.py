@@ -60,9 +60,14 @@ class Records:
         return read_json(self.run / "status.json")
 
     def checkpoint_step(self) -> int:
-        """Return the step of the newest committed checkpoint; -1 if there is none."""
-        marked = (self.run / "checkpoints").glob("step_*/COMMITTED")
-        return max((int(p.parent.name.removeprefix("step_")) for p in marked), default=-1)
+        """See :func:`checkpoint_step`."""
+        return checkpoint_step(self.run)
+
+
+def checkpoint_step(run: Path) -> int:
+    """Return the step of a run's newest committed checkpoint; -1 if there is none."""
+    marked = (run / "checkpoints").glob("step_*/COMMITTED")
+    return max((int(p.parent.name.removeprefix("step_")) for p in marked), default=-1)
 
 
 def read_json(path: Path) -> dict:

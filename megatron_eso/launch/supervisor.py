@@ -33,6 +33,7 @@ from megatron_eso.launch.processes import (
     send,
     state_of,
 )
+from megatron_eso.launch.records import checkpoint_step
 from megatron_eso.launch.starter import Starter
 
 _FINAL_CODES = (2, 3, 4, 5, 6)  # errors.py: the same command would fail the same way
@@ -169,7 +170,8 @@ def _restart_until_done(
             return ending.code
         without_progress = 0 if ending.kept_step > kept else without_progress + 1
         kept = max(kept, ending.kept_step)
-        newest = max(kept, _newest_checkpoint(settings.run))
+        # Ranks that did not get far do not tell of checkpoints.
+        newest = max(kept, checkpoint_step(settings.run))
         events.record(
             settings.run, "fault", cause=ending.cause, why=ending.why, rank=ending.rank,
             step=ending.step, silent_seconds=round(ending.silent_seconds, 3),
@@ -190,15 +192,6 @@ def _restart_until_done(
             return CRASH_LOOP_EXIT_CODE
         place = f" (newest checkpoint: step {newest})" if newest >= 0 else ""
         say(f"{ending.why}; starting again{place}")
-
-
-def _newest_checkpoint(run: Path) -> int:
-    """Return the step of the newest committed checkpoint, which ranks that did not get far do not tell.
-
-    -1 if there is none.
-    """
-    marked = (run / "checkpoints").glob("step_*/COMMITTED")
-    return max((int(p.parent.name.removeprefix("step_")) for p in marked), default=-1)
 
 
 def _run_once(
