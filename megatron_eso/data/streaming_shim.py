@@ -13,6 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,10 +75,10 @@ def decompress(compression: str, data: bytes) -> bytes:
     return load("compression").decompress(compression, data)
 
 
-def download(remote: str, local: Path, timeout_seconds: float) -> None:
-    """Fetch one object through streaming's downloader of its scheme (gs, azure, oci, hf, ...)."""
-    downloader = load("storage.download").CloudDownloader.get(remote)
-    downloader.download(remote, str(local), timeout_seconds)
+def downloader(address: str) -> Any:
+    """Return streaming's downloader of an address's scheme (gs, azure, oci, hf, ...)."""
+    load("format")  # it and streaming.base.util import each other, which works in this order alone
+    return load("storage.download").CloudDownloader.get(address)
 
 
 def _place_bare_packages() -> None:

@@ -4,13 +4,32 @@ S3 is not left to streaming's downloader because a stalled body must end the att
 missing object or wrong credentials should be reported at once.
 """
 
+import errno
+import os
 import shutil
+import threading
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlparse
 
 from megatron_eso.data import streaming_shim
-from megatron_eso.data.object_store import CHUNK_BYTES, ObjectFolder, StoreError, speaks_s3
+from megatron_eso.data.object_store import (
+    CHUNK_BYTES,
+    PERMANENT_STATUS,
+    ObjectFolder,
+    StoreError,
+    speaks_s3,
+)
+from megatron_eso.errors import DataError
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE)
+_CLIENTS = {
+    "gs": "Google's client (pip install 'megatron-eso[gs]'), or GCS_KEY and GCS_SECRET",
+    "azure": "pip install azure-storage-blob azure-identity",
+    "azure-dl": "pip install azure-storage-file-datalake azure-identity",
+    "hf": "pip install huggingface_hub",
+    "oci": "pip install oci",
+}
 
 
 class Transport(Protocol):
@@ -55,12 +74,39 @@ class StreamingTransport:
 
     def __init__(self, address: str, timeout_seconds: float) -> None:
         self._address, self._timeout_seconds = address.rstrip("/"), timeout_seconds
+        self._own = threading.local()
 
     def fetch(self, name: str, target: Path) -> None:
         """Fetch the named file with streaming's downloader."""
+        target.unlink(missing_ok=True)  # it would take a target that exists for fetched
         try:
-            streaming_shim.download(f"{self._address}/{name}", target, self._timeout_seconds)
-        except OSError:
+            self._downloader().download(
+                f"{self._address}/{name}", str(target), self._timeout_seconds
+            )
+        except DataError:
             raise
         except Exception as error:  # each store's client has its own exceptions
-            raise StoreError(f"{type(error).__name__}: {error}", is_permanent=False) from error
+            if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+                raise
+            raise _store_error(error, urlparse(self._address).scheme) from error
+
+    def _downloader(self) -> Any:
+        """Return a downloader of this thread, and of this side of a fork: it holds a connection."""
+        if getattr(self._own, "process", None) != os.getpid():
+            self._own.downloader = streaming_shim.downloader(self._address)
+            self._own.process = os.getpid()
+        return self._own.downloader
+
+
+def _store_error(error: Exception, scheme: str) -> StoreError:
+    """Return what a client's exception says; streaming itself raises three of Python's."""
+    if isinstance(error, ImportError):
+        client = _CLIENTS.get(scheme, "the store's client")
+        return StoreError(f"{error}: {scheme}:// needs {client}", is_permanent=True)
+    status = getattr(error, "code", None) or getattr(error, "status_code", None)
+    is_missing = isinstance(error, FileNotFoundError) or status == 404
+    return StoreError(
+        f"{type(error).__name__}: {error}",
+        is_permanent=is_missing or isinstance(error, ValueError) or status in PERMANENT_STATUS,
+        is_missing=is_missing,
+    )
