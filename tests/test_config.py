@@ -1,6 +1,9 @@
 """Configuration: includes, overrides, helpful errors, rules and derived numbers."""
 
+import ast
+import math
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from megatron_eso.config import (
     schema,
     violations,
 )
+from megatron_eso.config.ranges import Range, range_of
 from megatron_eso.errors import ConfigError
 from megatron_eso.launch.profile import ClusterProfile
 
@@ -294,12 +298,62 @@ def test_every_shipped_run_is_valid():
 
 
 def test_every_field_is_documented():
-    source = Path(schema.__file__).read_text()
-    for section in vars(schema).values():
-        if is_dataclass(section) and section.__module__ == schema.__name__:
-            for field in fields(section):
-                after = source.split(f"class {section.__name__}")[1].split(f"    {field.name}:")[1]
-                assert after.split("\n", 1)[1].lstrip().startswith('"""'), (section, field.name)
+    for node in ast.parse(Path(schema.__file__).read_text()).body:
+        for setting, text in pairwise(getattr(node, "body", [])):
+            if isinstance(setting, ast.AnnAssign):
+                assert isinstance(text, ast.Expr), (node, ast.unparse(setting))
+
+
+def test_every_number_has_a_range_that_holds_its_default():
+    sections = [
+        s for s in vars(schema).values() if is_dataclass(s) and s.__module__ == schema.__name__
+    ]
+    for section in sections:
+        for setting in fields(section):
+            allowed = range_of(setting)
+            if allowed and setting.default is not None:
+                assert allowed.holds(setting.default), setting.name
+            is_number = set(str(setting.type).split(" | ")) & {"int", "float"}
+            is_number = is_number or setting.type in (int, float, int | None, float | None)
+            assert bool(allowed) == bool(is_number and setting.name != "seed"), setting.name
+
+
+@pytest.mark.parametrize(
+    ("bounds", "inside", "outside", "words"),
+    [
+        ({"at_least": 1}, (1, 5), (0, -1, math.nan), "at least 1"),
+        ({"above": 0}, (1e-9, math.inf), (0, -1, math.nan), "positive"),
+        ({"above": 0, "below": math.inf}, (1e9,), (0, math.inf, math.nan), "positive and finite"),
+        ({"at_least": 0, "below": 1}, (0, 0.5), (1, -0.1, math.nan), "in [0, 1)"),
+        ({"at_least": 0, "at_most": 1}, (0, 1), (1.1, -0.1), "in [0, 1]"),
+        ({"above": 0, "at_most": 1}, (0.1, 1), (0, 1.1), "in (0, 1]"),
+        ({"above": 2}, (3,), (2,), "above 2"),
+    ],
+)
+def test_a_range_holds_what_it_says(bounds, inside, outside, words):
+    allowed = Range(**bounds)
+    assert str(allowed) == words
+    assert all(allowed.holds(value) for value in inside)
+    assert not any(allowed.holds(value) for value in outside)
+
+
+def test_settings_within_lists_are_looked_at():
+    beyond = config("data.sources=[{path: a}, {path: b, weight: 0}]")
+    assert violations(beyond) == ["data.sources[1].weight=0.0 must be positive"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.num_heads=0", "model.num_kv_heads=0", "model.head_size=0", "model.vocab_padding_multiple=0",
+        "parallel.tensor=0", "parallel.pipeline=0", "parallel.virtual_pipeline=0", "parallel.context=0",
+        "train.micro_batch_rows=0", "train.sequence_length=0", "train.steps=0", "objective.block_size=0",
+    ],
+)  # fmt: skip
+def test_a_number_that_rules_divide_by_is_refused_before_they_are_asked(override):
+    for name in ("eso", "bd3lm"):
+        found = violations(config(f"objective.name={name}", override), 4)
+        assert len(found) == 1 and found[0].startswith(f"{override} must be at least 1")
 
 
 def test_the_configuration_is_frozen():

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron_eso.checkpoint.folder import write_durably
 from megatron_eso.errors import ConfigError
+from megatron_eso.files import write_json
 from tools.bench_gpu_parts import free_memory
 
 
@@ -51,7 +51,7 @@ class Report:
         shown = [(k, v) for k, v in values.items() if not isinstance(v, list)]
         print(f"{what:<44} " + "  ".join(f"{k} {_shown(v)}" for k, v in shown), flush=True)
         if self._out is not None:
-            write_durably(self._out, json.dumps(self._rows, indent=1) + "\n")
+            write_json(self._out, self._rows)
 
     @contextmanager
     def trying(self, what: str) -> Iterator[None]:

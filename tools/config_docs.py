@@ -4,8 +4,13 @@ Run with ``make docs``; tests/test_docs.py compares the file with what this writ
 """
 
 import ast
+from dataclasses import MISSING, Field, fields
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+from megatron_eso.config import schema
+from megatron_eso.config.ranges import range_of
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "megatron_eso/config/schema.py"
@@ -41,20 +46,31 @@ def _table(name: str, node: ast.ClassDef) -> str:
     title = name or "top level"
     prefix = f"{name}." if name else ""
     lines = [
-        f"\n## {title}\n\n{ast.get_docstring(node)}\n\n| setting | default | meaning |\n|---|---|---|"
+        f"\n## {title}\n\n{ast.get_docstring(node)}\n",
+        "| setting | default | values | meaning |",
+        "|---|---|---|---|",
     ]
+    settings = {item.name: item for item in fields(getattr(schema, node.name))}
     for field, text in pairwise(node.body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             meaning = " ".join(str(ast.literal_eval(text.value)).split())
-            target = ast.unparse(field.target)
-            lines.append(f"| `{prefix}{target}` | {_default(field)} | {meaning} |")
+            item = settings[ast.unparse(field.target)]
+            lines.append(
+                f"| `{prefix}{item.name}` | {_default(item)} | {_values(item)} | {meaning} |"
+            )
     return "\n".join(lines) + "\n"
 
 
-def _default(field: ast.AnnAssign) -> str:
-    if field.value is None or isinstance(field.value, ast.Call):
-        return "section" if "Config" in ast.unparse(field.annotation) else "empty"
-    value = ast.literal_eval(field.value)
+def _values(item: Field) -> str:
+    if get_origin(item.type) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(item.type))
+    return str(range_of(item) or "")
+
+
+def _default(item: Field) -> str:
+    if item.default is MISSING or item.default == "":
+        return "section" if "Config" in str(item.type) and "list" not in str(item.type) else "empty"
+    value = item.default
     return (
         "null" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
     )

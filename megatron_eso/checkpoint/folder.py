@@ -11,7 +11,6 @@ Folders are never renamed: object-store file systems cannot.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eso.errors import CheckpointError
+from megatron_eso.files import write_json, write_whole
 
 MANIFEST, MARKER, SIDECAR = "MANIFEST.json", "COMMITTED", "esolm.json"
 SET_ASIDE = "SET_ASIDE"
@@ -123,8 +123,8 @@ class CheckpointFolder:
         for p in files:
             if p.name not in entries:
                 entries[p.name] = {"bytes": p.stat().st_size, "xxh3_128": hash_file(p)}
-        write_durably(self.path / MANIFEST, json.dumps({"files": entries}, indent=1))
-        write_durably(self.path / MARKER, "")
+        write_json(self.path / MANIFEST, {"files": entries})
+        write_whole(self.path / MARKER, "")
 
 
 def folder_of_step(root: Path, step: int) -> CheckpointFolder:
@@ -218,16 +218,6 @@ def read_sidecar(path: Path) -> dict[str, Any]:
             f"{FORMAT_VERSION}: update megatron-eso"
         )
     return sidecar
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that it is whole or absent, also after a crash."""
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def hash_file(path: Path) -> str:

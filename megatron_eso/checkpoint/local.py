@@ -23,9 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_eso.checkpoint.child import Child
-from megatron_eso.checkpoint.folder import hash_file, write_durably
+from megatron_eso.checkpoint.folder import hash_file
 from megatron_eso.checkpoint.state import MOMENTS
 from megatron_eso.config.schema import RunConfig
+from megatron_eso.files import write_whole
 from megatron_eso.parallel.fp8_state import get_state, set_state, stateful_modules
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.optimizer import write_fp8_weights
@@ -46,7 +47,7 @@ def run_identity(checkpoints: Path) -> str:
     """Return the random name that a run got when first asked; one process alone may call."""
     file = checkpoints / RUN_ID
     if not file.is_file():
-        write_durably(file, secrets.token_hex(8))
+        write_whole(file, secrets.token_hex(8))
     return file.read_text()
 
 
@@ -204,7 +205,7 @@ class LocalCopies:
             "bytes": file.stat().st_size,
             "xxh3_128": hash_file(file),
         }
-        write_durably(self._header(step), json.dumps(header))
+        write_whole(self._header(step), json.dumps(header))
         for old in self._steps()[:-_KEPT]:
             self._header(old).unlink(missing_ok=True)
             self._file(old).unlink(missing_ok=True)

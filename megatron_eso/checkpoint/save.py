@@ -6,7 +6,6 @@ the marker), then it is committed. A failure in any phase, on any rank, ends tha
 its folder is removed, older checkpoints are as they were, training goes on.
 """
 
-import json
 import logging
 import threading
 import time
@@ -26,11 +25,11 @@ from megatron_eso.checkpoint.folder import (
     folder_of_step,
     prune,
     remove,
-    write_durably,
 )
 from megatron_eso.checkpoint.strategy import Plan, Planner
 from megatron_eso.config.schema import CheckpointConfig
 from megatron_eso.errors import CheckpointError
+from megatron_eso.files import write_json
 from megatron_eso.launch import events, lease
 from megatron_eso.parallel.exchange import any_rank, gather_messages
 
@@ -211,7 +210,7 @@ class Saver:
         path = save.folder.path
         try:
             save.plan.publish(path, [results for results, _ in written])
-            write_durably(path / SIDECAR, json.dumps(save.sidecar, indent=1))
+            write_json(path / SIDECAR, save.sidecar)
             if self._owner:
                 lease.require_lease(self.root, self._owner)
             save.folder.commit(

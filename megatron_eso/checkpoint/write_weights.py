@@ -4,7 +4,6 @@ One process builds the model at tensor=1, pipeline=1, puts the tensors into it b
 training does, so the result loads at any layout.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,11 +17,11 @@ from megatron_eso.checkpoint.folder import (
     FORMAT_VERSION,
     SIDECAR,
     CheckpointFolder,
-    write_durably,
 )
 from megatron_eso.checkpoint.state import WEIGHTS, add
 from megatron_eso.config.schema import ParallelConfig, RunConfig
 from megatron_eso.errors import CheckpointError
+from megatron_eso.files import write_json, write_whole
 from megatron_eso.model.build import build_chunks, resolve_precision
 from megatron_eso.parallel.device import Ranks, choose_device, start_process_group
 from megatron_eso.parallel.groups import build_groups
@@ -78,7 +77,7 @@ def write_weights(
     path.mkdir(parents=True, exist_ok=True)
     dist_checkpointing.save(state, str(path))
     if tokenizer_json is not None:
-        write_durably(path / TOKENIZER, tokenizer_json)
+        write_whole(path / TOKENIZER, tokenizer_json)
     sidecar = {
         "format_version": FORMAT_VERSION,
         "step": step,
@@ -92,7 +91,7 @@ def write_weights(
         "parallel": asdict(config.parallel),
         "origin": dict(origin or {}),
     }
-    write_durably(path / SIDECAR, json.dumps(sidecar, indent=1))
+    write_json(path / SIDECAR, sidecar)
     folder = CheckpointFolder(path)
     folder.commit()
     return folder

@@ -121,12 +121,10 @@ def _make_folder(out: Path) -> None:
 
 def _write(out: Path, points: list[Any]) -> None:
     """Write what has been measured so far; a later point may fail."""
-    import json
-
-    from megatron_eso.data.manifest import write_whole
     from megatron_eso.eval.frontier import table
+    from megatron_eso.files import write_json, write_whole
 
-    write_whole(out / "frontier.json", json.dumps([p.as_dict() for p in points], indent=1) + "\n")
+    write_json(out / "frontier.json", [p.as_dict() for p in points])
     write_whole(out / "frontier.md", table(points) + "\n")
 
 

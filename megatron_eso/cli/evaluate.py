@@ -73,6 +73,7 @@ def evaluate(
     from megatron_eso.cli.model_loading import describe, load
     from megatron_eso.eval.evaluate import METRICS, check_request
     from megatron_eso.eval.evaluate import evaluate as run
+    from megatron_eso.files import write_json
     from megatron_eso.parallel.exchange import Rows
     from megatron_eso.parallel.finish import finish
 
@@ -97,7 +98,7 @@ def evaluate(
     if dist.get_rank() == 0:
         _show(scores, f"{loaded.path} ({loaded.kind}) on {data}: {count} rows")
         if json_file is not None:
-            _write(json_file, scores)
+            write_json(json_file, [s.as_dict() for s in scores])
     finish()
 
 
@@ -169,11 +170,3 @@ def _show(scores: list[Any], title: str) -> None:
     console = Console()
     console.print(title, soft_wrap=True)
     console.print(table)
-
-
-def _write(path: Path, scores: list[Any]) -> None:
-    import json
-
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps([s.as_dict() for s in scores], indent=1) + "\n")
-    temporary.replace(path)

@@ -1,40 +1,18 @@
 """Rules between settings. Every violation is reported at once, with the numbers and what to change.
 
-A rule is a generator of messages; :func:`violations` runs them all. Rules that need the number of
-ranks are left out when it is not known yet.
+A rule is a generator of messages; :func:`violations` runs them all. A rule counts on every setting of
+the sections it reads being within its range (declared in ``schema.py``) and is not asked otherwise;
+rules that need the number of ranks are left out when it is not known yet.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from megatron_eso.config import derive
 from megatron_eso.config.precision_rules import broken
 from megatron_eso.config.precision_table import SETTINGS_RULES
+from megatron_eso.config.ranges import out_of_range
 from megatron_eso.config.schema import OptimizerConfig, RunConfig
 from megatron_eso.errors import ConfigError
-
-# Bounds of single settings, null apart, and what may have been meant by a value beyond them.
-_AT_LEAST = {
-    0: ("optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad_norm",
-        "eval.likelihood_orders", "resilience.max_restarts_without_progress", "resilience.spike_window",
-        "resilience.max_skipped_steps", "resilience.straggler_every_steps", "data.num_workers",
-        "data.prefetch_shards"),
-    1: ("train.eval_every_steps", "train.save_every_steps", "optimizer.decay_steps", "eval.num_rows",
-        "eval.micro_batch_rows", "eval.nelbo_repeats", "checkpoint.keep_last",
-        "checkpoint.local_every_steps", "checkpoint.keep_every_steps", "data.retries",
-        "data.shuffle_block_size", "data.shuffle_canonical_nodes"),
-}  # fmt: skip
-_POSITIVE = ("optimizer.learning_rate", "optimizer.eps", "resilience.setup_timeout_seconds",
-             "resilience.min_timeout_seconds", "resilience.spike_deviations", "checkpoint.timeout_seconds",
-             "data.timeout_seconds", "data.cache_limit_gib")  # fmt: skip
-_MEANT = {
-    "train.eval_every_steps": "null evaluates only at the end",
-    "train.save_every_steps": "null saves only at the end and on a signal",
-    "optimizer.decay_steps": "null takes the default, schedule=constant has no decay",
-    "optimizer.clip_grad_norm": "0 sets no bound",
-    "eval.micro_batch_rows": "null takes train.micro_batch_rows",
-    "checkpoint.keep_every_steps": "null keeps no milestones",
-    "data.cache_limit_gib": "null sets no bound",
-}
 
 
 def check(config: RunConfig, world_size: int | None = None) -> None:
@@ -52,37 +30,53 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     For what loads a model without training it: the rules of batches do not matter there.
     """
     parallel = config.parallel
-    found = list(_layout(config))
-    replica = parallel.tensor * parallel.pipeline * parallel.context
-    if world_size % replica:
-        found.append(
-            f"{world_size} rank(s) are no multiple of tensor x pipeline x context = {parallel.tensor} x "
-            f"{parallel.pipeline} x {parallel.context} = {replica} (--ranks)"
-        )
+    found, wrong = _beyond_ranges(config, ("model", "parallel", "train"))
+    if not wrong:
+        found += [*_layout(config), *_cuda_graphs(config)]
+        replica = parallel.tensor * parallel.pipeline * parallel.context
+        if world_size % replica:
+            found.append(
+                f"{world_size} rank(s) are no multiple of tensor x pipeline x context = "
+                f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} = {replica} (--ranks)"
+            )
     if found:
         raise ConfigError(
             "this layout does not fit the model:\n" + "\n".join(f"  - {line}" for line in found)
         )
 
 
+def check_evaluation(config: RunConfig) -> None:
+    """Raise a :class:`ConfigError` that lists the ``eval`` settings beyond their ranges.
+
+    For what scores a model without training it: the rules of training batches do not matter there.
+    """
+    found, _ = _beyond_ranges(config, ("eval",))
+    if found:
+        raise ConfigError(
+            "these evaluation settings do not fit:\n" + "\n".join(f"  - {line}" for line in found)
+        )
+
+
 def violations(config: RunConfig, world_size: int | None = None) -> list[str]:
-    """Return one message per broken rule."""
-    rules = (
-        _model,
-        _objective,
-        _length,
-        _layout,
-        _optimizer,
-        _precision,
-        _evaluation,
-        _baselines,
-        _resilience,
-        _data,
-    )
-    found = [message for rule in rules for message in rule(config)]
-    if world_size is not None:
+    """Return one message per setting beyond its range and per broken rule."""
+    found, wrong = _beyond_ranges(config)
+    for rule, sections in _RULES.items():
+        if not wrong.intersection(sections):
+            found += rule(config)
+    if world_size is not None and not wrong.intersection(_RULES[_layout]):
         found += _world(config, world_size)
     return found
+
+
+def _beyond_ranges(config: RunConfig, sections: tuple[str, ...] = ()) -> tuple[list[str], set[str]]:
+    """Return a message for each setting beyond its range, and the sections that have one.
+
+    Looks at these sections only; at all if none is given.
+    """
+    beyond = [(name.split(".")[0], message) for name, message in out_of_range(config)]
+    if sections:
+        beyond = [(section, message) for section, message in beyond if section in sections]
+    return [message for _, message in beyond], {section for section, _ in beyond}
 
 
 def wsd_decay_steps(optimizer: OptimizerConfig, total_steps: int) -> int:
@@ -92,10 +86,6 @@ def wsd_decay_steps(optimizer: OptimizerConfig, total_steps: int) -> int:
 
 def _model(config: RunConfig) -> Iterator[str]:
     model = config.model
-    for name in ("hidden_size", "num_layers", "num_heads", "vocab_size", "max_length"):
-        if getattr(model, name) < 1:
-            yield f"model.{name}={getattr(model, name)} must be at least 1"
-            return
     if model.head_size is None and model.hidden_size % model.num_heads:
         yield (
             f"model.hidden_size={model.hidden_size} is not divisible by model.num_heads="
@@ -107,29 +97,16 @@ def _model(config: RunConfig) -> Iterator[str]:
             "(model.head_size or model.num_heads)"
         )
     kv_heads = derive.num_kv_heads(model)
-    if kv_heads < 1 or model.num_heads % kv_heads:
+    if model.num_heads % kv_heads:
         yield f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={kv_heads}"
-    if model.vocab_size < 3:
-        yield f"model.vocab_size={model.vocab_size} must hold two tokens and the mask token"
-    if not 0 <= model.dropout < 1:
-        yield f"model.dropout={model.dropout} must be in [0, 1)"
     if model.head_bias and model.tie_embeddings:
         yield "model.head_bias and model.tie_embeddings exclude each other"
 
 
-def _objective(config: RunConfig) -> Iterator[str]:
-    objective = config.objective
-    if not 0 <= objective.alpha_0 <= 1:
-        yield f"objective.alpha_0={objective.alpha_0} must be in [0, 1]"
-        return
-    if not 0 <= objective.noise_eps < 1:
-        yield f"objective.noise_eps={objective.noise_eps} must be in [0, 1)"
-    if objective.name == "eso":
-        yield from _eso(config)
-
-
 def _eso(config: RunConfig) -> Iterator[str]:
     objective, rows = config.objective, config.train.global_batch_rows
+    if objective.name != "eso":
+        return
     fraction = derive.diffusion_fraction(objective)
     if objective.loss_weight == "constant" and objective.alpha_0 < 1:
         yield (
@@ -141,7 +118,7 @@ def _eso(config: RunConfig) -> Iterator[str]:
             f"objective.diffusion_fraction={fraction} with objective.alpha_0={objective.alpha_0}: "
             f"at this end every row takes one pass, so it must be {objective.alpha_0:g} (or null)"
         )
-    elif not 0 <= fraction <= 1 or (0 < objective.alpha_0 < 1 and fraction in (0.0, 1.0)):
+    elif 0 < objective.alpha_0 < 1 and fraction in (0.0, 1.0):
         yield f"objective.diffusion_fraction={fraction} must be strictly between 0 and 1"
     exact = rows * fraction
     if abs(exact - round(exact)) > 1e-9:
@@ -164,11 +141,6 @@ def _eso(config: RunConfig) -> Iterator[str]:
 
 def _length(config: RunConfig) -> Iterator[str]:
     train, model = config.train, config.model
-    for name in ("sequence_length", "global_batch_rows", "micro_batch_rows", "log_every_steps"):
-        if getattr(train, name) < 1:
-            yield f"train.{name}={getattr(train, name)} must be at least 1"
-            return
-    yield from _bounds(config, "train")
     if train.sequence_length > model.max_length:
         yield (
             f"train.sequence_length={train.sequence_length} is longer than the rotary table "
@@ -178,21 +150,15 @@ def _length(config: RunConfig) -> Iterator[str]:
         yield f"set exactly one of train.steps={train.steps} and train.tokens={train.tokens}"
     batch_tokens = train.global_batch_rows * train.sequence_length
     if train.steps is None and train.tokens is not None and train.tokens % batch_tokens:
-        near = train.tokens // batch_tokens * batch_tokens
+        below = train.tokens // batch_tokens * batch_tokens
         yield (
             f"train.tokens={train.tokens} is not a multiple of one global batch ({batch_tokens} tokens); "
-            f"the nearest below is {near}"
+            + (f"the nearest below is {below}" if below else "that is the least")
         )
-    if derive.total_steps(config) < 1:
-        yield "the run has no step; set train.steps or train.tokens"
 
 
 def _layout(config: RunConfig) -> Iterator[str]:
     model, parallel, train = config.model, config.parallel, config.train
-    for name in ("tensor", "pipeline", "virtual_pipeline", "context", "local_ranks"):
-        if getattr(parallel, name) < 1:
-            yield f"parallel.{name}={getattr(parallel, name)} must be at least 1"
-            return
     divisions = {
         "model.num_heads": model.num_heads,
         "model.num_kv_heads": derive.num_kv_heads(model),
@@ -222,7 +188,6 @@ def _layout(config: RunConfig) -> Iterator[str]:
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         yield "parallel.virtual_pipeline > 1 needs parallel.pipeline > 1"
     yield from _heads_of_context_ranks(config)
-    yield from _cuda_graphs(config)
 
 
 def _cuda_graphs(config: RunConfig) -> Iterator[str]:
@@ -294,15 +259,11 @@ def _world(config: RunConfig, world_size: int) -> Iterator[str]:
 
 def _optimizer(config: RunConfig) -> Iterator[str]:
     optimizer = config.optimizer
-    yield from _bounds(config, "optimizer")
-    if not 0 <= optimizer.min_learning_rate <= optimizer.learning_rate:
+    if optimizer.min_learning_rate > optimizer.learning_rate:
         yield (
-            f"optimizer.min_learning_rate={optimizer.min_learning_rate} must be between 0 and "
+            f"optimizer.min_learning_rate={optimizer.min_learning_rate} is above "
             f"optimizer.learning_rate={optimizer.learning_rate}"
         )
-    for name in ("beta1", "beta2", "ema_decay"):
-        if not 0 <= getattr(optimizer, name) < 1:
-            yield f"optimizer.{name}={getattr(optimizer, name)} must be in [0, 1)"
     steps = derive.total_steps(config)
     decay, how = optimizer.decay_steps or 0, ""
     if optimizer.schedule == "wsd" and optimizer.decay_steps is None:
@@ -322,30 +283,7 @@ def _precision(config: RunConfig) -> Iterator[str]:
             "precision.deterministic=true with precision.attention=flex: PyTorch does not say that "
             "FlexAttention's gradients are repeatable; use split (or auto)"
         )
-    parallel, model = config.parallel, config.model
-    if min(parallel.tensor, parallel.pipeline, parallel.context, model.num_heads) < 1:
-        return  # said by other rules
     yield from broken(SETTINGS_RULES, config)
-
-
-def check_evaluation(config: RunConfig) -> None:
-    """Raise a :class:`ConfigError` that lists every violation of the ``eval`` settings' rules.
-
-    For what scores a model without training it: the rules of training batches do not matter there.
-    """
-    found = list(_evaluation(config))
-    if found:
-        raise ConfigError(
-            "these evaluation settings do not fit:\n" + "\n".join(f"  - {line}" for line in found)
-        )
-
-
-def _evaluation(config: RunConfig) -> Iterator[str]:
-    yield from _bounds(config, "eval")
-    if not 0 <= config.eval.noise_eps < 1:
-        yield f"eval.noise_eps={config.eval.noise_eps} must be in [0, 1)"
-    if config.eval.alpha_0 is not None and not 0 <= config.eval.alpha_0 <= 1:
-        yield f"eval.alpha_0={config.eval.alpha_0} must be in [0, 1]"
 
 
 def _baselines(config: RunConfig) -> Iterator[str]:
@@ -363,12 +301,6 @@ def _baselines(config: RunConfig) -> Iterator[str]:
 
 def _resilience(config: RunConfig) -> Iterator[str]:
     settings = config.resilience
-    yield from _bounds(config, "resilience", "checkpoint")
-    if settings.timeout_factor < 1:
-        yield (
-            f"resilience.timeout_factor={settings.timeout_factor} must be at least 1: a step may take as "
-            "long as the longest so far"
-        )
     if (
         "rollback" in (settings.on_nonfinite, settings.on_spike)
         and not config.train.save_every_steps
@@ -376,19 +308,15 @@ def _resilience(config: RunConfig) -> Iterator[str]:
         yield "resilience.on_...=rollback goes back to a checkpoint: set train.save_every_steps"
 
 
-def _data(config: RunConfig) -> Iterator[str]:
-    yield from _bounds(config, "data")
-
-
-def _bounds(config: RunConfig, *sections: str) -> Iterator[str]:
-    """Yield a message for each setting of these sections that is beyond its bound."""
-    least = [(name, bound) for bound, names in _AT_LEAST.items() for name in names]
-    for name, bound in [*least, *((name, None) for name in _POSITIVE)]:
-        section, key = name.split(".")
-        value = getattr(getattr(config, section), key)
-        if section not in sections or value is None:
-            continue
-        if not (value > 0 if bound is None else value >= bound):
-            asked = "positive" if bound is None else f"at least {bound}"
-            hint = f"; {_MEANT[name]}" if name in _MEANT else ""
-            yield f"{name}={value} must be {asked}{hint}"
+_RULES: dict[Callable[[RunConfig], Iterator[str]], tuple[str, ...]] = {
+    _model: ("model",),
+    _eso: ("objective", "train"),
+    _length: ("model", "objective", "train"),
+    _layout: ("model", "objective", "parallel", "train"),
+    _cuda_graphs: (),
+    _optimizer: ("optimizer", "train"),
+    _precision: ("eval", "model", "objective", "optimizer", "parallel", "precision", "train"),
+    _baselines: ("objective", "train"),
+    _resilience: ("resilience", "train"),
+}
+"""Each rule, and the sections whose settings must be within their ranges for it to be asked."""

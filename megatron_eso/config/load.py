@@ -7,7 +7,6 @@ YAML guesses a type from how a value looks: 4:00:00 is a number in base 60, 010 
 false. Where the schema has text, what was written is the value, null apart.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from copy import copy
@@ -24,6 +23,7 @@ from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
 
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
+from megatron_eso.files import write_whole
 
 INCLUDE_KEY = "include"
 TEXT_TAG, NULL_TAG, MERGE_TAG = (f"tag:yaml.org,2002:{name}" for name in ("str", "null", "merge"))
@@ -61,28 +61,8 @@ def to_yaml(config: Any) -> str:
 
 
 def save_config(config: Any, path: Path) -> None:
-    """Write the configuration as YAML; see :func:`write_whole`."""
-    write_whole(path, to_yaml(config).encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file so that it is whole or as before, also after a crash; alone if it is that already.
-
-    Raises:
-        OSError: with the file's name, if it cannot be written.
-    """
-    temporary = path.with_name(path.name + ".part")
-    try:
-        if path.is_file() and path.read_bytes() == content:
-            return
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    """Write the configuration as YAML; see :func:`megatron_eso.files.write_whole`."""
+    write_whole(path, to_yaml(config))
 
 
 def _layers(

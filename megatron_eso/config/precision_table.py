@@ -238,14 +238,6 @@ SETTINGS_RULES = (
         ),
     ),
     Rule(
-        "delayed scaling: history",
-        lambda c: c.precision.fp8 == "delayed",
-        lambda c, m: c.precision.fp8_amax_history >= 1,
-        lambda c, m: (
-            f"precision.fp8_amax_history={c.precision.fp8_amax_history} must be at least 1"
-        ),
-    ),
-    Rule(
         "bf16 layers: recipe",
         lambda c: _bf16_layers(c) > 0,
         lambda c, m: c.precision.fp8 == "tensorwise",
@@ -260,10 +252,7 @@ SETTINGS_RULES = (
         "bf16 layers: number",
         lambda c: c.precision.fp8 != "off",
         lambda c, m: (
-            0
-            <= min(c.precision.bf16_first_layers, c.precision.bf16_last_layers)
-            <= _bf16_layers(c)
-            <= c.model.num_layers // c.parallel.pipeline
+            _bf16_layers(c) <= c.model.num_layers // c.parallel.pipeline
             and c.precision.bf16_first_layers + c.precision.bf16_last_layers < c.model.num_layers
         ),
         lambda c, m: (

@@ -3,41 +3,44 @@
 These dataclasses are OmegaConf structured configurations: frozen, and closed (an unknown key is an
 error). A *row* is one sequence of ``train.sequence_length`` tokens; a *stack row* is a row as it runs
 through the transformer, where a sequential row of the Eso-LM objective counts twice (its true tokens
-and its mask copies). ``docs/config.md`` is generated from the strings below each field.
+and its mask copies). ``docs/config.md`` is generated from the fields, their ranges and the strings
+below them; rules between settings are in ``check.py``.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from megatron_eso.config.ranges import within
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of the transformer."""
 
-    hidden_size: int = 256
+    hidden_size: int = within(256, at_least=1)
     """Width of the residual stream."""
-    num_layers: int = 4
+    num_layers: int = within(4, at_least=1)
     """Number of transformer layers over all pipeline stages."""
-    num_heads: int = 4
+    num_heads: int = within(4, at_least=1)
     """Number of query heads of a layer."""
-    num_kv_heads: int | None = None
+    num_kv_heads: int | None = within(None, at_least=1)
     """Number of key/value heads (grouped-query attention); null: as many as query heads."""
-    head_size: int | None = None
+    head_size: int | None = within(None, at_least=1)
     """Width of one head; null: hidden_size / num_heads, which must divide exactly."""
-    ffn_size: int | None = None
+    ffn_size: int | None = within(None, at_least=1)
     """Inner width of the MLP; null: 8/3 hidden_size rounded up to a multiple of 64 for swiglu (so that
     three matrices cost what two of 4 x do), 4 hidden_size for gelu."""
-    vocab_size: int = 8192
+    vocab_size: int = within(8192, at_least=3, hint="two tokens and the mask token")
     """Number of token ids including the mask token, whose id is vocab_size - 1. Must equal the
     vocabulary of the data set's manifest."""
-    vocab_padding_multiple: int = 128
+    vocab_padding_multiple: int = within(128, at_least=1)
     """The embedding and the head are padded to a multiple of this; padded ids get no probability.
     It does not depend on the layout, so checkpoints fit any."""
-    max_length: int = 1024
+    max_length: int = within(1024, at_least=1)
     """Longest row the rotary table covers, in tokens."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Normalisation before attention, before the MLP and before the head."""
-    norm_eps: float = 1e-5
+    norm_eps: float = within(1e-5, above=0)
     """Added to the variance inside the normalisation."""
     activation: Literal["swiglu", "gelu"] = "swiglu"
     """MLP: gated SiLU (Llama) or GELU in its tanh form (the official Eso-LM code)."""
@@ -49,13 +52,13 @@ class ModelConfig:
     """A bias per vocabulary entry in the output head."""
     qk_norm: bool = False
     """Normalise queries and keys per head before the rotary rotation (Qwen3)."""
-    rotary_base: float = 10000.0
+    rotary_base: float = within(10000.0, above=0)
     """Base of the rotary position frequencies."""
     tie_embeddings: bool = False
     """Use the embedding matrix as the output head."""
-    dropout: float = 0.0
+    dropout: float = within(0.0, at_least=0, below=1)
     """Dropout probability on the residual branches."""
-    init_std: float = 0.02
+    init_std: float = within(0.02, at_least=0)
     """Standard deviation of the initial weights; output projections of attention and MLP get
     init_std / sqrt(2 num_layers)."""
 
@@ -66,19 +69,19 @@ class ObjectiveConfig:
 
     name: Literal["eso", "ar", "mdlm", "bd3lm"] = "eso"
     """eso: Eso-LM; ar: left to right; mdlm: bidirectional masked diffusion; bd3lm: block diffusion."""
-    alpha_0: float = 1.0
+    alpha_0: float = within(1.0, at_least=0, at_most=1)
     """Eso-LM: expected share of tokens made by diffusion, in [0, 1]. 1 is pure masked diffusion,
     0 pure left to right."""
-    diffusion_fraction: float | None = None
+    diffusion_fraction: float | None = within(None, at_least=0, at_most=1)
     """Eso-LM: share of rows that take the diffusion pass (kappa); null: 0.5 for 0 < alpha_0 < 1, 1 for
     alpha_0 = 1, 0 for alpha_0 = 0. At or below 0.25 training diverged in the paper."""
     loss_weight: Literal["elbo", "constant"] = "elbo"
     """Weight of the diffusion loss: alpha_0 / (1 - alpha_t), a bound on the likelihood, or 1 (lower
     variance; only for alpha_0 = 1 and the mdlm objective). Evaluation always uses the bound."""
-    noise_eps: float = 1e-3
+    noise_eps: float = within(1e-3, at_least=0, below=1)
     """Training times run over [noise_eps, 1] and alpha_t = alpha_0 (1 - (1 - noise_eps) t), as in the
     official code. Evaluation has its own (eval.noise_eps)."""
-    block_size: int = 16
+    block_size: int = within(16, at_least=1)
     """bd3lm: tokens per block, which must divide train.sequence_length."""
     leading_mask: bool = True
     """ar: feed a mask token first, so that all tokens of the row are predicted, as the other
@@ -92,7 +95,7 @@ class DataSourceConfig:
 
     path: str = ""
     """Folder or object-store address of one split written by ``megatron-eso data prepare``."""
-    weight: float = 1.0
+    weight: float = within(1.0, above=0)
     """Share of the mixture, relative to the other sources' weights."""
 
 
@@ -106,24 +109,24 @@ class DataConfig:
     """Held-out data sets: name -> folder or address."""
     cache_dir: str | None = None
     """Local folder for shards of remote data sets; null: a folder under the system's cache folder."""
-    cache_limit_gib: float | None = None
+    cache_limit_gib: float | None = within(None, above=0, hint="null sets no bound")
     """Bound on that folder, in GiB; null: none. The shards used longest ago are dropped first."""
     shuffle: bool = True
     """Permute the samples of every epoch; false: the order in which they were written."""
-    shuffle_block_size: int = 262144
+    shuffle_block_size: int = within(262144, at_least=1)
     """Samples of neighbouring shards that are shuffled together."""
-    shuffle_canonical_nodes: int = 1
+    shuffle_canonical_nodes: int = within(1, at_least=1)
     """Number of independent shard sequences the epoch's order is cut into; fixed for a run, whatever
     the number of nodes it runs on."""
-    prefetch_shards: int = 2
+    prefetch_shards: int = within(2, at_least=0)
     """Shards fetched ahead of the current place."""
-    num_workers: int = 1
+    num_workers: int = within(1, at_least=0)
     """Reader threads ahead of the training loop; 0: read in the loop."""
     verify_hashes: bool = True
     """Check each shard's hash when a process first opens it; its size is always checked."""
-    retries: int = 5
+    retries: int = within(5, at_least=1)
     """Attempts for one remote shard before the run stops with an error that names it."""
-    timeout_seconds: float = 60.0
+    timeout_seconds: float = within(60.0, above=0)
     """Limit for one attempt to fetch a shard, in seconds."""
 
 
@@ -131,29 +134,31 @@ class DataConfig:
 class TrainConfig:
     """Length and batch of the run."""
 
-    sequence_length: int = 512
+    sequence_length: int = within(512, at_least=1)
     """Tokens of a row; the data set's manifest must have the same."""
-    steps: int | None = None
+    steps: int | None = within(None, at_least=1)
     """Optimizer steps; null: from train.tokens."""
-    tokens: int | None = None
+    tokens: int | None = within(None, at_least=1)
     """Token budget of the run, in data tokens; null: from train.steps. It must be a whole number of
     global batches."""
-    global_batch_rows: int = 32
+    global_batch_rows: int = within(32, at_least=1)
     """Rows of one optimizer step over all ranks."""
-    micro_batch_rows: int = 4
+    micro_batch_rows: int = within(4, at_least=1)
     """Stack rows that run through the model at once on one rank."""
     seed: int = 1
     """Seed of weights, data order, times, masks and orders. Everything random is a function of
     (seed, step, row); no generator state is saved."""
-    log_every_steps: int = 10
+    log_every_steps: int = within(10, at_least=1)
     """Steps between progress lines; TensorBoard gets every step that is logged."""
-    eval_every_steps: int | None = None
+    eval_every_steps: int | None = within(None, at_least=1, hint="null evaluates only at the end")
     """Steps between evaluations; null: only at the end."""
     profile_steps: list[int] = field(default_factory=list)
     """Steps, numbered as in the log, of which a trace and a table of phases go to the run's folder."""
     profile_ranks: list[int] = field(default_factory=lambda: [0])
     """Ranks on which these steps are profiled. A profiled step is slower."""
-    save_every_steps: int | None = None
+    save_every_steps: int | None = within(
+        None, at_least=1, hint="null saves only at the end and on a signal"
+    )
     """Steps between checkpoints; null: only at the end and on a signal."""
 
 
@@ -161,28 +166,30 @@ class TrainConfig:
 class OptimizerConfig:
     """AdamW, its learning rate and its guards."""
 
-    learning_rate: float = 3e-4
+    learning_rate: float = within(3e-4, above=0)
     """Peak learning rate."""
-    min_learning_rate: float = 0.0
+    min_learning_rate: float = within(0.0, at_least=0)
     """Learning rate at the end of a decay."""
     schedule: Literal["constant", "cosine", "wsd"] = "constant"
     """After the warm-up: constant; cosine decay to the end; warm-up-stable-decay (constant, then linear
     over the last decay_steps)."""
-    warmup_steps: int = 0
+    warmup_steps: int = within(0, at_least=0)
     """Steps over which the learning rate rises linearly from 0."""
-    decay_steps: int | None = None
+    decay_steps: int | None = within(
+        None, at_least=1, hint="null takes the default, schedule=constant has no decay"
+    )
     """Length of the decay: cosine, null: from the warm-up to the end; wsd, null: a tenth of the steps."""
-    beta1: float = 0.9
+    beta1: float = within(0.9, at_least=0, below=1)
     """Decay of the first moment."""
-    beta2: float = 0.95
+    beta2: float = within(0.95, at_least=0, below=1)
     """Decay of the second moment."""
-    eps: float = 1e-8
+    eps: float = within(1e-8, above=0)
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: float = within(0.1, at_least=0)
     """Decoupled weight decay of matrices and embeddings; norms and biases get none."""
-    clip_grad_norm: float = 1.0
+    clip_grad_norm: float = within(1.0, at_least=0, hint="0 sets no bound")
     """Bound on the global gradient norm; 0: none."""
-    ema_decay: float = 0.0
+    ema_decay: float = within(0.0, at_least=0, below=1)
     """Decay of the moving average of the weights used for evaluation and sampling, with warm-up
     min(ema_decay, (1 + step) / (10 + step)); 0: no average."""
 
@@ -191,13 +198,13 @@ class OptimizerConfig:
 class ParallelConfig:
     """How the model and the batch are spread over ranks."""
 
-    tensor: int = 1
+    tensor: int = within(1, at_least=1)
     """Ranks that share every layer's matrices (tensor parallelism)."""
-    pipeline: int = 1
+    pipeline: int = within(1, at_least=1)
     """Ranks that hold consecutive layers (pipeline parallelism)."""
-    virtual_pipeline: int = 1
+    virtual_pipeline: int = within(1, at_least=1)
     """Model chunks per pipeline rank; more than 1 is the interleaved schedule."""
-    context: int = 1
+    context: int = within(1, at_least=1)
     """Ranks that share every row's tokens (context parallelism). Around the attention they swap tokens
     for heads, so tensor x context must divide model.num_heads. For rows too long for one rank's memory."""
     sequence: bool = True
@@ -216,7 +223,7 @@ class ParallelConfig:
     cuda_graphs: bool = False
     """Launch each layer's forward and backward pass as one CUDA graph: for small layers, which wait for
     their kernels to be launched. Without effect on a CPU. Costs memory: docs/gpu.md."""
-    local_ranks: int = 1
+    local_ranks: int = within(1, at_least=1)
     """Ranks that ``megatron-eso train`` starts on this machine when no launcher (torchrun, Slurm) did."""
 
 
@@ -232,15 +239,15 @@ class PrecisionConfig:
     fp8: Literal["off", "delayed", "tensorwise"] = "off"
     """FP8 of the linear layers (Transformer Engine, Hopper or newer; the head stays bf16): delayed scales
     come from earlier steps, tensorwise ones from the tensor itself. Forward e4m3, backward e5m2."""
-    fp8_amax_history: int = 1024
+    fp8_amax_history: int = within(1024, at_least=1)
     """delayed: number of steps whose largest value sets the scale of the next."""
     fp8_attention: bool = False
     """FP8 attention for diffusion and true-token rows (Transformer Engine, head size 128)."""
     fp8_params: bool = False
     """Keep the weights of FP8 layers in FP8 alone and gather them so; master weights stay fp32."""
-    bf16_first_layers: int = 0
+    bf16_first_layers: int = within(0, at_least=0)
     """tensorwise: this many first layers compute in bf16."""
-    bf16_last_layers: int = 0
+    bf16_last_layers: int = within(0, at_least=0)
     """tensorwise: this many last layers compute in bf16."""
     attention: Literal["auto", "split", "dense", "flex", "te"] = "auto"
     """Attention kernel: split (fused causal call and analytic self term), dense (mask, the oracle),
@@ -255,19 +262,19 @@ class PrecisionConfig:
 class CheckpointConfig:
     """What is kept of a run, where."""
 
-    keep_last: int = 2
+    keep_last: int = within(2, at_least=1)
     """Newest checkpoints to keep; older ones are removed once a newer one is complete."""
-    keep_every_steps: int | None = None
+    keep_every_steps: int | None = within(None, at_least=1, hint="null keeps no milestones")
     """Checkpoints at multiples of this many steps are kept for ever; null: none."""
     asynchronous: bool = True
     """Write while training goes on; the stall is reported for each save."""
-    timeout_seconds: float = 1800.0
+    timeout_seconds: float = within(1800.0, above=0)
     """A save that is not done by then has failed: its writers are ended, training goes on."""
     local_folder: str | None = None
     """Folder on this node, in memory (/dev/shm) or on a local disk, for frequent copies of each rank's
     own state; a restart at the same layout takes the newest valid of these and the shared checkpoints.
     null: none."""
-    local_every_steps: int = 50
+    local_every_steps: int = within(50, at_least=1)
     """Steps between node-local copies, if there is a local_folder."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue from the newest valid checkpoint in the run folder; never: refuse a folder that
@@ -282,26 +289,28 @@ class CheckpointConfig:
 class ResilienceConfig:
     """What a run does about hangs, crashes and steps that go wrong."""
 
-    setup_timeout_seconds: float = 600.0
+    setup_timeout_seconds: float = within(600.0, above=0)
     """Limit from a rank's start to its first step, and of any section that has not been timed yet."""
-    min_timeout_seconds: float = 30.0
+    min_timeout_seconds: float = within(30.0, above=0)
     """No limit of a step, an evaluation or a checkpoint is below this."""
-    timeout_factor: float = 3.0
+    timeout_factor: float = within(
+        3.0, at_least=1, hint="a step may take as long as the longest so far"
+    )
     """A step, an evaluation or a checkpoint may take this many times the longest so far."""
-    max_restarts_without_progress: int = 3
+    max_restarts_without_progress: int = within(3, at_least=0)
     """The launcher gives up after so many faults in a row without a newer checkpoint."""
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """A loss or gradient that is not finite, also when the step is run again: stop with exit code 5;
     skip the step's batch; or go back to the newest checkpoint and leave the batch out."""
     on_spike: Literal["warn", "stop", "skip", "rollback"] = "warn"
     """A loss far above those before, also when the step is run again."""
-    spike_window: int = 100
+    spike_window: int = within(100, at_least=0)
     """Number of losses that a new one is compared with; 0: no spike detection."""
-    spike_deviations: float = 8.0
+    spike_deviations: float = within(8.0, above=0)
     """A spike is this many standard deviations above the mean of the window."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: int = within(10, at_least=0)
     """Stop with exit code 5 once so many batches were left out."""
-    straggler_every_steps: int = 100
+    straggler_every_steps: int = within(100, at_least=0)
     """Steps between reports of each rank's step times; 0: none."""
 
 
@@ -309,17 +318,19 @@ class ResilienceConfig:
 class EvalConfig:
     """Evaluation during and after training."""
 
-    num_rows: int = 64
+    num_rows: int = within(64, at_least=1)
     """Held-out rows per validation set; fewer if the set has fewer."""
-    micro_batch_rows: int | None = None
+    micro_batch_rows: int | None = within(
+        None, at_least=1, hint="null takes train.micro_batch_rows"
+    )
     """Stack rows at once; null: train.micro_batch_rows."""
-    likelihood_orders: int = 1
+    likelihood_orders: int = within(1, at_least=0)
     """Orders K of the likelihood bound - log mean_k p(x | order_k); 0: do not compute it."""
-    nelbo_repeats: int = 1
+    nelbo_repeats: int = within(1, at_least=1)
     """Times, masks and orders drawn per row for the NELBO."""
-    noise_eps: float = 0.0
+    noise_eps: float = within(0.0, at_least=0, below=1)
     """Lower end of the evaluation times; 0 is unbiased."""
-    alpha_0: float | None = None
+    alpha_0: float | None = within(None, at_least=0, at_most=1)
     """alpha_0 of the evaluation; null: objective.alpha_0."""
     use_ema: bool = True
     """Evaluate and sample the averaged weights, if the run keeps them."""

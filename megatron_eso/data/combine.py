@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eso.config.schema import DataConfig
-from megatron_eso.data.manifest import INDEX_NAME, Manifest, load_manifest, sha256_of, write_whole
+from megatron_eso.data.manifest import INDEX_NAME, Manifest, load_manifest, sha256_of
 from megatron_eso.data.merge import renumbered
 from megatron_eso.data.mixture import Mixture
 from megatron_eso.data.open_split import open_split
 from megatron_eso.data.output import new_folder
 from megatron_eso.errors import DataError
+from megatron_eso.files import write_whole
 
 SAME = ("tokenizer_sha256", "vocab_size", "sequence_length", "dtype", "packing")
 SUMMED = ("num_samples", "num_tokens", "num_documents", "text_bytes", "num_skipped", "num_shards")

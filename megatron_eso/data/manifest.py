@@ -8,12 +8,11 @@ the mask id is ``vocab_size - 1``. Shards use that id for padding (the end of a 
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from uuid import uuid4
 
 from megatron_eso.errors import DataError
+from megatron_eso.files import write_whole
 
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.json"
@@ -129,13 +128,3 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal text."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file by renaming a finished temporary one, so that readers never see a part."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")  # no other host's or process's
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

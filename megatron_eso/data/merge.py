@@ -13,12 +13,12 @@ from megatron_eso.data.manifest import (
     INDEX_NAME,
     Manifest,
     sha256_of,
-    write_whole,
 )
 from megatron_eso.data.partition import PART_NAME, PrepareOptions, SplitCounts
 from megatron_eso.data.publish import renamed
 from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import DataError
+from megatron_eso.files import write_whole
 
 
 def merge_partitions(

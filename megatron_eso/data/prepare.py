@@ -20,7 +20,6 @@ from megatron_eso.data.manifest import (
     Manifest,
     load_manifest,
     sha256_of,
-    write_whole,
 )
 from megatron_eso.data.merge import merge_partitions
 from megatron_eso.data.open_split import default_cache, is_remote
@@ -32,6 +31,7 @@ from megatron_eso.data.sources import Piece, find_files, partitions_of
 from megatron_eso.data.tokenizer import Tokenizer, resolve_tokenizer, train_tokenizer
 from megatron_eso.data.workers import write_partitions
 from megatron_eso.errors import DataError
+from megatron_eso.files import write_json
 
 REQUEST_NAME = "prepare.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -195,7 +195,7 @@ def _claim_folder(out: Path, request: dict[str, Any], overwrite: bool) -> None:
             f"{out} is not empty and was not made by data prepare; choose another --out"
         )
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(request, indent=2) + "\n")
+    write_json(path, request)
 
 
 def _refuse_another(

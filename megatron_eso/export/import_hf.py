@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eso.checkpoint.folder import FORMAT_VERSION, SIDECAR, CheckpointFolder, write_durably
+from megatron_eso.checkpoint.folder import FORMAT_VERSION, SIDECAR, CheckpointFolder
 from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
 from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import CheckpointError, DataError
@@ -24,6 +24,7 @@ from megatron_eso.export.hf_layout import has_mask, model_of, objective_of
 from megatron_eso.export.mapping import Rule, rules, shape_of
 from megatron_eso.export.streamed import ExportedTensors
 from megatron_eso.export.torch_dist_writer import TorchDistWriter
+from megatron_eso.files import write_json
 
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 
@@ -114,7 +115,7 @@ def import_hf(
             "parallel": {},
             "origin": {"format": "hf", "model_type": known.model_type, "folder": source.name},
         }
-        write_durably(scratch / SIDECAR, json.dumps(sidecar, indent=1))
+        write_json(scratch / SIDECAR, sidecar)
         CheckpointFolder(scratch).commit()
     return Imported(
         CheckpointFolder(out), model, known.sequence_length, count, known.has_mask, known.remarks

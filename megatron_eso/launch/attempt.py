@@ -14,9 +14,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_eso.files import read_json, write_json
 from megatron_eso.launch import lease
 from megatron_eso.launch.pairs import slow_nodes
-from megatron_eso.launch.records import Records, read_json, write_json
+from megatron_eso.launch.records import Records
 from megatron_eso.launch.slurm import is_out_of_service
 
 # slurm-gcp's words for a spot machine that was taken back: the node boots again and is not sick.

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_eso.errors import ClusterError
+from megatron_eso.files import read_json
 from megatron_eso.launch import slurm
-from megatron_eso.launch.records import Records, read_json
+from megatron_eso.launch.records import Records
 
 
 def job_of(run: Path) -> str:

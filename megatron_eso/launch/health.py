@@ -11,7 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from megatron_eso.launch.records import write_json
+from megatron_eso.files import write_json
 
 
 def problems(

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_eso.errors import CheckpointError
+from megatron_eso.files import write_json
 from megatron_eso.launch.environment import attempt_name
 
 LEASE_FILE = "lease.json"
@@ -121,6 +122,4 @@ def _start_of(pid: int) -> str:
 
 
 def _write(folder: Path, owner: str, now: float) -> None:
-    temporary = folder / f".{LEASE_FILE}.{os.getpid()}.{platform.node()}"
-    temporary.write_text(json.dumps({"owner": owner, "updated": now}))
-    temporary.replace(folder / LEASE_FILE)
+    write_json(folder / LEASE_FILE, {"owner": owner, "updated": now}, durable=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_eso.config.load import load_config
+from megatron_eso.config.ranges import out_of_range, within
 from megatron_eso.errors import ClusterError
 
 PROFILES = Path(__file__).parents[2] / "configs" / "cluster"
@@ -35,18 +36,18 @@ class HealthConfig:
 
     enabled: bool = True
     """Check every node at the start of each attempt; a sick one is remembered and excluded."""
-    num_devices: int = 0
+    num_devices: int = within(0, at_least=0)
     """/dev/nvidiaN files a node must have; 0: do not look."""
     device_folder: str = "/dev"
     """Where the device files are."""
     command: str = ""
     """A command of the site, run by bash on each node; a non-zero exit means sick."""
-    max_clock_skew_seconds: float = 30.0
+    max_clock_skew_seconds: float = within(30.0, above=0)
     """Largest difference between a node's clock and the shared file system's; above it, sick."""
-    min_pair_gb_per_second: float = 0.0
+    min_pair_gb_per_second: float = within(0.0, at_least=0)
     """All-reduce speed in GB/s between one process of a node and one of its neighbour; a node below it
     with both neighbours is sick. 0: not measured, as it costs a start of torch on every node."""
-    timeout_seconds: int = 120
+    timeout_seconds: int = within(120, at_least=1)
     """Limit for the check of all nodes, and again for their pairs; a silent node is sick."""
 
 
@@ -56,15 +57,15 @@ class SurvivalConfig:
 
     requeue: Literal["requeue", "chain", "never"] = "requeue"
     """requeue: `scontrol requeue`; chain: submit a successor (where the site forbids requeue); never."""
-    signal_seconds: int = 600
+    signal_seconds: int = within(600, at_least=1)
     """Time before the limit at which the job is told to save (Slurm may be up to 60 s early)."""
-    max_attempts_without_progress: int = 3
+    max_attempts_without_progress: int = within(3, at_least=1)
     """After so many attempts in a row without a newer checkpoint the job is held."""
-    in_job_restarts: int = 2
+    in_job_restarts: int = within(2, at_least=0)
     """Faults after which the ranks start again on the same nodes, before the job is requeued."""
-    bad_node_hours: float = 24.0
+    bad_node_hours: float = within(24.0, at_least=0)
     """How long a node stays on the run's bad-node list."""
-    spare_nodes: int = 0
+    spare_nodes: int = within(0, at_least=0)
     """Nodes to allocate beyond those that train; used where a health check fails."""
     poll_metadata: bool = False
     """Ask the cloud's metadata server for spot preemption and maintenance; no signal tells the job."""
@@ -82,15 +83,15 @@ class ClusterProfile:
     """Account to charge; empty: the user's default."""
     qos: str = ""
     """Quality of service; empty: default."""
-    nodes: int = 1
+    nodes: int = within(1, at_least=1)
     """Nodes that train."""
-    tasks_per_node: int = 1
+    tasks_per_node: int = within(1, at_least=1)
     """Ranks of a node; one per GPU."""
-    gpus_per_node: int = 0
+    gpus_per_node: int = within(0, at_least=0)
     """GPUs of a node to ask for; 0: none."""
     gpu_type: str = ""
     """Type in --gpus-per-node=TYPE:N; empty: any."""
-    cpus_per_task: int = 1
+    cpus_per_task: int = within(1, at_least=1)
     """CPUs of a rank."""
     memory: str = "0"
     """--mem of a node; 0: all of it."""
@@ -117,11 +118,11 @@ class ClusterProfile:
     hardware: str = ""
     """Hardware profile of the planner (configs/hardware): `submit` refuses a run that does not fit into
     the GPUs' memory and shows the planner's warnings. Empty: not asked."""
-    checkpoint_gb_per_second: float = 1.0
+    checkpoint_gb_per_second: float = within(1.0, above=0, below=math.inf)
     """Speed at which all nodes together write a checkpoint; signal_seconds must leave time for one."""
     shared_folders: list[str] = field(default_factory=list)
     """Folders that login and compute nodes share; runs elsewhere are refused. Empty: not checked."""
-    boot_minutes: int = 0
+    boot_minutes: int = within(0, at_least=0)
     """Time that a dynamic node may take to boot; `status` is not alarmed before."""
     container: ContainerConfig = field(default_factory=ContainerConfig)
     """Container runtime and image."""
@@ -173,13 +174,7 @@ def _problems(profile: ClusterProfile) -> Iterator[str]:
 
 def _wrong_numbers(profile: ClusterProfile) -> Iterator[str]:
     survival = profile.survival
-    for name in ("nodes", "tasks_per_node", "cpus_per_task"):
-        if getattr(profile, name) < 1:
-            yield f"{name}={getattr(profile, name)} must be at least 1"
-    if not 0 < profile.checkpoint_gb_per_second < math.inf:
-        yield f"checkpoint_gb_per_second={profile.checkpoint_gb_per_second:g} must be positive, a number"
-    if survival.spare_nodes < 0 or profile.gpus_per_node < 0:
-        yield "spare_nodes and gpus_per_node must not be negative"
+    yield from (message for _, message in out_of_range(profile))
     limit = minutes_of(profile.time_limit)
     if limit * 60 <= survival.signal_seconds + 120:
         yield (

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_eso.files import parse_json, read_json, write_json
+
 
 class Records:
     """The files of RUN/slurm."""
@@ -32,7 +34,7 @@ class Records:
             lines = (self.folder / "attempts.jsonl").read_text().splitlines()
         except FileNotFoundError:
             return []
-        return [event for line in lines if (event := _parse(line))]
+        return [event for line in lines if (event := parse_json(line))]
 
     def state(self) -> dict:
         """Return the counters."""
@@ -68,26 +70,3 @@ def checkpoint_step(run: Path) -> int:
     """Return the step of a run's newest committed checkpoint; -1 if there is none."""
     marked = (run / "checkpoints").glob("step_*/COMMITTED")
     return max((int(p.parent.name.removeprefix("step_")) for p in marked), default=-1)
-
-
-def read_json(path: Path) -> dict:
-    """Return a JSON object; empty if the file is missing or damaged."""
-    try:
-        return _parse(path.read_text())
-    except OSError:
-        return {}
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Replace a JSON file in one step."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(path)
-
-
-def _parse(text: str) -> dict:
-    try:
-        content = json.loads(text)
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -8,9 +8,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_eso.files import read_json
 from megatron_eso.launch import slurm
 from megatron_eso.launch.events import read_events
-from megatron_eso.launch.records import Records, read_json
+from megatron_eso.launch.records import Records
 
 _TAIL_BYTES = 4096
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_eso.config import check
-from megatron_eso.config.load import load_config, save_config, to_yaml
+from megatron_eso.config.load import load_config, save_config
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ClusterError
+from megatron_eso.files import read_json, write_json, write_whole
 from megatron_eso.launch import slurm
 from megatron_eso.launch.profile import ClusterProfile, minutes_of
-from megatron_eso.launch.records import Records, read_json, write_json
+from megatron_eso.launch.records import Records
 from megatron_eso.launch.script import ARRAY_OUTPUT, COMMENT, Job, identity, render
 
 _PACKAGE = Path(__file__).parents[1]
@@ -207,13 +208,13 @@ def _snapshot(plan: Plan) -> None:
     """Write configuration, script, code and commit into the run folder."""
     folder = plan.job.run / "slurm"
     save_config(plan.config, folder / "config.yaml")
-    (folder / "job.sbatch").write_text(plan.script)
+    write_whole(folder / "job.sbatch", plan.script)
     shutil.rmtree(folder / "code", ignore_errors=True)
     shutil.copytree(
         _PACKAGE, folder / "code" / _PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__")
     )
-    (folder / "commit.txt").write_text(_git("rev-parse", "HEAD") + _git("diff", "HEAD"))
-    (folder / "profile.yaml").write_text(to_yaml(plan.profile))
+    write_whole(folder / "commit.txt", _git("rev-parse", "HEAD") + _git("diff", "HEAD"))
+    save_config(plan.profile, folder / "profile.yaml")
     (folder / "stop").unlink(missing_ok=True)
     for i, _ in enumerate(plan.job.sweep or []):
         (plan.job.run / str(i)).mkdir(exist_ok=True)

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
+from megatron_eso.files import write_json
 from megatron_eso.launch.pairs import rounds
-from megatron_eso.launch.records import write_json
 
 _MIB_GPU, _MIB_CPU, _REPEATS = 256, 16, 3
 _TIMEOUT = timedelta(seconds=45)

@@ -4,10 +4,11 @@ A profile is a YAML file: one of configs/hardware by name, or any path. Its opti
 section holds the result of ``megatron-eso plan --calibrate``.
 """
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_eso.config.load import load_config
+from megatron_eso.config.ranges import out_of_range, within
 from megatron_eso.errors import ConfigError
 
 PROFILES = Path(__file__).parents[2] / "configs" / "hardware"
@@ -17,23 +18,23 @@ PROFILES = Path(__file__).parents[2] / "configs" / "hardware"
 class Constants:
     """Fitted constants. They do not transfer between software stacks: calibrate per stack."""
 
-    gemm_efficiency: float = 0.80
+    gemm_efficiency: float = within(0.80, above=0)
     """Share of the 16-bit peak that an infinitely wide matrix product reaches."""
-    fp8_efficiency: float = 0.65
+    fp8_efficiency: float = within(0.65, above=0)
     """The same of the FP8 peak, casts included."""
-    half_width: float = 250.0
+    half_width: float = within(250.0, above=0)
     """Width of a product's narrow side, per tensor rank, at which it reaches half of that."""
-    attention_efficiency: float = 0.50
+    attention_efficiency: float = within(0.50, above=0)
     """Share of the 16-bit peak in the attention kernel, forward and backward together."""
-    memory_efficiency: float = 0.60
+    memory_efficiency: float = within(0.60, above=0)
     """Share of the memory bandwidth in element-wise kernels."""
-    tensor_exposed: float = 0.35
+    tensor_exposed: float = within(0.35, at_least=0)
     """Share of tensor (and context) parallel communication that computation does not hide."""
-    network_exposed: float = 0.30
+    network_exposed: float = within(0.30, at_least=0)
     """Share of pipeline and data parallel communication that computation does not hide."""
-    straggler: float = 0.010
+    straggler: float = within(0.010, at_least=0)
     """Slow-down per doubling of the number of nodes."""
-    layer_seconds: float = 5e-5
+    layer_seconds: float = within(5e-5, at_least=0)
     """Fixed time of one layer's forward and backward for one micro-batch (kernel launches)."""
 
 
@@ -43,25 +44,25 @@ class Hardware:
 
     name: str = "h100"
     """Name of the profile."""
-    gpus_per_node: int = 8
+    gpus_per_node: int = within(8, at_least=1)
     """GPUs that share the fast links."""
-    bf16_tflops: float = 989.0
+    bf16_tflops: float = within(989.0, above=0)
     """Dense 16-bit matrix peak of a GPU."""
-    fp8_tflops: float = 1979.0
+    fp8_tflops: float = within(1979.0, at_least=0)
     """Dense 8-bit matrix peak of a GPU; 0: none."""
-    memory_gb: float = 80.0
+    memory_gb: float = within(80.0, above=0)
     """Memory of a GPU, 1e9 bytes."""
-    memory_tb_per_second: float = 3.35
+    memory_tb_per_second: float = within(3.35, above=0)
     """Memory bandwidth of a GPU."""
-    node_link_gb_per_second: float = 450.0
+    node_link_gb_per_second: float = within(450.0, above=0)
     """Bandwidth of a GPU to the others of its node, one way."""
-    network_gb_per_second: float = 50.0
+    network_gb_per_second: float = within(50.0, above=0)
     """Bandwidth of a GPU to other nodes, one way."""
-    dollars_per_gpu_hour: float = 2.5
+    dollars_per_gpu_hour: float = within(2.5, at_least=0)
     """Price."""
-    workspace_gb: float = 8.0
+    workspace_gb: float = within(8.0, at_least=0)
     """Memory taken by contexts, communication buffers and fragmentation."""
-    host_copy_gb_per_second: float = 10.0
+    host_copy_gb_per_second: float = within(10.0, above=0)
     """Speed at which a GPU's share of a checkpoint is copied aside: training stalls that long."""
     constants: Constants = field(default_factory=Constants)
     """Fitted constants."""
@@ -73,12 +74,14 @@ def load_hardware(name_or_path: str) -> Hardware:
     """Return a hardware profile.
 
     Raises:
-        ConfigError: if there is none of that name, with the names there are.
+        ConfigError: if there is none of that name, with the names there are, or a value cannot be.
     """
     for path in (Path(name_or_path), PROFILES / f"{name_or_path}.yaml"):
         if path.is_file():
             hardware = load_config(path, schema=Hardware)
-            _check(hardware)
+            beyond = [message for _, message in out_of_range(hardware)]
+            if beyond:
+                raise ConfigError(f"hardware {hardware.name}: {'; '.join(beyond)}")
             return hardware
     known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml"))) or "none found"
     raise ConfigError(
@@ -89,13 +92,3 @@ def load_hardware(name_or_path: str) -> Hardware:
 def constants_dict(constants: Constants) -> dict[str, float]:
     """Return the constants as a plain dictionary."""
     return asdict(constants)
-
-
-def _check(hardware: Hardware) -> None:
-    may_be_zero = {"fp8_tflops", "dollars_per_gpu_hour", "workspace_gb"}
-    for item in fields(hardware):
-        value = getattr(hardware, item.name)
-        if not isinstance(value, (int, float)):
-            continue
-        if value < 0 or (value == 0 and item.name not in may_be_zero):
-            raise ConfigError(f"hardware {hardware.name}: {item.name}={value} must be positive")

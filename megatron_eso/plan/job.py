@@ -5,7 +5,7 @@ Letters: t tensor, p pipeline, v virtual pipeline, c context, d data-parallel ra
 
 from dataclasses import dataclass, replace
 
-from megatron_eso.config.check import check, violations
+from megatron_eso.config.check import check
 from megatron_eso.config.derive import diffusion_fraction, head_size, num_kv_heads
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
@@ -86,14 +86,6 @@ class Job:
         """Return the job with another layout."""
         parallel = replace(self.config.parallel, **changes)  # type: ignore[arg-type]
         return replace(self, config=replace(self.config, parallel=parallel))
-
-
-def broken_rules(config: RunConfig, num_gpus: int) -> list[str]:
-    """Return what the trainer would refuse about the run on that many GPUs.
-
-    The rules of ranks divide by numbers that the others require to be positive, so they come second.
-    """
-    return violations(config) or violations(config, num_gpus)
 
 
 def require_trainable(job: Job) -> None:

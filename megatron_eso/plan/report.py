@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eso.errors import UserError
+from megatron_eso.files import write_whole
 from megatron_eso.plan.calibrate import Calibration
 from megatron_eso.plan.estimate import Plan
 from megatron_eso.plan.goodput import Failures, best_interval, expected_share, simulate
@@ -125,13 +126,14 @@ def _write_chart(plan: Plan, path: Path) -> None:
         buffer = io.BytesIO()
         _figure(plan).savefig(buffer, dpi=110, format="png")
         picture = base64.b64encode(buffer.getvalue()).decode()
-        path.write_text(
+        write_whole(
+            path,
             f"<!doctype html><meta charset=utf-8><title>Plan of {html.escape(plan.job.config.name)}"
             f"</title><body style='font-family:sans-serif;max-width:75em;margin:2em auto'>"
             f"<h1>Plan of {html.escape(plan.job.config.name)}</h1>"
             f"<img style='max-width:100%' alt='memory and step time' "
             f"src='data:image/png;base64,{picture}'>"
-            f"<pre>{html.escape(plan_text(plan))}</pre>"
+            f"<pre>{html.escape(plan_text(plan))}</pre>",
         )
         return
     if path.suffix not in (".png", ".svg"):

@@ -9,10 +9,11 @@ memory overflows.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from megatron_eso.config.check import violations
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
 from megatron_eso.plan.hardware import Hardware
-from megatron_eso.plan.job import Job, broken_rules
+from megatron_eso.plan.job import Job
 from megatron_eso.plan.memory import stage_memory
 from megatron_eso.plan.step_time import StepTime, step_time
 
@@ -78,7 +79,7 @@ def search(
     found: list[Candidate] = []
     refused: list[list[str]] = []
     for job in _jobs(config, num_gpus, hardware, max_context, allow_fp8):
-        broken = broken_rules(job.config, num_gpus)
+        broken = violations(job.config, num_gpus)
         if broken:
             refused.append(broken)
             continue

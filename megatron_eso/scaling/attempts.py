@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_eso.errors import STOPPED_EXIT_CODE
+from megatron_eso.files import read_json, write_whole
 from megatron_eso.launch.environment import attempt_name
 from megatron_eso.launch.lease import LEASE_FILE, QUIET_SECONDS
 from megatron_eso.launch.processes import STOPPING
-from megatron_eso.launch.records import read_json
 
 _FAILED = "failed"
 _FROM_OUTSIDE = (*STOPPING, signal.SIGHUP)
@@ -32,7 +32,7 @@ def note_start(folder: Path) -> None:
 
 def note_process(folder: Path, pid: int, environ: Mapping[str, str] = os.environ) -> None:
     """Write down which process trains a cell, and where."""
-    (folder / "pid").write_text(f"{pid}\n{platform.node()}\n{attempt_name(environ)}\n")
+    write_whole(folder / "pid", f"{pid}\n{platform.node()}\n{attempt_name(environ)}\n")
 
 
 def note_end(folder: Path, code: int) -> None:

@@ -1,12 +1,12 @@
 """Finished and partial runs as two tables: one row a cell, one row a logged step."""
 
 import csv
-import json
 import platform
 from pathlib import Path
 from typing import Any
 
 from megatron_eso.errors import DataError, UserError
+from megatron_eso.files import read_json
 from megatron_eso.scaling.grid import Cell
 from megatron_eso.scaling.runner import cell_folder, read_metrics, read_state
 
@@ -50,7 +50,7 @@ def _cell_row(sweep_folder: Path, cell: Cell, steps: list[dict]) -> Row:
     losses = [line["loss"] for line in steps]
     has_diverged = bool(losses) and losses[-1] > DIVERGED_ABOVE_START * losses[0]
     parallel = cell.run.parallel
-    provenance = _json(run_folder / "run.json")
+    provenance = read_json(run_folder / "run.json")
     return {
         "cell": cell.name,
         "objective": cell.objective,
@@ -85,7 +85,7 @@ def _validation(path: Path) -> tuple[str | None, float | None, float | None]:
 
     ar has an exact likelihood; the others' bound is the NELBO.
     """
-    scores = _json(path)
+    scores = read_json(path)
     found = [entry for entries in scores.values() for entry in entries]
     for prefix in ("nelbo", "exact", "likelihood", ""):
         chosen = [entry for entry in found if entry["metric"].startswith(prefix)]
@@ -190,10 +190,3 @@ def _value(text: str) -> Any:
         return float(text)
     except ValueError:
         return text
-
-
-def _json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_eso.errors import ConfigError, DataError
+from megatron_eso.files import write_whole
 from megatron_eso.scaling import collect as collecting
 from megatron_eso.scaling.grid import make_grid
 from megatron_eso.scaling.runner import (
@@ -55,7 +56,8 @@ def submit_array(
     sweep, cells = make_grid(sweep_file, overrides)
     script = Path(sweep.folder) / "array.sbatch"
     script.parent.mkdir(parents=True, exist_ok=True)
-    script.write_text(
+    write_whole(
+        script,
         slurm_array_script(
             sweep_file.resolve(),
             cells,
@@ -64,7 +66,7 @@ def submit_array(
             extra=options,
             workers=workers,
             max_attempts=max_attempts,
-        )
+        ),
     )
     return f"{script}: {submit_script(script)}"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_eso.config.check import violations
 from megatron_eso.config.load import load_config, to_yaml
+from megatron_eso.config.ranges import out_of_range
 from megatron_eso.config.schema import ObjectiveConfig, RunConfig
 from megatron_eso.errors import ConfigError
 from megatron_eso.plan.flops import model_flops_per_step
@@ -136,13 +137,9 @@ def _check_axes(sweep: SweepConfig, path: Path) -> None:
         raise ConfigError(f"{path}: give exactly one of budgets and tokens_per_parameter")
     if not all(0 < level < math.inf for level in [*sweep.budgets, *sweep.tokens_per_parameter]):
         raise ConfigError(f"{path}: budgets and tokens_per_parameter must be positive")
-    if sweep.num_gpus < 1:
-        raise ConfigError(f"{path}: num_gpus={sweep.num_gpus} must be at least 1")
-    if sweep.batch_rows is not None and sweep.batch_rows < 1:
-        raise ConfigError(f"{path}: batch_rows={sweep.batch_rows} must be at least 1")
-    size = sweep.learning_rate.reference_parameters
-    if not 0 < size < math.inf:
-        raise ConfigError(f"{path}: learning_rate.reference_parameters={size:g} must be positive")
+    beyond = [message for _, message in out_of_range(sweep)]
+    if beyond:
+        raise ConfigError(f"{path}: {'; '.join(beyond)}")
 
 
 def _base_run(

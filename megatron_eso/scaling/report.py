@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_eso.errors import UserError
+from megatron_eso.files import write_whole
 from megatron_eso.scaling.isoflop import parabola
 from megatron_eso.scaling.study import ObjectiveFit, Study, recommendation, study_text
 
@@ -37,7 +38,7 @@ def write_report(study: Study, out: Path, *, note: str = "") -> list[Path]:
         figure.savefig(path, dpi=100)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100, format="png")
-    out.write_text(_page(study, base64.b64encode(buffer.getvalue()).decode(), note))
+    write_whole(out, _page(study, base64.b64encode(buffer.getvalue()).decode(), note))
     return [out, *paths]
 
 

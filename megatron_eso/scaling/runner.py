@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_eso.config.load import save_config
 from megatron_eso.errors import ClusterError, ConfigError
+from megatron_eso.files import read_json, write_whole
 from megatron_eso.scaling import attempts
 from megatron_eso.scaling.grid import Cell
 
@@ -51,7 +52,7 @@ def read_state(sweep_folder: Path, cell: Cell, *, max_attempts: int = 2) -> Cell
     stored = _lines(folder / "fingerprint")
     if stored and stored[0] != cell.fingerprint:
         return CellState(cell, "changed", attempts=starts)
-    status = _status(folder / "run" / "status.json")
+    status = read_json(folder / "run" / "status.json")
     steps = [line for line in read_metrics(folder / "run") if "loss" in line]
     last = steps[-1] if steps else {}
     step, eta = int(last.get("step", 0)), None
@@ -215,7 +216,7 @@ def _start(
 ) -> subprocess.Popen:
     folder = cell_folder(sweep_folder, cell)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "fingerprint").write_text(cell.fingerprint + "\n")
+    write_whole(folder / "fingerprint", cell.fingerprint + "\n")
     save_config(cell.run, folder / "cell.yaml")
     attempts.note_start(folder)
     ranks = workers * cell.run.parallel.local_ranks
@@ -235,13 +236,6 @@ def _start(
 def _counts(states: list[CellState]) -> str:
     names = [state.state for state in states]
     return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
-
-
-def _status(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}
 
 
 def _lines(path: Path) -> list[str]:

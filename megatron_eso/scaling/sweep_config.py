@@ -1,8 +1,10 @@
 """The settings of a scaling study."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_eso.config.ranges import within
 from megatron_eso.config.schema import ObjectiveConfig
 
 
@@ -10,9 +12,9 @@ from megatron_eso.config.schema import ObjectiveConfig
 class LearningRateRule:
     """Peak rate = reference x (parameters / reference_parameters) ^ exponent."""
 
-    reference: float = 3e-4
+    reference: float = within(3e-4, above=0)
     """Rate of a model of ``reference_parameters`` weights."""
-    reference_parameters: float = 1e8
+    reference_parameters: float = within(1e8, above=0, below=math.inf)
     """Size at which ``reference`` holds, embeddings not counted."""
     exponent: float = 0.0
     """0: the same rate for all sizes."""
@@ -40,15 +42,15 @@ class SweepConfig:
     """honest: attention and head as computed; published: arXiv 2602.15014's counter, without scores."""
     learning_rate: LearningRateRule = field(default_factory=LearningRateRule)
     """Rule for optimizer.learning_rate."""
-    min_learning_rate_share: float = 0.1
+    min_learning_rate_share: float = within(0.1, at_least=0, at_most=1)
     """optimizer.min_learning_rate over the peak."""
-    warmup_share: float = 0.05
+    warmup_share: float = within(0.05, at_least=0, at_most=1)
     """optimizer.warmup_steps over the steps, rounded up."""
-    batch_rows: int | None = None
+    batch_rows: int | None = within(None, at_least=1)
     """train.global_batch_rows of every cell; null: the base's."""
-    min_tokens_per_parameter: float = 0.0
+    min_tokens_per_parameter: float = within(0.0, at_least=0)
     """Cells with fewer tokens over parameters (embeddings not counted) are left out."""
     hardware: str = "h100"
     """Profile that cost is estimated with."""
-    num_gpus: int = 8
+    num_gpus: int = within(8, at_least=1)
     """GPUs (ranks) of one machine that a cell trains on: its parallel.local_ranks."""

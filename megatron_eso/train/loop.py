@@ -20,6 +20,7 @@ from megatron_eso.errors import (
     TrainingError,
     UserError,
 )
+from megatron_eso.files import write_json
 from megatron_eso.launch import events
 from megatron_eso.launch.heartbeat import Heart
 from megatron_eso.parallel.device import Ranks
@@ -179,7 +180,7 @@ class Run:
                 self.metrics.add_scores(self.session.state.step, name, [score])
                 scores[name].append(score.as_dict())
             self.metrics.close()
-            self.folder.write_json("evaluation.json", scores)
+            write_json(self.folder.path / "evaluation.json", scores)
             self._write_status("finished")
             log.info("finished; everything is in %s", self.folder.path)
         self._end("finished")

@@ -17,6 +17,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from megatron_eso.config.schema import TrainConfig
+from megatron_eso.files import write_whole
 from megatron_eso.parallel.phases import PREFIX, waiting_for_device
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class Profile:
         try:
             self._folder.mkdir(exist_ok=True)
             profiler.export_chrome_trace(str(self._folder / f"{name}.json"))
-            (self._folder / f"{name}.txt").write_text(text + "\n")
+            write_whole(self._folder / f"{name}.txt", text + "\n")
         except OSError as error:
             log.warning("the profile of step %d cannot be written: %s", number, error)
         if self._rank == 0:

@@ -7,7 +7,6 @@ checkpoints/     see checkpoint/folder.py    evaluation.json
 tokenizer.json   a copy, so that the run can be sampled from without its data
 """
 
-import json
 import logging
 import os
 import platform
@@ -21,9 +20,10 @@ from typing import Any
 
 import torch
 
-from megatron_eso.config.load import load_config, save_config, write_whole
+from megatron_eso.config.load import load_config, save_config
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
+from megatron_eso.files import write_json, write_whole
 from megatron_eso.launch import lease
 from megatron_eso.launch.environment import attempt_name
 
@@ -103,7 +103,7 @@ class RunFolder:
             OSError: with the name of the file that cannot be written.
         """
         save_config(config, self.path / "config.yaml")
-        write_whole(self.path / "run.json", json.dumps(_provenance(), indent=1).encode())
+        write_json(self.path / "run.json", _provenance())
         write_whole(self.tokenizer, tokenizer)
 
     def open_log(self) -> None:
@@ -124,15 +124,10 @@ class RunFolder:
         for noisy in ("megatron", "torch"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
 
-    def write_json(self, name: str, content: Any) -> None:
-        """Replace a JSON file in one step."""
-        temporary = self.path / f"{name}.part"
-        temporary.write_text(json.dumps(content, indent=1))
-        temporary.replace(self.path / name)
-
     def write_status(self, state: str, **facts: Any) -> None:
         """Say where the run is: running, finished, stopped or failed."""
-        self.write_json("status.json", {"state": state, **facts, "updated": time.time()})
+        status = {"state": state, **facts, "updated": time.time()}
+        write_json(self.path / "status.json", status, durable=False)  # written often, for onlookers
 
 
 def _differences(stored: dict, asked: dict) -> list[str]:

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
+from megatron_eso.files import write_json
 from megatron_eso.launch import attempt
 from megatron_eso.launch.attempt import Ending, decide
-from megatron_eso.launch.records import Records, write_json
+from megatron_eso.launch.records import Records
 
 PLAIN = Ending(
     status={}, has_progress=False, is_term=False, is_usr1=False, is_stop_asked=False,

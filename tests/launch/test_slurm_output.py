@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from megatron_eso.errors import ClusterError
+from megatron_eso.files import write_json
 from megatron_eso.launch import slurm
 from megatron_eso.launch.attempt import node_troubles
-from megatron_eso.launch.records import Records, write_json
+from megatron_eso.launch.records import Records
 from megatron_eso.launch.report import StartUp, describe, goodput, one_line, start_up
 from megatron_eso.launch.slurm import NodeGroup, QueuedJob
 

@@ -110,7 +110,7 @@ def test_a_token_ladder_gives_tokens_by_parameters(tmp_path):
         ("budgets=[.nan]", "positive"),
         ("num_gpus=0", "num_gpus=0 must be at least 1"),
         ("batch_rows=0", "batch_rows=0 must be at least 1"),
-        ("learning_rate.reference_parameters=0", "reference_parameters=0 must be positive"),
+        ("learning_rate.reference_parameters=0", "reference_parameters=0.0 must be positive"),
     ],
 )
 def test_bad_grids_are_refused(tmp_path, override, message):

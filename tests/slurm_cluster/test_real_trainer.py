@@ -42,7 +42,7 @@ class RealRun(Run):
         return self.json_or_empty(file).get("step", 0)
 
     def json_or_empty(self, file):
-        from megatron_eso.launch.records import read_json
+        from megatron_eso.files import read_json
 
         return read_json(file)
 

@@ -1,0 +1,71 @@
+"""The range of a single setting, stated where the setting is declared.
+
+``beta1: float = within(0.9, at_least=0, below=1)`` in a configuration's dataclass gives the default
+and the range; :func:`out_of_range` finds what lies beyond, :mod:`megatron_eso.config.check` reports it,
+and docs/config.md shows it. null, where a setting allows it, is within every range.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval of numbers, and what may have been meant by a value beyond it."""
+
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = math.inf
+    below: float | None = None
+    hint: str = ""
+
+    def holds(self, value: float) -> bool:
+        """Return whether the value is a number within the interval."""
+        inside = self.at_least <= value <= self.at_most and (
+            value > self.above or self.above == -math.inf
+        )
+        return inside and (self.below is None or value < self.below)
+
+    def __str__(self) -> str:
+        """Return the interval as it follows "must be"."""
+        if self.below == math.inf:
+            return "positive and finite" if self.above == 0 else f"finite and above {self.above:g}"
+        if self.below is not None or self.at_most < math.inf:
+            left = f"({self.above:g}" if self.above > -math.inf else f"[{self.at_least:g}"
+            right = f"{self.at_most:g}]" if self.below is None else f"{self.below:g})"
+            return f"in {left}, {right}"
+        if self.above > -math.inf:
+            return "positive" if self.above == 0 else f"above {self.above:g}"
+        return f"at least {self.at_least:g}"
+
+
+def within(default: Any, **bounds: Any) -> Any:
+    """Return a dataclass field with this default and a :class:`Range` of these bounds."""
+    return field(default=default, metadata={"range": Range(**bounds)})
+
+
+def range_of(setting: Field) -> Range | None:
+    """Return the range that a dataclass's field was declared with."""
+    return setting.metadata.get("range")
+
+
+def out_of_range(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the name of each setting that lies beyond its range, and a message that says so.
+
+    Args:
+        settings: a configuration's dataclass; sections and lists of sections within it are looked at too.
+        prefix: put before the names, such as ``cluster.``.
+    """
+    for item in fields(settings):
+        name, value = prefix + item.name, getattr(settings, item.name)
+        if is_dataclass(value):
+            yield from out_of_range(value, f"{name}.")
+        elif isinstance(value, list):
+            for i, entry in enumerate(value):
+                if is_dataclass(entry):
+                    yield from out_of_range(entry, f"{name}[{i}].")
+        elif (allowed := range_of(item)) and value is not None and not allowed.holds(value):
+            hint = f"; {allowed.hint}" if allowed.hint else ""
+            yield name, f"{name}={value} must be {allowed}{hint}"

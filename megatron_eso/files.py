@@ -1,0 +1,59 @@
+"""Small files that are whole or as before, whatever happens while they are written; JSON in them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+
+def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Replace a file in one step: readers find the earlier content or this, never a part.
+
+    A file that has this content already is left as it is, so that a full disk is no obstacle then.
+
+    Args:
+        path: the file; its folder must exist.
+        content: text (written as UTF-8) or bytes.
+        durable: wait for the disk, so that this holds after a power loss too.
+
+    Raises:
+        OSError: with the file's name, if it cannot be written; it is as before then.
+    """
+    raw = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.part")  # no other host's or process's
+    try:
+        if path.is_file() and path.stat().st_size == len(raw) and path.read_bytes() == raw:
+            return
+        with open(temporary, "wb") as file:
+            file.write(raw)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any, *, durable: bool = True) -> None:
+    """Write an object as indented JSON; see :func:`write_whole`."""
+    write_whole(path, json.dumps(content, indent=1) + "\n", durable=durable)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; empty if the file is missing, damaged or holds no object."""
+    try:
+        return parse_json(path.read_text())
+    except (OSError, UnicodeDecodeError):
+        return {}
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """Return the JSON object that a text is; empty if it is none."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
