@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_eso.cli import config as show
-from megatron_eso.cli import train
+from megatron_eso.cli import evaluate, launch, sample, train
 from megatron_eso.config import (
     RunConfig,
     check,
@@ -165,7 +165,11 @@ def test_a_file_without_keys_is_refused(content, tmp_path):
 
 
 @pytest.mark.parametrize("ranks", ["-2", "0"])
-@pytest.mark.parametrize("command", [[train.app], [show.app, "show"]], ids=["train", "config"])
+@pytest.mark.parametrize(
+    "command",
+    [[train.app], [launch.app], [show.app, "show"], [evaluate.app], [sample.app]],
+    ids=["train", "launch", "config", "eval", "sample"],
+)
 def test_less_than_one_rank_is_refused(command, ranks):
     app, *name = command
     result = CliRunner().invoke(app, [*name, "missing.yaml", "--ranks", ranks])

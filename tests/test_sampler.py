@@ -421,6 +421,18 @@ def test_what_a_left_to_right_plan_would_ignore_is_refused(name, settings):
     assert plan_for(ObjectiveConfig(name=name), canvas, plain, Choice()).counts == [1] * 8
 
 
+@pytest.mark.parametrize("amount", [{"num_steps": 4}, {"tokens_per_step": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("alpha_0", "said"), [(None, r"alpha_0 = 0 \(as trained\)"), (0.0, "alpha_0 = 0 ")]
+)
+def test_without_diffusion_there_are_no_steps_to_count(amount, alpha_0, said):
+    canvas = rows_with_prompts([[1] * 8], 16, ModelConfig(vocab_size=128, max_length=64))
+    trained = ObjectiveConfig(alpha_0=0.0 if alpha_0 is None else 0.5)
+    with pytest.raises(ConfigError, match=said):
+        plan_for(trained, canvas, PlanSettings(alpha_0=alpha_0, **amount), Choice())
+    assert plan_for(trained, canvas, PlanSettings(alpha_0=0.0), Choice()).counts == [1] * 8
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -31,11 +31,11 @@ def evaluate(
     ] = None,
     raw_weights: Annotated[bool, typer.Option(help="Not the moving average")] = False,
     batch: Annotated[int, typer.Option(help="Stack rows scored at once")] = 16,
-    ranks: Annotated[int, typer.Option(help="Ranks to start on this machine")] = 1,
-    tensor: Annotated[int, typer.Option(help="Tensor ranks")] = 1,
-    pipeline: Annotated[int, typer.Option(help="Pipeline ranks")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine")] = 1,
+    tensor: Annotated[int, typer.Option(min=1, help="Tensor ranks")] = 1,
+    pipeline: Annotated[int, typer.Option(min=1, help="Pipeline ranks")] = 1,
     context: Annotated[
-        int, typer.Option(help="Ranks that share long rows; the rest is data-parallel")
+        int, typer.Option(min=1, help="Ranks that share long rows; the rest is data-parallel")
     ] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write JSON here")] = None,
 ) -> None:

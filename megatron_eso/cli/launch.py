@@ -14,7 +14,8 @@ def launch(
     config: Annotated[Path, typer.Argument(help="Run configuration (YAML)")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
     ranks: Annotated[
-        int | None, typer.Option(help="Ranks to start on this machine [parallel.local_ranks]")
+        int | None,
+        typer.Option(min=1, help="Ranks to start on this machine [parallel.local_ranks]"),
     ] = None,
     warm: Annotated[
         bool | None,

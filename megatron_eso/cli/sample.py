@@ -41,9 +41,9 @@ def sample(
     live: Annotated[bool, typer.Option(help="Watch the first row fill, coloured by step")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the samples to this jsonl file")] = None,
     raw_weights: Annotated[bool, typer.Option(help="Not the moving average")] = False,
-    ranks: Annotated[int, typer.Option(help="Ranks to start on this machine")] = 1,
-    tensor: Annotated[int, typer.Option(help="Tensor ranks")] = 1,
-    pipeline: Annotated[int, typer.Option(help="Pipeline ranks")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine")] = 1,
+    tensor: Annotated[int, typer.Option(min=1, help="Tensor ranks")] = 1,
+    pipeline: Annotated[int, typer.Option(min=1, help="Pipeline ranks")] = 1,
 ) -> None:
     """Generate rows and print them, or write them to a file.
 

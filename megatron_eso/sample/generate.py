@@ -114,28 +114,12 @@ def plan_for(
     steps = settings.num_steps
     if settings.tokens_per_step:
         steps = max(round(left / settings.tokens_per_step), 1)
-    if steps is not None and steps > left:
-        raise ConfigError(f"--num-steps {steps} is more than the {left} tokens to decide")
+    _refuse_what_does_not_apply(objective, settings, left, steps)
     if objective.name == "ar":
-        if settings.method not in ("auto", "left-to-right") or settings.alpha_0 or steps:
-            raise ConfigError(
-                "a model of objective.name=ar decides one token at a time from left to right: --plan, "
-                "--alpha-0 and --num-steps do not apply"
-            )
         check_prefix(
             canvas.is_given, canvas.is_given.shape[1] - left, "a model of objective.name=ar"
         )
         return make_plan(canvas.is_given, alpha_0=0.0, method="left-to-right", **common)
-    if objective.name != "eso" and settings.alpha_0 not in (None, 1.0):
-        raise ConfigError(
-            f"--alpha-0 {settings.alpha_0}: a model of objective.name={objective.name} decides every "
-            "token by diffusion (1)"
-        )
-    if settings.method == "left-to-right" and (settings.alpha_0 or steps):
-        raise ConfigError(
-            "--plan left-to-right decides one token at a time: --alpha-0, --num-steps and "
-            "--tokens-per-step do not apply; leave them out or take another plan"
-        )
     method = "binomial" if settings.method == "auto" else settings.method
     if objective.name == "bd3lm":
         size = objective.block_size
@@ -146,9 +130,7 @@ def plan_for(
             method=method,
             **common,  # type: ignore[arg-type]
         )
-    # A strided plan decides every token by diffusion, whatever the training did.
-    as_trained = 1.0 if method == "strided" or objective.name != "eso" else objective.alpha_0
-    alpha_0 = as_trained if settings.alpha_0 is None else settings.alpha_0
+    alpha_0 = _alpha_0(objective, settings)
     if settings.tokens_per_step:
         steps = max(round(alpha_0 * left / settings.tokens_per_step), 1)
     return make_plan(
@@ -158,6 +140,44 @@ def plan_for(
         method=method,
         **common,  # type: ignore[arg-type]
     )
+
+
+def _alpha_0(objective: ObjectiveConfig, settings: PlanSettings) -> float:
+    """Return the share of the tokens by diffusion."""
+    if settings.alpha_0 is not None:
+        return settings.alpha_0
+    # A strided plan decides every token by diffusion, whatever the training did.
+    return objective.alpha_0 if objective.name == "eso" and settings.method != "strided" else 1.0
+
+
+def _refuse_what_does_not_apply(
+    objective: ObjectiveConfig, settings: PlanSettings, num_open: int, steps: int | None
+) -> None:
+    if steps is not None and steps > num_open:
+        raise ConfigError(f"--num-steps {steps} is more than the {num_open} tokens to decide")
+    if objective.name == "ar":
+        if settings.method not in ("auto", "left-to-right") or settings.alpha_0 or steps:
+            raise ConfigError(
+                "a model of objective.name=ar decides one token at a time from left to right: --plan, "
+                "--alpha-0 and --num-steps do not apply"
+            )
+        return
+    if objective.name != "eso" and settings.alpha_0 not in (None, 1.0):
+        raise ConfigError(
+            f"--alpha-0 {settings.alpha_0}: a model of objective.name={objective.name} decides every "
+            "token by diffusion (1)"
+        )
+    if settings.method == "left-to-right" and (settings.alpha_0 or steps):
+        raise ConfigError(
+            "--plan left-to-right decides one token at a time: --alpha-0, --num-steps and "
+            "--tokens-per-step do not apply; leave them out or take another plan"
+        )
+    if steps and _alpha_0(objective, settings) == 0:
+        trained = " (as trained)" if settings.alpha_0 is None else ""
+        raise ConfigError(
+            f"with alpha_0 = 0{trained} every token is decided alone and there is no diffusion step: "
+            "--num-steps and --tokens-per-step do not apply; leave them out or raise --alpha-0"
+        )
 
 
 def generate(
