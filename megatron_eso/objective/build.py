@@ -6,7 +6,7 @@ The configuration key ``objective.name`` chooses; everything random comes from (
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from megatron_eso.config.schema import ObjectiveConfig
@@ -67,10 +67,10 @@ def build_rows(
     return _eso(tokens, is_valid, micro_batch, objective, draw, mask_id)
 
 
-def predicted(is_valid: Bool[Tensor, "B L1"], objective: ObjectiveConfig) -> Bool[Tensor, "B L"]:
-    """Return which valid tokens of samples of L + 1 a row predicts: L from the first, or the second, on."""
+def predicted(samples: Shaped[Tensor, "B L1"], objective: ObjectiveConfig) -> Shaped[Tensor, "B L"]:
+    """Return the places of samples of L + 1 that a row predicts: L from the first, or the second, on."""
     begins_with_second = objective.name == "ar" and not objective.leading_mask
-    return is_valid[:, 1:] if begins_with_second else is_valid[:, :-1]
+    return samples[:, 1:] if begins_with_second else samples[:, :-1]
 
 
 def _eso(

@@ -9,6 +9,7 @@ from megatron_eso.data.reader import RowReader, ValidationReader
 from megatron_eso.eval.evaluate import evaluate
 from megatron_eso.eval.scores import Score
 from megatron_eso.eval.unigram import unigram_score
+from megatron_eso.objective.build import predicted
 from megatron_eso.parallel.exchange import Rows
 from megatron_eso.parallel.optimizer import whole_weights
 from megatron_eso.train.session import Session
@@ -61,8 +62,8 @@ class Validation:
             held_out = reader.read(rows)
             scores[name] = unigram_score(
                 counted,
-                torch.from_numpy(held_out.tokens)[:, :-1],
-                torch.from_numpy(held_out.is_valid)[:, :-1],
+                predicted(torch.from_numpy(held_out.tokens), config.objective),
+                predicted(torch.from_numpy(held_out.is_valid), config.objective),
                 vocab_size=config.model.vocab_size,
                 bytes_per_token=reader.bytes_per_token,
             )
