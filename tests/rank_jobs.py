@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from megatron_eso.checkpoint import folder as folder_module
+from megatron_eso.checkpoint import load as load_module
 from megatron_eso.checkpoint.find import (
     find_checkpoint,
     find_checkpoint_together,
@@ -163,7 +164,11 @@ def train(
     if load:
         found = find_checkpoint(Path(str(folder)), hashes=True)
         session.state.step = load_training_state(
-            found, session.chunks, session.optimizer, session.average
+            found,
+            session.chunks,
+            session.optimizer,
+            session.average,
+            session.layout.weights_group,
         )
     saver = (
         Saver(Path(str(folder)), session.config.checkpoint, session.torch_device)
@@ -221,8 +226,30 @@ def started_from(overrides: list[str], folder: str) -> dict[str, dict[int, np.nd
     """Start a run from a checkpoint's weights; return its masters, average and model by parameter."""
     session = make_empty_session(overrides)
     found = find_checkpoint(Path(folder), hashes=True)
-    load_first_weights(found, session.chunks, session.optimizer, session.average)
+    group = session.layout.weights_group
+    load_first_weights(found, session.chunks, session.optimizer, session.average, group)
     return _started(session)
+
+
+def read_of_resume(folder: str, failing_rank: int) -> dict[str, Any]:
+    """Resume; return the tensors that this rank read, by name, with their devices, and why it failed."""
+    read: list[str] = []
+    original = load_module._load
+
+    def load(state: dict[str, Any], found: Any) -> None:
+        read.extend(f"{entry.key} {tuple(entry.global_offset)}" for entry in state.values())
+        original(state, found)
+        if torch.distributed.get_rank() == failing_rank:
+            raise CheckpointError(f"rank {failing_rank} read a damaged file")
+
+    load_module._load = load  # type: ignore[assignment]
+    try:
+        train([], 2, folder, None, load=True)
+    except CheckpointError as error:
+        return {"read": read, "failure": str(error)}
+    finally:
+        load_module._load = original
+    return {"read": read, "failure": ""}
 
 
 def started(overrides: list[str]) -> dict[str, dict[int, np.ndarray]]:
@@ -232,11 +259,12 @@ def started(overrides: list[str]) -> dict[str, dict[int, np.ndarray]]:
 
 def _started(session: Session) -> dict[str, dict[int, np.ndarray]]:
     masters, average, model = {}, {}, {}
+    owned = shards(session.optimizer)
     for index, entry in enumerate(sharded_parameters(session.chunks)):
-        shard = shards(session.optimizer)[entry.data]
-        masters[index] = _array(shard.master)
-        average[index] = _array(session.average.parts[entry.data])
-        model[index] = _array(entry.data.view(-1)[shard.start : shard.end])
+        model[index] = _array(entry.data.view(-1))
+        if entry.data in owned:
+            masters[index] = _array(owned[entry.data].master)
+            average[index] = _array(session.average.parts[entry.data])
     return {"masters": masters, "average": average, "model": model}
 
 

@@ -76,6 +76,21 @@ def test_a_checkpoint_of_context_ranks_continues_without_them(one_rank, two_rank
     np.testing.assert_allclose(alone[0]["losses"], whole[0]["losses"][5:], rtol=1e-6)
 
 
+def test_data_parallel_ranks_read_each_tensor_once_between_them(one_rank, two_ranks, tmp_path):
+    one_rank.run("train", [], 2, str(tmp_path), 2)
+    (alone,) = one_rank.run("read_of_resume", str(tmp_path), -1)
+    first, second = two_ranks.run("read_of_resume", str(tmp_path), -1)
+    assert first["read"] and second["read"]
+    assert sorted(first["read"] + second["read"]) == sorted(alone["read"])
+    assert len(alone["read"]) == len(set(alone["read"]))
+
+
+def test_what_one_rank_cannot_read_is_an_error_of_all(two_ranks, tmp_path):
+    two_ranks.run("train", [], 2, str(tmp_path), 2)
+    replies = two_ranks.run("read_of_resume", str(tmp_path), 1)
+    assert [reply["failure"] for reply in replies] == ["rank 1 read a damaged file"] * 2
+
+
 def test_damage_is_found_and_the_older_checkpoint_used(one_rank, tmp_path):
     one_rank.run("train", [], 2, str(tmp_path), 2)
     one_rank.run("train", ["checkpoint.asynchronous=false"], 4, str(tmp_path), 4)
@@ -237,6 +252,20 @@ def test_a_fresh_run_in_bf16_starts_from_masters_that_are_not_rounded(one_rank):
     for kind in ("masters", "average"):
         for number, value in whole[kind].items():
             np.testing.assert_array_equal(rounded[kind][number], value, err_msg=kind)
+
+
+def test_data_parallel_ranks_start_from_the_same_weights_as_one(one_rank, two_ranks, tmp_path):
+    one_rank.run("train", [], 3, str(tmp_path), 3)
+    (alone,) = one_rank.run("started_from", [], str(tmp_path))
+    both = two_ranks.run("started_from", [], str(tmp_path))
+    for number, value in alone["model"].items():
+        for reply in both:
+            np.testing.assert_array_equal(reply["model"][number], value)
+    for kind in ("masters", "average"):
+        parts = [part[kind] for part in both]
+        for number, value in alone[kind].items():
+            joined = np.concatenate([part[number].ravel() for part in parts if number in part])
+            np.testing.assert_array_equal(joined, value.ravel())
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

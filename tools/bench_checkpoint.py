@@ -55,7 +55,11 @@ def _resume(options: argparse.Namespace) -> None:
     marks.append(time.time() - started)
     folder = find_checkpoint(options.folder, hashes=True)
     session.state.step = load_training_state(
-        folder, session.chunks, session.optimizer, session.average
+        folder,
+        session.chunks,
+        session.optimizer,
+        session.average,
+        session.layout.weights_group,
     )
     marks.append(time.time() - started)
     train_step(session, read)

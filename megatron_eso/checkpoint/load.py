@@ -1,31 +1,32 @@
 """Load a checkpoint: a whole training state, or weights alone."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_eso.checkpoint.folder import CheckpointFolder
 from megatron_eso.checkpoint.fp8_state import load_fp8_state
-from megatron_eso.checkpoint.state import (
-    EMA,
-    MOMENTS,
-    WEIGHTS,
+from megatron_eso.checkpoint.places import (
     Place,
     places_of_training,
     places_of_weights,
+    places_to_share,
     restore,
     sharded_places,
+    shared,
 )
+from megatron_eso.checkpoint.state import EMA, MOMENTS, WEIGHTS
 from megatron_eso.checkpoint.straight_reader import straight_reading
 from megatron_eso.errors import CheckpointError
+from megatron_eso.parallel.exchange import raise_together
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.optimizer import write_fp8_weights
-from megatron_eso.parallel.parameters import shards
 
 with quiet_megatron_import():
     from megatron.core import dist_checkpointing
@@ -38,6 +39,7 @@ def load_training_state(
     chunks: list[nn.Module],
     optimizer: Any,
     average: MovingAverage | None,
+    group: dist.ProcessGroup,
     *,
     num_updates: int | None = None,
 ) -> int:
@@ -48,6 +50,7 @@ def load_training_state(
         chunks: wrapped model chunks.
         optimizer: Megatron's optimizer.
         average: moving average, if the run keeps one.
+        group: data-parallel group, whose ranks share the reading; all ranks must call.
         num_updates: times the optimizer has stepped; None: as often as there were steps.
     """
     sidecar = folder.sidecar()
@@ -55,49 +58,69 @@ def load_training_state(
     kinds: tuple[str, ...] = (WEIGHTS, *MOMENTS)
     if average is not None and sidecar["has_ema"]:
         kinds = (*kinds, EMA)
-    places = list(places_of_training(chunks, optimizer, average, kinds))
-    _load(sharded_places(places), folder)
+    places = _loaded(folder, chunks, optimizer, average, kinds, group)
     updates = step if num_updates is None else num_updates
-    restore([place for _, place in places], optimizer, average, step=updates)
+    restore(places, optimizer, average, step=updates)
     load_fp8_state(folder, chunks)
     write_fp8_weights(optimizer, chunks)
     return step
 
 
+def _loaded(
+    folder: CheckpointFolder,
+    chunks: list[nn.Module],
+    optimizer: Any,
+    average: MovingAverage | None,
+    kinds: tuple[str, ...],
+    group: dist.ProcessGroup,
+) -> Iterator[Place]:
+    """Return the places of all parameters, with these kinds of tensors as the checkpoint has them."""
+    if group.size() == 1:
+        places = list(places_of_training(chunks, optimizer, average, kinds))
+        _load(sharded_places(places), folder)
+        return (place for _, place in places)
+    places, failure = list(places_to_share(chunks, kinds, group)), ""
+    try:
+        _load(sharded_places(places), folder)
+    except CheckpointError as error:
+        failure = str(error)
+    device = next(parameter.device for chunk in chunks for parameter in chunk.parameters())
+    raise_together(failure, CheckpointError, device)
+    return shared(chunks, optimizer, [place for _, place in places], kinds, group)
+
+
 def load_weights(folder: CheckpointFolder, chunks: Iterable[nn.Module], *, use_ema: bool) -> str:
     """Load weights alone into model chunks; return which kind was loaded."""
-    kind, places = _loaded_weights(folder, chunks, use_ema=use_ema)
+    kind = _kind(folder, use_ema=use_ema)
+    places = list(places_of_weights(chunks, kind))
+    _load(sharded_places(places), folder)
     with torch.no_grad():
-        for place in places:
+        for _, place in places:
             place.parameter.copy_(place.tensors[kind])
     return kind
 
 
 def load_first_weights(
-    folder: CheckpointFolder, chunks: list[nn.Module], optimizer: Any, average: MovingAverage | None
+    folder: CheckpointFolder,
+    chunks: list[nn.Module],
+    optimizer: Any,
+    average: MovingAverage | None,
+    group: dist.ProcessGroup,
 ) -> str:
     """Load the weights that a run starts from; return which kind was loaded.
 
     The masters get them in float32, whatever the model's format, and the average starts there too.
     """
-    kind, places = _loaded_weights(folder, chunks, use_ema=True)
-    owned = shards(optimizer)
-    first = [
-        replace(place, tensors={WEIGHTS: place.tensors[kind]}, shard=owned.get(place.parameter))
-        for place in places
-    ]
+    kind = _kind(folder, use_ema=True)
+    places = _loaded(folder, chunks, optimizer, average, (kind,), group)
+    first = (replace(place, tensors={WEIGHTS: place.tensors[kind]}) for place in places)
     restore(first, optimizer, average, step=0)
     return kind
 
 
-def _loaded_weights(
-    folder: CheckpointFolder, chunks: Iterable[nn.Module], *, use_ema: bool
-) -> tuple[str, list[Place]]:
-    """Return which kind of weights a checkpoint gave, and for each parameter those loaded."""
-    kind = EMA if use_ema and folder.sidecar()["has_ema"] else WEIGHTS
-    places = list(places_of_weights(chunks, kind))
-    _load(sharded_places(places), folder)
-    return kind, [place for _, place in places]
+def _kind(folder: CheckpointFolder, *, use_ema: bool) -> str:
+    """Return which kind of weights a checkpoint gives."""
+    return EMA if use_ema and folder.sidecar()["has_ema"] else WEIGHTS
 
 
 def require_same_model(folder: CheckpointFolder, model: dict[str, Any]) -> None:

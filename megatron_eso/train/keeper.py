@@ -176,7 +176,13 @@ class Keeper:
             Path(settings.init_from), hashes=settings.verify_hashes, device=session.torch_device
         )
         require_same_model(folder, asdict(session.config.model))
-        kind = load_first_weights(folder, session.chunks, session.optimizer, session.average)
+        kind = load_first_weights(
+            folder,
+            session.chunks,
+            session.optimizer,
+            session.average,
+            session.layout.weights_group,
+        )
         log.info("weights (%s) from %s", kind, folder.path)
 
     def _require_none(self) -> None:
@@ -245,6 +251,7 @@ class Keeper:
             session.chunks,
             session.optimizer,
             session.average,
+            session.layout.weights_group,
             num_updates=state.num_updates,
         )
         session.state.replace_by(state)
