@@ -9,10 +9,11 @@ import gc
 import importlib
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 from typing import Any
+
+from megatron_eso.launch.processes import free_port
 
 
 class RankPool:
@@ -44,7 +45,7 @@ class RankPool:
         """
         if not self._processes:
             self._start()
-        port = _free_port()
+        port = free_port()
         for pipe in self._pipes:
             pipe.send((job, args, port))
         replies = []
@@ -105,9 +106,3 @@ def _serve(
         finish()
         gc.collect()
         pipe.send(reply)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from megatron_eso.parallel.norms import RMSNorm
+from megatron_eso.parallel.parameters import dealt
 
 
 def test_three_updates_follow_the_formula(one_rank):
@@ -45,3 +47,18 @@ def test_the_norm_on_a_cpu_is_torchs_with_its_gradients():
         results.append((out.detach(), inputs.grad, norm.weight.grad))
     for mine, expected in zip(*results, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 6, 8])
+def test_parameters_are_dealt_evenly_by_size(num_ranks):
+    """Also where the pattern of a layer's parameters and the number of ranks are the same."""
+    layer = [64, 64 * 96, 64 * 64, 64, 64 * 344, 64 * 172]
+    parameters = [
+        nn.Parameter(torch.empty(size, device="meta")) for size in [64 * 500, *layer * 12]
+    ]
+    ranks = dealt(parameters, num_ranks)
+    assert ranks == dealt(parameters, num_ranks)
+    loads = [0] * num_ranks
+    for parameter, rank in zip(parameters, ranks, strict=True):
+        loads[rank] += parameter.numel()
+    assert max(loads) <= 1.1 * sum(loads) / num_ranks

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron_eso.checkpoint.state import EMA, MOMENTS, WEIGHTS, first_of_group
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 from megatron_eso.parallel.moving_average import MovingAverage
-from megatron_eso.parallel.parameters import Shard, set_moments, sharded_parameters, shards
+from megatron_eso.parallel.parameters import Shard, dealt, set_moments, sharded_parameters, shards
 
 with quiet_megatron_import():
     from megatron.core.dist_checkpointing import ShardedTensor
@@ -68,9 +68,10 @@ def places_to_share(
     chunks: Iterable[nn.Module], kinds: Iterable[str], group: dist.ProcessGroup
 ) -> Iterator[tuple[Any, Place]]:
     """Yield the parameters that this rank of a data-parallel group reads, with places on the CPU."""
-    kinds = tuple(kinds)
-    for index, entry in enumerate(sharded_parameters(chunks)):
-        if index % group.size() == group.rank():
+    kinds, entries = tuple(kinds), list(sharded_parameters(chunks))
+    readers = dealt([entry.data for entry in entries], group.size())
+    for entry, reader in zip(entries, readers, strict=True):
+        if reader == group.rank():
             tensors = {kind: _empty(entry.data, "cpu") for kind in kinds}
             own = replace(entry, replica_id=first_of_group(entry.replica_id))
             yield own, Place(entry.data, tensors, None, is_final=False)
@@ -89,8 +90,8 @@ def shared(
     """
     owned, kinds = shards(optimizer), tuple(kinds)
     read = {place.parameter: place for place in mine}
-    for index, entry in enumerate(sharded_parameters(chunks)):
-        parameter, reader = entry.data, index % group.size()
+    parameters = [entry.data for entry in sharded_parameters(chunks)]
+    for parameter, reader in zip(parameters, dealt(parameters, group.size()), strict=True):
         tensors = {}
         for kind in kinds:
             if reader == group.rank():

@@ -18,6 +18,7 @@ from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.parameters import (
     Shard,
+    dealt,
     gather_on,
     sharded_parameters,
     shards,
@@ -43,15 +44,16 @@ def collect(
     was gathered on a GPU goes to the CPU at once, so that a save needs room there for one tensor. Where
     a rank holds a whole tensor on the CPU it is not copied: write it, or fork, before the next step.
     """
-    owned = shards(optimizer)
+    owned, entries = shards(optimizer), list(sharded_parameters(chunks))
+    writers = dealt([entry.data for entry in entries], group.size())
     state: dict[str, Any] = {}
-    for index, entry in enumerate(sharded_parameters(chunks)):
+    for entry, writer in zip(entries, writers, strict=True):
         if not _is_first_copy(entry.replica_id):
             continue  # a rank of another data-parallel group writes the same values
         shard = owned.get(entry.data)
         for kind, part in _parts(shard, average, entry.data):
             start = shard.start if shard else 0
-            full = gather_on(entry.data, start, part, group, receiver=index % group.size())
+            full = gather_on(entry.data, start, part, group, receiver=writer)
             if full is not None:
                 own = replace(entry, replica_id=first_of_group(entry.replica_id))
                 add(state, own, kind, full.cpu() if group.size() > 1 else full)

@@ -7,12 +7,16 @@ a writer of a killed rank is found and ended too. Both are Linux calls; elsewher
 
 import ctypes
 import os
+import random
 import signal
 import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+from megatron_eso.errors import ClusterError
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -127,7 +131,25 @@ def _prctl(option: int, value: int) -> None:
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port of this machine that nobody listens on.
+
+    Its listener starts seconds later, once it has imported torch. So it is none of the ports that the
+    kernel gives to whoever asks for any: a connection that goes out in between would take it.
+    """
+    for _ in range(100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", random.SystemRandom().randrange(*_OWN_PORTS)))
+            return probe.getsockname()[1]
+    raise ClusterError(f"100 ports between {_OWN_PORTS[0]} and {_OWN_PORTS[1]} are all taken")
+
+
+def _own_ports() -> tuple[int, int]:
+    """Return the larger range of ports that the kernel does not give away."""
+    try:
+        first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    except (OSError, ValueError):
+        first, last = 32768, 60999  # Linux's default
+    return max((10_000, first), (last + 1, 65_536), key=lambda ports: ports[1] - ports[0])
+
+
+_OWN_PORTS = _own_ports()

@@ -5,7 +5,6 @@ import hashlib
 import http.client
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +12,8 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from megatron_eso.launch.processes import free_port
 
 BUCKET = "shards"
 SIGNATURE = ("Authorization", "X-Amz-Date", "X-Amz-Content-SHA256", "Content-MD5", "Host")
@@ -31,7 +32,7 @@ class ObjectStore:
     def __init__(self) -> None:
         self.faults: dict[str, list[str]] = {}
         self.requests: list[str] = []
-        self._server_port = _free_port()
+        self._server_port = free_port()
         command = [
             sys.executable,
             "-W",
@@ -191,9 +192,3 @@ def _partly(body: bytes, fault: str) -> Iterator[bytes]:
 def _authorized() -> dict[str, str]:
     credential = "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_request"
     return {"Authorization": f"{credential}, SignedHeaders=host, Signature=0"}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
