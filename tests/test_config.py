@@ -235,6 +235,11 @@ def test_all_violations_are_reported_at_once():
         ),
         (["precision.deterministic=true", "precision.attention=flex"], "repeatable"),
         (["precision.fp8_attention=true"], "head size of exactly 128"),
+        (
+            ["precision.fp8=delayed", "precision.fp8_amax_history=0"],
+            "fp8_amax_history=0 must be at least 1",
+        ),
+        (["precision.bf16_first_layers=-1"], "bf16_first_layers=-1 must be at least 0"),
         (["train.tokens=100"], "exactly one of"),
         (["objective.name=bd3lm", "objective.block_size=7"], "does not divide"),
         (["model.num_kv_heads=3"], "not a multiple"),

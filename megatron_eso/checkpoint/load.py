@@ -27,6 +27,7 @@ from megatron_eso.parallel.exchange import raise_together
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.optimizer import write_fp8_weights
+from megatron_eso.parallel.parameters import dealt_parameters
 
 with quiet_megatron_import():
     from megatron.core import dist_checkpointing
@@ -79,14 +80,15 @@ def _loaded(
         places = list(places_of_training(chunks, optimizer, average, kinds))
         _load(sharded_places(places), folder)
         return (place for _, place in places)
-    places, failure = list(places_to_share(chunks, kinds, group)), ""
+    dealt = dealt_parameters(chunks, group.size())
+    places, failure = list(places_to_share(dealt, kinds, group.rank())), ""
     try:
         _load(sharded_places(places), folder)
     except CheckpointError as error:
         failure = str(error)
     device = next(parameter.device for chunk in chunks for parameter in chunk.parameters())
     raise_together(failure, CheckpointError, device)
-    return shared(chunks, optimizer, [place for _, place in places], kinds, group)
+    return shared(dealt, optimizer, [place for _, place in places], kinds, group)
 
 
 def load_weights(folder: CheckpointFolder, chunks: Iterable[nn.Module], *, use_ema: bool) -> str:

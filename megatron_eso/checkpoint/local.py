@@ -26,7 +26,7 @@ from megatron_eso.checkpoint.child import Child
 from megatron_eso.checkpoint.folder import hash_file
 from megatron_eso.checkpoint.state import MOMENTS
 from megatron_eso.config.schema import RunConfig
-from megatron_eso.files import write_whole
+from megatron_eso.files import write_json, write_whole
 from megatron_eso.parallel.fp8_state import get_state, set_state, stateful_modules
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.optimizer import write_fp8_weights
@@ -205,7 +205,7 @@ class LocalCopies:
             "bytes": file.stat().st_size,
             "xxh3_128": hash_file(file),
         }
-        write_whole(self._header(step), json.dumps(header))
+        write_json(self._header(step), header)
         for old in self._steps()[:-_KEPT]:
             self._header(old).unlink(missing_ok=True)
             self._file(old).unlink(missing_ok=True)

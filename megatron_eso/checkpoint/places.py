@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron_eso.checkpoint.state import EMA, MOMENTS, WEIGHTS, first_of_group
 from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 from megatron_eso.parallel.moving_average import MovingAverage
-from megatron_eso.parallel.parameters import Shard, dealt, set_moments, sharded_parameters, shards
+from megatron_eso.parallel.parameters import Shard, set_moments, sharded_parameters, shards
 
 with quiet_megatron_import():
     from megatron.core.dist_checkpointing import ShardedTensor
@@ -65,34 +65,31 @@ def places_of_weights(chunks: Iterable[nn.Module], kind: str) -> Iterator[tuple[
 
 
 def places_to_share(
-    chunks: Iterable[nn.Module], kinds: Iterable[str], group: dist.ProcessGroup
+    dealt: list[tuple[Any, int]], kinds: tuple[str, ...], rank: int
 ) -> Iterator[tuple[Any, Place]]:
-    """Yield the parameters that this rank of a data-parallel group reads, with places on the CPU."""
-    kinds, entries = tuple(kinds), list(sharded_parameters(chunks))
-    readers = dealt([entry.data for entry in entries], group.size())
-    for entry, reader in zip(entries, readers, strict=True):
-        if reader == group.rank():
+    """Yield the parameters that a rank of a data-parallel group reads, with places on the CPU."""
+    for entry, reader in dealt:
+        if reader == rank:
             tensors = {kind: _empty(entry.data, "cpu") for kind in kinds}
             own = replace(entry, replica_id=first_of_group(entry.replica_id))
             yield own, Place(entry.data, tensors, None, is_final=False)
 
 
 def shared(
-    chunks: Iterable[nn.Module],
+    dealt: list[tuple[Any, int]],
     optimizer: Any,
     mine: Iterable[Place],
-    kinds: Iterable[str],
+    kinds: tuple[str, ...],
     group: dist.ProcessGroup,
 ) -> Iterator[Place]:
     """Yield every parameter with its tensors, sent by the rank of the group that has read them.
 
     All ranks of the group must go through all of it; a tensor is good until the next parameter.
     """
-    owned, kinds = shards(optimizer), tuple(kinds)
+    owned = shards(optimizer)
     read = {place.parameter: place for place in mine}
-    parameters = [entry.data for entry in sharded_parameters(chunks)]
-    for parameter, reader in zip(parameters, dealt(parameters, group.size()), strict=True):
-        tensors = {}
+    for entry, reader in dealt:
+        parameter, tensors = entry.data, {}
         for kind in kinds:
             if reader == group.rank():
                 tensor = read[parameter].tensors.pop(kind).to(parameter.device)

@@ -18,9 +18,8 @@ from megatron_eso.parallel.megatron_patches import quiet_megatron_import
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.parameters import (
     Shard,
-    dealt,
+    dealt_parameters,
     gather_on,
-    sharded_parameters,
     shards,
 )
 
@@ -44,10 +43,9 @@ def collect(
     was gathered on a GPU goes to the CPU at once, so that a save needs room there for one tensor. Where
     a rank holds a whole tensor on the CPU it is not copied: write it, or fork, before the next step.
     """
-    owned, entries = shards(optimizer), list(sharded_parameters(chunks))
-    writers = dealt([entry.data for entry in entries], group.size())
+    owned = shards(optimizer)
     state: dict[str, Any] = {}
-    for entry, writer in zip(entries, writers, strict=True):
+    for entry, writer in dealt_parameters(chunks, group.size()):
         if not _is_first_copy(entry.replica_id):
             continue  # a rank of another data-parallel group writes the same values
         shard = owned.get(entry.data)
@@ -56,7 +54,7 @@ def collect(
             full = gather_on(entry.data, start, part, group, receiver=writer)
             if full is not None:
                 own = replace(entry, replica_id=first_of_group(entry.replica_id))
-                add(state, own, kind, full.cpu() if group.size() > 1 else full)
+                add(state, own, kind, full)
     state.update(fp8_objects(chunks, with_data=True))
     return state
 

@@ -30,7 +30,7 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     For what loads a model without training it: the rules of batches do not matter there.
     """
     parallel = config.parallel
-    found, wrong = _beyond_ranges(config, ("model", "parallel", "train"))
+    found, wrong = _beyond_ranges(config, _RULES[_layout])
     if not wrong:
         found += [*_layout(config), *_cuda_graphs(config)]
         replica = parallel.tensor * parallel.pipeline * parallel.context
@@ -63,7 +63,7 @@ def violations(config: RunConfig, world_size: int | None = None) -> list[str]:
     for rule, sections in _RULES.items():
         if not wrong.intersection(sections):
             found += rule(config)
-    if world_size is not None and not wrong.intersection(_RULES[_layout]):
+    if world_size is not None and not wrong.intersection(_WORLD_READS):
         found += _world(config, world_size)
     return found
 
@@ -311,8 +311,8 @@ def _resilience(config: RunConfig) -> Iterator[str]:
 _RULES: dict[Callable[[RunConfig], Iterator[str]], tuple[str, ...]] = {
     _model: ("model",),
     _eso: ("objective", "train"),
-    _length: ("model", "objective", "train"),
-    _layout: ("model", "objective", "parallel", "train"),
+    _length: ("model", "train"),
+    _layout: ("model", "parallel", "train"),
     _cuda_graphs: (),
     _optimizer: ("optimizer", "train"),
     _precision: ("eval", "model", "objective", "optimizer", "parallel", "precision", "train"),
@@ -320,3 +320,4 @@ _RULES: dict[Callable[[RunConfig], Iterator[str]], tuple[str, ...]] = {
     _resilience: ("resilience", "train"),
 }
 """Each rule, and the sections whose settings must be within their ranges for it to be asked."""
+_WORLD_READS = ("model", "objective", "parallel", "train")

@@ -16,29 +16,27 @@ class Range:
     """An interval of numbers, and what may have been meant by a value beyond it."""
 
     at_least: float = -math.inf
-    above: float = -math.inf
+    above: float | None = None
     at_most: float = math.inf
     below: float | None = None
     hint: str = ""
 
     def holds(self, value: float) -> bool:
         """Return whether the value is a number within the interval."""
-        inside = self.at_least <= value <= self.at_most and (
-            value > self.above or self.above == -math.inf
+        return (
+            self.at_least <= value <= self.at_most
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
         )
-        return inside and (self.below is None or value < self.below)
 
     def __str__(self) -> str:
         """Return the interval as it follows "must be"."""
-        if self.below == math.inf:
-            return "positive and finite" if self.above == 0 else f"finite and above {self.above:g}"
-        if self.below is not None or self.at_most < math.inf:
-            left = f"({self.above:g}" if self.above > -math.inf else f"[{self.at_least:g}"
+        if self.at_most < math.inf or (self.below is not None and self.below < math.inf):
+            left = f"[{self.at_least:g}" if self.above is None else f"({self.above:g}"
             right = f"{self.at_most:g}]" if self.below is None else f"{self.below:g})"
             return f"in {left}, {right}"
-        if self.above > -math.inf:
-            return "positive" if self.above == 0 else f"above {self.above:g}"
-        return f"at least {self.at_least:g}"
+        least = f"at least {self.at_least:g}" if self.above is None else f"above {self.above:g}"
+        return ("positive" if self.above == 0 else least) + (" and finite" if self.below else "")
 
 
 def within(default: Any, **bounds: Any) -> Any:

@@ -147,6 +147,8 @@ def gather_on(
 ) -> Tensor | None:
     """Return what :func:`gather_full` does, on one rank of the group alone; None elsewhere.
 
+    What was gathered on a GPU is returned on the CPU: many such tensors need no room on the GPU.
+
     Args:
         parameter: gives shape and device.
         start: first element of this rank's part.
@@ -163,7 +165,13 @@ def gather_on(
         full[start : start + part.numel()] = part
     if group.size() > 1:
         dist.reduce(full, dist.get_global_rank(group, receiver), group=group)
-    return full.view(parameter.shape) if group.rank() == receiver else None
+    return full.cpu().view(parameter.shape) if group.rank() == receiver else None
+
+
+def dealt_parameters(chunks: Iterable[nn.Module], num_ranks: int) -> list[tuple[Any, int]]:
+    """Return what :func:`sharded_parameters` yields, each with the rank that :func:`dealt` gives it to."""
+    entries = list(sharded_parameters(chunks))
+    return list(zip(entries, dealt((e.data for e in entries), num_ranks), strict=True))
 
 
 def dealt(parameters: Iterable[nn.Parameter], num_ranks: int) -> list[int]:

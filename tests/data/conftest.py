@@ -15,6 +15,7 @@ from megatron_eso.data.manifest import load_manifest, sha256_of
 from megatron_eso.data.open_split import open_split
 from megatron_eso.data.partition import PrepareOptions
 from megatron_eso.data.prepare import prepare
+from megatron_eso.data.reader import ValidationReader
 from megatron_eso.data.row_writer import RowWriter
 from tests.data.object_store import ObjectStore, environment
 
@@ -76,6 +77,18 @@ def prepared(corpus, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "set"
     prepare([str(corpus)], out, options(), num_processes=1)
     return out
+
+
+def all_rows(address: str | Path, cache: Path, **settings) -> np.ndarray:
+    """Return the tokens of all rows of a split, read through a cache of its own."""
+    data = DataConfig(cache_dir=str(cache), **settings)
+    reader = ValidationReader(
+        str(address), data, sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE
+    )
+    try:
+        return reader.read(range(reader.num_rows)).tokens
+    finally:
+        reader.close()
 
 
 def in_small_shards(folder: Path, shard_bytes: int = 20_000) -> None:

@@ -6,12 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-from megatron_eso.config.schema import DataConfig
 from megatron_eso.data import cache
-from megatron_eso.data.reader import ValidationReader
 from megatron_eso.data.transports import StreamingTransport, transport_for
 from megatron_eso.errors import DataError
-from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE
+from tests.data.conftest import all_rows
 
 pytest.importorskip("google.cloud.storage", reason="Google's client is not installed: NOT TESTED")
 
@@ -38,15 +36,8 @@ def clean(google, monkeypatch):
     google.requests.clear()
 
 
-def read(address, tmp_path, **settings):
-    data = DataConfig(cache_dir=str(tmp_path / "cache"), **settings)
-    reader = ValidationReader(
-        str(address), data, sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE
-    )
-    try:
-        return reader.read(range(reader.num_rows)).tokens
-    finally:
-        reader.close()
+def read(address, tmp_path):
+    return all_rows(address, tmp_path / "cache")
 
 
 # After a 503 Google's client leaves the socket to the garbage collector.

@@ -13,9 +13,8 @@ from megatron_eso.config.schema import DataConfig
 from megatron_eso.data import publish, sources
 from megatron_eso.data.open_split import tokenizer_of
 from megatron_eso.data.prepare import prepare
-from megatron_eso.data.reader import ValidationReader
 from megatron_eso.errors import DataError
-from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE, options, write_corpus
+from tests.data.conftest import all_rows, options, write_corpus
 
 
 @pytest.fixture(autouse=True)
@@ -49,14 +48,7 @@ def send(texts, out, prepared, *, staging=None, num_processes=1, overwrite=False
 
 
 def rows(address, tmp_path) -> np.ndarray:
-    data = DataConfig(cache_dir=str(tmp_path / "cache"), timeout_seconds=5.0)
-    reader = ValidationReader(
-        str(address), data, sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE
-    )
-    try:
-        return reader.read(range(reader.num_rows)).tokens
-    finally:
-        reader.close()
+    return all_rows(address, tmp_path / "cache", timeout_seconds=5.0)
 
 
 def assert_same_rows(address, local, tmp_path) -> None:
