@@ -17,7 +17,7 @@ pretrain: $(VENV)/ready ## prepare data, train, evaluate, sample
 	@echo "run folder: $(RUN)  (tensorboard --logdir $(RUN)/tensorboard shows the curves)"
 
 test: $(VENV)/ready ## all tests but those on a real Slurm cluster
-	$(BIN)/python -m pytest tests --ignore tests/resilience -q -m "not slurm" -n 2 --dist loadfile --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/resilience -q -m "not slurm" -n 2 --dist loadfile --durations=20
 	$(BIN)/python -m pytest tests/resilience -q --durations=5
 
 test-slurm: $(VENV)/ready ## the tests on a real Slurm cluster on this machine (installs its daemons)

@@ -7,9 +7,10 @@ import torch
 from megatron_eso.eval import evaluate as evaluate_module
 from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.optimizer import apply_gradients
-from megatron_eso.sample.generate import PlanSettings, plan_for
+from megatron_eso.sample.generate import plan_for
 from megatron_eso.sample.prompt import rows_with_prompts
 from megatron_eso.sample.sampler import Choice, fill_rows
+from megatron_eso.sample.settings import PlanSettings
 from megatron_eso.train.session import build_session
 from tests import rank_jobs
 from tests.meta_gpu import GPU, instead_of_a_gpu

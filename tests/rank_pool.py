@@ -1,8 +1,9 @@
 """Real processes over gloo for tests: a pool of ranks that run functions of tests/rank_jobs.py.
 
-Starting a process costs seconds (imports), so a pool lives for the whole test session. Every job
-joins a world of its own and leaves it: gloo keeps three threads per group that wake a hundred times a
-second, and groups of finished jobs would slow all later ones down.
+Starting a process costs seconds (imports), so a pool lives for the whole test session, and one process
+imports for all: the others are forked from it. Every job joins a world of its own and leaves it: gloo
+keeps three threads per group that wake a hundred times a second, and groups of finished jobs would slow
+all later ones down.
 """
 
 import gc
@@ -13,7 +14,8 @@ import sys
 import traceback
 from typing import Any
 
-from megatron_eso.launch.processes import free_port
+from megatron_eso.garbage import look_at_new_objects, look_rarely
+from megatron_eso.launch.processes import die_with_parent, free_port
 
 
 class RankPool:
@@ -22,20 +24,19 @@ class RankPool:
     def __init__(self, size: int, *first_on_path: str, **environment: str) -> None:
         self.size, self._first_on_path, self._environment = size, first_on_path, environment
         self._pipes: list[Any] = []
-        self._processes: list[Any] = []
+        self._first: Any = None
 
-    def _start(self) -> None:
+    def _start(self, module: str) -> None:
         context = multiprocessing.get_context("spawn")
-        for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve,
-                args=(theirs, rank, self.size, self._first_on_path, self._environment),
-            )
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        pairs = [context.Pipe() for _ in range(self.size)]
+        theirs = [pair[1] for pair in pairs]
+        self._first = context.Process(
+            target=_serve, args=(theirs, module, self._first_on_path, self._environment)
+        )
+        self._first.start()
+        for pipe in theirs:
+            pipe.close()
+        self._pipes = [pair[0] for pair in pairs]
 
     def run(self, job: str, *args: Any, timeout: float = 600.0) -> list[Any]:
         """Return what ``job`` returned on each rank; raise if it failed on any.
@@ -43,22 +44,22 @@ class RankPool:
         ``job`` is a function of tests/rank_jobs.py, or of another module of tests ("data.jobs.read").
         A rank that dies or exceeds ``timeout`` (s) fails this job only: the next one gets new processes.
         """
-        if not self._processes:
-            self._start()
+        module, _, name = job.rpartition(".")
+        module = f"tests.{module or 'rank_jobs'}"
+        if not self._pipes:
+            self._start(module)
         port = free_port()
         for pipe in self._pipes:
-            pipe.send((job, args, port))
+            pipe.send((module, name, args, port))
         replies = []
-        for rank, (pipe, process) in enumerate(zip(self._pipes, self._processes, strict=True)):
+        for rank, pipe in enumerate(self._pipes):
             try:
                 if not pipe.poll(timeout):
                     raise TimeoutError(f"rank {rank} did not finish {job} within {timeout} s")
                 replies.append(pipe.recv())
             except (TimeoutError, EOFError, ConnectionError) as error:
-                process.join(1)
-                code = process.exitcode
                 self.close()
-                died = f"rank {rank} died in {job} with exit code {code}"
+                died = f"rank {rank} died in {job}"
                 raise AssertionError(
                     str(error) if isinstance(error, TimeoutError) else died
                 ) from error
@@ -68,39 +69,51 @@ class RankPool:
         return [value for _, value in replies]
 
     def close(self) -> None:
-        """End the processes."""
-        for process in self._processes:
-            process.kill()
-            process.join()
-        self._pipes, self._processes = [], []
+        """End the processes: the others end with the first."""
+        if self._first is not None:
+            self._first.kill()
+            self._first.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._first, self._pipes = None, []
 
 
 def _serve(
-    pipe: Any, rank: int, size: int, first_on_path: tuple[str, ...], environment: dict[str, str]
+    pipes: list[Any], module: str, first_on_path: tuple[str, ...], environment: dict[str, str]
 ) -> None:
+    """Import what the first job needs, fork the other ranks, and be the first one."""
+    look_rarely()
     if any(path.endswith("triton") for path in first_on_path):
         import torch._inductor.compile_fx  # looks for triton now, so it does not meet the stand-in
     sys.path[:0] = first_on_path
-    os.environ.update(
-        environment,
-        RANK=str(rank),
-        WORLD_SIZE=str(size),
-        LOCAL_RANK=str(rank),
-        MASTER_ADDR="127.0.0.1",
-    )
+    os.environ.update(environment, WORLD_SIZE=str(len(pipes)), MASTER_ADDR="127.0.0.1")
     import torch
+    import torch._dynamo  # which PyTorch's optimizers import when they are made
 
     torch.set_num_threads(1)
+    importlib.import_module(module)
+    look_at_new_objects()
+    for rank in range(1, len(pipes)):
+        arguments = (pipes, rank, os.getpid())
+        multiprocessing.get_context("fork").Process(target=_serve_rank, args=arguments).start()
+    _serve_rank(pipes, 0)
+
+
+def _serve_rank(pipes: list[Any], rank: int, first: int | None = None) -> None:
+    if first is not None:
+        die_with_parent(first)
+    pipe = pipes[rank]
+    for other in pipes:  # a rank that dies closes its pipe, if nobody else has it
+        if other is not pipe:
+            other.close()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     from megatron_eso.parallel.finish import finish
-    from tests import rank_jobs
 
     while True:
-        job, args, port = pipe.recv()
+        module, name, args, port = pipe.recv()
         os.environ["MASTER_PORT"] = str(port)
         try:
-            module, _, name = job.rpartition(".")
-            jobs = importlib.import_module(f"tests.{module}") if module else rank_jobs
-            reply = True, getattr(jobs, name)(*args)
+            reply = True, getattr(importlib.import_module(module), name)(*args)
         except BaseException:
             reply = False, traceback.format_exc()
         finish()

@@ -29,6 +29,8 @@ def test_everything_imports_without_packages_for_gpus():
         f"for name in {modules!r}: importlib.import_module(name)\n"
         "from megatron_eso.parallel.te_adapter import describe_machine\n"
         "assert describe_machine().te is None\n"
+        "assert 'torch._inductor.compile_fx' not in sys.modules, 'PyTorch\\'s compiler is loaded'\n"
+        "assert torch.compile.__module__ == 'torch'\n"
         "print('all', torch.cuda.is_initialized())\n"
     )
     done = subprocess.run(

@@ -41,7 +41,7 @@ def source(name):
             "torch.cuda.synchronize()",
         ),
         ("_patch_random_state", "tensor_parallel/random.py", "torch.cuda.get_rng_state()"),
-        ("_patch_jit_fuser", "jit.py", "jit_fuser = torch.compile"),
+        ("_without_compiler", "jit.py", "jit_fuser = torch.compile"),
         (
             "with_reader_of_folders",
             "dist_checkpointing/strategies/torch.py",

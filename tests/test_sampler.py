@@ -6,11 +6,13 @@ import torch
 
 from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
 from megatron_eso.errors import ConfigError
+from megatron_eso.export.hf import decoding_esolm
 from megatron_eso.sample.choose import choose_tokens
-from megatron_eso.sample.generate import Batch, PlanSettings, plan_for
+from megatron_eso.sample.generate import Batch, plan_for
 from megatron_eso.sample.plan import make_block_plan, make_plan
 from megatron_eso.sample.prompt import rows_with_gaps, rows_with_prompts
 from megatron_eso.sample.sampler import Choice, Sampled, _have_ended, check_choice
+from megatron_eso.sample.settings import METHODS, PlanSettings
 from tests.rank_jobs import LENGTH, VOCAB, assemble, read_rows
 from tests.reference import ReferenceModel
 
@@ -145,6 +147,10 @@ def test_a_wrong_gap_is_refused(text, message):
     model = ModelConfig(vocab_size=100, max_length=64)
     with pytest.raises(ConfigError, match=message):
         rows_with_gaps(text, 1, model, lambda text: [min(ord(c), 99) for c in text])
+
+
+def test_this_package_and_exported_models_have_the_same_plans():
+    assert decoding_esolm.METHODS == METHODS
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ from typing import Any
 from megatron_eso.config import load_config
 from megatron_eso.model.build import resolve_precision
 from megatron_eso.model.megatron_config import transformer_config
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 from megatron_eso.parallel.optimizer import buffer_settings, optimizer_settings
 
-with quiet_megatron_import():
+with importing_megatron():
     import megatron.core
 
 SHAPE = [

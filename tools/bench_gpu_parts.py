@@ -16,14 +16,15 @@ from megatron_eso.config.precision_rules import FUSED_ATTENTION, process_environ
 from megatron_eso.model.attention.rows import AttentionRows
 from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.exchange import Rows
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
-from megatron_eso.sample.generate import PlanSettings, plan_for
+from megatron_eso.parallel.megatron_patches import importing_megatron
+from megatron_eso.sample.generate import plan_for
 from megatron_eso.sample.plan import DecodingPlan
 from megatron_eso.sample.prompt import rows_with_prompts
 from megatron_eso.sample.sampler import Choice, fill_rows
+from megatron_eso.sample.settings import PlanSettings
 from megatron_eso.train.session import Session, build_session
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core.fp8_utils import get_fp8_context
 
 ON_GPU = torch.cuda.is_available()

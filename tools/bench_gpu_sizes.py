@@ -20,6 +20,8 @@ class Sizes:
     """Tokens of a training step; a fourth of them at once."""
     heads: int
     head_size: int
+    checked_length: int
+    """Tokens of a row where attention is compared with float64."""
     vocab: int
     graph_cases: dict[str, tuple[list[str], int]]
     """Shapes and tokens of a row, with and without CUDA graphs."""
@@ -51,7 +53,8 @@ FULL = Sizes(
         "1B": _ONE_B,
         "7B-shaped, 4 layers": _shape(4096, 4, 32, 32768, "model.ffn_size=11008"),
     },
-    lengths=(4096, 16384), step_tokens=65536, heads=32, head_size=128, vocab=32768,
+    lengths=(4096, 16384), step_tokens=65536, heads=32, head_size=128, checked_length=1024,
+    vocab=32768,
     graph_cases={"124M": (_shape(768, 12, 12, 32768), 1024), "1B": (_ONE_B, 4096)},
     sampling_shape=_shape(768, 12, 12, 50258), sampling_lengths=(2048, 8192),
     loss_shape=_shape(256, 4, 4, 512), loss_steps=50,
@@ -59,7 +62,8 @@ FULL = Sizes(
 )  # fmt: skip
 SMOKE = Sizes(
     shapes={"tiny": _TINY},
-    lengths=(64,), step_tokens=512, heads=2, head_size=16, vocab=64,
+    lengths=(64,), step_tokens=512, heads=2, head_size=16, checked_length=128,
+    vocab=64,
     graph_cases={"tiny": (_TINY, 64)},
     sampling_shape=_TINY, sampling_lengths=(48,),
     loss_shape=_TINY, loss_steps=4,

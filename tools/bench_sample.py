@@ -18,10 +18,11 @@ import torch
 from megatron_eso.config import load_config
 from megatron_eso.model.replica import Replica
 from megatron_eso.parallel.device import Ranks
-from megatron_eso.sample.generate import PlanSettings, plan_for
+from megatron_eso.sample.generate import plan_for
 from megatron_eso.sample.plan import DecodingPlan
 from megatron_eso.sample.prompt import rows_with_prompts
 from megatron_eso.sample.sampler import Choice, fill_rows
+from megatron_eso.sample.settings import PlanSettings
 from megatron_eso.train.session import build_session
 
 MODEL = [

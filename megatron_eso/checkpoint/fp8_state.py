@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from megatron_eso.checkpoint.folder import CheckpointFolder
 from megatron_eso.errors import CheckpointError
 from megatron_eso.parallel.fp8_state import get_state, set_state, stateful_modules
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 

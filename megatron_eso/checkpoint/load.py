@@ -24,12 +24,12 @@ from megatron_eso.checkpoint.state import EMA, MOMENTS, WEIGHTS
 from megatron_eso.checkpoint.straight_reader import straight_reading
 from megatron_eso.errors import CheckpointError
 from megatron_eso.parallel.exchange import raise_together
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.optimizer import write_fp8_weights
 from megatron_eso.parallel.parameters import dealt_parameters
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.core import CheckpointingException

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_eso.checkpoint.state import EMA, MOMENTS, WEIGHTS, first_of_group
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.parameters import Shard, set_moments, sharded_parameters, shards
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 

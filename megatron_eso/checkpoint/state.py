@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_eso.checkpoint.fp8_state import fp8_objects
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.parameters import (
     Shard,
@@ -23,7 +23,7 @@ from megatron_eso.parallel.parameters import (
     shards,
 )
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core.dist_checkpointing import ShardedTensor
 
 WEIGHTS, EMA = "weights", "ema"

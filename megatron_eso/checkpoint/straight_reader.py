@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.planner import LoadItemType
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_eso.errors import CheckpointError
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import, with_reader_of_folders
+from megatron_eso.parallel.megatron_patches import importing_megatron, with_reader_of_folders
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
         CachedMetadataFileSystemReader,
     )

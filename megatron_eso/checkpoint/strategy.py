@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from megatron_eso.checkpoint.folder import hash_file
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import, without_results_manager
+from megatron_eso.parallel.megatron_patches import importing_megatron, without_results_manager
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
     from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest

@@ -25,10 +25,10 @@ from megatron_eso.files import write_json, write_whole
 from megatron_eso.model.build import build_chunks, resolve_precision
 from megatron_eso.parallel.device import Ranks, choose_device, start_process_group
 from megatron_eso.parallel.groups import build_groups
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 from megatron_eso.parallel.parameters import pieces, sharded_parameters
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core import dist_checkpointing
 
 TOKENIZER = "tokenizer.json"

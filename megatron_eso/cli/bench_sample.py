@@ -131,7 +131,7 @@ def _write(out: Path, points: list[Any]) -> None:
 def _settings(
     objective: Any, steps: list[int] | None, alphas: list[float] | None, length: int
 ) -> list[Any]:
-    from megatron_eso.sample.generate import PlanSettings
+    from megatron_eso.sample.settings import PlanSettings
 
     if objective.name == "ar":
         return [PlanSettings()]

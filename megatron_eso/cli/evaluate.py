@@ -65,7 +65,8 @@ def evaluate(
     if ranks > 1 and "RANK" not in os.environ:
         from megatron_eso.launch.local import start_ranks
 
-        raise SystemExit(start_ranks(ranks, sys.argv[1:]))
+        preload = ["megatron_eso.cli.model_loading", "megatron_eso.eval.evaluate"]
+        raise SystemExit(start_ranks(ranks, sys.argv[1:], preload))
 
     import torch
     import torch.distributed as dist

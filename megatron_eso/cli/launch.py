@@ -41,7 +41,7 @@ def launch(
     from megatron_eso.errors import ClusterError
     from megatron_eso.launch.agents import agent_command, agent_environment
     from megatron_eso.launch.environment import rank_environment
-    from megatron_eso.launch.starter import has_gpu
+    from megatron_eso.launch.starter import can_be_warm
     from megatron_eso.launch.supervisor import Supervision, supervise
 
     run_config = load_config(config, overrides)
@@ -69,7 +69,7 @@ def launch(
             run=Path(run_config.folder),
             setup_timeout_seconds=settings.setup_timeout_seconds,
             max_restarts=0 if place else settings.max_restarts_without_progress,
-            is_warm=(not has_gpu() and not place) if warm is None else warm,
+            is_warm=(can_be_warm() and not place) if warm is None else warm,
             rank_environment=place or None,
         )
     )

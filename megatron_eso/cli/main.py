@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from megatron_eso.errors import UserError
+from megatron_eso.garbage import look_no_more, look_rarely
 
 # command -> (module that defines `app` or `command`, one line for the overview)
 COMMANDS = {
@@ -86,11 +87,14 @@ def _root() -> None:
 
 def main() -> None:
     """Run the command line; a :class:`UserError` becomes a message and its exit code."""
+    look_rarely()
     try:
         app(prog_name="megatron-eso")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    finally:
+        look_no_more()
 
 
 if __name__ == "__main__":

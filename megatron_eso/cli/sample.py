@@ -56,7 +56,7 @@ def sample(
         megatron-eso sample runs/quickstart --num-samples 1000 --tokens-per-step 8 --out samples.jsonl
     """
     from megatron_eso.errors import ConfigError
-    from megatron_eso.sample.generate import PlanSettings, check_settings
+    from megatron_eso.sample.settings import PlanSettings, check_settings
 
     settings = PlanSettings(cast("Any", plan), alpha_0, num_steps, tokens_per_step)
     check_settings(settings)
@@ -75,7 +75,8 @@ def sample(
     if ranks > 1 and "RANK" not in os.environ:
         from megatron_eso.launch.local import start_ranks
 
-        raise SystemExit(start_ranks(ranks, sys.argv[1:]))
+        preload = ["megatron_eso.cli.model_loading", "megatron_eso.sample.generate"]
+        raise SystemExit(start_ranks(ranks, sys.argv[1:], preload))
 
     from megatron_eso.cli.model_loading import describe, load, tokenizer_of
     from megatron_eso.parallel.finish import finish

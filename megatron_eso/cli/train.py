@@ -32,6 +32,7 @@ def train(
     """
     from megatron_eso.config import check, load_config
     from megatron_eso.config.precision_rules import process_environment
+    from megatron_eso.garbage import look_at_new_objects
     from megatron_eso.launch.processes import ignore_signals
     from megatron_eso.resilience.signals import StopRequest
 
@@ -53,7 +54,9 @@ def train(
     from megatron_eso.parallel.finish import finish
     from megatron_eso.train.loop import Run
 
-    code = Run(run_config, Ranks.from_environment(dict(os.environ)), stop).train()
+    run = Run(run_config, Ranks.from_environment(dict(os.environ)), stop)
+    look_at_new_objects()
+    code = run.train()
     ignore_signals()
     sys.stdout.flush()
     finish()

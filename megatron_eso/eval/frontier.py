@@ -16,9 +16,10 @@ from megatron_eso.errors import ConfigError
 from megatron_eso.eval.evaluate import evaluate
 from megatron_eso.model.replica import Replica
 from megatron_eso.parallel.exchange import Rows
-from megatron_eso.sample.generate import PlanSettings, generate
+from megatron_eso.sample.generate import generate
 from megatron_eso.sample.prompt import rows_with_prompts
 from megatron_eso.sample.sampler import Choice
+from megatron_eso.sample.settings import PlanSettings
 
 # Returns (nats, number of judged tokens) of rows, given as ids [B, L] and as texts.
 Judge = Callable[[Tensor, list[str]], tuple[float, int]]

@@ -5,66 +5,80 @@ Training goes through launch/supervisor.py.
 
 import contextlib
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from typing import IO
 
-from megatron_eso.launch.processes import free_port
+from megatron_eso.launch.processes import adopt_orphans, free_port, kill_session, reap
+from megatron_eso.launch.starter import Starter, can_be_warm, threads_of_each
 
 _SECONDS_TO_SAY_SO_TOO = 2.0  # what one rank finds wrong, all usually do, a moment apart
 
 
-def start_ranks(number: int, arguments: list[str]) -> int:
-    """Run ``python -m megatron_eso ARGUMENTS`` on ``number`` ranks; return the exit code.
+def start_ranks(
+    number: int,
+    arguments: Sequence[str],
+    preload: Sequence[str],
+    *,
+    module: str = "megatron_eso",
+    is_warm: bool | None = None,
+) -> int:
+    """Run ``python -m MODULE ARGUMENTS`` on ``number`` ranks; return the exit code.
 
     If one rank fails, or this process is interrupted, all are ended. The first rank speaks for all:
     what others wrote to standard error is shown only if the first did not fail itself.
+
+    Args:
+        number: how many.
+        arguments: of the command.
+        preload: modules that take long to import, which ranks share where they can.
+        module: what each rank runs.
+        is_warm: fork ranks from one process that has imported those; None: where that can be.
     """
-    port = free_port()
-    threads = max((os.cpu_count() or 1) // number, 1)
+    adopt_orphans()
+    base = {**os.environ, **threads_of_each(number)}
+    world = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with contextlib.ExitStack() as files:
         said = [files.enter_context(tempfile.TemporaryFile()) for _ in range(number - 1)]
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-m", "megatron_eso", *arguments],
-                env={
-                    "OMP_NUM_THREADS": str(threads),
-                    **os.environ,
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(number),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                },
-                stderr=said[rank - 1] if rank else None,
-            )
-            for rank in range(number)
-        ]
+        starter = Starter(
+            arguments, [file.fileno() for file in said], base,
+            is_warm=can_be_warm() if is_warm is None else is_warm, module=module, preload=preload,
+        )  # fmt: skip
+        ranks: list[int] = []
         try:
-            code = _first_failure(ranks)
-            if code:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    ranks[0].wait(_SECONDS_TO_SAY_SO_TOO)
+            for rank in range(number):
+                environment = {**base, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                ranks.append(starter.start(environment, said[rank - 1].fileno() if rank else None))
+            codes = _wait(ranks)
         finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-        if ranks[0].returncode <= 0:  # well, or ended for another's fault
+            starter.close()
+            for pid in ranks:
+                kill_session(pid)
+            reap(wait_seconds=5.0)
+        if codes.get(ranks[0], -1) <= 0:  # well, or ended for another's fault
             _show(said)
-    return code if code >= 0 else 128 - code
+    failed = next((code for code in codes.values() if code), 0)
+    return failed if failed >= 0 else 128 - failed
 
 
-def _first_failure(ranks: list[subprocess.Popen]) -> int:
-    """Wait until a rank has failed, or all have ended; return the exit code."""
-    while True:
-        codes = [process.poll() for process in ranks]
-        failed = [code for code in codes if code]
-        if failed or None not in codes:
-            return failed[0] if failed else 0
-        time.sleep(0.05)
+def _wait(ranks: Sequence[int]) -> dict[int, int]:
+    """Wait until all ranks have ended, or one has failed and the first had time to say why it did too.
+
+    Returns:
+        Exit codes of those that have ended, the first to fail before others.
+    """
+    codes: dict[int, int] = {}
+    deadline = float("inf")
+    while len(codes) < len(ranks) and time.monotonic() < deadline:
+        codes |= {pid: code for pid, code in reap().items() if pid in ranks}
+        if any(codes.values()):
+            if ranks[0] in codes:
+                break
+            deadline = min(deadline, time.monotonic() + _SECONDS_TO_SAY_SO_TOO)
+        time.sleep(0.02)
+    return codes
 
 
 def _show(said: Sequence[IO[bytes]]) -> None:

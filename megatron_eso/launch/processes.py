@@ -35,13 +35,19 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def spawn(command: Sequence[str], environment: Mapping[str, str], inherit: Sequence[int]) -> int:
+def spawn(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    inherit: Sequence[int],
+    errors: int | None = None,
+) -> int:
     """Start a command in a session of its own and return its process id.
 
     Args:
         command: program and arguments.
         environment: its whole environment.
         inherit: file descriptors that stay open in it.
+        errors: file descriptor that takes its standard error; None: as of this process.
     """
     parent = os.getpid()
     before = hold_signals()  # a handler of ours must not run in the child
@@ -54,6 +60,8 @@ def spawn(command: Sequence[str], environment: Mapping[str, str], inherit: Seque
         die_with_parent(parent)
         for descriptor in inherit:
             os.set_inheritable(descriptor, True)
+        if errors is not None:
+            os.dup2(errors, 2)
         os.execvpe(command[0], list(command), dict(environment))
     finally:  # only reached if exec failed
         os._exit(127)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from megatron_eso.launch.processes import kill_session, spawn
 
-_PRELOAD = ("megatron_eso.train.loop", "megatron_eso.cli.train")
+# What training imports; PyTorch's optimizers import torch._dynamo when they are made.
+_PRELOAD = ("megatron_eso.train.loop", "megatron_eso.cli.train", "torch._dynamo")
 
 
 class Starter:
@@ -40,13 +41,18 @@ class Starter:
         self._environment, self._is_warm = environment, is_warm
         self._template, self._channel = 0, None
 
-    def start(self, environment: Mapping[str, str]) -> int:
-        """Return the process id of a new rank, a child of this process."""
+    def start(self, environment: Mapping[str, str], errors: int | None = None) -> int:
+        """Return the process id of a new rank, a child of this process.
+
+        Args:
+            environment: the rank's environment.
+            errors: an inherited file descriptor that takes its standard error; None: as of this process.
+        """
         if not self._is_warm:
             command = [sys.executable, "-m", self._module, *self._arguments]
-            return spawn(command, environment, self._inherit)
+            return spawn(command, environment, self._inherit, errors)
         order = {"arguments": self._arguments, "environment": dict(environment),
-                 "module": self._module}  # fmt: skip
+                 "module": self._module, "errors": errors}  # fmt: skip
         for _ in range(2):  # the second time with a new template, should the first have died
             try:
                 return self._ask(json.dumps(order) + "\n")
@@ -77,6 +83,18 @@ class Starter:
                 raise ConnectionError("the template has ended")
             answer += part
         return int(answer)
+
+
+def threads_of_each(number: int) -> dict[str, str]:
+    """Return the environment that shares this machine's cores among ``number`` ranks, unless it is set."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // number, 1))}
+
+
+def can_be_warm() -> bool:
+    """Return whether ranks of this machine may be forked: no GPU, and a kernel that hands orphans over."""
+    return sys.platform == "linux" and not has_gpu()
 
 
 def has_gpu() -> bool:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -34,7 +34,7 @@ from megatron_eso.launch.processes import (
     state_of,
 )
 from megatron_eso.launch.records import checkpoint_step
-from megatron_eso.launch.starter import Starter
+from megatron_eso.launch.starter import Starter, threads_of_each
 
 _FINAL_CODES = (2, 3, 4, 5, 6)  # errors.py: the same command would fail the same way
 _STOP_GRACE_SECONDS, _ERROR_GRACE_SECONDS = 120.0, 10.0
@@ -59,8 +59,7 @@ class Supervision:
     rank_environment: Mapping[str, str] | None = None
     """RANK, WORLD_SIZE ... given by srun for the one rank of this task; None: we choose them."""
     module: str = "megatron_eso"
-    preload: Sequence[str] | None = None
-    """Modules that the template imports; None: those of training."""
+    """Module that a rank runs, with training's imports and arguments."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,9 @@ def supervise(settings: Supervision) -> int:
     stop = _Stop()
     for number in STOPPING:
         signal.signal(number, stop)
-    base = {**os.environ, **_threads(settings.num_ranks)}
-    preload = {} if settings.preload is None else {"preload": settings.preload}
+    base = {**os.environ, **threads_of_each(settings.num_ranks)}
     starter = Starter(settings.arguments, [board.descriptor], base, is_warm=settings.is_warm,
-                      module=settings.module, **preload)  # fmt: skip
+                      module=settings.module)  # fmt: skip
     _note(settings, "launch", num_ranks=settings.num_ranks)
     code = 1
     try:
@@ -325,12 +323,6 @@ def _environment(local: int, number: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-
-
-def _threads(number: int) -> dict[str, str]:
-    if "OMP_NUM_THREADS" in os.environ:
-        return {}
-    return {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // number, 1))}
 
 
 def say(text: str) -> None:

@@ -2,12 +2,13 @@
 
     python -m megatron_eso.launch.template SOCKET LAUNCHER MODULE...
 
-reads lines {"arguments": [...], "environment": {...}} from a socket and answers each with the process
-id of a rank that runs ``python -m megatron_eso ARGUMENTS``. The rank becomes the launcher's child: the
-launcher adopts orphans, and the process between them ends at once. Only for CPU runs, as a GPU that
-was used before a fork cannot be used after it.
+reads lines {"module": M, "arguments": [...], "environment": {...}, "errors": file descriptor or null}
+from a socket and answers each with the process id of a rank that runs ``python -m M ARGUMENTS``. The
+rank becomes the launcher's child: the launcher adopts orphans, and the process between them ends at
+once. Only for CPU runs, as a GPU that was used before a fork cannot be used after it.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -18,6 +19,7 @@ import time
 import traceback
 from typing import Any
 
+from megatron_eso.garbage import look_rarely
 from megatron_eso.launch.processes import die_with_parent, hold_signals
 
 
@@ -25,8 +27,10 @@ def main() -> None:
     """Import the modules, then start ranks until the launcher closes the socket."""
     channel = socket.socket(fileno=int(sys.argv[1]))
     launcher = int(sys.argv[2])
+    look_rarely()
     for name in sys.argv[3:]:
         importlib.import_module(name)
+    gc.freeze()  # ranks share what is not looked at, as nothing is written there
     with channel.makefile("r") as lines:
         for line in lines:
             if not os.fork():
@@ -49,6 +53,8 @@ def _hand_over(channel: socket.socket, launcher: int, order: dict[str, Any]) -> 
         time.sleep(0.001)
     die_with_parent(launcher)
     channel.close()
+    if order["errors"] is not None:
+        os.dup2(order["errors"], 2)
     os.environ.clear()
     os.environ.update(order["environment"])
     sys.argv = ["megatron_eso", *order["arguments"]]

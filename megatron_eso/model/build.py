@@ -10,9 +10,9 @@ from megatron_eso.config.schema import RunConfig
 from megatron_eso.model.eso_model import EsoModel
 from megatron_eso.model.megatron_config import transformer_config
 from megatron_eso.parallel.groups import Layout
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 

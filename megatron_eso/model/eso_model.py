@@ -17,12 +17,12 @@ from megatron_eso.model.layer_graphs import LayerGraphs
 from megatron_eso.model.rotary import gather_angles, rotary_tables
 from megatron_eso.model.specs import block_spec
 from megatron_eso.objective.rows import StackRows
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 from megatron_eso.parallel.norms import select_entries
 from megatron_eso.parallel.parameters import await_gathered
 from megatron_eso.parallel.vocabulary_loss import Head, target_log_probs
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core import tensor_parallel
     from megatron.core.models.common.embeddings.language_model_embedding import (
         LanguageModelEmbedding,

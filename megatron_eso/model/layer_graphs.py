@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from megatron_eso.model.attention.rows import AttentionRows
 from megatron_eso.parallel.finish import before_finish
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 from megatron_eso.parallel.parameters import await_gathered
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core import parallel_state
     from megatron.core.transformer import cuda_graphs as megatron_graphs
     from megatron.core.transformer.transformer_layer import TransformerLayer

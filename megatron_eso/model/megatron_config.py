@@ -7,9 +7,9 @@ from torch.nn.functional import silu
 
 from megatron_eso.config import derive
 from megatron_eso.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core.transformer.enums import AttnBackend
     from megatron.core.transformer.transformer_config import TransformerConfig
 

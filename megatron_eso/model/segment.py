@@ -17,10 +17,10 @@ from megatron_eso.model.attention.core import EsoCoreAttention
 from megatron_eso.model.attention.rows import AttentionRows
 from megatron_eso.model.eso_model import EsoModel
 from megatron_eso.model.specs import AttentionInput, AttentionProjection
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import, without_cuda_names
+from megatron_eso.parallel.megatron_patches import importing_megatron, without_cuda_names
 from megatron_eso.parallel.norms import LayerNorm, RMSNorm, select_entries
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 # Up to here one product of a float32 weight with a few columns is faster on a CPU than `linear`, which

@@ -8,10 +8,10 @@ from megatron_eso.config.schema import ModelConfig
 from megatron_eso.model import te_specs
 from megatron_eso.model.attention.core import EsoCoreAttention
 from megatron_eso.model.layer_graphs import GraphedLayer
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 from megatron_eso.parallel.norms import LayerNorm, RMSNorm
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules

@@ -9,9 +9,9 @@ from copy import copy
 from functools import cache
 from typing import Any
 
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core.extensions import transformer_engine as megatron_te
     from megatron.core.transformer.enums import AttnMaskType
 

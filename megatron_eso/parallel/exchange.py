@@ -11,9 +11,9 @@ from torch import Tensor
 from megatron_eso.errors import CheckpointError, DataError
 from megatron_eso.objective.rows import StackRows, part_of_rows, to_device
 from megatron_eso.parallel.groups import Layout
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core import tensor_parallel
 
 Result = TypeVar("Result")

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core import parallel_state
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.extensions import transformer_engine as megatron_te
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_eso.config.schema import ParallelConfig
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core import parallel_state, tensor_parallel
 
 

@@ -85,14 +85,14 @@ def without_cuda_names() -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def quiet_megatron_import() -> Iterator[None]:
-    """Silence what Megatron says at import about packages the CPU path does not use."""
+def importing_megatron() -> Iterator[None]:
+    """Import Megatron-Core as this machine needs it, without its words on packages that are not used."""
     if "megatron.core" not in sys.modules:  # which imports Transformer Engine
         # Megatron's layers.py relies on it: communication and products start in program order, so that they
         # overlap. CUDA reads it once, when the first call makes its context: too late after set_device.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         load_cudnn_of_torch(os.environ, Path(torch.__file__).parent.parent)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_compiler():
         for message in _IMPORT_MESSAGES:
             warnings.filterwarnings("ignore", message=message)
         # Third-party deprecations raised inside Megatron's own import chain are not ours to fix.
@@ -100,6 +100,28 @@ def quiet_megatron_import() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=SyntaxWarning)
         yield
+
+
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Without a GPU, have Megatron's modules keep their small functions as they are written.
+
+    Reason: Megatron decorates them with torch.compile while it is imported. That loads PyTorch's compiler,
+    a third of the time of every start; and a function that is called would need a C++ compiler, which a
+    user's machine may not have.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+
+    def as_written(model: Any = None, **options: Any) -> Any:
+        return model if model is not None else as_written
+
+    before, torch.compile = torch.compile, as_written
+    try:
+        yield
+    finally:
+        torch.compile = before
 
 
 def load_cudnn_of_torch(environment: MutableMapping[str, str], packages: Path) -> None:
@@ -146,7 +168,6 @@ def apply_cpu_patches() -> None:
     _active_mode = CudaNamesMeanCpu()
     _active_mode.__enter__()
     _patch_torch_cuda()
-    _patch_jit_fuser()
     _patch_random_state()
     _patch_buffers_of_one_rank()
 
@@ -168,24 +189,13 @@ def _patch_torch_cuda() -> None:
     torch.cuda.Event = NoStream  # type: ignore[assignment,misc]
 
 
-def _patch_jit_fuser() -> None:
-    """Turn off Megatron's torch.compile of small functions.
-
-    Reason: on a CPU it would call a C++ compiler, which a user's machine may not have, in the first
-    training step.
-    """
-    with quiet_megatron_import():
-        from megatron.core import jit
-    jit.disable_jit_fuser()
-
-
 def _patch_buffers_of_one_rank() -> None:
     """Skip the reduction of gradients and the gathering of parameters over a group of one rank.
 
     Reason: gloo copies the whole gradient buffer twice and the parameter buffer once, onto themselves,
     in every step: a twentieth of a small model's step. NCCL knows that there is nothing to do.
     """
-    with quiet_megatron_import():
+    with importing_megatron():
         from megatron.core.distributed import param_and_grad_buffer
     module: Any = param_and_grad_buffer
 
@@ -209,7 +219,7 @@ def without_results_manager() -> Iterator[None]:
     Reason: the process outlives a rank that is killed, and its pipe breaks (EOFError) where a write
     fails. checkpoint/strategy.py hands results over itself.
     """
-    with quiet_megatron_import():
+    with importing_megatron():
         from megatron.core.dist_checkpointing.strategies import filesystem_async
     module: Any = filesystem_async
     before, module._results_queue = module._results_queue, NoStream()
@@ -226,7 +236,7 @@ def with_reader_of_folders(make_reader: Callable[[Any], Any]) -> Iterator[None]:
     Reason: its strategy has no setting for the reader, and PyTorch's makes two copies of every tensor.
     checkpoint/straight_reader.py reads straight into the optimizer's memory.
     """
-    with quiet_megatron_import():
+    with importing_megatron():
         from megatron.core.dist_checkpointing.strategies import torch as strategy
     module: Any = strategy
     before = module._get_filesystem_reader
@@ -264,7 +274,7 @@ def _patch_random_state() -> None:
     Reason: the random tracker that gives tensor ranks different dropout masks saves and restores
     the CUDA generator, and activation recomputation does the same.
     """
-    with quiet_megatron_import():
+    with importing_megatron():
         from megatron.core.tensor_parallel import random as megatron_random
 
     def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from megatron_eso.config.schema import OptimizerConfig, ParallelConfig
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 from megatron_eso.parallel.phases import phase
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,

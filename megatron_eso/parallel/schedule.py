@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
 ForwardStep = Callable[[Iterator[Any], nn.Module], tuple[Any, Callable[[Any], Any]]]

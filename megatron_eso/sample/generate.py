@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from torch import Tensor
 
@@ -10,29 +9,14 @@ from megatron_eso.config.schema import ObjectiveConfig
 from megatron_eso.errors import ConfigError
 from megatron_eso.model.replica import Replica
 from megatron_eso.sample.plan import (
-    METHODS,
     DecodingPlan,
-    Method,
     check_prefix,
     make_block_plan,
     make_plan,
 )
 from megatron_eso.sample.prompt import Canvas
 from megatron_eso.sample.sampler import Choice, Sampled, check_choice, fill_rows
-
-
-@dataclass(frozen=True)
-class PlanSettings:
-    """How rows are decided; what the model's objective does not know is refused."""
-
-    method: Method | Literal["auto"] = "auto"
-    """binomial, fixed, strided or left-to-right; auto: binomial, and for ar left-to-right."""
-    alpha_0: float | None = None
-    """Share of the tokens by diffusion; None: as trained."""
-    num_steps: int | None = None
-    """Diffusion steps; None: as many as tokens."""
-    tokens_per_step: int | None = None
-    """Instead of num_steps: tokens of a diffusion step, on average."""
+from megatron_eso.sample.settings import PlanSettings, check_settings
 
 
 @dataclass(frozen=True)
@@ -54,24 +38,6 @@ class Batch:
             ends = (place for place in sorted(decided) if tokens[place] == stop_token)
             rows.append(tokens[padding : next(ends, len(tokens))])
         return rows
-
-
-def check_settings(settings: PlanSettings) -> None:
-    """Refuse settings without a meaning, before a model is loaded.
-
-    Raises:
-        ConfigError: naming the option.
-    """
-    if settings.method not in ("auto", *METHODS):
-        raise ConfigError(f"--plan {settings.method} is not one of auto, {', '.join(METHODS)}")
-    if settings.alpha_0 is not None and not 0 <= settings.alpha_0 <= 1:
-        raise ConfigError(f"--alpha-0 {settings.alpha_0} must be in [0, 1]")
-    for name in ("num_steps", "tokens_per_step"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if settings.num_steps and settings.tokens_per_step:
-        raise ConfigError("--num-steps and --tokens-per-step say the same thing; give one of them")
 
 
 def check_request(

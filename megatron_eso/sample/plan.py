@@ -5,7 +5,6 @@ Letters: B = rows, L = tokens of a row.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -13,15 +12,13 @@ from torch import Tensor
 
 from megatron_eso.errors import ConfigError
 from megatron_eso.export.hf.decoding_esolm import (
-    METHODS,
     binomial_counts,
     diffusion_counts,
     even_counts,
     row_order,
 )
 from megatron_eso.objective.randomness import Stream, uniform_rows
-
-Method = Literal["binomial", "fixed", "strided", "left-to-right"]
+from megatron_eso.sample.settings import METHODS, Method
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def fit_parametric(
             low, high = np.quantile(table[:, index], [0.05, 0.95])
             intervals[name] = (float(low), float(high))
     E, A, B, a, b = _natural(best)
-    residuals = tuple(float(r) for r in y - _log_loss(best, n, d))
+    residuals = tuple(float(r) for r in y - _log_loss(_terms(best, n, d)))
     return Parametric(E, A, B, a, b, residuals, intervals)
 
 
@@ -86,11 +86,12 @@ def _natural(point: np.ndarray) -> tuple[float, float, float, float, float]:
 
 def _terms(point: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
     log_a, log_b, log_e, a, b = point
-    return np.stack([log_a - a * n, log_b - b * d, np.full_like(n, log_e)])
+    terms = np.empty((3, len(n)))
+    terms[0], terms[1], terms[2] = log_a - a * n, log_b - b * d, log_e
+    return terms
 
 
-def _log_loss(point: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
-    terms = _terms(point, n, d)
+def _log_loss(terms: np.ndarray) -> np.ndarray:
     top = terms.max(axis=0)
     return top + np.log(np.exp(terms - top).sum(axis=0))
 
@@ -100,21 +101,16 @@ def _objective(
 ) -> tuple[float, np.ndarray]:
     """Return the summed Huber loss of log-loss and its gradient, both over delta^2 (conditioning)."""
     terms = _terms(point, n, d)
-    fitted = _log_loss(point, n, d)
-    error = fitted - y
-    small = np.abs(error) <= HUBER_DELTA
-    value = np.where(small, 0.5 * error**2, HUBER_DELTA * (np.abs(error) - 0.5 * HUBER_DELTA))
-    slope = np.clip(error, -HUBER_DELTA, HUBER_DELTA) * np.exp(terms - fitted)
-    gradient = np.array(
-        [
-            slope[0].sum(),
-            slope[1].sum(),
-            slope[2].sum(),
-            -(slope[0] * n).sum(),
-            -(slope[1] * d).sum(),
-        ]
-    )
-    return float(value.sum()) / HUBER_DELTA**2, gradient / HUBER_DELTA**2
+    fitted = _log_loss(terms)
+    error = (fitted - y) / HUBER_DELTA
+    clipped = np.minimum(np.maximum(error, -1.0), 1.0)
+    value = clipped @ (
+        error - 0.5 * clipped
+    )  # error^2 / 2 where it is small, |error| - 1/2 elsewhere
+    slope = clipped * np.exp(terms - fitted)
+    sums = slope.sum(axis=1) / HUBER_DELTA
+    of_exponents = (-(slope[0] @ n) / HUBER_DELTA, -(slope[1] @ d) / HUBER_DELTA)
+    return float(value), np.array([*sums, *of_exponents])
 
 
 def _minimise(
@@ -126,13 +122,21 @@ def _minimise(
         raise UserError("this fit needs scipy: pip install 'megatron-eso[plots]'") from None
     # Exponents stay in (0, 3): a flat or a vertical term is no law.
     bounds = [(-20, 60), (-20, 60), (-10, 5), (0.01, 3), (0.01, 3)]
+    # Of sizes about their mean a change of an exponent moves no term as a whole: fewer steps.
+    middle = np.array([n.mean(), d.mean()])
     result = minimize(
         _objective,
-        start,
-        args=(n, d, y),
+        _moved(start, -middle),
+        args=(n - middle[0], d - middle[1], y),
         jac=True,
         method="L-BFGS-B",
         bounds=bounds,
         options={"maxiter": 3000, "maxfun": 6000, "ftol": 1e-13, "gtol": 1e-9},
     )
-    return result.x, float(result.fun)
+    return _moved(result.x, middle), float(result.fun)
+
+
+def _moved(point: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Return the same law of log-sizes that are greater by this."""
+    log_a, log_b, log_e, a, b = point
+    return np.array([log_a + a * by[0], log_b + b * by[1], log_e, a, b])

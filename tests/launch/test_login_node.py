@@ -237,3 +237,17 @@ def test_a_number_of_samples_or_tokens_below_one_is_refused(tmp_path, option, nu
 
     with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} {number} must be at"):
         sample(tmp_path, **{option: number})
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["sample", "r", "--alpha-0", "2"], "--alpha-0 2.0 must be in [0, 1]"),
+        (["sample", "r", "--plan", "best"], "--plan best is not one of auto, binomial"),
+        (["sample", "r", "--ranks", "2"], "1 ranks are needed; set --ranks 1"),
+        (["eval", "r", "data", "--batch", "0"], "--batch 0 must be at least 1"),
+    ],
+)
+def test_wrong_numbers_are_refused_before_torch_is_imported(node, words, message):
+    """Its import takes seconds, and the ranks import it for themselves."""
+    assert message in node.run(*words, code=2)

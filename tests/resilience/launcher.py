@@ -9,7 +9,4 @@ from megatron_eso.launch.supervisor import Supervision, supervise
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     given["run"] = Path(given["run"])
-    preload = ["megatron_eso.train.loop", "megatron_eso.cli.train"]
-    raise SystemExit(
-        supervise(Supervision(module="tests.resilience.faulty_rank", preload=preload, **given))
-    )
+    raise SystemExit(supervise(Supervision(module="tests.resilience.faulty_rank", **given)))

@@ -15,9 +15,9 @@ from megatron_eso.model.attention.split import copies_attention, split_attention
 from megatron_eso.model.rotary import rotate
 from megatron_eso.model.te_specs import attend_causally, causal_attention
 from megatron_eso.objective.rows import Pattern
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core.transformer.module import MegatronModule
 
 

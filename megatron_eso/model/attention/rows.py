@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_eso.objective.rows import Pattern
-from megatron_eso.parallel.megatron_patches import quiet_megatron_import
+from megatron_eso.parallel.megatron_patches import importing_megatron
 
-with quiet_megatron_import():
+with importing_megatron():
     from megatron.core.packed_seq_params import PackedSeqParams
 
 
