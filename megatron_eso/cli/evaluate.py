@@ -75,6 +75,7 @@ def evaluate(
     from megatron_eso.eval.evaluate import METRICS, check_request
     from megatron_eso.eval.evaluate import evaluate as run
     from megatron_eso.files import write_json
+    from megatron_eso.garbage import look_at_new_objects
     from megatron_eso.parallel.exchange import Rows
     from megatron_eso.parallel.finish import finish
 
@@ -84,6 +85,7 @@ def evaluate(
         checkpoint, use_ema=not raw_weights, dtype="fp32", tensor=tensor, pipeline=pipeline,
         context=context, with_tokenizer=False,
     )  # fmt: skip
+    look_at_new_objects()
     config = replace(loaded.replica.config, eval=settings)
     reader = _reader(data, loaded, tokenizer, config, text_key, rows)
 

@@ -79,6 +79,7 @@ def sample(
         raise SystemExit(start_ranks(ranks, sys.argv[1:], preload))
 
     from megatron_eso.cli.model_loading import describe, load, tokenizer_of
+    from megatron_eso.garbage import look_at_new_objects
     from megatron_eso.parallel.finish import finish
     from megatron_eso.sample.generate import check_request
     from megatron_eso.sample.output import require_new
@@ -97,6 +98,7 @@ def sample(
     loaded = load(
         checkpoint, use_ema=not raw_weights, dtype="fp32", tensor=tensor, pipeline=pipeline
     )
+    look_at_new_objects()
     _run(loaded, canvas, settings, choice, batch=1 if live else batch, live=live, out=out)
     finish()
 
