@@ -46,7 +46,7 @@ def load_config(
     for source, content in _layers(path, overrides or [], schema):
         _refuse_wrong_keys(content, schema, source)
         try:
-            merged = OmegaConf.unsafe_merge(merged, content)  # that copies neither
+            merged = OmegaConf.unsafe_merge(merged, content)  # merge() copies all of it
         except OmegaConfBaseException as error:
             raise ConfigError(f"{source}: {_first_lines(error)}") from None
     try:

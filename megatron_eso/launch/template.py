@@ -8,7 +8,6 @@ rank becomes the launcher's child: the launcher adopts orphans, and the process 
 once. Only for CPU runs, as a GPU that was used before a fork cannot be used after it.
 """
 
-import gc
 import importlib
 import json
 import os
@@ -19,7 +18,7 @@ import time
 import traceback
 from typing import Any
 
-from megatron_eso.garbage import look_rarely
+from megatron_eso.garbage import look_at_new_objects, look_rarely
 from megatron_eso.launch.processes import die_with_parent, hold_signals
 
 
@@ -30,7 +29,7 @@ def main() -> None:
     look_rarely()
     for name in sys.argv[3:]:
         importlib.import_module(name)
-    gc.freeze()  # ranks share what is not looked at, as nothing is written there
+    look_at_new_objects()  # ranks share what is not looked at, as nothing is written there
     with channel.makefile("r") as lines:
         for line in lines:
             if not os.fork():

@@ -104,13 +104,10 @@ def _objective(
     fitted = _log_loss(terms)
     error = (fitted - y) / HUBER_DELTA
     clipped = np.minimum(np.maximum(error, -1.0), 1.0)
-    value = clipped @ (
-        error - 0.5 * clipped
-    )  # error^2 / 2 where it is small, |error| - 1/2 elsewhere
-    slope = clipped * np.exp(terms - fitted)
-    sums = slope.sum(axis=1) / HUBER_DELTA
-    of_exponents = (-(slope[0] @ n) / HUBER_DELTA, -(slope[1] @ d) / HUBER_DELTA)
-    return float(value), np.array([*sums, *of_exponents])
+    # error^2 / 2 where it is small, |error| - 1/2 elsewhere
+    value = clipped @ (error - 0.5 * clipped)
+    slope = clipped * np.exp(terms - fitted) / HUBER_DELTA
+    return float(value), np.array([*slope.sum(axis=1), -(slope[0] @ n), -(slope[1] @ d)])
 
 
 def _minimise(

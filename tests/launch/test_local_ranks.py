@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-STARTS = (
-    "import sys; from megatron_eso.launch.local import start_ranks; raise SystemExit(start_ranks("
-)
+STARTS = "from megatron_eso.launch.local import start_ranks; raise SystemExit(start_ranks("
 
 
 @pytest.fixture(params=[False, True], ids=["new", "forked"])
