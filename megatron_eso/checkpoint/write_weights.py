@@ -19,17 +19,14 @@ from megatron_eso.checkpoint.folder import (
     CheckpointFolder,
 )
 from megatron_eso.checkpoint.state import WEIGHTS, add
+from megatron_eso.checkpoint.strategy import Planner
 from megatron_eso.config.schema import ParallelConfig, RunConfig
 from megatron_eso.errors import CheckpointError
 from megatron_eso.files import write_json, write_whole
 from megatron_eso.model.build import build_chunks, resolve_precision
 from megatron_eso.parallel.device import Ranks, choose_device, start_process_group
 from megatron_eso.parallel.groups import build_groups
-from megatron_eso.parallel.megatron_patches import importing_megatron
 from megatron_eso.parallel.parameters import pieces, sharded_parameters
-
-with importing_megatron():
-    from megatron.core import dist_checkpointing
 
 TOKENIZER = "tokenizer.json"
 
@@ -75,7 +72,9 @@ def write_weights(
     for entry in sharded_parameters(chunks):
         add(state, entry, WEIGHTS, entry.data.detach())
     path.mkdir(parents=True, exist_ok=True)
-    dist_checkpointing.save(state, str(path))
+    plan = Planner().plan(state, path)
+    results, files = plan.write()
+    plan.publish(path, [results])
     if tokenizer_json is not None:
         write_whole(path / TOKENIZER, tokenizer_json)
     sidecar = {
@@ -93,7 +92,7 @@ def write_weights(
     }
     write_json(path / SIDECAR, sidecar)
     folder = CheckpointFolder(path)
-    folder.commit()
+    folder.commit(files)
     return folder
 
 

@@ -1,0 +1,266 @@
+"""Commands for tests that start many: forked from a process that has imported everything.
+
+A new Python imports for five seconds before a command does anything. From there on a forked one differs in
+nothing: module, arguments, folder, environment, limits, signals, exit handlers and exit code are its own.
+The template from which a launcher forks ranks is forked from it in turn. What a new Python and a real
+template do is tested by those tests that start them with ``sys.executable``.
+"""
+
+import atexit
+import importlib
+import io
+import json
+import os
+import resource
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_eso.garbage import look_at_new_objects, look_rarely
+from megatron_eso.launch import starter, template
+from megatron_eso.launch.processes import STOPPING, die_with_parent, hold_signals, spawn
+
+ROOT = Path(__file__).parent.parent
+# Read when torch is imported, thus the same for all.
+AT_IMPORT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+IMPORTS = (
+    "megatron_eso.train.loop", "megatron_eso.cli.train", "torch._dynamo", "torch.utils.tensorboard",
+    "megatron_eso.cli.model_loading", "megatron_eso.eval.evaluate", "megatron_eso.sample.generate",
+)  # fmt: skip
+
+
+class Command:
+    """One started command; has what tests use of subprocess.Popen."""
+
+    def __init__(self, control: socket.socket, stdout: int, stderr: int | None) -> None:
+        self._control, self._said = control, b""
+        self.stdout = os.fdopen(stdout)
+        self.stderr = None if stderr is None else os.fdopen(stderr)
+        self.returncode: int | None = None
+        self.pid = int(self._line(None))
+
+    def _line(self, timeout: float | None) -> str:
+        """Return the next line of the process that waits for the command; TimeoutError if none comes."""
+        self._control.settimeout(timeout)
+        while b"\n" not in self._said:
+            part = self._control.recv(64)
+            if not part:
+                raise AssertionError("the process that waits for the command has died")
+            self._said += part
+        line, self._said = self._said.split(b"\n", 1)
+        return line.decode()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit code, or minus the signal that ended it; TimeoutError after ``timeout`` s."""
+        if self.returncode is None:
+            self.returncode = int(self._line(timeout))
+            self._control.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """Return the exit code if the command has ended."""
+        try:
+            return self.wait(0.0)
+        except (TimeoutError, BlockingIOError):
+            return None
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Return what it wrote to standard output and to standard error, once it has ended."""
+        said = {"out": "", "err": ""}
+
+        def read(name: str, file: io.TextIOWrapper) -> None:
+            said[name] = file.read()
+            file.close()
+
+        files = [("out", self.stdout)] + ([("err", self.stderr)] if self.stderr else [])
+        readers = [threading.Thread(target=read, args=pair, daemon=True) for pair in files]
+        for reader in readers:
+            reader.start()
+        try:
+            self.wait(timeout)
+        except TimeoutError:
+            self.kill()
+            raise
+        for reader in readers:
+            reader.join(60.0)
+            assert not reader.is_alive(), "a process that the command left behind holds its output"
+        return said["out"], said["err"]
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, if it has not ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill it and its session."""
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+_first: list[Any] = []
+
+
+def start(
+    *arguments: object,
+    folder: Path,
+    module: str = "megatron_eso",
+    environment: Mapping[str, str] | None = None,
+    limits: Mapping[int, int] | None = None,
+    is_one_output: bool = False,
+) -> Command:
+    """Start ``python -m MODULE ARGUMENTS``.
+
+    Args:
+        arguments: of the command.
+        folder: in which it runs.
+        module: what it runs.
+        environment: variables beside this process's; none of them may be read at import.
+        limits: soft resource limits (resource.RLIMIT_...), which all that it starts inherit.
+        is_one_output: standard error goes where standard output goes.
+    """
+    variables = {**os.environ, **AT_IMPORT, **(environment or {})}
+    variables.pop("RANK", None)
+    assert all(variables[name] == value for name, value in AT_IMPORT.items())
+    order = {"module": module, "arguments": list(map(str, arguments)), "folder": str(folder),
+             "environment": variables, "limits": list((limits or {}).items())}  # fmt: skip
+    out, its_out = os.pipe()
+    err, its_err = (None, os.dup(its_out)) if is_one_output else os.pipe()
+    control, its_control = socket.socketpair()
+    theirs = [its_out, its_err, its_control.fileno()]
+    socket.send_fds(_channel(), [json.dumps(order).encode()], theirs)
+    os.close(its_out)
+    os.close(its_err)
+    its_control.close()
+    return Command(control, out, err)
+
+
+def run(*arguments: object, folder: Path, code: int = 0, **named: Any) -> str:
+    """Run a command to its end, expect an exit code, return standard output and standard error."""
+    process = start(*arguments, folder=folder, **named)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out + err
+
+
+def _channel() -> socket.socket:
+    """Return the channel to the process that all commands are forked from; it ends with this one."""
+    if not _first:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [sys.executable, "-m", "tests.forked", str(theirs.fileno()), str(os.getpid())]
+        environment = {**os.environ, **AT_IMPORT}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()])
+        theirs.close()
+        _first.extend((ours, process))
+        atexit.register(lambda: (ours.close(), process.wait()))
+    return _first[0]
+
+
+def _serve(channel: socket.socket) -> None:
+    """Start commands until the channel is closed."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        order, files, _, _ = socket.recv_fds(channel, 1 << 20, 3)
+        if not order:
+            os._exit(0)
+        if not os.fork():
+            channel.close()
+            _watch(json.loads(order), *files)
+        for file in files:
+            os.close(file)
+
+
+def _watch(order: dict, out: int, err: int, control: int) -> None:
+    """Start the command, tell its process id and, when it has ended, its exit code."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    pid = os.fork()
+    if not pid:
+        os.close(control)
+        _become(order, out, err)
+    os.close(out)
+    os.close(err)
+    os.write(control, f"{pid}\n".encode())
+    _, status = os.waitpid(pid, 0)
+    os.write(control, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    os._exit(0)
+
+
+def _become(order: dict, out: int, err: int) -> None:
+    """Be the command, to the end of the process."""
+    os.setsid()
+    os.chdir(order["folder"])
+    for limit, soft in order["limits"]:
+        resource.setrlimit(limit, (soft, resource.getrlimit(limit)[1]))
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    for number, file in ((0, os.open(os.devnull, os.O_RDONLY)), (1, out), (2, err)):
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False))
+    sys.stderr = io.TextIOWrapper(
+        open(2, "wb", closefd=False), line_buffering=True, errors="backslashreplace"
+    )
+    starter.spawn = _spawn
+    sys.argv = [order["module"], *order["arguments"]]
+    code: object = 0
+    try:
+        runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # waits for threads and runs what modules do at exit, as a new Python does
+    atexit._run_exitfuncs()
+    if not isinstance(code, int | None):
+        print(code, file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(code or 0))
+
+
+def _spawn(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    inherit: Sequence[int],
+    errors: int | None = None,
+) -> int:
+    """Fork a launcher's template, which would only import again what is here; start others as ever."""
+    if list(command[1:3]) != ["-m", template.__name__]:
+        return spawn(command, environment, inherit, errors)
+    parent = os.getpid()
+    before = hold_signals()
+    child = os.fork()
+    if child:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return child
+    try:
+        os.setsid()
+        die_with_parent(parent)
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv = list(command[2:])
+        template.main()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    die_with_parent(int(sys.argv[2]))
+    look_rarely()
+    for name in IMPORTS:
+        importlib.import_module(name)
+    look_at_new_objects()
+    _serve(socket.socket(fileno=int(sys.argv[1])))
