@@ -1,4 +1,7 @@
-"""Every command as a user runs it: real processes, real ranks, a small text of its own."""
+"""Every command as a user runs it: real processes, real ranks, a small text of its own.
+
+Each of the main commands starts once in a new Python, then in forked ones (tests/forked.py).
+"""
 
 import json
 import os
@@ -22,6 +25,7 @@ from megatron_eso.errors import CheckpointError, ConfigError, UserError
 from megatron_eso.eval import frontier
 from megatron_eso.eval.evaluate import check_request
 from megatron_eso.eval.frontier import Point, hugging_face_judge, our_judge, windows
+from tests.forked import run, start
 from tests.replaced import replaced
 
 pytestmark = pytest.mark.slow
@@ -34,20 +38,16 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def start(*arguments, folder):
+def new_python(*arguments, folder):
+    """As a user runs it; the tests below fork, which saves the imports."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("RANK", None)
-    return subprocess.Popen(
+    done = subprocess.run(
         [sys.executable, "-m", "megatron_eso", *map(str, arguments)],
-        cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        cwd=folder, env=environment, text=True, capture_output=True, timeout=240,
     )  # fmt: skip
-
-
-def run(*arguments, folder, code=0):
-    process = start(*arguments, folder=folder)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    return out + err
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +59,13 @@ def place(tmp_path_factory):
     for number in range(40):
         words = " ".join(f"word{(number * i) % 97} is {i % 7}" for i in range(1, 80))
         (text / f"{number}.txt").write_text(f"document {number}\n{words}\n")
-    run("data", "prepare", text, "--out", "data", "--sequence-length", 32, "--vocab-size", 300,
-        "--validation-fraction", 0.2, folder=folder)  # fmt: skip
+    new_python("data", "prepare", text, "--out", "data", "--sequence-length", 32, "--vocab-size", 300,
+               "--validation-fraction", 0.2, folder=folder)  # fmt: skip
     (folder / "run.yaml").write_text(
         "data:\n  sources: [{path: data/train}]\n  validation: {text: data/validation}\n"
     )
-    run("train", "run.yaml", "name=first", "parallel.local_ranks=2", *SETTINGS, folder=folder)
+    arguments = ("train", "run.yaml", "name=first", "parallel.local_ranks=2", *SETTINGS)
+    new_python(*arguments, folder=folder)
     return folder
 
 
@@ -121,8 +122,8 @@ def test_a_profiled_step_leaves_a_trace_and_a_table_that_adds_up(place):
 
 
 def test_eval_prints_a_table_and_writes_json(place):
-    out = run("eval", "runs/first", "data/validation", "--rows", 4, "--orders", 2, "--json", "s.json",
-              folder=place)  # fmt: skip
+    out = new_python("eval", "runs/first", "data/validation", "--rows", 4, "--orders", 2, "--json",
+                     "s.json", folder=place)  # fmt: skip
     assert "nelbo" in out
     scores = json.loads((place / "s.json").read_text())
     trained = json.loads((place / "runs/first/evaluation.json").read_text())["text"]
@@ -159,13 +160,13 @@ def test_eval_scores_raw_text_as_it_scores_the_same_text_prepared(place):
 
 def test_sample_prints_the_prompt_and_text_and_repeats_itself(place):
     arguments = ("sample", "runs/first", "--prompt", "document", "--num-samples", 1, "--seed", 3)
-    first = run(*arguments, folder=place)
+    first = new_python(*arguments, folder=place)
     assert first.split("---\n")[1].startswith("document")
     assert first.split("--- ")[:2] == run(*arguments, folder=place).split("--- ")[:2]
 
 
 def test_an_exported_folder_samples_and_scores_as_its_checkpoint_does(place):
-    run("export", "runs/first", "--out", "exported", "--no-verify", folder=place)
+    new_python("export", "runs/first", "--out", "exported", "--no-verify", folder=place)
     text, scores = {}, {}
     for source in ("runs/first", "exported"):
         out = run("sample", source, "--prompt", "word", "--num-samples", 3, folder=place)

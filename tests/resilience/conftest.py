@@ -2,18 +2,20 @@
 
 import json
 import os
+import random
+import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 
 from megatron_eso.checkpoint.compare import compare
 from megatron_eso.checkpoint.folder import list_folders
+from tests import forked
 
-ROOT = Path(__file__).parents[2]
+MARK = resource.RLIMIT_MSGQUEUE
 SETTINGS = [
     "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.vocab_size=300",
     "train.sequence_length=32", "train.global_batch_rows=4", "train.micro_batch_rows=2",
@@ -28,30 +30,40 @@ class Faulty:
 
     def __init__(self, folder):
         self.folder = folder
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.environment.pop("RANK", None)
+        self.marks = {}  # name of a run: limit of its processes
 
-    def command(self, *arguments, code=0):
-        done = subprocess.run(
-            [sys.executable, "-m", "megatron_eso", *map(str, arguments)], cwd=self.folder / "x",
-            env=self.environment, capture_output=True, text=True, timeout=600,
+    def command(self, *arguments, code=0, limits=None):
+        return forked.run(*arguments, folder=self.folder / "x", code=code, limits=limits)
+
+    def mark(self, name):
+        """A resource limit that nothing comes near, by which all processes of a run can be told."""
+        drawn = random.SystemRandom().randrange(1000, 800_000)
+        return {MARK: self.marks.setdefault(name, drawn)}
+
+    def new_python(self, name, *arguments):
+        """Start ``python -m ARGUMENTS`` for a run, which imports everything itself."""
+        soft, hard = self.mark(name)[MARK], resource.getrlimit(MARK)[1]
+        environment = {
+            **os.environ, **forked.AT_IMPORT, "FAULTS": str(self.folder / "x" / f"{name}.faults"),
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # which restarts by torchrun need
+        }  # fmt: skip
+        environment.pop("RANK", None)
+        return subprocess.Popen(
+            [sys.executable, "-m", *arguments], cwd=self.folder / "x", text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
+            preexec_fn=lambda: resource.setrlimit(MARK, (soft, hard)),
         )  # fmt: skip
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
 
     def torchrun(self, name, *overrides, faults=()):
-        """Run two ranks under torchrun, with the environment that its restarts need."""
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=2",
+        """Run two ranks under torchrun."""
+        self.plan(name, faults)
+        process = self.new_python(
+            name, "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=2",
             "--monitor-interval=0.1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m",
             "tests.resilience.faulty_rank", *self.arguments(name, overrides),
-        ]  # fmt: skip
-        done = subprocess.run(
-            command, cwd=self.folder / "x", capture_output=True, text=True, timeout=600,
-            env={**self.environment, "FAULTS": str(self.plan(name, faults)),
-                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
+        out, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, out
         self.assert_nothing_left(name)
 
     def plan(self, name, faults):
@@ -64,14 +76,19 @@ class Faulty:
     def arguments(self, name, overrides):
         return ["train", "run.yaml", f"folder={name}", *SETTINGS, *overrides]
 
-    def start(self, name, *overrides, faults=(), num_ranks=2, **supervision):
-        """Start a supervised run; return the launcher's process."""
+    def start(self, name, *overrides, faults=(), num_ranks=2, is_forked=True, **supervision):
+        """Start a supervised run; return the launcher's process.
+
+        ``is_forked``: see tests/forked.py; else the launcher and its template are new Pythons.
+        """
         plan, arguments = self.plan(name, faults), self.arguments(name, overrides)
         given = {"arguments": arguments, "num_ranks": num_ranks, "run": name, "is_warm": True}
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.resilience.launcher", json.dumps({**given, **supervision})],
-            cwd=self.folder / "x", env={**self.environment, "FAULTS": str(plan)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        launcher = "tests.resilience.launcher", json.dumps({**given, **supervision})
+        if not is_forked:
+            return self.new_python(name, *launcher)
+        return forked.start(
+            launcher[1], module=launcher[0], folder=self.folder / "x", limits=self.mark(name),
+            environment={"FAULTS": str(plan)}, is_one_output=True,
         )  # fmt: skip
 
     def run(self, name, *overrides, code=0, **named):
@@ -96,9 +113,21 @@ class Faulty:
     def assert_no_process(self, name):
         """No process of the run is alive."""
         deadline = time.monotonic() + 10
-        while time.monotonic() < deadline and processes_of(name):
+        while time.monotonic() < deadline and self.processes_of(name):
             time.sleep(0.1)
-        assert not processes_of(name)
+        assert not self.processes_of(name)
+
+    def processes_of(self, name):
+        """Processes of a run that live: all have the mark of the first."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                limit, _ = process.rlimit(MARK)
+                if limit == self.marks[name] and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
 
     def assert_nothing_left(self, name):
         """No process of the run is alive and no temporary file of it exists."""
@@ -123,19 +152,6 @@ def flip_a_bit(folder):
     file.write_bytes(raw)
 
 
-def processes_of(name):
-    """Processes started for a run, by an environment that all its processes inherit."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            is_its = process.environ().get("FAULTS", "").endswith(f"/{name}.faults")
-            if is_its and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 @pytest.fixture(scope="session")
 def faulty(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faulty")
@@ -149,12 +165,9 @@ def faulty(tmp_path_factory):
                   "--vocab-size", 300, "--validation-fraction", 0.2)  # fmt: skip
     (folder / "x" / "run.yaml").write_text("data: {validation: {text: ../data/validation}}\n")
     yield place
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("FAULTS", "").startswith(str(folder)):
-                process.kill()
-        except psutil.Error:
-            continue
+    for name in place.marks:
+        for process in place.processes_of(name):
+            process.kill()
 
 
 @pytest.fixture(scope="session")

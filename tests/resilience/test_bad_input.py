@@ -44,6 +44,7 @@ def test_a_run_whose_lease_is_taken_publishes_nothing_and_ends(faulty):
     while not list(root.glob("step_*/COMMITTED")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
+    assert len(faulty.processes_of("fenced")) >= 4  # the launcher, its template, two ranks
     (root / lease.LEASE_FILE).write_text(json.dumps({"owner": "77.1", "updated": time.time()}))
     before = {path for path in root.glob("step_*/COMMITTED")}
     out, _ = process.communicate(timeout=600)

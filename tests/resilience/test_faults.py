@@ -26,7 +26,8 @@ def test_every_kind_of_death_and_hang_is_noticed_and_survived(faulty, undisturbe
         {"kind": "hang", "rank": 1, "step": 9},
         {"kind": "kill", "rank": 1, "step": 11},
     ]
-    out = faulty.run("deaths", *AT_ONCE, "resilience.min_timeout_seconds=8", faults=faults)
+    settings = (*AT_ONCE, "resilience.min_timeout_seconds=8")
+    out = faulty.run("deaths", *settings, faults=faults, is_forked=False)
     found = faulty.events("deaths", "fault")
     assert [f["cause"] for f in found] == ["killed", "crash", "hang", "hang", "hang", "killed"]
     assert [f["step"] for f in found[1:]] == [3, 5, 7, 9, 11]
@@ -42,7 +43,8 @@ def test_every_kind_of_death_and_hang_is_noticed_and_survived(faulty, undisturbe
 
 
 def test_a_killed_launcher_takes_its_ranks_along_and_the_next_one_continues(faulty, undisturbed):
-    process = faulty.start("launcher", *TWELVE, faults=[{"kind": "launcher", "rank": 1, "step": 7}])
+    fault = {"kind": "launcher", "rank": 1, "step": 7}
+    process = faulty.start("launcher", *TWELVE, faults=[fault], is_forked=False)
     process.communicate(timeout=600)
     assert process.returncode == -9
     faulty.assert_no_process("launcher")  # files of a save that was cut off stay for the next run

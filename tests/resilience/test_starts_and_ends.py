@@ -59,8 +59,8 @@ def test_a_start_on_a_full_disk_is_refused_and_the_next_one_continues(faulty):
     faulty.command("train", "run.yaml", *settings)
     folder = faulty.folder / "x" / "starved"
     before = content(folder)
-    with files_end_at(1024):
-        out = faulty.command("train", "run.yaml", *settings, code=2)
+    limits = {resource.RLIMIT_FSIZE: 1024}
+    out = faulty.command("train", "run.yaml", *settings, code=2, limits=limits)
     assert "folder=starved cannot be written" in out and "Traceback" not in out
     assert content(folder) == before
     assert lease.read(folder / "checkpoints") is None
