@@ -83,6 +83,7 @@ def _serve(
 ) -> None:
     """Import what the first job needs, fork the other ranks, and be the first one."""
     look_rarely()
+    _stay_on_one_core()
     if any(path.endswith("triton") for path in first_on_path):
         import torch._inductor.compile_fx  # looks for triton now, so it does not meet the stand-in
     sys.path[:0] = first_on_path
@@ -97,6 +98,17 @@ def _serve(
         arguments = (pipes, rank, os.getpid())
         multiprocessing.get_context("fork").Process(target=_serve_rank, args=arguments).start()
     _serve_rank(pipes, 0)
+
+
+def _stay_on_one_core() -> None:
+    """Keep a pool on one core where each worker of pytest-xdist has one.
+
+    A collective of gloo is a dozen messages, each of which wakes a thread: a quarter faster on one core.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    cores = sorted(os.sched_getaffinity(0))
+    if worker and len(cores) <= int(os.environ["PYTEST_XDIST_WORKER_COUNT"]):
+        os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
 
 
 def _serve_rank(pipes: list[Any], rank: int, first: int | None = None) -> None:

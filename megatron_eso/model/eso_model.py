@@ -17,7 +17,7 @@ from megatron_eso.model.layer_graphs import LayerGraphs
 from megatron_eso.model.rotary import gather_angles, rotary_tables
 from megatron_eso.model.specs import block_spec
 from megatron_eso.objective.rows import StackRows
-from megatron_eso.parallel.megatron_patches import importing_megatron
+from megatron_eso.parallel.megatron_patches import importing_megatron, without_cuda_names
 from megatron_eso.parallel.norms import select_entries
 from megatron_eso.parallel.parameters import await_gathered
 from megatron_eso.parallel.vocabulary_loss import Head, target_log_probs
@@ -104,6 +104,10 @@ class EsoModel(LanguageModule):
 
     def forward(self, rows: StackRows) -> Tensor:
         """Return log-probabilities [N] on the last stage, hidden states [L, R, H] on the others."""
+        with without_cuda_names():
+            return self._forward(rows)
+
+    def _forward(self, rows: StackRows) -> Tensor:
         hidden = self.hidden_states(
             rows.tokens,
             self.attention_rows(

@@ -79,9 +79,9 @@ class CudaNamesMeanCpu(TorchFunctionMode):
 def without_cuda_names() -> contextlib.AbstractContextManager[Any]:
     """Return a context without :class:`CudaNamesMeanCpu`, whose Python call slows small operators.
 
-    Only for our own code, which names its devices.
+    For code that names no CUDA device: ours, and Megatron's layers.
     """
-    return torch._C.DisableTorchFunction()
+    return torch._C.DisableTorchFunction() if _active_mode else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
