@@ -742,3 +742,24 @@ def fused_swiglu() -> tuple[list, list, list, list]:
         (out * torch.arange(12.0).view_as(out)).sum().backward()
         found += [out.tolist(), x.grad.tolist()]  # type: ignore[union-attr]
     return found[0], found[1], found[2], found[3]
+
+
+def zeros_of_dropout(overrides: list[str]) -> tuple[float, bool]:
+    """Return the share of zeros among embedded rows in training, and whether two passes differ."""
+    session = make_session(overrides)
+    model: Any = session.chunks[0].module
+    model.train()
+    tokens = torch.arange(2 * LENGTH).reshape(2, LENGTH) % (VOCAB - 1)
+    positions = torch.arange(LENGTH).repeat(2, 1)
+    embedded = model.embedding(input_ids=tokens, position_ids=None)
+    passes = [model.hidden_states(tokens, model.attention_rows(positions)) for _ in range(2)]
+    return float((embedded == 0).float().mean()), not torch.equal(*passes)
+
+
+def builds_with(name: str, value: str) -> bool:
+    """Return whether a session is made with a variable in the environment."""
+    os.environ[name] = value
+    try:
+        return make_session([]) is not None
+    finally:
+        os.environ.pop(name, None)

@@ -390,6 +390,17 @@ def test_bad_input_is_a_message_that_says_what_to_change(place, overrides, code,
     assert "Traceback" not in out
 
 
+def test_a_set_up_that_fails_tells_our_job_script_why(place):
+    """Without a status it would take the ranks for crashed, and start them again and again."""
+    words = ("train", "run.yaml", *SETTINGS, "data.sources=[{path: nowhere}]")
+    attempt = {"SLURM_JOB_ID": "5", "MEGATRON_ESO_ATTEMPT": "5.0"}
+    run(*words, "name=job", folder=place, code=3, environment=attempt)
+    status = json.loads((place / "runs/job/status.json").read_text())
+    assert status["state"] == "failed" and "data prepare" in status["reason"]
+    run(*words, "name=here", folder=place, code=3)
+    assert not (place / "runs/here/status.json").exists()
+
+
 def test_a_missing_checkpoint_is_a_message(place):
     assert "does not exist" in run("sample", "runs/none", folder=place, code=4)
 

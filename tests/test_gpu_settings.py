@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from megatron_eso.config.schema import ModelConfig, ParallelConfig, PrecisionCon
 from megatron_eso.errors import ConfigError
 from megatron_eso.model.megatron_config import transformer_config
 from megatron_eso.parallel.device import gpu_of_rank
+from megatron_eso.parallel.optimizer import buffer_settings
 
 # Megatron says this about its own default.
 pytestmark = pytest.mark.filterwarnings("ignore:full scope is deprecated")
@@ -79,6 +81,14 @@ def test_the_fused_swiglu_is_the_same_function(one_rank):
     values, gradients, expected_values, expected_gradients = one_rank.run("fused_swiglu")[0]
     torch.testing.assert_close(torch.tensor(values), torch.tensor(expected_values))
     torch.testing.assert_close(torch.tensor(gradients), torch.tensor(expected_gradients))
+
+
+def test_chunks_gather_whole_where_stages_interleave():
+    """Else each bucket of a chunk asks for the next, which the schedule has asked for already."""
+    for virtual, is_aligned in ((1, False), (2, True)):
+        parallel = ParallelConfig(pipeline=2, virtual_pipeline=virtual, overlap=True)
+        settings = buffer_settings(parallel, SimpleNamespace(fp8_param=False), on_gpu=True)
+        assert settings.align_param_gather is is_aligned
 
 
 def test_weights_are_made_where_they_live():

@@ -141,3 +141,14 @@ def test_flex_attention_is_refused_on_a_cpu_where_it_cannot_train(one_rank):
 )
 def test_layers_hold_the_kernel_that_the_configuration_names(one_rank, asked, built):
     assert one_rank.run("attention_of_layers", asked) == [{built}]
+
+
+def test_dropout_is_for_residual_branches_alone(one_rank):
+    embedded, changed = one_rank.run("zeros_of_dropout", ["model.dropout=0.5"])[0]
+    assert embedded == 0.0
+    assert changed
+
+
+@pytest.mark.parametrize("name", ["NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"])
+def test_variables_of_an_attention_that_is_not_used_are_no_obstacle(one_rank, name):
+    assert one_rank.run("builds_with", name, "0")[0]

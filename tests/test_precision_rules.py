@@ -209,6 +209,12 @@ def test_auto_takes_transformer_engine_where_it_works(overrides, machine, expect
     assert (precision.backend, precision.attention) == expected
 
 
+def test_auto_takes_plain_layers_in_fp32_which_transformer_engine_computes_in_tf32():
+    assert resolve_precision(config_of([]), "fp32", H100).precision.backend == "torch"
+    asked = config_of(["precision.backend=te"])
+    assert resolve_precision(asked, "fp32", H100).precision.backend == "te"
+
+
 def test_the_environment_forbids_silent_fallbacks_before_the_import():
     assert process_environment(config_of([])) == {}
     found = process_environment(config_of(ATTENTION))

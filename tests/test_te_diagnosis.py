@@ -5,10 +5,12 @@ import re
 
 import pytest
 
+from megatron_eso.cli.doctor import doctor
 from megatron_eso.cli.main import app
 from megatron_eso.config import load_config
 from megatron_eso.config.precision_rules import ASKED, DPA_RECIPE, FUSED_ATTENTION, Machine
-from megatron_eso.parallel import te_diagnosis
+from megatron_eso.errors import ConfigError
+from megatron_eso.parallel import te_adapter, te_diagnosis
 from megatron_eso.parallel.te_adapter import AttentionChoice, version_of
 
 H100 = Machine("NVIDIA H100", (9, 0), (2, 11, 0), "", (9, 14, 0), "DelayedScaling")
@@ -97,6 +99,24 @@ def test_the_doctor_asks_as_a_run_would(monkeypatch):
         monkeypatch.setenv(name, "")
     found = CliRunner().invoke(app, ["doctor"]).stdout
     assert all(re.search(f"{name} +. {value} ", found) for name, value in FUSED_ATTENTION.items())
+
+
+def test_the_doctor_looks_at_the_cudnn_that_a_run_would_load(monkeypatch):
+    seen = []
+
+    def missing(name):
+        seen.append(name)
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr(te_adapter, "load_cudnn_of_torch", lambda *_: seen.append("cudnn"))
+    monkeypatch.setattr(te_adapter.importlib, "import_module", missing)
+    assert te_adapter.describe_machine().te_failure == "no transformer_engine"
+    assert seen == ["cudnn", "transformer_engine"]
+
+
+def test_overrides_without_a_run_are_refused():
+    with pytest.raises(ConfigError, match="give --run FILE, or --check"):
+        doctor(["precision.fp8=tensorwise"])
 
 
 def test_versions_are_read_up_to_what_is_no_number():

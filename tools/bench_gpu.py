@@ -55,7 +55,9 @@ from tools.bench_gpu_parts import (
     official_attention,
     outputs_and_gradients,
     random_rows,
+    ratio,
     relative_error,
+    reset_peak_memory,
     seconds_per_row,
     te_attention,
 )  # fmt: skip
@@ -195,7 +197,7 @@ def attention(sizes: Sizes, report: Report) -> None:
         with report.trying("te"):
             of_te = _ways_of_te(heads=sizes.heads, size=sizes.head_size, length=length)
             ways |= {name: partial(way, num_pairs=1, scale=scale) for name, way in of_te.items()}
-        bases: list[float] = []
+        found: dict[str, float] = {}
         for name, way in ways.items():
             with report.trying(f"L = {length}: {name}"):
                 given = of_official if name == _OFFICIAL else inputs
@@ -204,10 +206,11 @@ def attention(sizes: Sizes, report: Report) -> None:
                     report.row(f"L = {length}: {name}", forward_ms=forward * 1e3)
                     continue
                 both = best_seconds(lambda w=way, i=given: forward_backward(w, i), sizes.repeats)
-                bases.append(both)
+                found[name] = both
                 pairs = 2 * length * length / 2 * 4 * sizes.heads * sizes.head_size
+                of_split = ratio(both, found.get("split"))
                 report.row(f"L = {length}: {name}", forward_ms=forward * 1e3, both_ms=both * 1e3,
-                           tflops=3.5 * pairs / both / 1e12, of_split=both / bases[0])  # fmt: skip
+                           tflops=3.5 * pairs / both / 1e12, of_split=of_split)  # fmt: skip
         torch.compiler.reset()  # the next length would be compiled for any length
         print("aim: split at least 1.3 x as fast as flex")
 
@@ -233,8 +236,7 @@ def _training_of_length(
         settings = [*objective, *batch_settings(sizes.step_tokens, length)]
         change_batch(session, settings)
         read = random_rows(length, session.config.model.vocab_size - 1)
-        if ON_GPU:
-            torch.cuda.reset_peak_memory_stats()
+        reset_peak_memory()
         with report.trying(f"{label}: {name}"):
             seconds = best_seconds(lambda r=read: train_step(session, r), sizes.repeats)
             config = session.config
@@ -243,8 +245,8 @@ def _training_of_length(
                 config.model, config.objective, sequence_length=length, rows=rows
             )
             speed = rows * length / seconds
-            base = base or speed
-            report.row(f"{label}: {name}", tokens_per_second=speed, of_ar=speed / base,
+            base = speed if name == "AR" else base
+            report.row(f"{label}: {name}", tokens_per_second=speed, of_ar=ratio(speed, base),
                        tflops=flops.training / seconds / 1e12, mfu=_mfu(flops.training / seconds),
                        memory_gib=session.device.memory_gib(), settings=[*model, *settings])  # fmt: skip
 

@@ -11,6 +11,7 @@ from tools.bench_gpu_parts import (
     free_memory,
     make_session,
     random_rows,
+    ratio,
 )  # fmt: skip
 from tools.bench_gpu_report import Report
 from tools.bench_gpu_sizes import STEADY, Sizes
@@ -33,7 +34,7 @@ def fp8(sizes: Sizes, report: Report) -> None:
         "FP8 products, attention, parameters": [*FP8_ATTENTION, *_FP8_PARAMETERS],
     }
     for length in sizes.lengths:
-        bases: list[float] = []
+        found: dict[str, float] = {}
         for name, way in ways.items():
             with report.trying(f"{label}, L = {length}: {name}"):
                 batch = batch_settings(sizes.step_tokens, length)
@@ -41,11 +42,14 @@ def fp8(sizes: Sizes, report: Report) -> None:
                 session = make_session(settings)
                 read = random_rows(length, session.config.model.vocab_size - 1)
                 seconds = best_seconds(lambda s=session, r=read: train_step(s, r), sizes.repeats)
-                bases.append(seconds)
+                found[name] = seconds
                 speed = session.config.train.global_batch_rows * length / seconds
-                report.row(f"{label}, L = {length}: {name}", tokens_per_second=speed,
-                           of_plain=bases[0] / seconds, memory_gib=session.device.memory_gib(),
-                           settings=settings)  # fmt: skip
+                report.row(
+                    f"{label}, L = {length}: {name}", tokens_per_second=speed,
+                    of_plain=ratio(found.get("BF16, plain layers"), seconds),
+                    of_bf16=ratio(found.get("BF16"), seconds),
+                    memory_gib=session.device.memory_gib(), settings=settings,
+                )  # fmt: skip
             session = None
             free_memory()
     _fp8_losses(sizes, report, ways | {"FP8 products, delayed scales": ["precision.fp8=delayed"]})
@@ -53,7 +57,7 @@ def fp8(sizes: Sizes, report: Report) -> None:
 
 def _fp8_losses(sizes: Sizes, report: Report, ways: dict[str, list[str]]) -> None:
     """Losses of the same steps, and how far those of the last quarter are from bf16's."""
-    base: list[float] = []
+    base: list[float] | None = None
     for name, settings in ways.items():
         with report.trying(f"{sizes.fp8_loss_steps} steps: {name}"):
             session = make_session(
@@ -63,10 +67,11 @@ def _fp8_losses(sizes: Sizes, report: Report, ways: dict[str, list[str]]) -> Non
             )  # fmt: skip
             read = counting_rows(128, session.config.model.vocab_size - 1)
             found = [train_step(session, read).loss for _ in range(sizes.fp8_loss_steps)]
-            base = base or found
+            base = found if name == "BF16, plain layers" else base
             last = slice(-len(found) // 4, None)
-            gaps = [abs(a - b) / b for a, b in zip(found[last], base[last], strict=True)]
+            gaps = [abs(a - b) / b for a, b in zip(found[last], (base or [])[last], strict=False)]
             report.row(
                 f"{sizes.fp8_loss_steps} steps: {name}", first=found[0],
-                last_quarter=sum(found[last]) / len(gaps), mean_gap=sum(gaps) / len(gaps),
+                last_quarter=sum(found[last]) / len(found[last]),
+                mean_gap=sum(gaps) / len(gaps) if gaps else None,
             )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_eso.config import derive, load_config
-from megatron_eso.config.precision_rules import FUSED_ATTENTION, process_environment
+from megatron_eso.config.precision_rules import process_environment
 from megatron_eso.model.attention.rows import AttentionRows
 from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.exchange import Rows
@@ -38,11 +38,10 @@ _PLACES = (1 / 6, 1 / 2, 5 / 6)
 def make_session(settings: list[str], *, for_training: bool = True) -> Session:
     """Return a session on this process alone."""
     config = load_config(None, ["train.steps=1000000", *settings])
-    for name in FUSED_ATTENTION:  # as Megatron-Core set them for the model before
-        os.environ.pop(name, None)
     os.environ.update(process_environment(config))
     session = build_session(config, Ranks(0, 1, 0), for_training=for_training, draw_weights=False)
     session.draw_weights(draw_on=DEVICE)
+    reset_peak_memory()
     return session
 
 
@@ -177,10 +176,21 @@ def best_seconds(run: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
+def ratio(one: float | None, other: float | None) -> float | None:
+    """Return ``one / other``; None if one of them could not be measured."""
+    return None if one is None or other is None else one / other
+
+
 def synchronize() -> None:
     """Wait for the GPU, if there is one."""
     if ON_GPU:
         torch.cuda.synchronize()
+
+
+def reset_peak_memory() -> None:
+    """Let the peak of the GPU's memory be what is in use now."""
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
 
 
 def free_memory() -> None:

@@ -31,7 +31,7 @@ def doctor(
         megatron-eso doctor --check fp8-attention
         megatron-eso doctor --run RUN.yaml precision.fp8=tensorwise
     """
-    if check is not None or run is not None:
+    if check is not None or run is not None or overrides:
         _require(check, run, overrides or [])
         return
     from megatron_eso.config import load_config

@@ -71,6 +71,8 @@ def launch(
             max_restarts=0 if place else settings.max_restarts_without_progress,
             is_warm=(can_be_warm() and not place) if warm is None else warm,
             rank_environment=place or None,
+            # `never` is said of what was there before: a restart goes on from the run's own checkpoints.
+            arguments_to_go_on=("checkpoint.resume=auto",),
         )
     )
     raise SystemExit(code)

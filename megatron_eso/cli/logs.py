@@ -15,7 +15,7 @@ def logs(
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as it grows")] = False,
     lines: Annotated[int, typer.Option("-n", help="Lines from the end")] = 50,
 ) -> None:
-    """Print the newest job output of a run, all attempts in one file.
+    """Print the newest job output of a run, all attempts in one file; of an array, its newest task's.
 
     Examples:
         megatron-eso logs runs/quickstart
@@ -23,7 +23,8 @@ def logs(
     """
     from megatron_eso.errors import ClusterError
 
-    files = sorted(run.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
+    found = [*run.glob("slurm-*.out")] or [*run.glob("[0-9]*/slurm-*.out")]  # an array's tasks
+    files = sorted(found, key=lambda path: path.stat().st_mtime)
     if not files:
         raise ClusterError(f"{run} has no slurm-JOB.out yet; `megatron-eso status {run}` says why")
     tail = ["tail", f"--lines={lines}", *(["--follow"] if follow else []), "--", str(files[-1])]

@@ -23,7 +23,7 @@ def status(
         megatron-eso status runs/quickstart
     """
     from megatron_eso.errors import ClusterError
-    from megatron_eso.launch import report, slurm
+    from megatron_eso.launch import records, report, slurm
 
     jobs = slurm.queue()
     by_folder = {os.path.realpath(job.folder): job for job in jobs}
@@ -31,12 +31,15 @@ def status(
     missing = [str(folder) for folder in folders if not folder.is_dir()]
     if missing:
         raise ClusterError(f"no run folder {', '.join(missing)}")
+    folders = [task for folder in folders for task in records.tasks_of(folder) or [folder]]
+    found = [
+        (f, by_folder.get(os.path.realpath(f)) or report.job_of_task(f, jobs)) for f in folders
+    ]
     now = time.time()
-    if len(folders) == 1:
-        folder = Path(folders[0])
-        typer.echo("\n".join(report.describe(folder, by_folder.get(os.path.realpath(folder)), now)))
+    if len(found) == 1:
+        typer.echo("\n".join(report.describe(*found[0], now)))
         return
-    for folder in folders:
-        typer.echo(report.one_line(folder, by_folder.get(os.path.realpath(folder)), now))
+    for folder, job in found:
+        typer.echo(report.one_line(folder, job, now))
     if not folders:
         typer.echo("no jobs of yours in the queue; `megatron-eso status RUN` shows a run folder")

@@ -7,6 +7,7 @@ and its mask copies). ``docs/config.md`` is generated from the fields, their ran
 below them; rules between settings are in ``check.py``.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,7 +41,7 @@ class ModelConfig:
     """Longest row the rotary table covers, in tokens."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Normalisation before attention, before the MLP and before the head."""
-    norm_eps: float = within(1e-5, above=0)
+    norm_eps: float = within(1e-5, above=0, below=math.inf)
     """Added to the variance inside the normalisation."""
     activation: Literal["swiglu", "gelu"] = "swiglu"
     """MLP: gated SiLU (Llama) or GELU in its tanh form (the official Eso-LM code)."""
@@ -52,13 +53,13 @@ class ModelConfig:
     """A bias per vocabulary entry in the output head."""
     qk_norm: bool = False
     """Normalise queries and keys per head before the rotary rotation (Qwen3)."""
-    rotary_base: float = within(10000.0, above=0)
+    rotary_base: float = within(10000.0, above=0, below=math.inf)
     """Base of the rotary position frequencies."""
     tie_embeddings: bool = False
     """Use the embedding matrix as the output head."""
     dropout: float = within(0.0, at_least=0, below=1)
     """Dropout probability on the residual branches."""
-    init_std: float = within(0.02, at_least=0)
+    init_std: float = within(0.02, at_least=0, below=math.inf)
     """Standard deviation of the initial weights; output projections of attention and MLP get
     init_std / sqrt(2 num_layers)."""
 
@@ -95,7 +96,7 @@ class DataSourceConfig:
 
     path: str = ""
     """Folder or object-store address of one split written by ``megatron-eso data prepare``."""
-    weight: float = within(1.0, above=0)
+    weight: float = within(1.0, above=0, below=math.inf)
     """Share of the mixture, relative to the other sources' weights."""
 
 
@@ -145,7 +146,7 @@ class TrainConfig:
     """Rows of one optimizer step over all ranks."""
     micro_batch_rows: int = within(4, at_least=1)
     """Stack rows that run through the model at once on one rank."""
-    seed: int = 1
+    seed: int = within(1, at_least=0, below=2**53)
     """Seed of weights, data order, times, masks and orders. Everything random is a function of
     (seed, step, row); no generator state is saved."""
     log_every_steps: int = within(10, at_least=1)
@@ -166,9 +167,9 @@ class TrainConfig:
 class OptimizerConfig:
     """AdamW, its learning rate and its guards."""
 
-    learning_rate: float = within(3e-4, above=0)
+    learning_rate: float = within(3e-4, above=0, below=math.inf)
     """Peak learning rate."""
-    min_learning_rate: float = within(0.0, at_least=0)
+    min_learning_rate: float = within(0.0, at_least=0, below=math.inf)
     """Learning rate at the end of a decay."""
     schedule: Literal["constant", "cosine", "wsd"] = "constant"
     """After the warm-up: constant; cosine decay to the end; warm-up-stable-decay (constant, then linear
@@ -183,9 +184,9 @@ class OptimizerConfig:
     """Decay of the first moment."""
     beta2: float = within(0.95, at_least=0, below=1)
     """Decay of the second moment."""
-    eps: float = within(1e-8, above=0)
+    eps: float = within(1e-8, above=0, below=math.inf)
     """Added to the root of the second moment."""
-    weight_decay: float = within(0.1, at_least=0)
+    weight_decay: float = within(0.1, at_least=0, below=math.inf)
     """Decoupled weight decay of matrices and embeddings; norms and biases get none."""
     clip_grad_norm: float = within(1.0, at_least=0, hint="0 sets no bound")
     """Bound on the global gradient norm; 0: none."""
@@ -235,7 +236,8 @@ class PrecisionConfig:
     """Format of weights and activations; auto: bf16 on a GPU, on a CPU the faster one by a matmul
     measured at start. Master weights, gradients, moments and losses are fp32 always."""
     backend: Literal["auto", "te", "torch"] = "auto"
-    """Layers of Transformer Engine or of plain Megatron-Core; auto: Transformer Engine where it works."""
+    """Layers of Transformer Engine or of plain Megatron-Core; auto: Transformer Engine where it works,
+    but not in fp32, whose products it computes in TF32."""
     fp8: Literal["off", "delayed", "tensorwise"] = "off"
     """FP8 of the linear layers (Transformer Engine, Hopper or newer; the head stays bf16): delayed scales
     come from earlier steps, tensorwise ones from the tensor itself. Forward e4m3, backward e5m2."""

@@ -22,6 +22,7 @@ from megatron_eso.launch.slurm import is_out_of_service
 
 # slurm-gcp's words for a spot machine that was taken back: the node boots again and is not sick.
 _BLAMELESS = "Preempted instance"
+_SILENT = "gave no answer to the health check"
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,12 @@ def _reason(ending: Ending, state: str) -> str:
 
 def begin(records: Records, attempt: str, nodes: list[str], started: float | None = None) -> str:
     """Return ``go``, or ``done`` if the run has finished; see the module's text."""
-    status = records.status()
-    if status.get("state") == "finished":
+    status, asked_steps = records.status(), records.state().get("total_steps", 0)
+    if status.get("state") == "finished" and status.get("total_steps", 0) >= asked_steps:
         print("the run has finished already", file=sys.stderr)
+        return "done"
+    if (records.folder / "stop").exists():  # and the node was lost before the checkpoint
+        print("stopped as asked by `megatron-eso cancel`", file=sys.stderr)
         return "done"
     lease.acquire(records.run / "checkpoints", attempt)
     (records.folder / "held.json").unlink(missing_ok=True)
@@ -120,9 +124,14 @@ def choose(
 ) -> str:
     """Return the nodes that train, in Slurm's order, or what to do if too few are healthy."""
     sick = _sick(records, attempt, nodes, min_gb_per_second) if checked else {}
+    state = records.state()
+    if len(nodes) > 1 and all(sick.get(node) == _SILENT for node in nodes):
+        # Not the nodes: srun, or the Python of the check. To exclude them would leave the job none.
+        return _give_up_nodes(
+            records, attempt, "the health check ran on no node; srun says why above"
+        )
     for node, why in sick.items():
         print(f"bad node {node}: {why}", file=sys.stderr)
-    state = records.state()
     records.add_bad_nodes(sick, state.get("bad_node_hours", 24.0))
     listed = records.bad_nodes()
     # Nodes of the list that pass today are a last resort, not a reason to wait.
@@ -132,12 +141,18 @@ def choose(
     if len(good) >= need:
         taken = set(good[:need])
         return "run " + ",".join(n for n in nodes if n in taken)
+    why = f"{len(good)} of {len(nodes)} nodes are healthy, {need} are needed: {sick}"
+    return f"{_give_up_nodes(records, attempt, why)} {','.join(sorted(listed))}"
+
+
+def _give_up_nodes(records: Records, attempt: str, why: str) -> str:
+    """Count an attempt without progress; return ``requeue``, or ``hold`` after too many of them."""
+    state = records.state()
     count = state.get("without_progress", 0) + 1
     records.set_state(without_progress=count)
     verb = "hold" if count >= state.get("max_attempts", 3) else "requeue"
-    why = f"{len(good)} of {len(nodes)} nodes are healthy, {need} are needed: {sick}"
     _note(records, attempt, verb, why)
-    return f"{verb} {','.join(sorted(listed))}"
+    return verb
 
 
 def _sick(records: Records, attempt: str, nodes: list[str], minimum: float) -> dict[str, str]:
@@ -146,7 +161,7 @@ def _sick(records: Records, attempt: str, nodes: list[str], minimum: float) -> d
     sick: dict[str, str] = {}
     for node in nodes:
         report = read_json(folder / f"{node}.json")
-        problems = report.get("problems", ["gave no answer to the health check"])
+        problems = report.get("problems", [_SILENT])
         if problems:
             sick[node] = "; ".join(problems)
     if minimum and len(nodes) > 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_eso.errors import ClusterError
 from megatron_eso.files import read_json
 from megatron_eso.launch import slurm
-from megatron_eso.launch.records import Records
+from megatron_eso.launch.records import Records, tasks_of
 
 
 def job_of(run: Path) -> str:
@@ -33,35 +33,58 @@ def cancel(run: Path, *, after_checkpoint: bool) -> str:
     live = slurm.queue(job=job)
     if not live:
         return f"job {job} is not in the queue; nothing to cancel"
-    if after_checkpoint and live[0].state == "RUNNING":
-        (run / "slurm" / "stop").touch()
-        slurm.command("scancel", "--batch", "--signal=USR1", job)
-        return f"job {job} saves a checkpoint and ends"
-    slurm.command("scancel", job)
-    return f"job {job} cancelled"
+    running = [one.job for one in live if one.state == "RUNNING"]
+    if not after_checkpoint or not running:
+        slurm.command("scancel", job)
+        return f"job {job} cancelled"
+    for place in (run, *tasks_of(run)):
+        (place / "slurm" / "stop").touch()
+    for one in live:
+        if one.state == "PENDING":  # tasks of an array that have not begun
+            slurm.command("scancel", one.job)
+    for one in running:
+        slurm.command("scancel", "--batch", "--signal=USR1", one)
+    return f"job {', '.join(running)} saves a checkpoint and ends"
 
 
 def requeue(run: Path) -> str:
     """Release the held job of a run and forget its failures; return what was done.
 
+    Of an array, all tasks that are held or have failed.
+
     Raises:
-        ClusterError: if it is neither held nor failed.
+        ClusterError: if nothing is held or has failed.
     """
     job = job_of(run)
-    record = slurm.parse_record(slurm.command("scontrol", "show", "job", "-o", job))
-    state = record.get("JobState", "")
-    Records(run).set_state(without_progress=0)
+    lines = slurm.command("scontrol", "show", "job", "-o", job).splitlines()
+    records = [slurm.parse_record(line) for line in lines if line.strip()]
+    wanted = {_number(record, job): verb for record in records if (verb := _way_back(record))}
+    if not wanted:
+        states = sorted({record.get("JobState", "unknown") for record in records})
+        raise ClusterError(
+            f"job {job} is {', '.join(states)} and not held; there is nothing to requeue"
+        )
+    for place in tasks_of(run) or [run]:
+        Records(place).set_state(without_progress=0)
+        (place / "slurm" / "stop").unlink(missing_ok=True)
     (run / "slurm" / "stop").unlink(missing_ok=True)
-    if state == "PENDING" and record.get("Priority") == "0":
-        slurm.command("scontrol", "release", job)
-        return f"job {job} released"
-    if state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"):
-        raise ClusterError(f"job {job} is {state} and not held; there is nothing to requeue")
-    if state.startswith("SPECIAL_EXIT"):
-        slurm.command("scontrol", "release", job)
-        return f"job {job} released"
-    slurm.command("scontrol", "requeue", job)
-    return f"job {job} requeued"
+    for number, verb in wanted.items():
+        slurm.command("scontrol", verb, number)
+    return "; ".join(f"job {number} {verb}d" for number, verb in wanted.items())
+
+
+def _way_back(record: dict[str, str]) -> str:
+    """Return scontrol's word that lets a job try again; empty if it is at work or waits its turn."""
+    state = record.get("JobState", "")
+    if (state == "PENDING" and record.get("Priority") == "0") or state.startswith("SPECIAL_EXIT"):
+        return "release"
+    is_at_work = state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING")
+    return "" if is_at_work or (state == "COMPLETED" and "ArrayJobId" in record) else "requeue"
+
+
+def _number(record: dict[str, str], job: str) -> str:
+    array, task = record.get("ArrayJobId"), record.get("ArrayTaskId")
+    return f"{array}_{task}" if array and task else job
 
 
 def watch(
@@ -73,12 +96,23 @@ def watch(
     """
     wanted = None if runs is None else {os.path.realpath(run) for run in runs}
     while True:
-        jobs = [j for j in slurm.queue() if j.comment == "megatron-eso"]
+        try:
+            jobs = [j for j in slurm.queue() if j.comment == "megatron-eso"]
+        except ClusterError as error:
+            if once:
+                raise
+            say(f"looking again in {every_seconds:g} s: {error}")  # a controller that starts again
+            time.sleep(every_seconds)
+            continue
         mine = [j for j in jobs if wanted is None or os.path.realpath(j.folder) in wanted]
         for job in mine:
             if job.state == "PENDING" and job.reason == "BeginTime":
-                slurm.command("scontrol", "update", f"jobid={job.job}", "starttime=now")
-                say(f"job {job.job}: started without waiting for the credential")
+                try:
+                    slurm.command("scontrol", "update", f"jobid={job.job}", "starttime=now")
+                except ClusterError as error:  # it may have started by itself
+                    say(f"job {job.job}: {error}")
+                else:
+                    say(f"job {job.job}: started without waiting for the credential")
         if once or not mine:
             return
         time.sleep(every_seconds)

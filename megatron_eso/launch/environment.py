@@ -69,6 +69,11 @@ def attempt_name(environ: Mapping[str, str]) -> str:
     return f"{job}.{environ.get('SLURM_RESTART_COUNT') or 0}" if job else ""
 
 
+def is_of_job_script(environ: Mapping[str, str]) -> bool:
+    """Return whether our job script runs this process: which holds the lease of the run itself."""
+    return bool(environ.get("MEGATRON_ESO_ATTEMPT"))
+
+
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -68,6 +68,7 @@ measure_pairs() { # all-reduces between neighbours, in the ranks' own container 
 choose_nodes() { # sets chosen; sick nodes stay out
     chosen=$all_hosts
     if [ "$HEALTH" = 1 ]; then
+        rm -rf "$RUN/slurm/health/$ATTEMPT" # of the round before: a node that is silent now was well then
         timeout --kill-after=10 "$HEALTH_TIMEOUT" srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" \
             --ntasks-per-node=1 --kill-on-bad-exit=0 \
             "$HOST_PYTHON" -m megatron_eso.launch.health --run "$RUN" --attempt "$ATTEMPT" "${HEALTH_ARGUMENTS[@]}"

@@ -2,8 +2,10 @@
 
 Ranks on a node that was cut off the network live on while Slurm starts the same job elsewhere, on
 the same file system. The writer calls :func:`require_lease` just before it publishes; an attempt
-that lost the lease must not publish. Owners are ``JOBID.RESTART_COUNT`` under Slurm, else
-``HOST/PID/START``. The file system must show a rename to all nodes (NFS, Lustre and Filestore do).
+that lost the lease must not publish. Owners are ``JOBID.RESTART_COUNT`` where our job script runs the
+ranks, else ``HOST/PID/START``, with ``JOBID.RESTART_COUNT@`` before it in a job of another's: a newer
+attempt takes a lease from an older one, a process of the same attempt does not take it from a living one.
+The file system must show a rename to all nodes (NFS, Lustre and Filestore do).
 """
 
 import json
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from megatron_eso.errors import CheckpointError
 from megatron_eso.files import write_json
-from megatron_eso.launch.environment import attempt_name
+from megatron_eso.launch.environment import attempt_name, is_of_job_script
 
 LEASE_FILE = "lease.json"
 QUIET_SECONDS = 600.0
@@ -24,8 +26,10 @@ QUIET_SECONDS = 600.0
 
 def owner_name(environ: Mapping[str, str]) -> str:
     """Return the name under which this process holds a lease."""
-    pid = os.getpid()
-    return attempt_name(environ) or f"{platform.node()}/{pid}/{_start_of(pid)}"
+    pid, attempt = os.getpid(), attempt_name(environ)
+    if attempt and is_of_job_script(environ):
+        return attempt
+    return f"{attempt}@" * bool(attempt) + f"{platform.node()}/{pid}/{_start_of(pid)}"
 
 
 def acquire(folder: Path, owner: str, *, now: float | None = None) -> None:
@@ -87,11 +91,12 @@ def read(folder: Path) -> dict | None:
 def _why_not(held: dict, owner: str, now: float) -> str:
     """Return why ``owner`` must not take the lease, or an empty string."""
     theirs, mine = _attempt(held["owner"]), _attempt(owner)
-    if theirs and mine:
+    if theirs and mine and theirs != mine:
         return f"attempt {held['owner']} is newer than {owner}" if theirs > mine else ""
-    if theirs or "/" not in held["owner"]:
+    process = held["owner"].rpartition("@")[2]
+    if process.count("/") < 2:
         return _recently(held, now)
-    host, pid, start = held["owner"].rsplit("/", 2)
+    host, pid, start = process.rsplit("/", 2)
     if host == platform.node():
         return "its process runs on this host" if _start_of(int(pid)) == start else ""
     return _recently(held, now)
@@ -108,7 +113,7 @@ def _recently(held: dict, now: float) -> str:
 
 
 def _attempt(owner: str) -> tuple[int, int] | None:
-    job, dot, restart = owner.partition(".")
+    job, dot, restart = owner.partition("@")[0].partition(".")
     return (int(job), int(restart)) if dot and job.isdigit() and restart.isdigit() else None
 
 

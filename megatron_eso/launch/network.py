@@ -80,7 +80,8 @@ CONTAINER=() WRAP=()
 _PYXIS = """\
 set_container() {
     local names mounts
-    names=$(compgen -e | grep -E '^(NCCL_|GLOO_|MASTER_|MEGATRON_ESO_|PYTHON(PATH|SAFEPATH)$|RANK_|POLL_METADATA$|OMP_)' | paste -sd,)
+    names=$({ compgen -e | grep -E '^(NCCL_|GLOO_|MASTER_|MEGATRON_ESO_|PYTHON(PATH|SAFEPATH)$|RANK_|POLL_METADATA$|OMP_)'
+        printf '%s\\n' "${ENVIRONMENT_NAMES[@]}"; } | grep . | sort -u | paste -sd,)
     mounts=$(printf '%s,' "$RUN:$RUN" "$SUBMIT_FOLDER:$SUBMIT_FOLDER" "${network_mounts[@]}" "${MOUNTS[@]}")
     CONTAINER=(--container-image="$IMAGE" --container-env="$names" --container-mounts="${mounts%,}"
         --container-workdir="$SUBMIT_FOLDER")

@@ -8,11 +8,14 @@ held.json        why the job was held                          health/ATTEMPT/  
 """
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 from megatron_eso.files import parse_json, read_json, write_json
+
+_STEP = re.compile(r"step_(\d{10})")  # as checkpoint/folder.py, which job scripts do not import
 
 
 class Records:
@@ -69,4 +72,11 @@ class Records:
 def checkpoint_step(run: Path) -> int:
     """Return the step of a run's newest committed checkpoint; -1 if there is none."""
     marked = (run / "checkpoints").glob("step_*/COMMITTED")
-    return max((int(p.parent.name.removeprefix("step_")) for p in marked), default=-1)
+    names = (_STEP.fullmatch(path.parent.name) for path in marked)  # a copy may have another name
+    return max((int(name.group(1)) for name in names if name), default=-1)
+
+
+def tasks_of(run: Path) -> list[Path]:
+    """Return the folders of an array's tasks in its run folder, by number; empty for a single run."""
+    found = [path.parent for path in run.glob("*/slurm") if path.parent.name.isdigit()]
+    return sorted(found, key=lambda path: int(path.name))

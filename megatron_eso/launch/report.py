@@ -108,6 +108,16 @@ def start_up(events: list[dict], ledger: list[dict]) -> StartUp | None:
     return found
 
 
+def job_of_task(run: Path, jobs: list[slurm.QueuedJob]) -> slurm.QueuedJob | None:
+    """Return the job of an array's task: its own line of squeue, or that of all tasks that wait."""
+    number = str(read_json(run / "slurm" / "job.json").get("job", ""))
+    array, underscore, _ = number.partition("_")
+    if not underscore:
+        return None
+    own = [job for job in jobs if job.job == number]
+    return next(iter(own or [job for job in jobs if job.job.startswith(f"{array}_[")]), None)
+
+
 def one_line(run: Path, job: slurm.QueuedJob | None, now: float) -> str:
     """Return the overview line of a run."""
     status = read_json(run / "status.json")

@@ -39,20 +39,37 @@ def render(profile: ClusterProfile, job: Job) -> str:
     """Return the whole script.
 
     Raises:
-        ClusterError: if a path holds control characters, which Slurm cannot store.
+        ClusterError: if a path holds characters that Slurm, a search path or a container's mounts cannot
+            have in names.
     """
-    for what, path in (("folder", job.run), ("the current folder", job.submit_folder)):
+    has_container = profile.container.runtime != "none"
+    for what, path, more in (
+        (
+            "folder",
+            job.run,
+            ":," if has_container else ":",
+        ),  # the job's code is in it, on PYTHONPATH
+        ("the current folder", job.submit_folder, ":," if has_container else ""),
+    ):
         if re.search(r"[\x00-\x1f\x7f]", str(path)):
             raise ClusterError(f"{what} {str(path)!r} has control characters; choose another name")
+        taken = [character for character in more if character in str(path)]
+        if taken:
+            raise ClusterError(
+                f"{what} {str(path)!r} has {taken[0]!r} in its name, which separates "
+                f"{'the mounts of a container' if has_container else 'the folders of PYTHONPATH'}; "
+                "choose another name"
+            )
     return "\n".join(
         [
             "#!/bin/bash",
             f"# Written by `megatron-eso submit` for the cluster profile {quote_word(profile.name)}.",
             *(f"#SBATCH {option}" for option in directives(profile)),
             "",
+            *(f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()),
             *_variables(profile, job),
             "",
-            *_setup(profile),
+            *([*profile.setup, ""] if profile.setup else []),
             NETWORKS[profile.network] + CONTAINERS[profile.container.runtime] + _BODY.read_text(),
         ]
     )
@@ -135,7 +152,8 @@ def _variables(profile: ClusterProfile, job: Job) -> list[str]:
         options = [*identity(job), f"--chdir={job.run}"]
         values |= {"JOB_SCRIPT": slurm / "job.sbatch", "CHAIN_OPTIONS": options}
     if profile.container.runtime != "none":
-        values |= {"IMAGE": profile.container.image, "MOUNTS": profile.container.mounts}
+        values |= {"IMAGE": profile.container.image, "MOUNTS": profile.container.mounts,
+                   "ENVIRONMENT_NAMES": list(profile.environment)}  # fmt: skip
     lines = [f"{name}={_quoted(value)}" for name, value in values.items()] + _sweep(job)
     return lines + (_successor(job) if survival.requeue == "chain" else [])
 
@@ -166,8 +184,3 @@ def _quoted(value: object) -> str:
     if isinstance(value, list):
         return "(" + " ".join(shlex.quote(str(item)) for item in value) + ")"
     return shlex.quote(str(value))
-
-
-def _setup(profile: ClusterProfile) -> list[str]:
-    exports = [f"export {k}={shlex.quote(v)}" for k, v in profile.environment.items()]
-    return [*exports, *profile.setup, ""] if exports or profile.setup else []

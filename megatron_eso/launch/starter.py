@@ -36,7 +36,9 @@ class Starter:
             module: module that a rank runs.
             preload: modules that the template imports.
         """
-        self._arguments, self._inherit = list(arguments), list(inherit)
+        self.arguments = list(arguments)
+        """What follows ``python -m MODULE`` in ranks that start from now on."""
+        self._inherit = list(inherit)
         self._module, self._preload = module, list(preload)
         self._environment, self._is_warm = environment, is_warm
         self._template, self._channel = 0, None
@@ -49,9 +51,9 @@ class Starter:
             errors: an inherited file descriptor that takes its standard error; None: as of this process.
         """
         if not self._is_warm:
-            command = [sys.executable, "-m", self._module, *self._arguments]
+            command = [sys.executable, "-m", self._module, *self.arguments]
             return spawn(command, environment, self._inherit, errors)
-        order = {"arguments": self._arguments, "environment": dict(environment),
+        order = {"arguments": self.arguments, "environment": dict(environment),
                  "module": self._module, "errors": errors}  # fmt: skip
         for _ in range(2):  # the second time with a new template, should the first have died
             try:

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_eso.config import check
+from megatron_eso.config.derive import total_steps
 from megatron_eso.config.load import load_config, save_config
-from megatron_eso.config.schema import RunConfig
+from megatron_eso.config.schema import CheckpointConfig, RunConfig
 from megatron_eso.errors import ClusterError
 from megatron_eso.files import read_json, write_json, write_whole
 from megatron_eso.launch import slurm
 from megatron_eso.launch.profile import ClusterProfile, minutes_of
-from megatron_eso.launch.records import Records
+from megatron_eso.launch.records import Records, tasks_of
 from megatron_eso.launch.script import ARRAY_OUTPUT, COMMENT, Job, identity, render
 
 _PACKAGE = Path(__file__).parents[1]
@@ -31,6 +32,8 @@ class Plan:
     profile: ClusterProfile
     job: Job
     script: str
+    total_steps: list[int]
+    """Optimizer steps of the run, or of each task of an array."""
 
 
 def prepare(
@@ -49,8 +52,9 @@ def prepare(
 
     ranks = profile.nodes * profile.tasks_per_node
     config = load_config(config_path, overrides)
-    for one in sweep or [[]]:
-        check(load_config(config_path, [*overrides, *one]), ranks)
+    every = [load_config(config_path, [*overrides, *one]) for one in sweep or [[]]]
+    for one in every:
+        check(one, ranks)
     run = Path(os.path.abspath(config.folder))
     shared = [os.path.abspath(folder) for folder in profile.shared_folders]
     if shared and not any(run.is_relative_to(folder) for folder in shared):
@@ -63,7 +67,7 @@ def prepare(
             f"folder={run} is on a {_file_system(run)}, memory of this machine that no other node sees: "
             "set folder= to a shared file system, or name it in cluster.shared_folders"
         )
-    config = replace(config, folder=str(run))
+    config = replace(config, folder=str(run), checkpoint=_to_go_on(config, run))
     lines = None
     if sweep is not None:
         lines = [
@@ -71,7 +75,21 @@ def prepare(
             for i, one in enumerate(sweep)
         ]
     job = Job(config.name, run, Path.cwd(), sweep=lines)
-    return Plan(config, profile, job, render(profile, job))
+    return Plan(config, profile, job, render(profile, job), [total_steps(one) for one in every])
+
+
+def _to_go_on(config: RunConfig, run: Path) -> CheckpointConfig:
+    """Return the checkpoint settings of the job: an attempt goes on from what those before it saved.
+
+    Raises:
+        ClusterError: if the run is to start anew and holds checkpoints already.
+    """
+    if config.checkpoint.resume == "never" and any(run.glob("**/checkpoints/step_*")):
+        raise ClusterError(
+            f"folder={run} holds checkpoints and checkpoint.resume=never; choose another folder or "
+            "checkpoint.resume=auto"
+        )
+    return replace(config.checkpoint, resume="auto")
 
 
 def test_only(plan: Plan) -> str:
@@ -91,16 +109,12 @@ def submit(plan: Plan, *, throttle: int = 0) -> str:
     Raises:
         ClusterError: if the run has a live job, or Slurm refuses.
     """
-    live = live_job(plan.job.run)
-    if live:
-        raise ClusterError(
-            f"job {live.job} ({live.state}) works on {plan.job.run} already; `megatron-eso status` "
-            "shows it, `megatron-eso cancel` ends it"
-        )
+    _refuse_live_job(plan.job.run)
     test_only(plan)
     existed = plan.job.run.exists()
     lock = _lock(plan.job.run)
     try:
+        _refuse_live_job(plan.job.run)  # of a submit that was at work since
         _snapshot(plan)
         job = slurm.command("sbatch", "--parsable", *_arguments(plan, throttle=throttle),
                             str(plan.job.run / "slurm" / "job.sbatch")).strip().split(";")[0]  # fmt: skip
@@ -110,13 +124,22 @@ def submit(plan: Plan, *, throttle: int = 0) -> str:
         raise
     finally:
         lock.unlink(missing_ok=True)
-    write_json(
-        plan.job.run / "slurm" / "job.json",
-        {"job": job, "profile": plan.profile.name, "nodes": plan.profile.nodes,
-         "boot_minutes": plan.profile.boot_minutes,
-         "command": sys.argv, "submit_folder": str(plan.job.submit_folder)},
-    )  # fmt: skip
+    facts = {"profile": plan.profile.name, "nodes": plan.profile.nodes,
+             "boot_minutes": plan.profile.boot_minutes,
+             "command": sys.argv, "submit_folder": str(plan.job.submit_folder)}  # fmt: skip
+    write_json(plan.job.run / "slurm" / "job.json", {"job": job, **facts})
+    for task in tasks_of(plan.job.run) if plan.job.sweep else []:
+        write_json(task / "slurm" / "job.json", {"job": f"{job}_{task.name}", **facts})
     return job
+
+
+def _refuse_live_job(run: Path) -> None:
+    live = live_job(run)
+    if live:
+        raise ClusterError(
+            f"job {live.job} ({live.state}) works on {run} already; `megatron-eso status` shows it, "
+            "`megatron-eso cancel` ends it"
+        )
 
 
 def live_job(run: Path) -> slurm.QueuedJob | None:
@@ -215,13 +238,15 @@ def _snapshot(plan: Plan) -> None:
     )
     write_whole(folder / "commit.txt", _git("rev-parse", "HEAD") + _git("diff", "HEAD"))
     save_config(plan.profile, folder / "profile.yaml")
-    (folder / "stop").unlink(missing_ok=True)
     for i, _ in enumerate(plan.job.sweep or []):
         (plan.job.run / str(i)).mkdir(exist_ok=True)
     survival = plan.profile.survival
     folders = [plan.job.run / str(i) for i, _ in enumerate(plan.job.sweep or [])] or [plan.job.run]
-    for run in folders:
+    (folder / "stop").unlink(missing_ok=True)
+    for run, steps in zip(folders, plan.total_steps, strict=True):
+        (run / "slurm" / "stop").unlink(missing_ok=True)
         Records(run).set_state(
+            total_steps=steps,
             without_progress=0,
             max_attempts=survival.max_attempts_without_progress,
             bad_node_hours=survival.bad_node_hours,

@@ -21,7 +21,7 @@ from megatron_eso.errors import (
     CheckpointError,
 )
 from megatron_eso.launch import events, lease
-from megatron_eso.launch.environment import attempt_name
+from megatron_eso.launch.environment import is_of_job_script
 from megatron_eso.launch.heartbeat import VARIABLE, Beat, Board
 from megatron_eso.launch.processes import (
     STOPPING,
@@ -60,6 +60,8 @@ class Supervision:
     """RANK, WORLD_SIZE ... given by srun for the one rank of this task; None: we choose them."""
     module: str = "megatron_eso"
     """Module that a rank runs, with training's imports and arguments."""
+    arguments_to_go_on: tuple[str, ...] = ()
+    """Further arguments once the run has a checkpoint of its own."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def _refusal(settings: Supervision) -> str:
 
     Asked before the first event, which would cut the account of the run that holds it.
     """
-    if settings.rank_environment or attempt_name(os.environ):
+    if settings.rank_environment or is_of_job_script(os.environ):
         return ""  # the job script has taken it
     checkpoints, owner = settings.run / "checkpoints", lease.owner_name(os.environ)
     try:
@@ -188,6 +190,8 @@ def _restart_until_done(
                 "name the cause; the same command continues"
             )
             return CRASH_LOOP_EXIT_CODE
+        if kept >= 0:
+            starter.arguments = [*settings.arguments, *settings.arguments_to_go_on]
         place = f" (newest checkpoint: step {newest})" if newest >= 0 else ""
         say(f"{ending.why}; starting again{place}")
 

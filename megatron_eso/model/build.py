@@ -1,10 +1,16 @@
 """Build this rank's model chunks from a run's configuration."""
 
+import os
 from dataclasses import replace
 
 import torch
 
-from megatron_eso.config.precision_rules import Machine, broken
+from megatron_eso.config.precision_rules import (
+    FUSED_ATTENTION,
+    Machine,
+    broken,
+    wants_te_attention,
+)
 from megatron_eso.config.precision_table import MACHINE_RULES
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.model.eso_model import EsoModel
@@ -26,6 +32,9 @@ def build_chunks(
         layout: this rank's place.
         device: where the weights live.
     """
+    if not wants_te_attention(config):
+        for name in FUSED_ATTENTION:  # Megatron refuses values that its setting does not give
+            os.environ.pop(name, None)
     on_gpu = device.type == "cuda"
     settings = transformer_config(config.model, config.parallel, config.precision, on_gpu=on_gpu)
     num_chunks = config.parallel.virtual_pipeline
@@ -55,17 +64,23 @@ def resolve_precision(config: RunConfig, dtype: str, machine: Machine | None = N
     precision = replace(
         config.precision,
         dtype=dtype,
-        backend=_backend(config, machine),
+        backend=_backend(config, dtype, machine),
         attention=_attention(config),
     )
     return replace(config, precision=precision)
 
 
-def _backend(config: RunConfig, machine: Machine | None) -> str:
-    """Return te if it is asked for, or works and nothing else is asked for; else torch."""
+def _backend(config: RunConfig, dtype: str, machine: Machine | None) -> str:
+    """Return te if it is asked for, or works and nothing else is asked for; else torch.
+
+    Transformer Engine multiplies fp32 matrices in TF32, of 10 bits, whatever PyTorch's switches say
+    (gemm/cublaslt_gemm.cu: CUBLAS_COMPUTE_32F_FAST_TF32), so fp32 takes it only if it is asked for.
+    """
     asked = config.precision.backend
-    if asked != "auto" or machine is None:
-        return "torch" if asked == "auto" else asked
+    if asked != "auto":
+        return asked
+    if machine is None or dtype == "fp32":
+        return "torch"
     with_te = replace(config, precision=replace(config.precision, backend="te"))
     return "torch" if broken(MACHINE_RULES, with_te, machine) else "te"
 

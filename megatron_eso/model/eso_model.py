@@ -57,8 +57,10 @@ class EsoModel(LanguageModule):
         self.share_embeddings_and_output_weights = model.tie_embeddings
         padded_vocab = derive.padded_vocab_size(model)
         if pre_process:
+            of_embedding = copy(config)
+            of_embedding.hidden_dropout = 0.0  # which is for residual branches alone
             self.embedding = LanguageModelEmbedding(
-                config,
+                of_embedding,
                 vocab_size=padded_vocab,
                 max_sequence_length=model.max_length,
                 position_embedding_type="none",

@@ -42,7 +42,7 @@ def _packages() -> list[Finding]:
         "tokenizers": "text in and out",
         "tensorboard": "training curves",
         "transformer-engine": "FP8 and fused layers (GPU only)",
-        "apex": "optional: fused weight gradient of the head",
+        "apex": "optional: a fused Adam on a GPU without Transformer Engine",
         "transformers": "optional: Hugging Face export",
     }
     return [Finding(name, _version(name), use) for name, use in needed.items()]

@@ -110,5 +110,7 @@ def seed_dropout(seed: int, layout: Layout) -> None:
     Megatron itself tells tensor ranks apart, where they hold different entries.
     """
     place = layout.pipeline_rank * layout.weights_group.size() + layout.weights_group.rank()
-    own = seed + 7_919_000_003 * place
+    own = (
+        seed + 7_919_000_003 * place
+    ) % 2**62  # PyTorch takes 63 bits, and Megatron adds a little
     tensor_parallel.model_parallel_cuda_manual_seed(own, force_reset_rng=True)

@@ -93,6 +93,8 @@ def buffer_settings(
         use_distributed_optimizer=True,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
+        # The interleaved schedule gathers a whole chunk at once (`_tell_schedules`).
+        align_param_gather=overlap and parallel.virtual_pipeline > 1,
         fp8_param_gather=config.fp8_param,
     )
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from megatron_eso.config import derive
 from megatron_eso.config.precision_rules import DPA_RECIPE, Machine, Version, wants_te_attention
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
+from megatron_eso.parallel.megatron_patches import load_cudnn_of_torch
 
 _DPA = "transformer_engine.pytorch.attention.dot_product_attention"
 BACKENDS = ("FlashAttention", "FusedAttention", "UnfusedDotProductAttention")
@@ -28,6 +30,7 @@ def describe_machine() -> Machine:
     gpu, capability = "", (0, 0)
     if torch.cuda.is_available():
         gpu, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    load_cudnn_of_torch(os.environ, Path(torch.__file__).parent.parent)  # as a run does
     try:
         te = importlib.import_module("transformer_engine")
         importlib.import_module("transformer_engine.pytorch")

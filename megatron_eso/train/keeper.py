@@ -28,7 +28,7 @@ from megatron_eso.checkpoint.state import collect
 from megatron_eso.data.reader import RowReader
 from megatron_eso.errors import CheckpointError
 from megatron_eso.launch import events, lease
-from megatron_eso.launch.environment import attempt_name
+from megatron_eso.launch.environment import is_of_job_script
 from megatron_eso.launch.heartbeat import Heart
 from megatron_eso.parallel.exchange import any_rank, from_first_rank, raise_together
 from megatron_eso.train.run_folder import RunFolder
@@ -163,7 +163,7 @@ class Keeper:
         """Give back what was held for the run: the lease, unless it is the job script's, and copies."""
         if self._local is not None:
             self._local.close(remove=self.saver.kept_step == self._session.state.step)
-        if self._is_first and not attempt_name(os.environ):
+        if self._is_first and not is_of_job_script(os.environ):
             lease.release(self._folder.checkpoints, self._owner)
 
     def _begin(self) -> None:

@@ -1,5 +1,6 @@
 """The training loop: step, log, evaluate, save, stop, in plain lines."""
 
+import contextlib
 import logging
 import os
 import time
@@ -22,6 +23,7 @@ from megatron_eso.errors import (
 )
 from megatron_eso.files import write_json
 from megatron_eso.launch import events
+from megatron_eso.launch.environment import is_of_job_script
 from megatron_eso.launch.heartbeat import Heart
 from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.exchange import Rows, any_rank, raise_together, together
@@ -67,8 +69,9 @@ class Run:
         self.folder = RunFolder(Path(config.folder))
         try:
             self._set_up(begin)
-        except UserError:
+        except UserError as error:
             if self.is_first:
+                self._say_why_not_begun(str(error))
                 self.folder.give_back()
             raise
 
@@ -276,6 +279,15 @@ class Run:
                 f"{before}the last checkpoint could not be written under {self.folder.path}: free space "
                 "there and run the same command, which continues from the checkpoint before"
             )
+
+    def _say_why_not_begun(self, why: str) -> None:
+        """Tell our job script why set-up failed: it takes ranks that leave no status for crashed ones.
+
+        Elsewhere a start that is refused changes nothing in the folder.
+        """
+        if is_of_job_script(os.environ) and self.folder.is_taken():
+            with contextlib.suppress(OSError):  # the folder may be what is wrong
+                self.folder.write_status("failed", reason=why)
 
     def _say_why(self, why: str) -> None:
         """Say that and why the run ends, where another attempt has not taken the folder over."""

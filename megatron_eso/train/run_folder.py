@@ -25,7 +25,7 @@ from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
 from megatron_eso.files import write_json, write_whole
 from megatron_eso.launch import lease
-from megatron_eso.launch.environment import attempt_name
+from megatron_eso.launch.environment import is_of_job_script
 
 _PROBE_BYTES = 16 << 10  # what a start writes to see that it can: a full disk takes an empty file
 
@@ -73,7 +73,7 @@ class RunFolder:
 
     def give_back(self) -> None:
         """Give the lease back if it is held, unless it is the job script's."""
-        if self.is_taken() and not attempt_name(os.environ):
+        if self.is_taken() and not is_of_job_script(os.environ):
             lease.release(self.checkpoints, lease.owner_name(os.environ))
 
     def earlier_config(self, config: RunConfig) -> RunConfig | None:

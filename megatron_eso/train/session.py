@@ -189,7 +189,8 @@ def choices(session: Session) -> list[str]:
     if precision.backend == "te":
         version = ".".join(map(str, describe_machine().te or ()))
         buffers = ", user buffers" if parallel.tensor_overlap else ""
-        lines.append(f"layers of Transformer Engine {version}, fp8 {precision.fp8}{buffers}")
+        tf32 = ", products in TF32" if precision.dtype == "fp32" else ""
+        lines.append(f"layers of Transformer Engine {version}, fp8 {precision.fp8}{buffers}{tf32}")
     elif parallel.tensor_overlap:
         lines.append(
             "parallel.tensor_overlap=true has no effect: plain layers have no user buffers"

@@ -70,6 +70,31 @@ def test_a_finished_run_is_not_started_again(tmp_path, monkeypatch):
     assert attempt.begin(Records(tmp_path), "1.1", ["a"]) == "done"
 
 
+def test_a_finished_run_that_was_submitted_for_more_steps_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(attempt, "node_troubles", dict)
+    write_json(tmp_path / "status.json", {"state": "finished", "total_steps": 100, "updated": 5.0})
+    records = Records(tmp_path)
+    records.set_state(total_steps=100)
+    assert attempt.begin(records, "1.1", ["a"]) == "done"
+    records.set_state(total_steps=200)
+    assert attempt.begin(records, "2.0", ["a"]) == "go"
+
+
+def test_a_run_that_was_asked_to_stop_does_not_begin_after_its_node_was_lost(tmp_path):
+    records = Records(tmp_path)
+    (records.folder / "stop").touch()
+    assert attempt.begin(records, "1.1", ["a"]) == "done"
+
+
+def test_where_no_node_answers_the_check_did_not_run_and_no_node_is_blamed(tmp_path):
+    records = Records(tmp_path)
+    records.set_state(max_attempts=2)
+    assert attempt.choose(records, "1.0", ["n0", "n1"], 2, True) == "requeue"
+    assert attempt.choose(records, "1.0", ["n0", "n1"], 2, True) == "hold"
+    assert not records.bad_nodes() and "ran on no node" in records.events()[-1]["why"]
+    assert attempt.choose(records, "1.1", ["n0"], 1, True) == "hold n0"  # it may be this one
+
+
 def test_nodes_lost_since_the_last_attempt_are_remembered(tmp_path, monkeypatch):
     records = Records(tmp_path)
     monkeypatch.setattr(attempt, "node_troubles", dict)
@@ -125,6 +150,13 @@ def test_bad_nodes_expire(tmp_path):
     records.add_bad_nodes({"n0": "x"}, hours=1)
     until = records.bad_nodes()["n0"]["until"]
     assert records.bad_nodes(now=until - 1) and not records.bad_nodes(now=until)
+
+
+def test_a_copy_of_a_checkpoint_under_another_name_is_passed_over(tmp_path):
+    for name in ("step_0000000100", "step_0000000100_keep", "step_best"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "COMMITTED").touch()
+    assert Records(tmp_path).checkpoint_step() == 100
 
 
 def test_progress_is_a_committed_checkpoint(tmp_path):

@@ -80,6 +80,23 @@ def test_release_is_for_the_owner_only(tmp_path):
     assert read(tmp_path) is None
 
 
-def test_slurm_names_the_attempt():
-    assert owner_name({"SLURM_JOB_ID": "3"}) == "3.0"
-    assert owner_name({"SLURM_JOB_ID": "3", "SLURM_RESTART_COUNT": "2"}) == "3.2"
+def test_the_job_script_names_the_attempt():
+    ours = {"MEGATRON_ESO_ATTEMPT": "3.2"}
+    assert owner_name({"SLURM_JOB_ID": "3", **ours}) == "3.0"
+    assert owner_name({"SLURM_JOB_ID": "3", "SLURM_RESTART_COUNT": "2", **ours}) == "3.2"
+
+
+def test_two_runs_in_one_allocation_are_told_apart(tmp_path):
+    """As from two shells of an salloc: the attempt is the same, and the first run lives."""
+    owner = owner_name({"SLURM_JOB_ID": "3"})
+    assert owner == "3.0@" + owner_name({})
+    acquire(tmp_path, owner)
+    second = owner.rsplit("/", 2)[0] + "/1/7"
+    with pytest.raises(CheckpointError, match="runs on this host"):
+        acquire(tmp_path, second)
+    with pytest.raises(CheckpointError, match=r"3\.0@.* is newer than 2\.5"):
+        acquire(tmp_path, "2.5")
+    acquire(tmp_path, "3.1@elsewhere/1/7")  # the requeued job
+    with pytest.raises(CheckpointError, match="renewed 0 s ago"):
+        acquire(tmp_path, owner_name({"SLURM_JOB_ID": "3", "SLURM_RESTART_COUNT": "1"}))
+    assert read(tmp_path)["owner"] == "3.1@elsewhere/1/7"

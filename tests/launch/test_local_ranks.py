@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-STARTS = "from megatron_eso.launch.local import start_ranks; raise SystemExit(start_ranks("
+# A shell that runs the tests in its background has SIGINT ignored, and so would they.
+STARTS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+STARTS += "from megatron_eso.launch.local import start_ranks; raise SystemExit(start_ranks("
 
 
 @pytest.fixture(params=[False, True], ids=["new", "forked"])

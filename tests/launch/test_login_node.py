@@ -137,7 +137,75 @@ def test_submit_leaves_a_run_folder_and_says_what_to_do_next(node, tmp_path):
     assert {"code", "commit.txt", "config.yaml", "job.sbatch", "profile.yaml"} <= set(
         os.listdir(tmp_path / "r/slurm")
     )
-    assert node.asked() == ["squeue", "sinfo", "sbatch", "sbatch"]
+    assert node.asked() == ["squeue", "sinfo", "sbatch", "squeue", "sbatch"]
+
+
+def array(tmp_path, node):
+    """A run folder of an array of four tasks, of which one runs."""
+    run = tmp_path / "arr"
+    for name, job in (("", "12"), *((str(task), f"12_{task}") for task in range(4))):
+        (run / name / "slurm").mkdir(parents=True)
+        (run / name / "slurm" / "job.json").write_text(json.dumps({"job": job}))
+    more = f"|None|n1|1:00|N/A|megatron-eso|{run}"
+    node.answers("squeue", f"12_[1-3]|PENDING{more}\n12_0|RUNNING{more}\n")
+    node.answers("scancel")
+    return run
+
+
+def test_an_array_saves_ends_and_begins_no_further_task(node, tmp_path):
+    run = array(tmp_path, node)
+    assert "job 12_0 saves a checkpoint and ends" in node.run("cancel", run, "--after-checkpoint")
+    assert all((run / name / "slurm/stop").exists() for name in ("", "0", "1", "2", "3"))
+    calls = node.calls.read_text().splitlines()
+    assert calls[-2:] == ["scancel 12_[1-3]", "scancel --batch --signal=USR1 12_0"]
+
+
+def test_one_task_of_an_array_can_be_cancelled(node, tmp_path):
+    run = array(tmp_path, node)
+    node.answers("squeue", f"12_0|RUNNING|None|n1|1:00|N/A|megatron-eso|{run}\n")
+    node.run("cancel", run / "0", "--after-checkpoint")
+    assert (run / "0/slurm/stop").exists() and not (run / "slurm/stop").exists()
+
+
+def test_status_and_logs_of_an_array_are_its_tasks(node, tmp_path):
+    run = array(tmp_path, node)
+    lines = node.run("status", run).splitlines()
+    assert [line.split()[:3] for line in lines] == [
+        ["0", "12_0", "RUNNING"], *([str(task), "12_[1-3]", "PENDING"] for task in (1, 2, 3)),
+    ]  # fmt: skip
+    (run / "2/slurm-12_2.out").write_text("words of task 2\n")
+    assert "words of task 2" in node.run("logs", run)
+
+
+def test_a_requeue_that_is_refused_takes_no_wish_to_stop_back(node, tmp_path):
+    run = array(tmp_path, node)
+    (run / "slurm/stop").touch()
+    node.answers("scontrol", "JobId=12 JobState=RUNNING Priority=7\n")
+    assert "is RUNNING and not held" in node.run("requeue", run, code=6)
+    assert (run / "slurm/stop").exists()
+    held = "ArrayJobId=12 ArrayTaskId={} JobState={} Priority={}\n"
+    node.answers("scontrol", "JobId=15 " + held.format(0, "RUNNING", 7)
+                 + "JobId=12 " + held.format(3, "PENDING", 0))  # fmt: skip
+    assert "job 12_3 released" in node.run("requeue", run)
+    assert not (run / "slurm/stop").exists()
+    assert node.calls.read_text().splitlines()[-1] == "scontrol release 12_3"
+
+
+def test_watch_lives_through_what_slurm_refuses(node, tmp_path):
+    more = f"|BeginTime|n1|1:00|N/A|megatron-eso|{tmp_path}"
+    node.answers("squeue", f"7|PENDING{more}\n8|PENDING{more}\n")
+    node.answers("scontrol", "Job is no longer pending execution\n", code=1)
+    said = node.run("watch", "--once")
+    assert "job 7:" in said and "job 8:" in said
+
+
+def test_a_new_start_is_refused_where_checkpoints_are_and_later_attempts_go_on(node, tmp_path):
+    node.answers("sbatch", "7\n")
+    words = ("--cluster", "generic", "--nodes", "1", "checkpoint.resume=never")
+    node.submit(*words)
+    assert "resume: auto" in (tmp_path / "r/slurm/config.yaml").read_text()
+    (tmp_path / "r/checkpoints/step_0000000005").mkdir(parents=True)
+    assert "checkpoint.resume=never" in node.submit(*words, code=6)
 
 
 POLICY = (

@@ -152,3 +152,28 @@ def test_spare_nodes_are_allocated_but_not_trained_on():
     profile = load_profile("local", ["nodes=3", "survival.spare_nodes=2"])
     assert "--nodes=5" in directives(profile)
     assert "TRAIN_NODES=3\n" in render(profile, JOB)
+
+
+@pytest.mark.parametrize(
+    ("profile", "folder", "words"),
+    [
+        ("local", "2026-11-27T10:00", "PYTHONPATH"),
+        ("generic-container", "a,b", "mounts of a container"),
+        ("generic-container", "a:b", "mounts of a container"),
+    ],
+)
+def test_a_folder_whose_name_would_be_split_is_refused(profile, folder, words):
+    with pytest.raises(ClusterError, match=words):
+        render(load_profile(profile), Job("r", Path("/runs") / folder, Path("/work")))
+    render(load_profile("local"), Job("r", Path("/runs/a,b"), Path("/work/10:00")))
+
+
+def test_a_profiles_variables_win_over_the_images(tmp_path):
+    profile = load_profile("generic-container", ["environment={NVTE_DEBUG: '1', RUN: elsewhere}"])
+    text = render(profile, JOB).split("choose_nodes()")[0].split("# ----- below")[0]
+    asked = text + '\nset_container\nprintf "%s\\n" "${CONTAINER[@]}" "$RUN"'
+    done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, cwd=tmp_path)
+    words = done.stdout.splitlines()
+    names = next(w for w in words if w.startswith("--container-env=")).partition("=")[2].split(",")
+    assert "NVTE_DEBUG" in names and names == sorted(set(names))
+    assert words[-1] == str(JOB.run)  # the script's own variables are not a profile's to change

@@ -65,3 +65,23 @@ def test_a_launcher_that_is_refused_leaves_no_event(tmp_path, monkeypatch, capsy
     assert f"{owner} holds the lease" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert lease.read(tmp_path / "checkpoints")["owner"] == owner
+
+
+def test_a_restart_gets_what_lets_it_go_on_once_there_is_a_checkpoint_of_its_own(tmp_path):
+    (tmp_path / "rank.py").write_text(
+        "import os, sys\n"
+        "from megatron_eso.launch.heartbeat import Heart\n"
+        "heart = Heart(os.environ, setup_seconds=9, floor_seconds=1, factor=2)\n"
+        "with open('arguments', 'a') as file: print(*sys.argv[1:], file=file)\n"
+        "if len(open('arguments').readlines()) > 1: heart.kept_step = 4\n"
+        "heart.enter('step')\n"
+        "raise SystemExit(1)\n"
+    )
+    code = SUPERVISED.replace("arguments=[]", "arguments=['a'], arguments_to_go_on=('b',)")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("'crash'", "'rank'")], cwd=tmp_path, env=environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 7, done.stderr
+    assert (tmp_path / "arguments").read_text().splitlines() == ["a", "a", "a b", "a b"]
