@@ -199,6 +199,36 @@ def test_sample_fills_gaps_and_writes_the_same_rows_at_any_batch_and_layout(plac
     assert "needed; set --ranks 2" in run(*arguments, "--tensor", 2, folder=place, code=2)
 
 
+def test_a_run_that_was_moved_has_its_tokenizer_with_it(place, tmp_path):
+    shutil.copytree(place / "runs/first", tmp_path / "moved")
+    words = ("--prompt", "document", "--num-samples", 1, "--seed", 3)
+    moved = run("sample", "moved", *words, folder=tmp_path)
+    stayed = run("sample", "runs/first", *words, folder=place)
+    assert moved.split("--- ")[:2] == stayed.split("--- ")[:2]
+
+
+def test_the_tokens_of_another_tokenizer_are_not_taken_for_the_models(place):
+    """Of the same number: nothing else would tell."""
+    (place / "text2").mkdir()
+    for number in range(40):
+        words = " ".join(f"other{(number * i) % 89} was {i % 5}" for i in range(1, 80))
+        (place / f"text2/{number}.txt").write_text(f"page {number}\n{words}\n")
+    run("data", "prepare", "text2", "--out", "data2", "--sequence-length", 32, "--vocab-size", 300,
+        "--validation-fraction", 0.2, folder=place)  # fmt: skip
+    out = run("eval", "runs/first", "data2/validation", "--rows", 2, folder=place, code=3)
+    assert "made with another tokenizer" in out
+    out = run("train", "run.yaml", "name=mixed", *SETTINGS, "data.validation={v: data2/validation}",
+              folder=place, code=3)  # fmt: skip
+    assert "made with another tokenizer" in out
+    shutil.copytree(place / "runs/first", place / "runs/robbed")
+    shutil.copy(place / "data2/tokenizer.json", place / "runs/robbed/tokenizer.json")
+    run("sample", "runs/robbed", folder=place)  # the one of the old place is right
+    shutil.move(place / "runs/first", place / "runs/away")
+    out = run("sample", "runs/robbed", folder=place, code=4)
+    shutil.move(place / "runs/away", place / "runs/first")
+    assert "is not the tokenizer that" in out
+
+
 def test_bench_sample_compares_methods_under_a_judge(place):
     settings = [*SETTINGS, "train.micro_batch_rows=4", "objective.name=ar"]
     run("train", "run.yaml", "name=judge", *settings, folder=place)
@@ -212,6 +242,16 @@ def test_bench_sample_compares_methods_under_a_judge(place):
     assert (place / "front/frontier.png").stat().st_size > 5000
     refused = run("bench-sample", "runs/judge", "--judge", "runs/first", folder=place, code=2)
     assert "objective.name=eso" in refused
+    run("export", "runs/first", "--out", "esolm", "--no-verify", folder=place)
+    run("export", "runs/judge", "--out", "ar", "--format", "backbone", "--no-verify", folder=place)
+    asked = ("bench-sample", "runs/first", "--rows", 3, "--steps", 4, "--alpha-0", 1)
+    refused = run(*asked, "--judge", "esolm", folder=place, code=2)
+    assert "trained with objective.name=eso" in refused
+    found = []
+    for judge in ("runs/judge", "ar"):  # the exported one reads behind its mask too
+        run(*asked, "--judge", judge, "--out", "again", folder=place)
+        found += json.loads((place / "again/frontier.json").read_text())
+    assert found[0]["judge_perplexity"] == pytest.approx(found[1]["judge_perplexity"], rel=1e-4)
     # The second checkpoint and its steps are looked at before the first one is sampled.
     refused = run("bench-sample", "runs/judge", "runs/first", "--rows", 1, "--steps", 33, folder=place,
                   code=2)  # fmt: skip

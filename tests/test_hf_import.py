@@ -382,3 +382,11 @@ def test_cutting_the_vocabulary_keeps_the_mask_row(stock, tmp_path, kind):
     name = "model.embed_tokens.weight"
     whole, cut = (load_file(tmp_path / x / "model.safetensors")[name] for x in ("out", "small"))
     assert torch.equal(cut, torch.cat([whole[:50], whole[61:]]))
+
+
+def test_a_head_that_is_not_the_embedding_is_not_dropped(stock, tmp_path):
+    """transformers does not tie the two where a file holds both and they differ."""
+    folder = change_config(stock("llama"), tmp_path, tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match="set tie_word_embeddings to false"):
+        import_hf(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -308,6 +308,29 @@ def test_a_streamer_shows_the_text_once_and_in_order(model, folder):
     assert [t for part in shown[:-1] for t in part] == out[0].tolist()
 
 
+def test_a_streamer_ends_where_the_text_does(model, folder):
+    """Diffusion may have decided what is behind the end token before it."""
+    tokenizer, shown = AutoTokenizer.from_pretrained(folder), []
+
+    class Recorder(TextStreamer):
+        def put(self, value):
+            shown.extend(value.reshape(-1).tolist())
+
+        def end(self):
+            pass
+
+    settings = {"max_new_tokens": 10, "alpha_0": 1.0, "num_steps": 2, "seed": 2}
+    free = model.generate(rows(1, 4), **settings, eos_token_id=None)
+    end = int(free[0, 6])
+    out = model.generate(
+        rows(1, 4), **settings, eos_token_id=end, pad_token_id=3, streamer=Recorder(tokenizer),
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    last = 4 + int((free[0, 4:] == end).nonzero()[0, 0])
+    assert shown == out.sequences[0, : last + 1].tolist()
+    assert not out.log_probs[0, last + 1 :].any()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -1,14 +1,23 @@
 """The cached sampler: equal to uncached passes, right in distribution, the same for a seed."""
 
+import io
+import resource
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from tokenizers import Tokenizer as Core
+from tokenizers import models
 
 from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
-from megatron_eso.errors import ConfigError
+from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.export.hf import decoding_esolm
 from megatron_eso.sample.choose import choose_tokens
 from megatron_eso.sample.generate import Batch, plan_for
+from megatron_eso.sample.live import LiveRow
+from megatron_eso.sample.output import SampleFile, require_new
 from megatron_eso.sample.plan import make_block_plan, make_plan
 from megatron_eso.sample.prompt import rows_with_gaps, rows_with_prompts
 from megatron_eso.sample.sampler import Choice, Sampled, _have_ended, check_choice
@@ -141,7 +150,14 @@ def test_text_with_gaps_becomes_a_row():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("abc", "no gap"), ("a[[0]]b", "no gap"), ("a[[99]]", "rotary"), ("~[[1]]", "mask token")],
+    [
+        ("abc", "no gap"),
+        ("a[[0]]b", "no gap"),
+        ("a[[99]]", "rotary"),
+        ("~[[1]]", "mask token"),
+        ("a[[3000000000000]]b", "rotary"),
+        ("a[[" + "9" * 5000 + "]]", "rotary"),
+    ],
 )
 def test_a_wrong_gap_is_refused(text, message):
     model = ModelConfig(vocab_size=100, max_length=64)
@@ -489,3 +505,30 @@ def test_a_plan_that_an_objective_cannot_follow_is_refused(one_rank, objective, 
     with pytest.raises(AssertionError, match=message):
         one_rank.run("sample_rows", [f"objective.name={objective}", "objective.block_size=4"],
                      "fp32", given, rows, {**settings, "seed": 2}, {})  # fmt: skip
+
+
+def test_a_live_row_shows_no_padding():
+    words = Core(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    live = LiveRow(Console(file=io.StringIO()), words, num_steps=1, mask_id=2)
+    with live:
+        live.begin(torch.tensor([2, 2, 0, 2]), padding=2)
+        live.on_step(0, torch.tensor([[2, 2, 0, 1]]))
+    assert live._text([2, 2, 0, 1], 0).plain == "ab\n[step 1 of 1]"
+
+
+def test_samples_that_find_no_room_are_counted_and_named(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(DataError, match=r"those that fitted are in .*\.s\.jsonl\.partial"):
+        with SampleFile(tmp_path / "s.jsonl", total=100) as file:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+            try:
+                for _ in range(100):
+                    file.add(text="x" * 200)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_a_place_that_takes_no_file_is_found_before_anything_is_loaded():
+    with pytest.raises(DataError, match="cannot write /proc/none"):
+        require_new(Path("/proc/none/s.jsonl"))

@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from megatron_eso.data.manifest import sha256_of
 from megatron_eso.errors import CheckpointError
 from megatron_eso.files import write_json, write_whole
 
@@ -199,6 +200,32 @@ def remove(folder: CheckpointFolder) -> None:
     """Delete a checkpoint, its marker first, so that half of one never counts."""
     (folder.path / MARKER).unlink(missing_ok=True)
     shutil.rmtree(folder.path, ignore_errors=True)
+
+
+def tokenizer_path(folder: CheckpointFolder) -> Path | None:
+    """Return the file of the run's tokenizer, which may be gone; None if none is known.
+
+    It is in the run's folder, wherever that is now; an imported checkpoint keeps it in its own folder.
+
+    Raises:
+        CheckpointError: if the file there is another tokenizer than the model's.
+    """
+    sidecar = folder.sidecar()
+    named = sidecar.get("tokenizer")
+    if named is None:
+        return None
+    if "origin" in sidecar:
+        return folder.path / named
+    places = [folder.path.absolute().parents[1] / Path(named).name, Path(named)]
+    found = [place for place in places if place.is_file()]
+    wanted = sidecar.get("data", {}).get("tokenizer")
+    right = [place for place in found if wanted in (None, sha256_of(place))]
+    if found and not right:
+        raise CheckpointError(
+            f"{found[0]} is not the tokenizer that {folder.path} was trained with (sha256 {wanted}); put "
+            "that one back"
+        )
+    return right[0] if right else Path(named)
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Build a model from a checkpoint alone, at the layout asked for, for evaluation and sampling."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from omegaconf import OmegaConf
 
@@ -36,17 +35,6 @@ def load_replica(
     for chunk in chunks:
         chunk.eval()
     return Replica(config, layout, device.torch_device, list(chunks)), kind
-
-
-def tokenizer_path(folder: CheckpointFolder) -> Path | None:
-    """Return where the run's tokenizer stood; None if none is known (an imported checkpoint).
-
-    An imported checkpoint keeps its tokenizer in its own folder and names it relative to that.
-    """
-    sidecar = folder.sidecar()
-    if sidecar["tokenizer"] is None:
-        return None
-    return folder.path / sidecar["tokenizer"] if "origin" in sidecar else Path(sidecar["tokenizer"])
 
 
 def _section(schema: type, values: dict) -> object:

@@ -149,16 +149,20 @@ def _judge(path: Path, samplers: list[Any], longest: int) -> Any:
     from megatron_eso.cli.model_loading import describe, is_exported, load
     from megatron_eso.errors import ConfigError
     from megatron_eso.eval.frontier import hugging_face_judge, our_judge
+    from megatron_eso.export.describe import read_facts
 
-    if is_exported(path):
+    if is_exported(path) and not read_facts(path):  # not one of ours
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError as error:
             raise ConfigError(
                 f"--judge {path} is a Hugging Face model; install transformers to load it"
             ) from error
-        model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True).eval()
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True).eval()
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--judge {path} cannot be loaded: {error}") from error
         return hugging_face_judge(model, tokenizer)
     shared = _hash(describe(path))
     for known in samplers:
@@ -171,9 +175,15 @@ def _judge(path: Path, samplers: list[Any], longest: int) -> Any:
 
 
 def _hash(known: Any) -> str:
-    from megatron_eso.data.manifest import sha256_of
+    """Return a hash of what a tokenizer makes of text; our exports differ in their post-processor."""
+    import hashlib
+    import json
+
+    from megatron_eso.data.tokenizer import load_tokenizer
     from megatron_eso.errors import CheckpointError
 
     if known.tokenizer_file is None:
         raise CheckpointError(f"{known.path} has no tokenizer to compare with the samples'")
-    return sha256_of(known.tokenizer_file)
+    parts = json.loads(load_tokenizer(known.tokenizer_file).to_str())
+    parts.pop("post_processor", None)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

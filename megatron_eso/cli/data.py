@@ -43,9 +43,15 @@ def prepare_command(
     bad_documents: Annotated[str, typer.Option(help="error, or skip and count them.")] = "error",
     shard_mib: Annotated[int, typer.Option(help="Largest shard, in MiB.")] = 64,
     compress: Annotated[bool, typer.Option(help="zstd shards, for object stores.")] = False,
-    partition_mib: Annotated[int | None, typer.Option(help="Input per unit of work, MiB.")] = None,
-    tokenizer_mib: Annotated[int, typer.Option(help="Text to train the tokenizer on, MiB.")] = 256,
-    processes: Annotated[int | None, typer.Option(help="Worker processes; default: cores.")] = None,
+    partition_mib: Annotated[
+        int | None, typer.Option(min=1, help="Input per unit of work, MiB.")
+    ] = None,
+    tokenizer_mib: Annotated[
+        int, typer.Option(min=1, help="Text to train the tokenizer on, MiB.")
+    ] = 256,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes; default: cores.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Remove what another request left.")] = False,
     staging: Annotated[
         Path | None, typer.Option(help="With s3://, gs://: folder for work in progress [cache].")

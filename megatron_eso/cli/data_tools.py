@@ -104,7 +104,7 @@ def convert_command(
     source: Annotated[Path, typer.Argument(help="Common name of the .bin and .idx files.")],
     out: Annotated[Path, typer.Option(help="Folder of the new split.")],
     tokenizer: Annotated[Path, typer.Option(help="tokenizer.json that made the tokens.")],
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a row, L.")] = 512,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a row, L.")] = 512,
     format_name: Annotated[
         str, typer.Option("--from", help="megatron-indexed")
     ] = "megatron-indexed",

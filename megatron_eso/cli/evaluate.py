@@ -146,11 +146,20 @@ def _reader(
         "vocab_size": config.model.vocab_size,
     }
     if "://" in data or (Path(data) / MANIFEST_NAME).is_file() or not Path(data).exists():
-        return ValidationReader(data, **shape)
+        return ValidationReader(data, **shape, tokenizer_sha256=_tokenizer_of_training(loaded))
     file = tokenizer or loaded.tokenizer_file
     if file is None:
         raise CheckpointError(f"{loaded.path} has no tokenizer; give one with --tokenizer")
     return TextRows(data, file, **shape, text_key=text_key, max_rows=rows)
+
+
+def _tokenizer_of_training(loaded: Any) -> str | None:
+    """Return the hash of the tokenizer of a checkpoint's data; None of a model that came from elsewhere."""
+    from megatron_eso.checkpoint.folder import SIDECAR, read_sidecar
+
+    if not (loaded.path / SIDECAR).is_file():
+        return None
+    return read_sidecar(loaded.path).get("data", {}).get("tokenizer")
 
 
 def _show(scores: list[Any], title: str) -> None:

@@ -49,7 +49,8 @@ def describe(path: Path) -> Described:
         file = None if known.tokenizer is None else known.tokenizer.path
         return Described(path, known.model, known.objective, known.sequence_length, file)
     from megatron_eso.checkpoint.find import find_checkpoint
-    from megatron_eso.checkpoint.replica import run_config_of, tokenizer_path
+    from megatron_eso.checkpoint.folder import tokenizer_path
+    from megatron_eso.checkpoint.replica import run_config_of
     from megatron_eso.config.schema import ParallelConfig
 
     folder = find_checkpoint(path)
@@ -175,7 +176,8 @@ def _join() -> tuple[Any, Any]:
 
 def _load(folder: Any, parallel: Any, *, dtype: str, use_ema: bool) -> Loaded:
     """Load a checkpoint's model, without its tokenizer."""
-    from megatron_eso.checkpoint.replica import load_replica, run_config_of, tokenizer_path
+    from megatron_eso.checkpoint.folder import tokenizer_path
+    from megatron_eso.checkpoint.replica import load_replica, run_config_of
     from megatron_eso.config.check import check_layout
     from megatron_eso.model.build import resolve_precision
     from megatron_eso.parallel.groups import build_groups

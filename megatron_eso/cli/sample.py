@@ -142,7 +142,7 @@ def _run(
     from megatron_eso.sample.output import SampleFile
 
     is_first = dist.get_rank() == 0
-    begin, done, evaluations = time.perf_counter(), 0, 0
+    begin, done, evaluations, tokens = time.perf_counter(), 0, 0, 0
     with ExitStack() as stack:
         file = None
         if out is not None and is_first:
@@ -152,6 +152,10 @@ def _run(
             loaded.replica, canvas, settings, choice, batch_rows=batch, on_plan=watch
         ):
             evaluations += part.sampled.num_steps
+            decided = part.plan.counts[
+                : part.sampled.num_steps
+            ]  # fewer than planned where rows ended
+            tokens += int(sum(decided)) * len(part.padding)
             for ids in part.token_rows(choice.stop_token):
                 text = decode(loaded.tokenizer, ids)
                 if file is not None:
@@ -161,7 +165,6 @@ def _run(
                     typer.echo(f"--- sample {done + 1} of {len(canvas.tokens)} ---\n{text}")
                 done += 1
     seconds = time.perf_counter() - begin
-    tokens = len(canvas.tokens) * canvas.num_open
     if is_first:
         typer.echo(
             f"--- {tokens} tokens in {evaluations} evaluations, {seconds:.1f} s, "
@@ -175,7 +178,7 @@ def _watch(loaded: Any, canvas: Any, choice: Any, stack: Any) -> Any:
 
     from megatron_eso.sample.live import LiveRow
 
-    console, rows = Console(), iter(canvas.tokens)
+    console, rows = Console(), zip(canvas.tokens, canvas.padding.tolist(), strict=True)
     drawn: list[LiveRow] = []
     choice.on_step = lambda step, tokens: drawn[-1].on_step(step, tokens)
 
@@ -183,7 +186,7 @@ def _watch(loaded: Any, canvas: Any, choice: Any, stack: Any) -> Any:
         stack.close()  # leave the picture of the row before
         mask_id = loaded.replica.config.model.vocab_size - 1
         drawn.append(LiveRow(console, loaded.tokenizer, plan.num_evaluations, mask_id))
-        stack.enter_context(drawn[-1]).begin(next(rows))
+        stack.enter_context(drawn[-1]).begin(*next(rows))
 
     return begin
 

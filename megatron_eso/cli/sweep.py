@@ -44,8 +44,13 @@ def run(
         megatron-eso sweep run configs/sweep/laptop.yaml --workers 2
         megatron-eso sweep run configs/sweep/paper.yaml --slurm --sbatch=--gpus-per-node=8
     """
+    from megatron_eso.errors import ConfigError
     from megatron_eso.scaling import commands
 
+    if slurm and cell is not None:
+        raise ConfigError("--slurm submits all cells; --cell runs one here: give one of them")
+    if sbatch and not slurm:
+        raise ConfigError("--sbatch is for --slurm: without it cells run on this machine")
     if slurm:
         typer.echo(
             commands.submit_array(sweep, overrides, workers, max_attempts, throttle, sbatch or [])
@@ -56,11 +61,15 @@ def run(
 
 
 @app.command()
-def status(sweep: SweepFile, overrides: Overrides = None) -> None:
+def status(
+    sweep: SweepFile,
+    overrides: Overrides = None,
+    max_attempts: Annotated[int, typer.Option(help="As given to `sweep run`")] = 2,
+) -> None:
     """Print where every cell stands."""
     from megatron_eso.scaling import commands
 
-    typer.echo(commands.status(sweep, overrides))
+    typer.echo(commands.status(sweep, overrides, max_attempts))
 
 
 @app.command()

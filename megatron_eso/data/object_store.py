@@ -87,23 +87,26 @@ class ObjectFolder:
             StoreError: if the store refused.
         """
         place = self._place("")
+        prefix = f"{place['Key']}/" if place["Key"] else ""  # of a whole bucket
         with _as_store_errors():
-            found = self.client.list_objects_v2(
-                Bucket=place["Bucket"], Prefix=f"{place['Key']}/", MaxKeys=1
-            )
+            found = self.client.list_objects_v2(Bucket=place["Bucket"], Prefix=prefix, MaxKeys=1)
         return not found.get("Contents")
 
-    def remove(self, prefix: str) -> None:
-        """Remove every object whose name starts with ``prefix``.
+    def remove(self, name: str) -> None:
+        """Remove the object of this name and all in the folder of this name, no others.
 
         Raises:
             StoreError: if the store refused.
         """
-        place = self._place(prefix)
+        place = self._place(name)
         with _as_store_errors():
             pages = self.client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=place["Bucket"], Prefix=place["Key"]):
                 for entry in page.get("Contents", []):
+                    if entry["Key"] != place["Key"] and not entry["Key"].startswith(
+                        f"{place['Key']}/"
+                    ):
+                        continue  # another's, whose name begins alike
                     self.client.delete_object(Bucket=place["Bucket"], Key=entry["Key"])
 
     def _place(self, name: str) -> dict[str, str]:

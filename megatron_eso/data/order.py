@@ -135,8 +135,9 @@ class SampleOrder:
         sizes = self._sizes[shards]
         # The group's number joins the seed, or groups of equal shards would be permuted alike.
         seed = self._seed + group * 7919
+        nodes = min(self._nodes, int(sizes.sum()))  # the last group of an epoch may be small
         places = streaming_shim.epoch_permutation(
-            sizes, nodes=self._nodes, seed=seed, epoch=epoch, block_size=self._block_size
+            sizes, nodes=nodes, seed=seed, epoch=epoch, block_size=self._block_size
         )
         # From samples counted inside the group to samples of the data set, shard by shard.
         shift = self._starts[shards] - np.concatenate([[0], np.cumsum(sizes)[:-1]])

@@ -1,6 +1,7 @@
 """Output folders that appear whole or not at all, and what to say when one cannot be written."""
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         DataError: if ``out`` is not empty or cannot be written.
     """
+    out = Path(os.path.abspath(out))  # "." has no name
     try:
         if out.exists() and any(out.iterdir()):
             raise DataError(f"{out} is not empty; choose another --out")

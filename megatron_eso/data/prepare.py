@@ -122,6 +122,8 @@ def check_options(options: PrepareOptions) -> None:
         raise DataError(f"--packing {options.packing} must be packed or separate")
     if options.bad_documents not in ("error", "skip"):
         raise DataError(f"--bad-documents {options.bad_documents} must be error or skip")
+    if options.partition_mib is not None and options.partition_mib < 1:
+        raise DataError(f"--partition-mib {options.partition_mib} must be at least 1")
     if not 1 <= options.shard_mib < 4096:
         raise DataError(f"--shard-mib {options.shard_mib} must lie between 1 and 4095")
 

@@ -210,10 +210,28 @@ class ValidationReader:
         *,
         sequence_length: int,
         vocab_size: int,
+        tokenizer_sha256: str | None = None,
     ) -> None:
-        """Open a split; ``data`` gives cache and retry settings of remote ones."""
+        """Open a split.
+
+        Args:
+            path: folder or address.
+            data: cache and retry settings of remote splits.
+            sequence_length: tokens of a row, which must be the split's.
+            vocab_size: of the model, mask token included; likewise.
+            tokenizer_sha256: hash of the model's tokenizer, likewise; None: not known.
+
+        Raises:
+            DataError: if the split does not fit.
+        """
         self._split = open_split(str(path), data or DataConfig())
         check_fits(self._split.manifest, str(path), sequence_length, vocab_size)
+        if tokenizer_sha256 not in (None, self._split.manifest.tokenizer_sha256):
+            raise DataError(
+                f"{path} was made with another tokenizer than the model's data (sha256 "
+                f"{self._split.manifest.tokenizer_sha256[:12]}, not {tokenizer_sha256[:12]}): its tokens "
+                "mean other text; prepare it with data prepare --tokenizer FILE"
+            )
 
     @property
     def manifest(self) -> Manifest:

@@ -147,13 +147,18 @@ def _stdlib_files(root: Path) -> list[Piece]:
 
 
 def _hub_files(source: str) -> list[Piece]:
+    name, _, split = source.removeprefix(HUB_PREFIX).partition(":")
+    if {"[", "+"} & set(split):
+        raise DataError(
+            f"source {source}: {split} is a part of a split or several; whole files are read, so name one "
+            "whole split for each source, and choose the held-out share by --validation-fraction"
+        )
     try:
         from datasets import load_dataset
     except ImportError:
         raise DataError(
             f"source {source} needs the datasets package: pip install datasets"
         ) from None
-    name, _, split = source.removeprefix(HUB_PREFIX).partition(":")
     try:
         cached = load_dataset(name, split=split or "train").cache_files  # pyright: ignore
     except Exception as error:

@@ -151,12 +151,11 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def decode(tokenizer: Any, ids: Iterable[int]) -> str:
-    """Return the text of token ids; ids beyond the tokenizer's (the mask) show as a grey block."""
+    """Return the text of token ids; ids that it does not know (the mask) show as a grey block."""
     parts: list[str] = []
     run: list[int] = []
-    known = tokenizer.get_vocab_size(with_added_tokens=True)
     for token in ids:
-        if token < known:
+        if tokenizer.id_to_token(int(token)) is not None:  # a vocabulary may have gaps
             run.append(int(token))
             continue
         parts += [tokenizer.decode(run, skip_special_tokens=False), MASK_MARK]

@@ -56,6 +56,7 @@ def evaluate(
     settings = replica.config.eval
     objective = evaluation_objective(replica.config.objective, settings)
     check_metrics(objective, metrics)
+    was_training = [chunk.training for chunk in replica.chunks]
     for chunk in replica.chunks:
         chunk.eval()
     with torch.no_grad(), untouched_scales(replica.chunks):
@@ -65,8 +66,8 @@ def evaluate(
             scores.append(nelbo(*given))
         if "likelihood" in metrics and objective.name == "eso" and settings.likelihood_orders:
             scores += likelihood_bounds(*given)
-    for chunk in replica.chunks:
-        chunk.train()
+    for chunk, mode in zip(replica.chunks, was_training, strict=True):
+        chunk.train(mode)
     return scores
 
 

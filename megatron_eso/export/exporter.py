@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_eso.checkpoint.folder import MANIFEST, CheckpointFolder, hash_file
+from megatron_eso.checkpoint.folder import MANIFEST, CheckpointFolder, hash_file, tokenizer_path
 from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
 from megatron_eso.errors import CheckpointError
 from megatron_eso.export import describe
@@ -130,14 +130,8 @@ def require_expressible(model: ModelConfig, objective: ObjectiveConfig, kind: st
 
 
 def _tokenizer_path(folder: CheckpointFolder, asked: Path | None) -> Path | None:
-    sidecar = folder.sidecar()
-    if asked is not None:
-        return asked
-    named = sidecar.get("tokenizer")
-    if named is None:
-        return None
-    path = folder.path / named if "origin" in sidecar else Path(named)
-    if not path.is_file():
+    path = tokenizer_path(folder) if asked is None else asked
+    if path is not None and asked is None and not path.is_file():
         raise CheckpointError(
             f"the run's tokenizer {path} is not there any more; give it with --tokenizer FILE"
         )

@@ -174,6 +174,8 @@ def _read_config(source: Path) -> dict[str, Any]:
             f"{source}/config.json cannot be read ({error}); give a folder with config.json and "
             "safetensors weights"
         ) from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{source}/config.json is no object of settings")
     return config
 
 
@@ -201,8 +203,20 @@ def _require_names(tensors: ExportedTensors, table: list[Rule], model: ModelConf
     extra |= {"lm_head.weight"} if model.tie_embeddings else set()
     wrong = [f"{name} is missing" for name in sorted(wanted - set(tensors.files))]
     wrong += [f"{n} has no place here" for n in sorted(set(tensors.files) - wanted - extra)]
+    if model.tie_embeddings and "lm_head.weight" in tensors.files:
+        wrong += _head_of_its_own(tensors)
     if wrong:
         raise CheckpointError(f"{tensors.folder} cannot be imported:\n  - " + "\n  - ".join(wrong))
+
+
+def _head_of_its_own(tensors: ExportedTensors) -> list[str]:
+    """Return what is wrong with a stored head that config.json says is the embedding."""
+    if torch.equal(tensors.read("lm_head.weight"), tensors.read("model.embed_tokens.weight")):
+        return []
+    return [
+        "lm_head.weight is not the embedding, though config.json ties them (transformers would not tie "
+        "these); set tie_word_embeddings to false there"
+    ]
 
 
 def _joined(tensors: ExportedTensors, rule: Rule, layer: int | None, known: Described) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_eso.checkpoint.folder import CheckpointFolder
 from megatron_eso.checkpoint.write_weights import write_weights
 from megatron_eso.config.schema import RunConfig
+from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.export.official import OfficialModel, read_official
 
 
@@ -41,7 +42,9 @@ def import_official(
         objective=official.objective,
         train=replace(config.train, sequence_length=official.sequence_length, steps=1),
     )
-    text = official.tokenizer_json if tokenizer is None else tokenizer.read_text()
+    text = official.tokenizer_json
+    if tokenizer is not None:
+        text = Tokenizer(tokenizer, requires_end=False).path.read_text()
     folder = write_weights(
         out,
         config,

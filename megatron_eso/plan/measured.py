@@ -37,7 +37,10 @@ def read_measured(path: Path) -> list[Measured]:
         return [_run_folder(path)]
     if not path.is_file():
         raise DataError(f"{path} is neither a run folder nor a table of measured runs")
-    table: Any = yaml.safe_load(path.read_text())  # JSON is YAML
+    try:
+        table: Any = yaml.safe_load(path.read_text())  # JSON is YAML
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
     if isinstance(table, list):
         table = {"rows": [row for row in table if isinstance(row, dict) and "settings" in row]}
     if not isinstance(table, dict) or not table.get("rows"):
@@ -45,6 +48,8 @@ def read_measured(path: Path) -> list[Measured]:
             f"{path}: expected a mapping with 'rows' (see configs/calibration), or results of "
             "tools.bench_gpu with whole steps"
         )
+    if not all(isinstance(row, dict) for row in table["rows"]):
+        raise DataError(f"{path}: every row must be a mapping (see configs/calibration)")
     rows = [{**table.get("defaults", {}), **row} for row in table["rows"]]
     return [_of_trainer(row, path) if "settings" in row else _published(row, path) for row in rows]
 

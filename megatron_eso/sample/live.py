@@ -20,6 +20,7 @@ class LiveRow:
         self._tokenizer, self._num_steps, self._mask_id = tokenizer, max(num_steps, 1), mask_id
         self._step_of: dict[int, int] = {}
         self._known: set[int] = set()
+        self._padding = 0
 
     def __enter__(self) -> "LiveRow":
         """Start to draw."""
@@ -30,8 +31,9 @@ class LiveRow:
         """Leave the last picture on the screen."""
         self._live.stop()
 
-    def begin(self, row: Tensor) -> None:
-        """Note which columns of the row [L] are given."""
+    def begin(self, row: Tensor, padding: int = 0) -> None:
+        """Note which columns of the row [L] are given; the first ``padding`` are not shown."""
+        self._padding = padding
         self._known = {i for i, token in enumerate(row.tolist()) if token != self._mask_id}
 
     def on_step(self, step: int, tokens: Tensor) -> None:
@@ -56,7 +58,7 @@ class LiveRow:
     def _spans(self, row: list[int]) -> list[tuple[int, int, str]]:
         """Return runs of columns of one style: several tokens may make one character."""
         spans: list[tuple[int, int, str]] = []
-        for column, token in enumerate(row):
+        for column, token in enumerate(row[self._padding :], self._padding):
             style = "dim" if token == self._mask_id else self._style(column)
             if spans and spans[-1][2] == style:
                 spans[-1] = (spans[-1][0], column + 1, style)

@@ -2,6 +2,9 @@
 
 import json
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,21 +33,40 @@ class SampleFile:
     def __exit__(self, kind: object, *error: object) -> None:
         """Close; give the file its name if nothing went wrong."""
         assert self._file is not None
-        self._file.close()
+        with self._or_say_how_far():
+            self._file.close()
+            if kind is None:
+                self._partial.replace(self._path)
         if kind is None:
-            self._partial.replace(self._path)
             print(f"\r{self._done} samples in {self._path}", file=sys.stderr)
 
     def add(self, **sample: Any) -> None:
         """Write one sample."""
         assert self._file is not None
-        self._file.write(json.dumps(sample) + "\n")
+        with self._or_say_how_far():
+            self._file.write(json.dumps(sample) + "\n")
         self._done += 1
         if sys.stderr.isatty():
             print(f"\r{self._done} of {self._total} samples", end="", file=sys.stderr, flush=True)
 
+    @contextmanager
+    def _or_say_how_far(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # a full disk
+            raise DataError(
+                f"cannot write {self._path}: {error.strerror}; of {self._done} samples those that fitted "
+                f"are in {self._partial}"
+            ) from error
+
 
 def require_new(path: Path) -> None:
-    """Raise if a file is there already."""
+    """Raise if a file is there already, or cannot be made there."""
     if path.exists():
         raise DataError(f"{path} exists; choose another --out or remove it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from error

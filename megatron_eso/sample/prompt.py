@@ -73,8 +73,10 @@ def rows_with_gaps(
     known = GAP.split(text)
     if num_rows < 1:
         raise ConfigError(f"--num-samples {num_rows} must be at least 1")
-    if len(known) == 1 or not any(int(size) for size in known[1::2]):
+    if len(known) == 1 or not any(size.strip("0") for size in known[1::2]):
         raise ConfigError("--infill has no gap; write [[N]] where N tokens are to be filled in")
+    # Before any gap is made: a slip of the finger may be more than memory holds.
+    _check_length(sum(int(size) if len(size) < 10 else 10**9 for size in known[1::2]), model)
     ids: list[int] = []
     is_open: list[bool] = []
     for number, part in enumerate(known):

@@ -7,11 +7,13 @@ A start that was interrupted (Ctrl-C, a kill, a requeue, a runner that died) say
 it leaves no second line, and only failures count against ``--max-attempts``.
 """
 
+import fcntl
 import os
 import platform
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_eso.errors import STOPPED_EXIT_CODE
@@ -22,6 +24,19 @@ from megatron_eso.launch.processes import STOPPING
 
 _FAILED = "failed"
 _FROM_OUTSIDE = (*STOPPING, signal.SIGHUP)
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[bool]:
+    """Let one runner at a time look at a cell and start it; yields whether this is the one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
 
 
 def note_start(folder: Path) -> None:

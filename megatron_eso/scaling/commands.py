@@ -71,10 +71,12 @@ def submit_array(
     return f"{script}: {submit_script(script)}"
 
 
-def status(sweep_file: Path, overrides: list[str] | None) -> str:
+def status(sweep_file: Path, overrides: list[str] | None, max_attempts: int = 2) -> str:
     """Return the table of cells."""
+    _check_at_least_1(max_attempts=max_attempts)
     sweep, cells = make_grid(sweep_file, overrides)
-    return states_table([read_state(Path(sweep.folder), cell) for cell in cells])
+    folder = Path(sweep.folder)
+    return states_table([read_state(folder, cell, max_attempts=max_attempts) for cell in cells])
 
 
 def collect(

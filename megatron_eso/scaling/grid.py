@@ -42,6 +42,8 @@ class Cell:
     dollars: float
     rules: dict[str, str]
     problems: tuple[str, ...] = ()
+    tokens_per_parameter: float | None = None
+    """The level of a token ladder; then budget is no number of FLOPs."""
     base_ranks: int = 1
     """parallel.local_ranks of the base, which decides nothing; fingerprints hold it."""
 
@@ -206,6 +208,7 @@ def _cell(
             "optimizer.warmup_steps": f"{run.optimizer.warmup_steps} = {sweep.warmup_share:g} x steps",
         },
         problems=tuple(problems),
+        tokens_per_parameter=None if sweep.budgets else level,
         base_ranks=base_ranks,
     )
 

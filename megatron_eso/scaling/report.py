@@ -68,7 +68,7 @@ def _draw_isoflop(axis: Any, fit: ObjectiveFit) -> None:
         chosen = sorted(
             (row["parameters"], row["loss"], row.get("loss_error") or 0.0)
             for row in fit.rows
-            if float(row["budget"]) == minimum.budget
+            if float(row.get("budget") or 0) == minimum.budget
         )
         sizes = np.array([size for size, _, _ in chosen])
         color = f"C{index}"

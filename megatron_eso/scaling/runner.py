@@ -107,7 +107,12 @@ def run_cells(
         while todo or running:
             while todo and len(running) < workers:
                 cell = todo.pop(0)
-                running[cell.name] = (cell, _start(sweep_folder, cell, workers, trainer))
+                with attempts.claim(cell_folder(sweep_folder, cell)) as is_ours:
+                    now = read_state(sweep_folder, cell, max_attempts=max_attempts).state
+                    if not is_ours or now in ("running", "finished", "given-up"):
+                        say(f"pass over {cell.name}: another runner has it")
+                        continue
+                    running[cell.name] = (cell, _start(sweep_folder, cell, workers, trainer))
                 say(f"start {cell.name} ({cell.run.train.steps} steps)")
             time.sleep(0.2)
             for name, (cell, process) in list(running.items()):

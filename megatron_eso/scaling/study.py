@@ -82,7 +82,7 @@ def fit_study(rows: Sequence[Row], *, budget: float | None = None) -> Study:
         )
         for name in names
     ]
-    largest = max(float(row["budget"]) for row in usable)
+    largest = max(float(row.get("budget") or row["flops"]) for row in usable)
     return Study(fits, left_out, budget or 4 * largest)
 
 
@@ -155,6 +155,7 @@ def _refuse_mixtures(rows: Sequence[Row]) -> None:
 
 def _minima(rows: Sequence[Row]) -> list[Minimum]:
     found = []
+    rows = [row for row in rows if row.get("budget")]  # a token ladder has none
     for budget in sorted({float(row["budget"]) for row in rows}):
         chosen = [row for row in rows if float(row["budget"]) == budget]
         found.append(
@@ -190,7 +191,9 @@ def _fit_objective(
     if reference and len(good) >= 2 and len(reference[0]) >= 2:
         multipliers = compute_multiplier(*_points(minima), *reference)
     reasons = [f"{m.budget:.3g} FLOPs: {m.reason}" for m in minima if m.parameters is None]
-    if len(good) < 3:
+    if not minima:
+        reasons.append("a token ladder has no IsoFLOP curves; the parametric law alone is fitted")
+    elif len(good) < 3:
         reasons.append(f"{len(good)} interior minima; intervals need 3")
     if parametric and (
         parametric.E < 1e-3 or not all(0.02 < x < 2.9 for x in (parametric.a, parametric.b))

@@ -83,12 +83,13 @@ class Run:
         self._note("setup", began=begin, joined=session.joined)
         # One rank whose store, cache or disk fails must not leave the others waiting for it.
         self.reader = together(lambda: _open_rows(config), session.torch_device)
-        self.validation = together(lambda: Validation(config), session.torch_device)
+        tokenizer = self.reader.manifests[0].tokenizer_sha256
+        self.validation = together(lambda: Validation(config, tokenizer), session.torch_device)
         self.keeper = Keeper(session, self.folder, self.reader, self.heart)
         self.keeper.resume_or_start()
         self._compare_lengths()
-        tokenizer = together(self._tokenizer, session.torch_device)
-        self._on_first_rank(lambda: self.folder.describe(session.config, tokenizer))
+        content = together(self._tokenizer, session.torch_device)
+        self._on_first_rank(lambda: self.folder.describe(session.config, content))
         self.guard = StepGuard(session, self._read, self.keeper.go_back, self.folder.path)
         self.stragglers = Stragglers(config.resilience.straggler_every_steps)
         self.profile = Profile(config.train, self.folder.path, session.ranks.rank)

@@ -24,13 +24,14 @@ class StopAskedError(Exception):
 class Validation:
     """The validation sets of a run."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, tokenizer_sha256: str | None = None) -> None:
         self._readers = {
             name: ValidationReader(
                 path,
                 config.data,
                 sequence_length=config.train.sequence_length,
                 vocab_size=config.model.vocab_size,
+                tokenizer_sha256=tokenizer_sha256,
             )
             for name, path in config.data.validation.items()
         }

@@ -11,11 +11,13 @@ import time
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Core
+from tokenizers import models
 
 from megatron_eso.data import workers
 from megatron_eso.data.documents import documents_of
 from megatron_eso.data.manifest import load_manifest
-from megatron_eso.data.prepare import prepare
+from megatron_eso.data.prepare import check_options, prepare
 from megatron_eso.data.progress import Progress
 from megatron_eso.data.reader import ValidationReader
 from megatron_eso.data.sources import find_files, partitions_of
@@ -343,3 +345,22 @@ def test_a_tokenizer_of_another_size_is_refused_with_both_numbers(prepared, corp
     with pytest.raises(DataError, match=r"--vocab-size=512.* has 299 tokens .*--vocab-size=300"):
         prepare([str(corpus)], tmp_path / "set", options(vocab_size=512),
                 tokenizer=str(prepared / "tokenizer.json"), num_processes=1)  # fmt: skip
+
+
+@pytest.mark.parametrize("split", ["train[:10%]", "train+test"])
+def test_a_part_of_a_hub_split_is_refused_as_whole_files_are_read(split):
+    with pytest.raises(DataError, match="whole split"):
+        find_files([f"hf:some/set:{split}"])
+
+
+def test_a_partition_of_no_size_is_refused():
+    with pytest.raises(DataError, match="--partition-mib -1"):
+        check_options(options(partition_mib=-1))
+
+
+def test_ids_of_a_vocabulary_with_gaps_are_words(tmp_path):
+    vocabulary = {"<|endoftext|>": 0, "a": 1, "b": 2, "Z": 1000}
+    Core(models.WordLevel(vocabulary, unk_token="a")).save(str(tmp_path / "t.json"))
+    tokenizer = Tokenizer(tmp_path / "t.json")
+    assert tokenizer.vocab_size == 1002
+    assert tokenizer.decode([1, 1000, 500, tokenizer.mask_id, 2]) == "a Z\u2591\u2591b"

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_eso.config.schema import DataConfig
 from megatron_eso.data import publish, sources
+from megatron_eso.data.object_store import ObjectFolder
 from megatron_eso.data.open_split import tokenizer_of
 from megatron_eso.data.prepare import prepare
 from megatron_eso.errors import DataError
@@ -168,3 +169,22 @@ def test_a_store_that_cannot_be_written_to_is_refused_with_what_can(
 def test_two_processes_send_what_one_does(store, texts, local, prepared, tmp_path):
     send(texts, "s3://shards/two", prepared, staging=tmp_path / "work", num_processes=2)
     assert_same_rows("s3://shards/two", local, tmp_path)
+
+
+def test_overwriting_removes_what_was_prepared_and_nothing_whose_name_begins_alike(
+    store, texts, prepared, tmp_path
+):
+    address = "s3://shards/mine"
+    send(texts, address, prepared, staging=tmp_path / "work")
+    folder = ObjectFolder.open(address, 5.0)
+    others = ["train-run7/model.bin", "training-notes.md", "validation_by_hand.jsonl"]
+    for name in others:
+        folder.put(name, b"x")
+    send(texts, address, prepared, staging=tmp_path / "work", overwrite=True, packing="separate")
+    assert all(folder.get(name) == b"x" for name in others)
+
+
+def test_a_bucket_that_holds_something_is_not_empty(store):
+    folder = ObjectFolder.open("s3://shards", 5.0)
+    folder.put("something", b"x")
+    assert not folder.is_empty()

@@ -112,3 +112,11 @@ def test_weights_that_mean_nothing_are_refused(weights):
 def test_a_weight_too_small_to_be_met_is_refused():
     with pytest.raises(DataError, match="below 1/65536"):
         Mixture([1.0, 1.0, 1e-9], seed=1)
+
+
+def test_a_last_group_smaller_than_the_nodes_is_shuffled_by_as_many_as_it_has():
+    sizes = [64] * 8 + [5]
+    whole = order(shard_sizes=sizes, group_samples=128, nodes=16)
+    for epoch in range(12):  # in some of them the small shard is dealt alone
+        places = whole.samples_at(np.arange(sum(sizes)) + epoch * sum(sizes))
+        assert np.array_equal(np.sort(places), np.arange(sum(sizes)))

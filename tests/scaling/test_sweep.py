@@ -10,9 +10,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_eso.cli.main import app as main_app
 from megatron_eso.config import load_config
 from megatron_eso.errors import ClusterError, ConfigError, DataError
 from megatron_eso.scaling import commands
@@ -410,3 +413,38 @@ def test_another_trainers_tensorboard_folders_are_read(tmp_path):
     ]  # fmt: skip
     with pytest.raises(DataError, match="there are: lm loss, lr"):
         tensorboard_steps(tmp_path / "logs", "loss")
+
+
+def test_a_token_ladder_is_fitted_by_its_parametric_law_alone(tmp_path):
+    folder, cells = grid(tmp_path, "budgets=[]", "tokens_per_parameter=[10.0, 20.0, 40.0]")
+    run_cells(folder, cells, workers=2, trainer=trainer(tmp_path), say=lambda line: None)
+    study = fit_study(collect(folder, cells)[0])
+    assert all(
+        not fit.minima and fit.size_law is None and fit.parametric for fit in study.objectives
+    )
+    assert "a token ladder has no IsoFLOP curves" in study_text(study)
+    assert study.budget == 4 * max(cell.flops for cell in cells)
+
+
+def test_two_runners_share_a_grid_and_start_each_cell_once(tmp_path):
+    folder, cells = grid(tmp_path, "models=['../model/ladder/s1.yaml']", "objectives=[{name: ar}]")
+    slow, said = trainer(tmp_path, delay=1.0), []
+
+    def run_all():
+        run_cells(folder, cells, trainer=slow, say=said.append)
+
+    threads = [Thread(target=run_all) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.5)
+    for thread in threads:
+        thread.join()
+    assert all((folder / "cells" / c.name / "run" / "starts").read_text() == "x" for c in cells)
+    assert any("another runner has it" in line for line in said)
+    assert {read_state(folder, cell).state for cell in cells} == {"finished"}
+
+
+@pytest.mark.parametrize("words", [["--slurm", "--cell", "1"], ["--sbatch=--partition=gpu"]])
+def test_options_that_contradict_each_other_are_refused(words):
+    done = CliRunner().invoke(main_app, ["sweep", "run", str(LAPTOP), *words])
+    assert "--slurm" in str(done.exception) and done.exception.exit_code == 2

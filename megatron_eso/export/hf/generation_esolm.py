@@ -289,7 +289,7 @@ def _fill(model, canvas, valid, steps, found, seed, first_row, prompt, streamer)
     numbers = range(first_row, first_row + len(canvas))
     draws = np.stack([uniform(seed, 0, row, TOKEN, canvas.shape[1]) for row in numbers])
     draws = torch.from_numpy(draws).to(canvas.device).gather(1, positions)
-    shown = _stream(streamer, canvas, step_of, -1, shown, prompt)
+    shown = _stream(streamer, canvas, step_of, -1, shown, prompt, found["eos_token_id"])
     for step in range(num_steps):
         lowest = -1 if cache is None or step == 0 else step - 1
         fresh, fresh_ok = _entries(step_of, rank, lowest, step - 1, canvas.device)
@@ -314,10 +314,10 @@ def _fill(model, canvas, valid, steps, found, seed, first_row, prompt, streamer)
         chosen = torch.log_softmax(logits.double(), dim=1).gather(1, picked[:, None])[:, 0]
         log_probs[row, column] = chosen
         done = step + 1
-        shown = _stream(streamer, canvas, step_of, step, shown, prompt)
+        shown = _stream(streamer, canvas, step_of, step, shown, prompt, found["eos_token_id"])
         if _all_ended(canvas, step_of, step, prompt, found["eos_token_id"]):
             break
-    _cut(canvas, valid, prompt, found)
+    log_probs[_cut(canvas, prompt, found)] = 0.0
     if streamer is not None:
         streamer.end()
     return EsoLMGenerateOutput(sequences=canvas, log_probs=log_probs, num_evaluations=done)
@@ -347,8 +347,8 @@ def _all_ended(canvas, step_of, step, prompt, eos):
     return bool((is_end & prefix).any(1).all())
 
 
-def _cut(canvas, valid, prompt, found):
-    """Put padding behind the first end token of what was generated behind the prompt."""
+def _cut(canvas, prompt, found):
+    """Put padding behind the first end token of what was generated behind the prompt; return where."""
     is_end = _is_end(canvas, found["eos_token_id"])
     is_end[:, :prompt] = False
     after = is_end.long().cumsum(1) - is_end.long() > 0
@@ -357,15 +357,19 @@ def _cut(canvas, valid, prompt, found):
         pad = eos[0] if isinstance(eos, (list, tuple)) else eos
     if pad is not None:
         canvas[after] = pad
+    return after
 
 
-def _stream(streamer, canvas, step_of, step, shown, prompt):
+def _stream(streamer, canvas, step_of, step, shown, prompt, eos):
     """Show what has been decided without a gap from the start; return how much is shown."""
     if streamer is None:
         return 0
     decided = int((step_of[0] <= step).long().cumprod(0).sum())
     if step < 0:
         decided = prompt if decided >= prompt else 0
+    ends = _is_end(canvas[0, prompt:decided], eos).nonzero()
+    if len(ends):  # what is behind it will be padding
+        decided = prompt + int(ends[0]) + 1
     if decided > shown:
         if (
             shown == 0 and decided > prompt > 0
