@@ -51,7 +51,7 @@ def read_events(run: Path) -> list[dict[str, Any]]:
     """Return all events in the order written; a line cut off by a crash is left out."""
     try:
         lines = (run / EVENTS).read_text(errors="replace").splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     events = []
     for line in lines:

@@ -32,8 +32,8 @@ def write_timeline(ledger: Ledger, out: Path) -> None:
         title=f"effective training time {ledger.effective_share:.1%}, {len(ledger.faults)} faults",
     )  # fmt: skip
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=4, fontsize=8)
-    out.parent.mkdir(parents=True, exist_ok=True)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=120)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"--plot {out}: {error}") from None

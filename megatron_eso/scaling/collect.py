@@ -1,12 +1,13 @@
 """Finished and partial runs as two tables: one row a cell, one row a logged step."""
 
 import csv
+import io
 import platform
 from pathlib import Path
 from typing import Any
 
 from megatron_eso.errors import DataError, UserError
-from megatron_eso.files import read_json
+from megatron_eso.files import read_json, write_whole
 from megatron_eso.scaling.grid import Cell
 from megatron_eso.scaling.runner import cell_folder, read_metrics, read_state
 
@@ -137,17 +138,20 @@ def write_table(rows: list[Row], stem: Path) -> list[Path]:
         raise DataError(f"nothing to write to {stem}.csv: no run has logged anything yet")
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_suffix(".csv")]
-    with open(paths[0], "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(paths[0], text.getvalue())
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         return paths
     paths.append(stem.with_suffix(".parquet"))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), paths[1])
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), content)
+    write_whole(paths[1], content.getvalue())
     return paths
 
 

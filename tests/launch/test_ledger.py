@@ -1,12 +1,14 @@
 """The account of a run from its events: every second has one cause, and clocks may jump."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from megatron_eso.errors import UserError
 from megatron_eso.launch import events
 from megatron_eso.launch.ledger import CAUSES, account, read_ledger
+from megatron_eso.launch.timeline import write_timeline
 
 
 def event(kind, at, *, boot="b", wall=0.0, **facts):
@@ -103,8 +105,15 @@ def test_events_survive_a_torn_line_and_an_unwritable_folder(tmp_path, caplog):
 
 
 def test_a_folder_without_events_is_a_message(tmp_path):
-    with pytest.raises(UserError, match=r"has no events.jsonl"):
-        read_ledger(tmp_path)
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(UserError, match=r"has no events.jsonl"):
+            read_ledger(path)
+
+
+def test_a_plot_that_cannot_be_written_is_a_message():
+    with pytest.raises(UserError, match=r"--plot /proc/none/a\.png"):
+        write_timeline(account(INTERRUPTED), Path("/proc/none/a.png"))
 
 
 def test_the_account_can_be_written_as_json():
