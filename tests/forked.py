@@ -25,7 +25,7 @@ from typing import Any
 
 from megatron_eso.garbage import look_at_new_objects, look_rarely
 from megatron_eso.launch import starter, template
-from megatron_eso.launch.processes import STOPPING, die_with_parent, hold_signals, spawn
+from megatron_eso.launch.processes import STOPPING, die_with_parent, fork_into_session, spawn
 
 ROOT = Path(__file__).parent.parent
 # Read when torch is imported, thus the same for all.
@@ -235,26 +235,20 @@ def _spawn(
     """Fork a launcher's template, which would only import again what is here; start others as ever."""
     if list(command[1:3]) != ["-m", template.__name__]:
         return spawn(command, environment, inherit, errors)
-    parent = os.getpid()
-    before = hold_signals()
-    child = os.fork()
-    if child:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return child
-    try:
-        os.setsid()
-        die_with_parent(parent)
+
+    def become() -> None:
         for number in STOPPING:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.clear()
         os.environ.update(environment)
         sys.argv = list(command[2:])
-        template.main()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(1)
+        try:
+            template.main()
+        except BaseException:
+            traceback.print_exc()
+
+    return fork_into_session(become)
 
 
 if __name__ == "__main__":

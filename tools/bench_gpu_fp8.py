@@ -69,7 +69,8 @@ def _fp8_losses(sizes: Sizes, report: Report, ways: dict[str, list[str]]) -> Non
             found = [train_step(session, read).loss for _ in range(sizes.fp8_loss_steps)]
             base = found if name == "BF16, plain layers" else base
             last = slice(-len(found) // 4, None)
-            gaps = [abs(a - b) / b for a, b in zip(found[last], (base or [])[last], strict=False)]
+            pairs = zip(found[last], base[last], strict=True) if base else ()
+            gaps = [abs(a - b) / b for a, b in pairs]
             report.row(
                 f"{sizes.fp8_loss_steps} steps: {name}", first=found[0],
                 last_quarter=sum(found[last]) / len(found[last]),

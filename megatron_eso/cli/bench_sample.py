@@ -39,6 +39,7 @@ def bench_sample(
         megatron-eso bench-sample runs/eso runs/ar runs/mdlm --judge runs/ar --steps 128 --steps 32
     """
     from megatron_eso.cli.model_loading import load
+    from megatron_eso.data.output import require_writable
     from megatron_eso.data.tokenizer import decode
     from megatron_eso.eval.frontier import measure, plot, table
     from megatron_eso.parallel.finish import finish
@@ -47,7 +48,7 @@ def bench_sample(
     choice = Choice(temperature=temperature, top_p=top_p, seed=seed)
     # Everything that can be wrong is looked at before anything is measured.
     asked = _checked(checkpoints, steps, alpha_0, length, choice, rows=rows, batch=batch)
-    _make_folder(out)
+    require_writable(out, f"to --out {out}")  # what lies in it stays until the first point
     loaded_judge = None
     if judge is not None:
         longest = max(size for _, size, _ in asked)
@@ -103,20 +104,6 @@ def _checked(
             check_request(known.objective, canvas, each, choice)
         asked.append((known, size, settings))
     return asked
-
-
-def _make_folder(out: Path) -> None:
-    """Make the folder and try to write there; what lies in it stays until the first point."""
-    import tempfile
-
-    from megatron_eso.errors import DataError
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise DataError(f"cannot write to --out {out}: {error.strerror}") from error
 
 
 def _write(out: Path, points: list[Any]) -> None:

@@ -118,16 +118,10 @@ def _check_numbers(metric: str, *, orders: int, rows: int, batch: int) -> None:
 
 def _check_writable(path: Path) -> None:
     """Make the folder of a file and refuse one that takes none, or a folder of the file's name."""
-    import tempfile
-
+    from megatron_eso.data.output import require_writable
     from megatron_eso.errors import DataError
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise DataError(f"cannot write --json {path}: {error.strerror}") from error
+    require_writable(path.parent, f"--json {path}")
     if path.is_dir():
         raise DataError(f"--json {path} is a folder; name a file")
 

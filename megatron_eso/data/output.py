@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,3 +44,21 @@ def describe_write_error(error: OSError, folder: Path) -> str:
         errno.EEXIST: "a file is in the way; choose another --out",
     }.get(error.errno or 0, "run the same command again: it continues")
     return f"cannot write {error.filename or folder} ({error.strerror or error}): {advice}"
+
+
+def require_writable(folder: Path, what: str) -> None:
+    """Make a folder and try to write there, before hours of work.
+
+    Args:
+        folder: the folder.
+        what: what is to be written, as a message names it.
+
+    Raises:
+        DataError: if it cannot be made, or takes no file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(f"cannot write {what}: {error.strerror}") from error

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,6 +49,23 @@ def spawn(
         inherit: file descriptors that stay open in it.
         errors: file descriptor that takes its standard error; None: as of this process.
     """
+
+    def become() -> None:
+        for descriptor in inherit:
+            os.set_inheritable(descriptor, True)
+        if errors is not None:
+            os.dup2(errors, 2)
+        os.execvpe(command[0], list(command), dict(environment))
+
+    return fork_into_session(become)
+
+
+def fork_into_session(run: Callable[[], None]) -> int:
+    """Fork a child that ends with this process and has a session of its own; return its process id.
+
+    Args:
+        run: what the child does, signals held; if it comes back the child ends with code 127.
+    """
     parent = os.getpid()
     before = hold_signals()  # a handler of ours must not run in the child
     child = os.fork()
@@ -58,12 +75,8 @@ def spawn(
     try:
         os.setsid()
         die_with_parent(parent)
-        for descriptor in inherit:
-            os.set_inheritable(descriptor, True)
-        if errors is not None:
-            os.dup2(errors, 2)
-        os.execvpe(command[0], list(command), dict(environment))
-    finally:  # only reached if exec failed
+        run()
+    finally:  # it came back, or exec failed
         os._exit(127)
 
 

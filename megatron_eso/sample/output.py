@@ -2,12 +2,12 @@
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_eso.data.output import require_writable
 from megatron_eso.errors import DataError
 
 
@@ -64,9 +64,4 @@ def require_new(path: Path) -> None:
     """Raise if a file is there already, or cannot be made there."""
     if path.exists():
         raise DataError(f"{path} exists; choose another --out or remove it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}") from error
+    require_writable(path.parent, str(path))
