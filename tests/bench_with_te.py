@@ -44,7 +44,7 @@ def main() -> None:
             (bench_gpu_fp8, "HAS_TE", True),
         ]
     ):
-        for section in ("correctness", "fp8"):
+        for section in ("correctness", "fp8", "fp8_losses"):
             report.section(section)
             with report.trying(section):
                 bench_gpu.SECTIONS[section](sizes, report)

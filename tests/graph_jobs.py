@@ -12,6 +12,8 @@ from megatron_eso.eval.evaluate import evaluate
 from megatron_eso.model import megatron_config
 from megatron_eso.parallel import optimizer as optimizer_module
 from megatron_eso.parallel.finish import finish
+from megatron_eso.sample import graphs as step_graphs
+from megatron_eso.sample import stages
 from megatron_eso.train import session as session_module
 from megatron_eso.train.session import Session
 from megatron_eso.train.step import train_step
@@ -71,6 +73,29 @@ def train(overrides: list[str], *, te: bool = False) -> dict[str, Any]:
                 len(found.keeps) for chunk in graphs if chunk for found in chunk._sets
             ],
         }
+
+
+def sample_rows(*arguments: Any) -> dict[str, Any]:
+    """Do what rank_jobs.sample_rows does, with steps from graphs and windows of 8 entries at least.
+
+    Returns:
+        What it returns, and the graphs captured and replayed.
+    """
+    made: list[Any] = []
+    make = step_graphs._StepGraph
+
+    def counted(*args: Any) -> Any:
+        made.append(make(*args))
+        return made[-1]
+
+    stand_ins = (
+        (stages, "can_capture", lambda device: True), (step_graphs, "_SMALLEST_WINDOW", 8),
+        (step_graphs, "_StepGraph", counted),
+    )  # fmt: skip
+    with replaced(stand_ins), cpu_graphs.instead_of_cuda_graphs():
+        cpu_graphs.CpuGraph.num_replays = 0
+        found = rank_jobs.sample_rows(*arguments)
+        return found | {"captured": len(made), "replayed": cpu_graphs.CpuGraph.num_replays}
 
 
 def said_on_a_cpu(overrides: list[str]) -> list[str]:

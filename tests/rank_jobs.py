@@ -425,8 +425,8 @@ def sample_rows(
         session.replica, torch.from_numpy(rows), plan, Choice(**choice), padding=padding
     )
     return {
-        "tokens": result.tokens.numpy(),
-        "log_probs": result.log_probs.numpy(),
+        "tokens": result.tokens.cpu().numpy(),
+        "log_probs": result.log_probs.cpu().numpy(),
         "order": plan.order.numpy(),
         "counts": plan.counts,
         "num_given": plan.num_given,

@@ -37,7 +37,7 @@ from megatron_eso.plan.flops import model_flops_per_step
 from megatron_eso.plan.peaks import peak_of
 from megatron_eso.train.session import Session
 from megatron_eso.train.step import train_step
-from tools.bench_gpu_fp8 import fp8
+from tools.bench_gpu_fp8 import fp8, fp8_losses
 from tools.bench_gpu_parts import (
     DEVICE,
     FP8_ATTENTION,
@@ -49,6 +49,7 @@ from tools.bench_gpu_parts import (
     best_seconds,
     change_batch,
     counting_rows,
+    device_seconds,
     forward_backward,
     free_memory,
     make_session,
@@ -178,7 +179,7 @@ def losses(sizes: Sizes, report: Report) -> None:
     report.row(
         f"{sizes.loss_steps} steps, bf16 against fp32", first=found["fp32"][0],
         last_bf16=found["bf16"][-1], last_fp32=found["fp32"][-1], largest_gap=max(gaps),
-        mean_gap=sum(gaps) / len(gaps),
+        mean_gap=sum(gaps) / len(gaps), **{f"losses_{name}": values for name, values in found.items()},
     )  # fmt: skip
 
 
@@ -201,11 +202,11 @@ def attention(sizes: Sizes, report: Report) -> None:
         for name, way in ways.items():
             with report.trying(f"L = {length}: {name}"):
                 given = of_official if name == _OFFICIAL else inputs
-                forward = best_seconds(lambda w=way, i=given[:3]: w(*i), sizes.repeats)
+                forward = device_seconds(lambda w=way, i=given[:3]: w(*i), sizes.repeats)
                 if not ON_GPU and name != "split":
                     report.row(f"L = {length}: {name}", forward_ms=forward * 1e3)
                     continue
-                both = best_seconds(lambda w=way, i=given: forward_backward(w, i), sizes.repeats)
+                both = device_seconds(lambda w=way, i=given: forward_backward(w, i), sizes.repeats)
                 found[name] = both
                 pairs = 2 * length * length / 2 * 4 * sizes.heads * sizes.head_size
                 of_split = ratio(both, found.get("split"))
@@ -288,7 +289,7 @@ def head(sizes: Sizes, report: Report) -> None:
 
 def sampling(sizes: Sizes, report: Report) -> None:
     """Seconds of one row at one token per step, from steps timed at three places of it."""
-    longest = max(sizes.sampling_lengths)
+    longest = max(*sizes.sampling_lengths, sizes.lengths[0])
     session = make_session(
         [
             *sizes.sampling_shape,
@@ -299,13 +300,24 @@ def sampling(sizes: Sizes, report: Report) -> None:
         for_training=False,
     )
     for length in sizes.sampling_lengths:
-        base: float | None = None
-        for name in ("eso", "ar", "mdlm"):
-            seconds = seconds_per_row(session, name, length, num_steps=8 * sizes.repeats)
-            base = base or seconds
-            report.row(
-                f"L = {length}: {name}, one token per step", seconds=seconds, of_eso=seconds / base
-            )
+        for cuda_graphs in (True, False):
+            base: float | None = None
+            launched = "CUDA graphs" if cuda_graphs else "kernel by kernel"
+            for name in ("eso", "ar", "mdlm"):
+                label = f"L = {length}: {name}, one token per step, {launched}"
+                with report.trying(label):
+                    seconds = seconds_per_row(
+                        session, name, length, num_steps=(4 if name == "mdlm" else 20) * sizes.repeats,
+                        cuda_graphs=cuda_graphs,
+                    )  # fmt: skip
+                    base = seconds if name == "eso" else base
+                    report.row(label, seconds=seconds, of_eso=ratio(seconds, base))
+    length = min(sizes.sampling_lengths)
+    for cuda_graphs in (True, False):
+        label = f"L = {length}: eso, a whole row, {'graphs' if cuda_graphs else 'kernel by kernel'}"
+        with report.trying(label):
+            seconds = seconds_per_row(session, "eso", length, num_steps=0, cuda_graphs=cuda_graphs)
+            report.row(label, seconds=seconds)
 
 
 def graphs(sizes: Sizes, report: Report) -> None:
@@ -346,6 +358,7 @@ SECTIONS: dict[str, Callable[[Sizes, Report], None]] = {
     "head": head,
     "sampling": sampling,
     "fp8": fp8,
+    "fp8_losses": fp8_losses,
 }
 
 

@@ -19,23 +19,26 @@ from tools.bench_gpu_sizes import STEADY, Sizes
 _FP8_PARAMETERS = ["precision.fp8_params=true", "eval.use_ema=false"]
 
 
+_WAYS = {
+    "BF16, plain layers": ["precision.backend=torch"],
+    "BF16": ["precision.backend=te"],
+    "BF16, te attention": ["precision.backend=te", "precision.attention=te"],
+    "FP8 products": FP8,
+    "FP8 products and attention": FP8_ATTENTION,
+    "FP8 products, attention, parameters": [*FP8_ATTENTION, *_FP8_PARAMETERS],
+}
+_NEEDS_TE = "not measured: needs a GPU and Transformer Engine"
+
+
 def fp8(sizes: Sizes, report: Report) -> None:
     """FP8 products and attention against BF16, if Transformer Engine is installed. Aim: 1.25 x BF16."""
     if not HAS_TE:
-        report.row("FP8", result="not measured: needs a GPU and Transformer Engine")
+        report.row("FP8", result=_NEEDS_TE)
         return
     label, shape = list(sizes.shapes.items())[-1]
-    ways = {
-        "BF16, plain layers": ["precision.backend=torch"],
-        "BF16": ["precision.backend=te"],
-        "BF16, te attention": ["precision.backend=te", "precision.attention=te"],
-        "FP8 products": FP8,
-        "FP8 products and attention": FP8_ATTENTION,
-        "FP8 products, attention, parameters": [*FP8_ATTENTION, *_FP8_PARAMETERS],
-    }
     for length in sizes.lengths:
         found: dict[str, float] = {}
-        for name, way in ways.items():
+        for name, way in _WAYS.items():
             with report.trying(f"{label}, L = {length}: {name}"):
                 batch = batch_settings(sizes.step_tokens, length)
                 settings = [*shape, *batch, "objective.alpha_0=1", "precision.dtype=bf16", *way]
@@ -52,11 +55,14 @@ def fp8(sizes: Sizes, report: Report) -> None:
                 )  # fmt: skip
             session = None
             free_memory()
-    _fp8_losses(sizes, report, ways | {"FP8 products, delayed scales": ["precision.fp8=delayed"]})
 
 
-def _fp8_losses(sizes: Sizes, report: Report, ways: dict[str, list[str]]) -> None:
+def fp8_losses(sizes: Sizes, report: Report) -> None:
     """Losses of the same steps, and how far those of the last quarter are from bf16's."""
+    if not HAS_TE:
+        report.row("FP8", result=_NEEDS_TE)
+        return
+    ways = _WAYS | {"FP8 products, delayed scales": ["precision.fp8=delayed"]}
     base: list[float] | None = None
     for name, settings in ways.items():
         with report.trying(f"{sizes.fp8_loss_steps} steps: {name}"):
@@ -74,5 +80,5 @@ def _fp8_losses(sizes: Sizes, report: Report, ways: dict[str, list[str]]) -> Non
             report.row(
                 f"{sizes.fp8_loss_steps} steps: {name}", first=found[0],
                 last_quarter=sum(found[last]) / len(found[last]),
-                mean_gap=sum(gaps) / len(gaps) if gaps else None,
+                mean_gap=sum(gaps) / len(gaps) if gaps else None, losses=found,
             )  # fmt: skip

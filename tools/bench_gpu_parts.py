@@ -32,7 +32,10 @@ HAS_TE = ON_GPU and find_spec("transformer_engine") is not None
 FP8 = ["precision.backend=te", "precision.fp8=tensorwise"]
 FP8_ATTENTION = [*FP8, "precision.fp8_attention=true"]
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+_GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, are evenly spread
 _PLACES = (1 / 6, 1 / 2, 5 / 6)
+_PRODUCTS_BEFORE = 30  # of 1.4 ms each
+_STEPS_BEFORE = 3  # of those that are timed; see seconds_per_row
 
 
 def make_session(settings: list[str], *, for_training: bool = True) -> Session:
@@ -71,10 +74,15 @@ def random_rows(length: int, num_tokens: int) -> Callable[[int, list[int]], Rows
 
 
 def counting_rows(length: int, num_tokens: int) -> Callable[[int, list[int]], Rows]:
-    """Return rows that count on from a start, a function of step and row: they can be learnt."""
+    """Return rows that count on from a start, a function of step and row: they can be learnt.
+
+    Starts are spread over all tokens in every step. Where they moved from step to step, losses leapt, and
+    two runs parted whatever their number formats (docs/LOG.md).
+    """
 
     def read(step: int, rows: list[int]) -> Rows:
-        start = torch.tensor([31 * step + 7 * row for row in rows])[:, None]
+        numbers = torch.tensor([1024 * step + row for row in rows], dtype=torch.float64)
+        start = (numbers * _GOLDEN % 1 * num_tokens).long()[:, None]
         tokens = (start + torch.arange(length + 1)) % num_tokens
         return Rows(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
@@ -176,6 +184,30 @@ def best_seconds(run: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
+def device_seconds(run: Callable[[], object], repeats: int) -> float:
+    """Return the best time of a call on the GPU, without what the CPU takes to launch it.
+
+    The CPU gets ahead behind products that keep the GPU busy for longer than it takes to launch the call.
+    In a model it is ahead likewise. Without a GPU: as :func:`best_seconds`.
+    """
+    if not ON_GPU:
+        return best_seconds(run, repeats)
+    run()
+    matrix = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+    times = []
+    for _ in range(repeats):
+        synchronize()
+        for _ in range(_PRODUCTS_BEFORE):
+            matrix @ matrix
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return min(times)
+
+
 def ratio(one: float | None, other: float | None) -> float | None:
     """Return ``one / other``; None if one of them could not be measured."""
     return None if one is None or other is None else one / other
@@ -200,14 +232,18 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def seconds_per_row(session: Session, objective: str, length: int, *, num_steps: int) -> float:
+def seconds_per_row(
+    session: Session, objective: str, length: int, *, num_steps: int, cuda_graphs: bool
+) -> float:
     """Return the seconds of one row at one token per step.
 
     Args:
         session: a model, whatever it was trained for.
         objective: eso, ar or mdlm.
         length: tokens of the row.
-        num_steps: steps timed at each of three places, after one that fills the cache.
+        num_steps: steps timed at each of three places, after three: one fills the cache, one runs as it
+            is, one is captured. 0: the whole row is timed, with all of these.
+        cuda_graphs: steps may run from graphs.
     """
     replica = session.replica
     changed = replace(replica.config.objective, name=objective)
@@ -217,18 +253,24 @@ def seconds_per_row(session: Session, objective: str, length: int, *, num_steps:
     if objective != "ar":
         alpha_0 = 1.0 if objective == "eso" else None
         settings = PlanSettings(alpha_0=alpha_0, method="fixed", num_steps=length)
-    plan = plan_for(changed, canvas, settings, Choice(seed=1))
+    choice = Choice(seed=1, cuda_graphs=cuda_graphs)
+    plan = plan_for(changed, canvas, settings, choice)
+    rows = torch.zeros_like(plan.order)
+    if not num_steps:
+        return best_seconds(lambda: fill_rows(replica, rows, plan, choice), 1)
     per_step = []
     for place in _PLACES:
-        begin = round(place * (length - num_steps - 1))
-        part = DecodingPlan(plan.order, begin, plan.counts[begin : begin + num_steps + 1])
-        ends: list[float] = []
+        begin = round(place * (length - num_steps - _STEPS_BEFORE))
+        counts = plan.counts[begin : begin + _STEPS_BEFORE + num_steps]
+        part = DecodingPlan(plan.order, begin, counts)
+        begins: list[float] = []
 
-        def note(step: int, tokens: torch.Tensor, ends: list[float] = ends) -> None:
-            if tokens.is_cuda:
-                torch.cuda.synchronize()
-            ends.append(time.perf_counter())
+        def note(step: int, tokens: torch.Tensor, begins: list[float] = begins) -> None:
+            if step == _STEPS_BEFORE - 1:
+                synchronize()
+                begins.append(time.perf_counter())
 
-        fill_rows(replica, torch.zeros_like(plan.order), part, Choice(seed=1, on_step=note))
-        per_step.append((ends[-1] - ends[0]) / (len(ends) - 1))
+        fill_rows(replica, rows, part, replace(choice, on_step=note))
+        synchronize()
+        per_step.append((time.perf_counter() - begins[0]) / (len(counts) - _STEPS_BEFORE))
     return length * sum(per_step) / len(per_step)

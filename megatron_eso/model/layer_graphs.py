@@ -54,6 +54,15 @@ def _side_stream() -> Any:
 
 
 @contextmanager
+def capture_into(graph: Any, pool: Any) -> Iterator[None]:
+    """Within it work is captured into a graph, with memory of a pool, and not done."""
+    with torch.cuda.graph(
+        graph, pool=pool, stream=_side_stream(), capture_error_mode=_CAPTURE_MODE
+    ):
+        yield
+
+
+@contextmanager
 def gradients_for_graphs() -> Iterator[None]:
     """Within it gradient buffers are wrapped around a model whose layers will run from graphs.
 
@@ -259,19 +268,18 @@ def _capture(
         pool: of memory. What a capture frees, a later one uses again; so does a replay.
     """
     graphs: list[_GraphOfLayer] = []
-    how: Any = {"pool": pool, "stream": _side_stream(), "capture_error_mode": _CAPTURE_MODE}
     with _capturing():
         hidden = torch.zeros_like(like, requires_grad=True)
         gradient = torch.zeros_like(like)
         for layer in layers:
             graph = _GraphOfLayer(layer, hidden, gradient)
             _warm_up(layer, like, graph_set.rows)
-            with torch.cuda.graph(graph.forward, **how):
+            with capture_into(graph.forward, pool):
                 graph.out = _run(layer, hidden, graph_set.rows)
             graphs.append(graph)
             hidden = graph.out.detach().requires_grad_()
         for layer, graph in reversed(list(zip(layers, graphs, strict=True))):
-            with torch.cuda.graph(graph.backward, **how):
+            with capture_into(graph.backward, pool):
                 gradient.copy_(_backward(layer, graph.hidden, graph.out, gradient))
             graph.out = graph.out.detach()  # lets go of what the backward pass needed
     # Megatron's buffer for gathered activations is another one after a larger evaluation; a graph goes on

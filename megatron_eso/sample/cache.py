@@ -7,6 +7,8 @@ masks' are overwritten by the next step. Keys are stored rotated, with their tru
 import torch
 from torch import Tensor
 
+_GRAIN = 256  # entries: windows and chunks of keys are whole multiples of it
+
 
 class Cache:
     """Per layer [R, g, T, d] buffers, each head's keys side by side as attention reads them.
@@ -18,24 +20,33 @@ class Cache:
         """Make an empty cache.
 
         Args:
-            capacity: T, the most entries a step may see: all tokens of a row and one step's masks.
+            capacity: T, the most entries a step may see: all tokens of a row and one step's masks; there
+                is room for a few more, as kernels with a mask want it.
         """
-        self.capacity = capacity
+        self.capacity = -(-capacity // _GRAIN) * _GRAIN
         self.num_kept = 0
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return the kept keys and values followed by a new segment's; see KeyValueStore."""
-        if layer not in self._keys:
-            shape = (*key.shape[1:3], self.capacity, key.shape[3])
-            self._keys[layer] = torch.empty(shape, dtype=key.dtype, device=key.device)
-            self._values[layer] = torch.empty(shape, dtype=value.dtype, device=value.device)
         end = self.num_kept + key.shape[0]
-        keys, values = self._keys[layer], self._values[layer]
+        keys, values = self.buffers(layer, key, value)
         keys[:, :, self.num_kept : end] = key.permute(1, 2, 0, 3)
         values[:, :, self.num_kept : end] = value.permute(1, 2, 0, 3)
         return keys[:, :, :end], values[:, :, :end]
+
+    def buffers(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a layer's whole buffers [R, g, T, d], made like a segment's when first asked for.
+
+        They hold numbers from the beginning: steps that run from graphs look at what is not written yet,
+        with weight 0.
+        """
+        if layer not in self._keys:
+            shape = (*key.shape[1:3], self.capacity, key.shape[3])
+            self._keys[layer] = torch.zeros(shape, dtype=key.dtype, device=key.device)
+            self._values[layer] = torch.zeros(shape, dtype=value.dtype, device=value.device)
+        return self._keys[layer], self._values[layer]
 
     def keep(self, number: int) -> None:
         """Keep the first ``number`` entries of the last segment: its clean tokens."""

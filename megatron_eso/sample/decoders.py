@@ -35,37 +35,41 @@ class Decoder(Protocol):
         ...
 
 
-def make_decoder(replica: Replica, plan: DecodingPlan, padding: Tensor) -> Decoder:
+def make_decoder(
+    replica: Replica, plan: DecodingPlan, padding: Tensor, *, cuda_graphs: bool = True
+) -> Decoder:
     """Return the decoder of the model's objective.
 
     Args:
         replica: model without sequence parallelism.
         plan: what will be decided in which step.
         padding: [B] columns of padding at the left of each row, on the host.
+        cuda_graphs: steps may run from CUDA graphs.
 
     Raises:
         ConfigError: if the objective cannot follow the plan.
     """
     name = replica.config.objective.name
+    stages = Stages(replica, cuda_graphs=cuda_graphs)
     if name == "eso":
-        return EsoDecoder(replica, plan, padding)
+        return EsoDecoder(replica, stages, plan, padding)
     if name == "ar":
-        return AutoregressiveDecoder(replica, plan, padding)
+        return AutoregressiveDecoder(replica, stages, plan, padding)
     if name == "mdlm":
-        return MaskedDecoder(replica, padding)
-    return BlockDecoder(replica, plan, padding)
+        return MaskedDecoder(replica, stages, padding)
+    return BlockDecoder(replica, stages, plan, padding)
 
 
 class _Cached:
     """What cached decoders share: the model, the cache, and which kept entries are padding."""
 
-    def __init__(self, replica: Replica, padding: Tensor, capacity: int) -> None:
-        self.stages = Stages(replica)
+    def __init__(self, replica: Replica, stages: Stages, padding: Tensor, capacity: int) -> None:
+        self.stages = stages
         self.padding = padding.to(replica.device)
         self.cache = Cache(capacity)
         self._is_valid: Tensor | None = None
         if bool(padding.any()):
-            shape = (len(padding), capacity)
+            shape = (len(padding), self.cache.capacity)
             self._is_valid = torch.ones(shape, dtype=torch.bool, device=replica.device)
 
     def positions(self, columns: Tensor) -> Tensor:
@@ -84,9 +88,11 @@ class _Cached:
 class EsoDecoder(_Cached):
     """Feeds [fresh clean tokens; masks of this step], causal inside; keeps the clean ones."""
 
-    def __init__(self, replica: Replica, plan: DecodingPlan, padding: Tensor) -> None:
+    def __init__(
+        self, replica: Replica, stages: Stages, plan: DecodingPlan, padding: Tensor
+    ) -> None:
         capacity = plan.order.shape[1] + max(plan.counts, default=0)
-        super().__init__(replica, padding, capacity)
+        super().__init__(replica, stages, padding, capacity)
         self._mask_id = replica.config.model.vocab_size - 1
 
     def logits(self, tokens: Tensor, fresh: Tensor, open_: Tensor) -> Tensor:
@@ -108,8 +114,10 @@ class EsoDecoder(_Cached):
 class AutoregressiveDecoder(_Cached):
     """Feeds the newest token, predicts the next; with a leading mask as the model was trained."""
 
-    def __init__(self, replica: Replica, plan: DecodingPlan, padding: Tensor) -> None:
-        super().__init__(replica, padding, plan.order.shape[1] + 1)
+    def __init__(
+        self, replica: Replica, stages: Stages, plan: DecodingPlan, padding: Tensor
+    ) -> None:
+        super().__init__(replica, stages, padding, plan.order.shape[1] + 1)
         self._mask_id = replica.config.model.vocab_size - 1
         self._has_leading_mask = replica.config.objective.leading_mask
         reading = torch.arange(plan.order.shape[1]).expand_as(plan.order)
@@ -144,8 +152,8 @@ class AutoregressiveDecoder(_Cached):
 class MaskedDecoder:
     """Feeds the whole row in every step; every entry sees every other."""
 
-    def __init__(self, replica: Replica, padding: Tensor) -> None:
-        self.stages = Stages(replica)
+    def __init__(self, replica: Replica, stages: Stages, padding: Tensor) -> None:
+        self.stages = stages
         self.padding = padding.to(replica.device)
         self._has_padding = bool(padding.any())
 
@@ -163,13 +171,15 @@ class MaskedDecoder:
 class BlockDecoder(_Cached):
     """Feeds the current block with masks in place, both ways inside; keeps finished blocks."""
 
-    def __init__(self, replica: Replica, plan: DecodingPlan, padding: Tensor) -> None:
+    def __init__(
+        self, replica: Replica, stages: Stages, plan: DecodingPlan, padding: Tensor
+    ) -> None:
         if bool(padding.any()):
             raise ConfigError(
                 "block diffusion cannot take prompts of different lengths in one batch: its blocks "
                 "would not line up; sample them one after the other"
             )
-        super().__init__(replica, padding, plan.order.shape[1])
+        super().__init__(replica, stages, padding, plan.order.shape[1])
         self._size = replica.config.objective.block_size
         blocks = plan.order[:, plan.num_given :] // self._size
         is_in_turn = bool((blocks[:, 1:] >= blocks[:, :-1]).all())

@@ -46,6 +46,8 @@ class Choice:
     token. A given one, of a prompt, ends nothing."""
     forced: Tensor | None = None
     """[B, L] tokens to decide instead of sampling (teacher forcing)."""
+    cuda_graphs: bool = True
+    """Steps may run from CUDA graphs, where there is a GPU (``sample.graphs``)."""
     on_step: Callable[[int, Tensor], None] = field(default=lambda step, tokens: None)
     """Called after each step with the rows so far."""
     on_logits: Callable[[Tensor, Tensor], None] = field(default=lambda open_, logits: None)
@@ -79,7 +81,7 @@ def fill_rows(
     device = replica.device
     order, rows = plan.order.to(device), rows.to(device)
     padding = torch.zeros(num_rows, dtype=torch.int64) if padding is None else padding.cpu()
-    decoder = make_decoder(replica, plan, padding)
+    decoder = make_decoder(replica, plan, padding, cuda_graphs=choice.cuda_graphs)
     padding = padding.to(device)
     tokens = torch.full_like(rows, replica.config.model.vocab_size - 1)
     given = order[:, : plan.num_given]

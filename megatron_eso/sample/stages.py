@@ -10,21 +10,33 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_eso.model.eso_model import EsoModel
+from megatron_eso.model.layer_graphs import can_capture
 from megatron_eso.model.replica import Replica
 from megatron_eso.model.segment import SegmentPass, can_run
 from megatron_eso.parallel.exchange import last_stage_tensor, receive_hidden, send_hidden
+from megatron_eso.sample.graphs import StepGraphs
 
 
 class Stages:
     """The forward pass of a sampler through all pipeline stages."""
 
-    def __init__(self, replica: Replica) -> None:
-        """Prepare this rank's stage: one chunk, without sequence parallelism."""
+    def __init__(self, replica: Replica, *, cuda_graphs: bool = True) -> None:
+        """Prepare this rank's stage: one chunk, without sequence parallelism.
+
+        Args:
+            replica: the model.
+            cuda_graphs: steps may run from graphs, if the whole model lies on this rank's GPU.
+        """
         self._model: EsoModel = replica.chunks[0]  # type: ignore[assignment]
         self._replica = replica
         self._dtype = next(self._model.parameters()).dtype
         # Layers of other parts (Transformer Engine's) run as Megatron runs them.
         self._lean = SegmentPass(self._model) if can_run(self._model) else None
+        layout, tensor_group = replica.layout, self._model.decoder.tp_group
+        self._graphs: StepGraphs | None = None
+        is_alone = layout.pipeline_size * tensor_group.size() == 1
+        if cuda_graphs and self._lean is not None and is_alone and can_capture(replica.device):
+            self._graphs = StepGraphs(self._whole_pass, self._dtype)
 
     def logits(self, inputs: Tensor, positions: Tensor, entries: Tensor, **rows: Any) -> Tensor:
         """Return [B, k, V] logits, the same on every rank of the replica.
@@ -35,17 +47,27 @@ class Stages:
             entries: [B, k] slots of the segment that reach the head.
             rows: further fields of AttentionRows.
         """
-        hidden = self.hidden(inputs, positions, **rows)
-        num_real = self._replica.config.model.vocab_size - 1
-        shape = (*entries.shape, num_real)
         logits = None
-        if hidden is not None:
-            first = torch.arange(inputs.shape[0], device=entries.device)[:, None] * inputs.shape[1]
-            flat = (self._lean or self._model).logits(hidden, (first + entries).reshape(-1))
-            logits = gather_vocabulary(flat, self._model.decoder.tp_group)
+        if self._graphs is not None:
+            logits = self._graphs.logits(inputs, positions, entries, **rows)
+        if logits is None:
+            logits = self._whole_pass(inputs, positions, entries, **rows)
+        replica, num_real = self._replica, self._replica.config.model.vocab_size - 1
+        shape = (*entries.shape, num_real)
+        if logits is not None:
             logits = logits[:, :num_real].view(shape)
-        replica = self._replica
         return last_stage_tensor(logits, replica.layout, shape, self._dtype, replica.device)
+
+    def _whole_pass(
+        self, inputs: Tensor, positions: Tensor, entries: Tensor, **rows: Any
+    ) -> Tensor | None:
+        """Return logits [B k, V] with the mask token's, on the last stage; see :meth:`logits`."""
+        hidden = self.hidden(inputs, positions, **rows)
+        if hidden is None:
+            return None
+        first = torch.arange(inputs.shape[0], device=entries.device)[:, None] * inputs.shape[1]
+        flat = (self._lean or self._model).logits(hidden, (first + entries).reshape(-1))
+        return gather_vocabulary(flat, self._model.decoder.tp_group)
 
     def hidden(self, inputs: Tensor, positions: Tensor, **rows: Any) -> Tensor | None:
         """Run the segment through all stages; return [n, B, H] on the last one, None on the others."""

@@ -4,14 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_eso.model.attention.context import heads_of_whole_rows, tokens_of_all_heads
 from megatron_eso.model.attention.dense import dense_attention
 from megatron_eso.model.attention.flex import flex_rows_attention
-from megatron_eso.model.attention.kernels import for_growing_keys
 from megatron_eso.model.attention.rows import AttentionRows
 from megatron_eso.model.attention.split import copies_attention, split_attention
+from megatron_eso.model.attention.store import attend_to_store
 from megatron_eso.model.rotary import rotate
 from megatron_eso.model.te_specs import attend_causally, causal_attention
 from megatron_eso.objective.rows import Pattern
@@ -86,11 +85,7 @@ class EsoCoreAttention(MegatronModule):
         if rows.store is not None:
             k, v = rows.store.extend(self.layer_number, key, value)
             mask = rows.segment_mask(q.shape[2], k.shape[2], q.dtype)
-            gqa = q.shape[1] != k.shape[1]
-            with for_growing_keys():
-                out = scaled_dot_product_attention(
-                    q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=gqa
-                )
+            out = attend_to_store(q, k, v, mask, self.scale)
         else:
             out = self._attend(q, key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), rows)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

@@ -131,6 +131,28 @@ def causal_backward(
     return _kernel_for(query).backward(grad_out, query, key, value, forward, scale)
 
 
+def masked_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return attention under a mask with its log-sum-exp.
+
+    Args:
+        query: [R, h, n, d].
+        key: [R, h, T, d].
+        value: [R, h, T, d].
+        mask: [R, h, n, T] added to the scores, of their format; every query sees a key.
+        scale: of the scores.
+    """
+    if query.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, False, attn_mask=mask, scale=scale
+        )
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+        query, key, value, mask, True, 0.0, False, scale=scale
+    )
+    return out, lse[:, :, : query.shape[2]]
+
+
 @contextmanager
 def for_growing_keys() -> Iterator[None]:
     """Within it PyTorch's attention takes any kernel but cuDNN's.

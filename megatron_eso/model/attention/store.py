@@ -1,0 +1,78 @@
+"""Attention of a sampler's segment, a few queries, to all keys that are kept.
+
+On a GPU a kernel that takes a mask gives each head to one multiprocessor, which reads keys at a hundredth
+of the memory's speed. So many keys are cut into chunks, as further heads, and the chunks' outputs averaged
+by their sums of exponentials (the split of arXiv 2311.01282, section 3). Letters: R rows, h heads, g
+key/value heads, n queries, T keys, d head size, c chunks.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_eso.model.attention.kernels import for_growing_keys, masked_forward
+
+_CHUNK = 256  # keys, at least
+_MULTIPROCESSORS = 132  # of a Hopper GPU; more chunks than these gain nothing
+_MOST_QUERIES = 64  # of a head; more are work enough
+
+
+def lowest_score(dtype: torch.dtype) -> float:
+    """Return what added to a score makes its weight 0: finite, so that a chunk nobody sees has a number."""
+    return -6e4 if dtype is torch.float16 else -1e30
+
+
+def attend_to_store(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Return a segment's attention, [R, h, n, d].
+
+    Heads that share a key stand under each other as queries of one head: kernels read keys once then,
+    and those that take a mask (on a GPU) take no groups.
+
+    Args:
+        query: [R, h, n, d].
+        key: [R, g, T, d].
+        value: [R, g, T, d].
+        mask: [n, T] or [R, 1, n, T], added to the scores; None: all is seen.
+        scale: of the scores.
+    """
+    num_sharing, new = query.shape[1] // key.shape[1], query.shape[2]
+    if num_sharing > 1:
+        query = query.unflatten(1, (-1, num_sharing)).flatten(2, 3)
+        mask = None if mask is None else mask.repeat(*[1] * (mask.dim() - 2), num_sharing, 1)
+    chunk = chunk_of(query, key)
+    if mask is not None and chunk < key.shape[2]:
+        out = _in_chunks(query, key, value, mask, scale, chunk)
+    else:
+        with for_growing_keys():
+            out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return out.unflatten(2, (num_sharing, new)).flatten(1, 2) if num_sharing > 1 else out
+
+
+def chunk_of(query: Tensor, key: Tensor) -> int:
+    """Return how many keys are read at once: all, unless a GPU reads chunks of them faster."""
+    num_keys = key.shape[2]
+    is_few = query.is_cuda and query.shape[2] <= _MOST_QUERIES
+    if not is_few or num_keys % _CHUNK:
+        return num_keys
+    chunk, heads = _CHUNK, key.shape[0] * key.shape[1]
+    while heads * num_keys // (2 * chunk) >= _MULTIPROCESSORS and num_keys % (2 * chunk) == 0:
+        chunk *= 2
+    return chunk
+
+
+def _in_chunks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, chunk: int
+) -> Tensor:
+    """Return [R, g, n, d]; shapes as in :func:`attend_to_store`, with as many heads as keys have."""
+    num_rows, groups, num_keys, _ = key.shape
+    cut = num_keys // chunk, chunk
+    keys, values = (x.flatten(0, 1).unflatten(1, cut) for x in (key, value))  # [R g, c, chunk, d]
+    queries = query.flatten(0, 1)[:, None].expand(-1, cut[0], -1, -1)
+    if mask.dim() == 4:
+        mask = mask.expand(num_rows, groups, -1, -1).flatten(0, 1)
+    masks = mask.unflatten(-1, cut).transpose(-3, -2)  # [(R g,) c, n, chunk]
+    out, lse = masked_forward(queries, keys, values, masks.expand(*queries.shape[:3], -1), scale)
+    share = torch.softmax(lse, dim=1)[..., None]
+    return (out * share).sum(dim=1).to(query.dtype).unflatten(0, (num_rows, groups))

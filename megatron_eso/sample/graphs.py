@@ -1,0 +1,173 @@
+"""A sampler's steps as CUDA graphs: one piece of work each, instead of some three hundred kernels.
+
+Decoding a token of a model that fits one GPU waits for the CPU, which launches them. A graph keeps the
+launches, with all addresses and shapes. What changes from step to step therefore lies at fixed addresses:
+token ids, positions, the entries that reach the head, and the number of kept entries, on which depend where
+keys are written and who sees whom. Keys are read up to the end of a *window*, those beyond the segment
+with weight 0, so that one graph serves all steps of a window.
+
+A causal segment is filled up to a power of two with masks that no other entry sees and nobody reads, so a
+plan with ever other numbers of tokens per step needs few graphs. A graph is captured when a step of its
+kind comes for the second time.
+
+Letters as in ``sample.stages``; m = entries of the filled segment, W = window.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_eso.model.attention.store import lowest_score
+from megatron_eso.model.layer_graphs import capture_into
+from megatron_eso.objective.rows import Pattern
+from megatron_eso.sample.cache import Cache
+
+Pass = Callable[..., Tensor | None]
+"""``(inputs [B, n], positions [B, n], entries [B, k], **rows) -> logits [B k, V]``; see Stages."""
+
+_MOST_ENTRIES = 8192  # of a step, all rows together: from there on the GPU has enough to do
+_SMALLEST_WINDOW = 256
+
+
+class StepGraphs:
+    """The graphs of one decoder: they read and write its cache."""
+
+    def __init__(self, run: Pass, dtype: torch.dtype) -> None:
+        """Begin without graphs.
+
+        Args:
+            run: the pass to capture.
+            dtype: of the model's numbers.
+        """
+        self._run, self._dtype = run, dtype
+        self._pool = torch.cuda.graph_pool_handle()
+        self._seen: Counter[tuple[Any, ...]] = Counter()
+        self._graphs: dict[tuple[Any, ...], _StepGraph] = {}
+
+    def logits(
+        self,
+        inputs: Tensor,
+        positions: Tensor,
+        entries: Tensor,
+        *,
+        store: Cache | None = None,
+        pattern: Pattern = Pattern.CAUSAL,
+        is_valid: Tensor | None = None,
+    ) -> Tensor | None:
+        """Return logits [B k, V] from a graph, or None if this step is to run as it is."""
+        num_rows, new = inputs.shape
+        is_filled = store is not None and pattern is Pattern.CAUSAL
+        size = _power_of_two(new) if is_filled else new
+        window = new
+        if store is not None:
+            if store.num_kept + size > store.capacity:
+                return None
+            window = window_of(store.num_kept + size, store.capacity)
+        kind = (num_rows, size, _power_of_two(entries.shape[1]), pattern, is_valid is not None)
+        if num_rows * size > _MOST_ENTRIES:
+            return None
+        graph = self._graphs.get((*kind, window))
+        if graph is None:
+            self._seen[kind] += 1
+            if self._seen[kind] < 2:
+                return None
+            graph = _StepGraph(kind, window, store, inputs.device, self._dtype)
+            self._graphs[*kind, window] = graph
+            graph.take_in(inputs, positions, entries, is_valid)
+            graph.capture(self._run, self._pool)
+        else:
+            graph.take_in(inputs, positions, entries, is_valid)
+        return graph.replay(entries.shape[1])
+
+
+def window_of(total: int, capacity: int) -> int:
+    """Return how many entries a step that sees ``total`` reads: at most a fourth or 256 more."""
+    grain = max(_SMALLEST_WINDOW, 1 << max(total.bit_length() - 3, 0))
+    return min(-(-total // grain) * grain, capacity)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+class _StepGraph:
+    """One graph and the memory it reads; also the store of its segment's keys."""
+
+    def __init__(
+        self,
+        kind: tuple[Any, ...],
+        window: int,
+        cache: Cache | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        num_rows, size, num_entries, self._pattern, has_padding = kind
+        self._window, self._cache, self._dtype = window, cache, dtype
+        self._inputs, self._positions = (
+            torch.zeros(num_rows, size, dtype=torch.int64, device=device) for _ in range(2)
+        )
+        self._entries = torch.zeros(num_rows, num_entries, dtype=torch.int64, device=device)
+        self._num_kept = torch.zeros((), dtype=torch.int64, device=device)
+        self._is_valid: Tensor | None = None
+        if has_padding:
+            self._is_valid = torch.zeros(num_rows, window, dtype=torch.bool, device=device)
+        self._places: Tensor | None = None
+        self._graph: Any = torch.cuda.CUDAGraph()
+        self._out: Tensor | None = None
+
+    def take_in(
+        self, inputs: Tensor, positions: Tensor, entries: Tensor, is_valid: Tensor | None
+    ) -> None:
+        """Bring a step's values to the fixed addresses; what fills the segment up stays as it was."""
+        pairs = ((self._inputs, inputs), (self._positions, positions), (self._entries, entries))
+        for fixed, values in pairs:
+            fixed[:, : values.shape[1]] = values
+        if self._cache is not None:
+            self._num_kept.fill_(self._cache.num_kept)
+        if self._is_valid is not None:
+            assert is_valid is not None
+            self._is_valid[:, : is_valid.shape[1]] = is_valid
+
+    def capture(self, run: Pass, pool: Any) -> None:
+        """Capture the pass; a pass of the same kind has run before."""
+        with capture_into(self._graph, pool):
+            rows: dict[str, Any] = {"pattern": self._pattern, "is_valid": self._is_valid}
+            if self._cache is not None:
+                size = self._inputs.shape[1]
+                self._places = self._num_kept + torch.arange(size, device=self._num_kept.device)
+                rows |= {"store": self, "mask": self._mask(self._places)}
+            out = run(self._inputs, self._positions, self._entries, **rows)
+            assert out is not None
+            self._out = out.unflatten(0, self._entries.shape)
+
+    def replay(self, num_entries: int) -> Tensor:
+        """Return logits [B k, V] of the first k entries, in memory of their own."""
+        self._graph.replay()
+        assert self._out is not None
+        return self._out[:, :num_entries].flatten(0, 1).clone()
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the window's keys and values, the segment's behind the kept ones; see KeyValueStore."""
+        assert self._cache is not None and self._places is not None
+        whole = self._cache.buffers(layer, key, value)
+        for buffer, new in zip(whole, (key, value), strict=True):
+            buffer.index_copy_(2, self._places, new.permute(1, 2, 0, 3))
+        keys, values = (buffer[:, :, : self._window] for buffer in whole)
+        return keys, values
+
+    def _mask(self, own: Tensor) -> Tensor:
+        """Return what is added to the scores, [m, W] or with padding [B, 1, m, W]; see AttentionRows.
+
+        Args:
+            own: [m] places of the segment's entries.
+        """
+        place = torch.arange(self._window, device=own.device)
+        last = own if self._pattern is Pattern.CAUSAL else own[-1:].expand_as(own)
+        seen = place <= last[:, None]
+        if self._is_valid is not None:
+            seen = (seen & self._is_valid[:, None, None, :]) | (place == own[:, None])
+        mask = torch.zeros(seen.shape, dtype=self._dtype, device=own.device)
+        return mask.masked_fill_(~seen, lowest_score(self._dtype))
