@@ -175,6 +175,15 @@ def test_sampling_with_a_cache_needs_two_forwards_a_token_for_eso():
     assert cache_bytes_per_row(job().config, 2048) == 2 * 2 * 32 * 4096 * 2048
 
 
+def test_sampling_takes_what_it_took_on_an_h200():
+    """124M, L = 2048, one token per step, from CUDA graphs (docs/performance.md)."""
+    shape = ["model.hidden_size=768", "model.num_layers=12", "model.num_heads=12", "train.steps=1"]
+    config = load_config(None, [*shape, "model.vocab_size=50258", "train.sequence_length=1024"])
+    costs = {c.objective: c for c in sampling_costs(config, load_hardware("h200"), length=2048)}
+    for name, measured in {"eso": 3.39, "ar": 3.42, "mdlm": 4.77}.items():
+        assert costs[name].seconds == pytest.approx(measured, rel=0.1)
+
+
 def test_fewer_calls_make_diffusion_sampling_cheaper():
     many = sampling_costs(job().config, H100, length=2048)
     few = sampling_costs(job().config, H100, length=2048, calls=64)
