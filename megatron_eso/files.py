@@ -1,5 +1,6 @@
 """Small files that are whole or as before, whatever happens while they are written; JSON in them."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -40,6 +41,17 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
 def write_json(path: Path, content: Any, *, durable: bool = True) -> None:
     """Write an object as indented JSON; see :func:`write_whole`."""
     write_whole(path, json.dumps(content, indent=1) + "\n", durable=durable)
+
+
+def write_figure(path: Path, figure: Any, *, dpi: int) -> None:
+    """Write a figure of matplotlib, in the format that the name ends in; see :func:`write_whole`.
+
+    Raises:
+        ValueError: if matplotlib does not know the format.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi, format=path.suffix.removeprefix(".") or "png")
+    write_whole(path, buffer.getvalue(), durable=False)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -51,3 +51,23 @@ def test_what_is_no_object_reads_as_empty(content, tmp_path):
 def test_a_missing_folder_is_said_with_the_files_name(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing/a\.txt"):
         files.write_whole(tmp_path / "missing" / "a.txt", "")
+
+
+def test_a_figure_is_whole_or_as_it_was(tmp_path):
+    from matplotlib.figure import Figure
+
+    path = tmp_path / "plot.svg"
+    files.write_figure(path, Figure(), dpi=50)
+    before = path.read_bytes()
+    assert before.startswith(b"<?xml")
+
+    class Broken(Figure):
+        def savefig(self, fname, **how):
+            fname.write(b"half")
+            raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        files.write_figure(path, Broken(), dpi=50)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match="xyz"):
+        files.write_figure(tmp_path / "plot.xyz", Figure(), dpi=50)

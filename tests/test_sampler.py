@@ -130,6 +130,13 @@ def test_temperature_zero_takes_the_most_likely_token():
     assert choose_tokens(logits, torch.zeros(1), temperature=0.0, top_p=1.0).tolist() == [1]
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_temperature_next_to_zero_takes_it_too(top_p):
+    """Scores divided by it are beyond any number."""
+    logits, u = torch.tensor([[0.0, 2.0, -torch.inf]]), torch.tensor([0.999])
+    assert choose_tokens(logits, u, temperature=1e-307, top_p=top_p).tolist() == [1]
+
+
 @pytest.mark.parametrize(
     ("ids", "length", "message"),
     [(list(range(9)), 8, "leaves nothing"), ([127], 8, "mask token"), ([1], 5000, "rotary table")],

@@ -1,10 +1,12 @@
 """The unigram model that a trained model is compared with."""
 
+import json
 import math
 
 import pytest
 import torch
 
+from megatron_eso.eval.scores import score
 from megatron_eso.eval.unigram import unigram_score
 
 
@@ -18,3 +20,13 @@ def test_counts_plus_one_score_the_tokens_that_are_no_padding():
     assert found.nats_per_token == pytest.approx(expected)
     assert found.num_tokens == 4
     assert found.metric == "unigram of the training data"
+
+
+def test_the_error_of_one_row_is_unknown():
+    row = torch.tensor([12.0]), torch.tensor([4.0])
+    one = score("nelbo", *row, bytes_per_token=3.0)
+    assert one.nats_per_token == 3 and one.standard_error is None and one.shown_error() == "?"
+    assert json.loads(json.dumps(one.as_dict()))["standard_error"] is None
+    two = score("nelbo", torch.tensor([12.0, 8.0]), torch.tensor([4.0, 4.0]), bytes_per_token=3.0)
+    # Rates 3 and 2: a deviation of 0.5 each, over one degree of freedom, of the mean of two.
+    assert two.standard_error == pytest.approx(0.5) and two.shown_error() == "0.5000"

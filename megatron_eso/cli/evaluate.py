@@ -165,14 +165,10 @@ def _show(scores: list[Any], title: str) -> None:
     for column in ("metric", "nats/token", "+-", "perplexity", "bits/token", "bits/byte"):
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
     for s in scores:
-        numbers = (
-            s.nats_per_token,
-            s.standard_error,
-            s.perplexity,
-            s.bits_per_token,
-            s.bits_per_byte,
+        numbers = (s.perplexity, s.bits_per_token, s.bits_per_byte)
+        table.add_row(
+            s.metric, f"{s.nats_per_token:.4f}", s.shown_error(), *(f"{n:.4f}" for n in numbers)
         )
-        table.add_row(s.metric, *(f"{n:.4f}" for n in numbers))
     console = Console()
     console.print(title, soft_wrap=True)
     console.print(table)

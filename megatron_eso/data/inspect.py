@@ -9,6 +9,7 @@ from megatron_eso.data.manifest import Manifest
 from megatron_eso.data.shards import ShardedRows
 from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import DataError
+from megatron_eso.files import write_figure
 
 ROWS_AT_ONCE = 4096
 
@@ -67,4 +68,4 @@ def draw_lengths(lengths: NDArray[np.int64], manifest: Manifest, path: Path) -> 
     axes.set_ylabel("documents")
     axes.set_title(f"{manifest.split}: {len(lengths):,} documents, {int(lengths.sum()):,} tokens")
     axes.legend(loc="upper right")
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure, dpi=150)

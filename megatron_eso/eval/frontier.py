@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_eso.errors import ConfigError
 from megatron_eso.eval.evaluate import evaluate
+from megatron_eso.files import write_figure
 from megatron_eso.model.replica import Replica
 from megatron_eso.parallel.exchange import Rows
 from megatron_eso.sample.generate import generate
@@ -232,5 +233,5 @@ def plot(points: Sequence[Point], path: Any) -> None:
     axes.set_ylabel("perplexity under the judge")
     axes.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure, dpi=150)
     pyplot.close(figure)

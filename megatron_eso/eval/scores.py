@@ -17,13 +17,17 @@ class Score:
 
     metric: str
     nats_per_token: float
-    standard_error: float
-    """Of nats_per_token, over rows."""
+    standard_error: float | None
+    """Of nats_per_token, over rows; None: one row says nothing of it."""
     perplexity: float
     bits_per_token: float
     bits_per_byte: float
     num_rows: int
     num_tokens: int
+
+    def shown_error(self) -> str:
+        """Return the standard error as a person reads it."""
+        return "?" if self.standard_error is None else f"{self.standard_error:.4f}"
 
     def as_dict(self) -> dict:
         """Return the fields as a dictionary."""
@@ -49,8 +53,10 @@ def score(
     # Ratio estimator: the deviation of each row from the mean rate, per average row.
     deviation = nats - mean * tokens
     count = len(nats)
-    variance = float((deviation**2).sum()) / max(count - 1, 1)
-    error = math.sqrt(variance / count) / (total / count)
+    error = None
+    if count > 1:
+        variance = float((deviation**2).sum()) / (count - 1)
+        error = math.sqrt(variance / count) / (total / count)
     return Score(
         metric=metric,
         nats_per_token=mean,

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megatron_eso.errors import UserError
+from megatron_eso.files import write_figure
 from megatron_eso.launch.ledger import CAUSES, Ledger
 
 _COLORS = ("tab:green", "tab:red", "tab:blue", "tab:cyan", "tab:purple", "black", "tab:orange",
@@ -34,6 +35,6 @@ def write_timeline(ledger: Ledger, out: Path) -> None:
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=4, fontsize=8)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, dpi=120)
+        write_figure(out, figure, dpi=120)
     except (ValueError, OSError) as error:
         raise UserError(f"--plot {out}: {error}") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eso.errors import UserError
-from megatron_eso.files import write_whole
+from megatron_eso.files import write_figure, write_whole
 from megatron_eso.plan.calibrate import Calibration
 from megatron_eso.plan.estimate import Plan
 from megatron_eso.plan.goodput import Failures, best_interval, expected_share, simulate
@@ -138,7 +138,7 @@ def _write_chart(plan: Plan, path: Path) -> None:
         return
     if path.suffix not in (".png", ".svg"):
         raise UserError(f"--chart {path}: the name must end in .png, .svg or .html")
-    _figure(plan).savefig(path, dpi=110)
+    write_figure(path, _figure(plan), dpi=110)
 
 
 def _figure(plan: Plan) -> Any:  # matplotlib is optional

@@ -94,8 +94,8 @@ def _validation(path: Path) -> tuple[str | None, float | None, float | None]:
         if chosen:
             tokens = sum(entry["num_tokens"] for entry in chosen)
             mean = sum(e["nats_per_token"] * e["num_tokens"] for e in chosen) / tokens
-            error = max(entry["standard_error"] for entry in chosen)
-            return chosen[0]["metric"], mean, error
+            errors = [e["standard_error"] for e in chosen if e["standard_error"] is not None]
+            return chosen[0]["metric"], mean, max(errors, default=None)
     return None, None, None
 
 

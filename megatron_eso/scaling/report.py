@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_eso.errors import UserError
-from megatron_eso.files import write_whole
+from megatron_eso.files import write_figure, write_whole
 from megatron_eso.scaling.isoflop import parabola
 from megatron_eso.scaling.study import ObjectiveFit, Study, recommendation, study_text
 
@@ -35,7 +35,7 @@ def write_report(study: Study, out: Path, *, note: str = "") -> list[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     paths = [out.with_suffix(".png"), out.with_suffix(".svg")]
     for path in paths:
-        figure.savefig(path, dpi=100)
+        write_figure(path, figure, dpi=100)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100, format="png")
     write_whole(out, _page(study, base64.b64encode(buffer.getvalue()).decode(), note))

@@ -73,8 +73,8 @@ class Metrics:
         """Write validation scores."""
         for score in scores:
             log.info(
-                "step %d  %s %s: %.4f +- %.4f nats per token, perplexity %.2f, %.3f bits per byte",
-                step, name, score.metric, score.nats_per_token, score.standard_error,
+                "step %d  %s %s: %.4f +- %s nats per token, perplexity %.2f, %.3f bits per byte",
+                step, name, score.metric, score.nats_per_token, score.shown_error(),
                 score.perplexity, score.bits_per_byte,
             )  # fmt: skip
         self._try(lambda: self._write_scores(step, name, scores))

@@ -111,7 +111,10 @@ def choose(logits, u, *, temperature, top_p):
     """
     if temperature == 0:
         return logits.argmax(dim=1)
-    weights, tokens = torch.softmax(logits.double() / temperature, dim=1), None
+    scores = logits.double()
+    if temperature != 1:  # from the largest on, which a temperature near 0 would send to infinity
+        scores = (scores - scores.amax(dim=1, keepdim=True)) / temperature
+    weights, tokens = torch.softmax(scores, dim=1), None
     if top_p < 1:
         weights, tokens = weights.sort(dim=1, descending=True)
         weights = weights.masked_fill(weights.cumsum(dim=1) - weights >= top_p, 0.0)

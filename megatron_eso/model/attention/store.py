@@ -52,9 +52,10 @@ def attend_to_store(
 
 def chunk_of(query: Tensor, key: Tensor) -> int:
     """Return how many keys are read at once: all, unless a GPU reads chunks of them faster."""
-    num_keys = key.shape[2]
+    num_keys, head_size = key.shape[2:]
     is_few = query.is_cuda and query.shape[2] <= _MOST_QUERIES
-    if not is_few or num_keys % _CHUNK:
+    has_kernel = query.dtype is not torch.float64 and head_size % 8 == 0
+    if not (is_few and has_kernel) or num_keys % _CHUNK:
         return num_keys
     chunk, heads = _CHUNK, key.shape[0] * key.shape[1]
     while heads * num_keys // (2 * chunk) >= _MULTIPROCESSORS and num_keys % (2 * chunk) == 0:
