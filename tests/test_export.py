@@ -381,6 +381,9 @@ def test_inspect_says_what_becomes_of_every_tensor(checkpoints, exported):
     assert "q_proj" in qkv.becomes
     assert "optimizer" in by_name["exp_avg.output_layer.weight"].becomes
     assert any("3 padded vocabulary rows" in remark for remark in found.remarks)
+    # The averages are what `export` takes unless it is told otherwise.
+    assert "not exported: weights: not the weights asked for" in found.remarks
+    assert not any("ema:" in remark for remark in found.remarks)
     assert inspect(exported[0]).num_parameters == exported[1]["num_parameters"]
 
 

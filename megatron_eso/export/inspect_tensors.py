@@ -43,7 +43,7 @@ def inspect(path: Path) -> Inspection:
     """
     if list(path.glob("*.safetensors")):
         return _exported(path)
-    source = open_source(path, use_ema=False)
+    source = open_source(path, use_ema=True)  # as export does unless told otherwise
     return Inspection(_lines(source), _num_parameters(source), _remarks(source))
 
 
