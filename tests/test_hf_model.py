@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     TextStreamer,
@@ -214,6 +215,21 @@ def test_infilling_keeps_what_is_given(model):
     given = canvas != MASK
     assert torch.equal(filled[given], canvas[given])
     assert not (filled == MASK).any()
+
+
+def test_a_generation_config_counts_like_the_call(model):
+    canvas = rows(1, 6)
+    canvas[0, 2:4] = MASK
+    asked = GenerationConfig(max_new_tokens=3, eos_token_id=None)
+    filled = model.generate(canvas, generation_config=asked, alpha_0=1.0, seed=1)
+    assert filled.shape == (1, 9)
+    assert torch.equal(
+        filled, model.generate(canvas, max_new_tokens=3, alpha_0=1.0, seed=1, eos_token_id=None)
+    )
+    with pytest.raises(ValueError, match="max_time"):
+        model.generate(canvas, generation_config=GenerationConfig(max_time=2.5, max_new_tokens=3))
+    with pytest.raises(ValueError, match="num_beams=4"):
+        model.generate(canvas, generation_config=GenerationConfig(num_beams=4, max_new_tokens=3))
 
 
 PREFIX, GAPS = (0, 1, 2, 3), (0, 2, 3, 11)

@@ -24,6 +24,8 @@ _NEUTRAL = {"num_beams": (None, 1), "repetition_penalty": (None, 1.0), "top_k": 
             "bad_words_ids": (None,), "num_beam_groups": (None, 1), "penalty_alpha": (None,),
             "min_new_tokens": (None,), "length_penalty": (None, 1.0), "min_p": (None,)}  # fmt: skip
 _UNUSED = {"tokenizer", "assistant_model", "synced_gpus", "bos_token_id", "token_type_ids"}
+# What a GenerationConfig says of itself.
+_ABOUT = {"transformers_version", "_from_model_config"}
 
 
 @dataclass
@@ -121,6 +123,10 @@ def _settings(model, generation_config, kwargs):
         value = kwargs.pop(name, getattr(config, name, None))
         if value not in neutral:
             refused.append(f"{name}={value}")
+    if generation_config is not None:
+        known = _SETTINGS | _NEUTRAL.keys() | _UNUSED | _ABOUT
+        given = generation_config.to_diff_dict().items()
+        refused += [f"{n}={v}" for n, v in given if n not in known and v not in (None, False)]
     for name in ("logits_processor", "stopping_criteria"):
         if kwargs.pop(name, None):
             refused.append(name)
@@ -195,6 +201,8 @@ def generate_rows(
     if tokens is None:
         raise ValueError("give input_ids")
     asked_new = kwargs.get("max_new_tokens", kwargs.get("max_length"))
+    if asked_new is None and generation_config is not None:
+        asked_new = generation_config.max_new_tokens
     found = _settings(model, generation_config, dict(kwargs)) | {"asked_new": asked_new}
     heat = 1.0 if found["temperature"] is None else found["temperature"]
     if (found["do_sample"] and not heat > 0) or not 0 < (found["top_p"] or 1) <= 1:
