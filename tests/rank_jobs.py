@@ -148,7 +148,7 @@ def _weights(session: Session) -> list[tuple[str, tuple, tuple, np.ndarray]]:
 
 def _array(data: torch.Tensor) -> np.ndarray:
     """Return a copy as numpy, which has no bfloat16."""
-    data = data.detach()
+    data = data.detach().cpu()
     return (data.float() if data.dtype is torch.bfloat16 else data).numpy().copy()
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_eso.errors import ConfigError
 from megatron_eso.model import compiled, rotary
-from megatron_eso.model.attention import core, kernels, split
+from megatron_eso.model.attention import kernels, split, store
 from megatron_eso.model.attention.core import EsoCoreAttention
 from megatron_eso.model.attention.kernels import Facts, choose_kernel
 from megatron_eso.model.attention.rows import AttentionRows
@@ -185,7 +185,7 @@ def test_a_sampler_does_not_use_the_kernel_that_plans_anew_for_each_number_of_ke
 
     segment = torch.zeros(1, 2, 2, 8)
     rows = AttentionRows(cos=torch.ones(1, 2, 1, 4), store=Store())
-    with replaced([(core, "scaled_dot_product_attention", attend)]):
+    with replaced([(store, "scaled_dot_product_attention", attend)]):
         EsoCoreAttention.attend_rotated(
             SimpleNamespace(backend="split", layer_number=1, scale=1.0), *[segment] * 3, rows
         )

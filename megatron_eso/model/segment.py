@@ -124,7 +124,7 @@ class _Layer:
         turned = _rotate(to_turn, *angles)
         query = turned[:, :, :, :-1].reshape(*shape, -1, self.head_size)
         attended = self.core.attend_rotated(query, turned[:, :, :, -1], value, rows)
-        return self._row_parallel(self.proj, attended.view(len(x), -1))
+        return self._row_parallel(self.proj, attended.reshape(len(x), -1))
 
     def _mlp(self, x: Tensor) -> Tensor:
         inner = few_linear(x, self.fc1.weight, self.fc1.bias)

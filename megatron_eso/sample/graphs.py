@@ -35,20 +35,23 @@ _SMALLEST_WINDOW = 256
 class StepGraphs:
     """The graphs of one decoder: they read and write its cache."""
 
-    def __init__(self, run: Pass, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, num_logits: int) -> None:
         """Begin without graphs.
 
         Args:
-            run: the pass to capture.
             dtype: of the model's numbers.
+            num_logits: V, the head's outputs.
         """
-        self._run, self._dtype = run, dtype
+        self._dtype, self._num_logits = dtype, num_logits
         self._pool = torch.cuda.graph_pool_handle()
         self._seen: Counter[tuple[Any, ...]] = Counter()
         self._graphs: dict[tuple[Any, ...], _StepGraph] = {}
+        self._outputs: dict[tuple[int, int], Tensor] = {}
+        """By rows and entries: graphs write to the same memory, which is read at once."""
 
     def logits(
         self,
+        run: Pass,
         inputs: Tensor,
         positions: Tensor,
         entries: Tensor,
@@ -57,7 +60,18 @@ class StepGraphs:
         pattern: Pattern = Pattern.CAUSAL,
         is_valid: Tensor | None = None,
     ) -> Tensor | None:
-        """Return logits [B k, V] from a graph, or None if this step is to run as it is."""
+        """Return logits [B k, V] from a graph, or None if this step is to run as it is.
+
+        Args:
+            run: the pass, captured if there is no graph yet. (Kept here, it would keep its owner, and
+                with it the graphs and the cache until Python looks for cycles.)
+            inputs: [B, n] token ids.
+            positions: [B, n] rotary positions.
+            entries: [B, k] slots of the segment that reach the head.
+            store: the decoder's cache.
+            pattern: who sees whom in the segment.
+            is_valid: [B, kept + n] keys that are no padding.
+        """
         num_rows, new = inputs.shape
         is_filled = store is not None and pattern is Pattern.CAUSAL
         size = _power_of_two(new) if is_filled else new
@@ -69,18 +83,29 @@ class StepGraphs:
         kind = (num_rows, size, _power_of_two(entries.shape[1]), pattern, is_valid is not None)
         if num_rows * size > _MOST_ENTRIES:
             return None
-        graph = self._graphs.get((*kind, window))
-        if graph is None:
-            self._seen[kind] += 1
-            if self._seen[kind] < 2:
-                return None
-            graph = _StepGraph(kind, window, store, inputs.device, self._dtype)
-            self._graphs[*kind, window] = graph
+        place = (*kind, window)
+        graph = self._graphs.get(place)
+        if graph is not None:
             graph.take_in(inputs, positions, entries, is_valid)
-            graph.capture(self._run, self._pool)
-        else:
-            graph.take_in(inputs, positions, entries, is_valid)
+            return graph.replay(entries.shape[1])
+        self._seen[place] += 1
+        if self._seen[place] < 2:
+            return None
+        graph = _StepGraph(kind, window, store, self._output(kind, inputs.device))
+        graph.take_in(inputs, positions, entries, is_valid)
+        graph.capture(run, self._pool)
+        self._graphs[place] = graph
         return graph.replay(entries.shape[1])
+
+    def _output(self, kind: tuple[Any, ...], device: torch.device) -> Tensor:
+        """Return memory [B, k, V] for a kind's logits."""
+        num_rows, _, num_entries, *_ = kind
+        shape = num_rows, num_entries
+        if shape not in self._outputs:
+            self._outputs[shape] = torch.empty(
+                *shape, self._num_logits, dtype=self._dtype, device=device
+            )
+        return self._outputs[shape]
 
 
 def window_of(total: int, capacity: int) -> int:
@@ -101,11 +126,10 @@ class _StepGraph:
         kind: tuple[Any, ...],
         window: int,
         cache: Cache | None,
-        device: torch.device,
-        dtype: torch.dtype,
+        out: Tensor,
     ) -> None:
         num_rows, size, num_entries, self._pattern, has_padding = kind
-        self._window, self._cache, self._dtype = window, cache, dtype
+        self._window, self._cache, self._out, device = window, cache, out, out.device
         self._inputs, self._positions = (
             torch.zeros(num_rows, size, dtype=torch.int64, device=device) for _ in range(2)
         )
@@ -116,7 +140,6 @@ class _StepGraph:
             self._is_valid = torch.zeros(num_rows, window, dtype=torch.bool, device=device)
         self._places: Tensor | None = None
         self._graph: Any = torch.cuda.CUDAGraph()
-        self._out: Tensor | None = None
 
     def take_in(
         self, inputs: Tensor, positions: Tensor, entries: Tensor, is_valid: Tensor | None
@@ -141,12 +164,11 @@ class _StepGraph:
                 rows |= {"store": self, "mask": self._mask(self._places)}
             out = run(self._inputs, self._positions, self._entries, **rows)
             assert out is not None
-            self._out = out.unflatten(0, self._entries.shape)
+            self._out.copy_(out.view(self._out.shape))
 
     def replay(self, num_entries: int) -> Tensor:
         """Return logits [B k, V] of the first k entries, in memory of their own."""
         self._graph.replay()
-        assert self._out is not None
         return self._out[:, :num_entries].flatten(0, 1).clone()
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,5 +191,5 @@ class _StepGraph:
         seen = place <= last[:, None]
         if self._is_valid is not None:
             seen = (seen & self._is_valid[:, None, None, :]) | (place == own[:, None])
-        mask = torch.zeros(seen.shape, dtype=self._dtype, device=own.device)
-        return mask.masked_fill_(~seen, lowest_score(self._dtype))
+        mask = torch.zeros(seen.shape, dtype=self._out.dtype, device=own.device)
+        return mask.masked_fill_(~seen, lowest_score(mask.dtype))

@@ -36,7 +36,7 @@ class Stages:
         self._graphs: StepGraphs | None = None
         is_alone = layout.pipeline_size * tensor_group.size() == 1
         if cuda_graphs and self._lean is not None and is_alone and can_capture(replica.device):
-            self._graphs = StepGraphs(self._whole_pass, self._dtype)
+            self._graphs = StepGraphs(self._dtype, self._model.head_weight().shape[0])
 
     def logits(self, inputs: Tensor, positions: Tensor, entries: Tensor, **rows: Any) -> Tensor:
         """Return [B, k, V] logits, the same on every rank of the replica.
@@ -49,7 +49,7 @@ class Stages:
         """
         logits = None
         if self._graphs is not None:
-            logits = self._graphs.logits(inputs, positions, entries, **rows)
+            logits = self._graphs.logits(self._whole_pass, inputs, positions, entries, **rows)
         if logits is None:
             logits = self._whole_pass(inputs, positions, entries, **rows)
         replica, num_real = self._replica, self._replica.config.model.vocab_size - 1

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from megatron_eso.model.attention.store import lowest_score
 from megatron_eso.objective.rows import Pattern
 from megatron_eso.parallel.megatron_patches import importing_megatron
 
@@ -75,7 +76,7 @@ class AttentionRows(PackedSeqParams):
             dtype: of the scores.
 
         Returns:
-            [n, T] or, with padding, [R, 1, n, T]: 0 or minus infinity.
+            [n, T] or, with padding, [R, 1, n, T]: 0 or :func:`lowest_score`.
         """
         is_causal = self.pattern is Pattern.CAUSAL and new > 1
         if self.mask is None and (is_causal or self.is_valid is not None):
@@ -87,5 +88,5 @@ class AttentionRows(PackedSeqParams):
                 own = torch.eye(new, total, dtype=torch.bool, device=seen.device)
                 seen = (seen & self.is_valid[:, None, None, :]) | own.roll(total - new, dims=1)
             self.mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-            self.mask.masked_fill_(~seen, -torch.inf)
+            self.mask.masked_fill_(~seen, lowest_score(dtype))
         return self.mask
