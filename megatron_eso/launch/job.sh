@@ -1,9 +1,13 @@
 # ----- below this line every job is the same text: megatron_eso/launch/job.sh -----
 # No `set -e`: the script must live to decide about the requeue.
 set -uo pipefail
-started=$EPOCHREALTIME
+started=$(LC_ALL=C date +%s.%N) # EPOCHREALTIME: not before bash 5, and with the locale's decimal sign
 ATTEMPT="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 export MEGATRON_ESO_ATTEMPT="$ATTEMPT" PYTHONPATH="$CODE" PYTHONSAFEPATH=1
+export SLURM_EXPORT_ENV=ALL # whatever sbatch's --export was, ranks get this script's environment
+# The bare number of an array's last task is the whole array's to Slurm.
+THIS_TASK=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+THIS_TASK=${THIS_TASK:-$SLURM_JOB_ID}
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 say() { echo "[job $ATTEMPT $(date +%H:%M:%S)] $*"; }
 helper() { "$HOST_PYTHON" -m megatron_eso.launch.attempt "$@" --run "$RUN" --attempt "$ATTEMPT"; }
@@ -18,15 +22,15 @@ trap 'usr1=1; say "USR1: save and stop"; [ -n "$srun_pid" ] && kill -USR1 "$srun
 requeue() { # $1: requeue or requeuehold; $2: nodes to exclude
     trap '' TERM # the children ignore it too: Slurm ends this script while they run
     if [ "$REQUEUE" = chain ] && [ "$1" = requeue ]; then
-        successor=$(sbatch --parsable --dependency="afterany:$THIS_JOB" "${CHAIN_OPTIONS[@]}" \
+        successor=$(sbatch --parsable --dependency="afterany:$THIS_TASK" "${CHAIN_OPTIONS[@]}" \
             ${2:+--exclude="$2"} "$JOB_SCRIPT") || { say "sbatch refused the successor"; exit 1; }
         helper chained --job "$successor"
         say "successor: job $successor"
         exit 0
     fi
     [ "$REQUEUE" = requeue ] || { say "no requeue on this cluster; submit again to continue"; exit 1; }
-    scontrol "$1" "$SLURM_JOB_ID" || { say "Slurm refused to requeue; submit again to continue"; exit 1; }
-    [ -z "${2:-}" ] || scontrol update jobid="$SLURM_JOB_ID" excnodelist="$2"
+    scontrol "$1" "$THIS_TASK" || { say "Slurm refused to requeue; submit again to continue"; exit 1; }
+    [ -z "${2:-}" ] || scontrol update jobid="$THIS_TASK" excnodelist="$2"
     sleep 300 & # Slurm ends this script now
     wait $!
     exit 1
@@ -121,6 +125,8 @@ run_ranks() { # sets code
     if [ "$usr1" = 0 ] && [ "$term" = 0 ]; then
         helper launching --nodes "$chosen"
         place_ranks
+    fi
+    if [ "$usr1" = 0 ] && [ "$term" = 0 ]; then # none came meanwhile
         srun --nodes="$TRAIN_NODES" --ntasks="$((TRAIN_NODES * TASKS_PER_NODE))" \
             "${placement[@]}" --kill-on-bad-exit=1 --wait=120 \
             "${SRUN_ARGUMENTS[@]}" "${CONTAINER[@]}" bash -c "$rank_script" rank "${WRAP[@]}" "${TRAIN[@]}" &

@@ -79,10 +79,10 @@ CONTAINER=() WRAP=()
 # The host's values of these variables must win over the image's, hence --container-env.
 _PYXIS = """\
 set_container() {
-    local names mounts
+    local names mounts root=${CODE%/slurm/code} # an array's tasks have folders below it
     names=$({ compgen -e | grep -E '^(NCCL_|GLOO_|MASTER_|MEGATRON_ESO_|PYTHON(PATH|SAFEPATH)$|RANK_|POLL_METADATA$|OMP_)'
         printf '%s\\n' "${ENVIRONMENT_NAMES[@]}"; } | grep . | sort -u | paste -sd,)
-    mounts=$(printf '%s,' "$RUN:$RUN" "$SUBMIT_FOLDER:$SUBMIT_FOLDER" "${network_mounts[@]}" "${MOUNTS[@]}")
+    mounts=$(printf '%s,' "$root:$root" "$SUBMIT_FOLDER:$SUBMIT_FOLDER" "${network_mounts[@]}" "${MOUNTS[@]}")
     CONTAINER=(--container-image="$IMAGE" --container-env="$names" --container-mounts="${mounts%,}"
         --container-workdir="$SUBMIT_FOLDER")
 }
@@ -91,14 +91,15 @@ CONTAINER=() WRAP=()
 
 _APPTAINER = """\
 set_container() {
-    local mount
+    local mount root=${CODE%/slurm/code} # an array's tasks have folders below it
     WRAP=(apptainer exec --nv --pwd "$SUBMIT_FOLDER")
-    for mount in "$RUN:$RUN" "$SUBMIT_FOLDER:$SUBMIT_FOLDER" "${network_mounts[@]}" "${MOUNTS[@]}"; do
+    for mount in "$root:$root" "$SUBMIT_FOLDER:$SUBMIT_FOLDER" "${network_mounts[@]}" "${MOUNTS[@]}"; do
         WRAP+=(--bind "$mount")
     done
-    WRAP+=("$IMAGE")
+    # LD_LIBRARY_PATH is not passed on, so it is set inside; packages of ~/.local, which is mounted, are not the image's.
+    WRAP+=("$IMAGE" bash -c "$library_script"'exec "$@"' inside)
     # The rank's own shell runs on the host.
-    export RANK_PYTHON="$HOST_PYTHON"
+    export RANK_PYTHON="$HOST_PYTHON" PYTHONNOUSERSITE=1
 }
 CONTAINER=() WRAP=()
 """

@@ -172,10 +172,8 @@ def _sweep(job: Job) -> list[str]:
 def _successor(job: Job) -> list[str]:
     """Return the lines that let a job submit its successor; an array's task submits itself again."""
     if job.sweep is None:
-        return ["THIS_JOB=$SLURM_JOB_ID"]
+        return []
     return [
-        # Slurm knows one task of each array by the number of the whole array.
-        "THIS_JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID",
         f'CHAIN_OPTIONS+=(--array="$SLURM_ARRAY_TASK_ID" --output={shlex.quote(ARRAY_OUTPUT)})',
     ]
 

@@ -43,6 +43,48 @@ def test_a_profile_renders_to_its_golden_file(name):
     assert golden.read_text() == text
 
 
+@pytest.mark.parametrize(
+    ("array", "task"),
+    [({}, "50"), ({"SLURM_ARRAY_JOB_ID": "50", "SLURM_ARRAY_TASK_ID": "1"}, "50_1")],
+)
+def test_a_requeue_takes_one_task_of_an_array(tmp_path, array, task):
+    """Slurm knows one task by the array's own number, and would requeue all of them by it."""
+    for name, does in {
+        "scontrol": 'echo "$@" >>"$HERE/calls"', "helper": "echo requeue", "sleep": "true",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    sweep = ["train.seed=1", "train.seed=2"] if array else None
+    job = Job("s", tmp_path / "run", tmp_path, sweep=sweep)
+    profile = load_profile("local", [f"host_python={tmp_path / 'helper'}"])
+    done = subprocess.run(
+        ["bash", "-s"], input=render(profile, job), capture_output=True, text=True, timeout=60,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "HERE": str(tmp_path), "LC_ALL": "de_DE.UTF-8",
+             "SLURM_JOB_ID": "50", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", **array},
+    )  # fmt: skip
+    assert f"requeue {task}\n" in (tmp_path / "calls").read_text(), done
+
+
+def test_an_array_in_a_container_sees_code_and_configuration():
+    """They lie in the array's folder, above the tasks' own."""
+    profile = load_profile("generic-apptainer")
+    sweep = Job("s", JOB.run, JOB.submit_folder, sweep=["train.seed=1"])
+    text = render(profile, sweep)
+    at = text.index("set_container() {")
+    lines = [
+        line for line in text.splitlines() if line.startswith(("CODE=", "RUN=", "SUBMIT_FOLDER="))
+    ]
+    script = "\n".join([*lines, "network_mounts=() MOUNTS=() IMAGE=i library_script= HOST_PYTHON=p",
+                        text[at : text.index("\n}", at) + 3], "set_container",
+                        'echo "${WRAP[@]}"'])  # fmt: skip
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True,
+                          env={**os.environ, "SLURM_ARRAY_TASK_ID": "0"})  # fmt: skip
+    assert (
+        "RUN=$RUN/${SLURM_ARRAY_TASK_ID" in text
+        and "/shared/runs/pretrain:/shared/runs/pretrain " in (done.stdout)
+    ), done
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_shellcheck_finds_nothing(name):
     if not shellcheck():
