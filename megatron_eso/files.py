@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -35,7 +36,8 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # its folder may be no folder
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any, *, durable: bool = True) -> None:

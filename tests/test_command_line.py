@@ -207,6 +207,15 @@ def test_a_run_that_was_moved_has_its_tokenizer_with_it(place, tmp_path):
     assert moved.split("--- ")[:2] == stayed.split("--- ")[:2]
 
 
+def test_eval_says_which_split_and_takes_no_tokenizer_beside_one(place):
+    out = run("eval", "runs/first", "data", "--rows", 2, folder=place, code=3)
+    assert "name one split, such as data/train" in out
+    words = ("data/validation", "--tokenizer", "nowhere.json", "--rows", 2)
+    assert "--tokenizer nowhere.json goes with a text file" in run(
+        "eval", "runs/first", *words, folder=place, code=2
+    )
+
+
 def test_the_tokens_of_another_tokenizer_are_not_taken_for_the_models(place):
     """Of the same number: nothing else would tell."""
     (place / "text2").mkdir()

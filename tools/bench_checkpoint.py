@@ -10,10 +10,10 @@ new process that resumes from what was written and does one step; times count fr
 """
 
 import argparse
-import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -38,13 +38,18 @@ LENGTH, VOCAB, SAVES = 128, 32768, 3
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="where to write; what is there stays")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--resume", action="store_true", help="only resume and do one step")
     options = parser.parse_args()
     if options.resume:
         return _resume(options)
-    _measure(_session(options.layers), options)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    # A saver writes beside its checkpoints too, so they get a run's folder of their own.
+    with tempfile.TemporaryDirectory(dir=options.folder) as run:
+        options.folder = Path(run, "checkpoints")
+        options.folder.mkdir()
+        _measure(_session(options.layers), options)
 
 
 def _resume(options: argparse.Namespace) -> None:
@@ -97,7 +102,6 @@ def _measure(session: Session, options: argparse.Namespace) -> None:
     print(f"| new process: from its start to its first step (aim 15) | {loaded} |")
     print(f"| of that: imports done at, session built at; first step done at | {imported}, {built}; "
           f"{stepped} |")  # fmt: skip
-    shutil.rmtree(options.folder)
 
 
 def read(step: int, rows: list[int]) -> Rows:

@@ -53,9 +53,13 @@ def main() -> None:
         futures = [
             pool.submit(run_cell, name, seed, options.out, options.override) for name, seed in cells
         ]
-        for (name, seed), future in zip(cells, futures, strict=True):
-            scores = future.result()
-            print(f"{name}, seed {seed}: " + describe(scores), flush=True)
+        try:
+            for (name, seed), future in zip(cells, futures, strict=True):
+                scores = future.result()
+                print(f"{name}, seed {seed}: " + describe(scores), flush=True)
+        except BaseException:  # Ctrl-C, or a cell that failed: none of the others starts
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     table = collect(options.out, options.seeds)
     (options.out / "numerics.json").write_text(json.dumps(table, indent=1) + "\n")
     (options.out / "numerics.md").write_text(as_markdown(table))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    add_completion=False,
     no_args_is_help=True,
     help="List, inspect, verify, prune and compare checkpoints.",
 )

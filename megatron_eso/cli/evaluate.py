@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
 
 @app.command()
@@ -133,13 +133,23 @@ def _reader(
     from megatron_eso.data.manifest import MANIFEST_NAME
     from megatron_eso.data.reader import ValidationReader
     from megatron_eso.data.text_rows import TextRows
-    from megatron_eso.errors import CheckpointError
+    from megatron_eso.errors import CheckpointError, ConfigError, DataError
 
     shape = {
         "sequence_length": config.train.sequence_length,
         "vocab_size": config.model.vocab_size,
     }
+    splits = sorted(Path(data).glob(f"*/{MANIFEST_NAME}"))
+    if splits:
+        raise DataError(
+            f"{data} is a prepared data set; name one split, such as {splits[0].parent}"
+        )
     if "://" in data or (Path(data) / MANIFEST_NAME).is_file() or not Path(data).exists():
+        if tokenizer is not None:
+            raise ConfigError(
+                f"--tokenizer {tokenizer} goes with a text file; {data} is read as a prepared split, "
+                "whose tokens are those of its own"
+            )
         return ValidationReader(data, **shape, tokenizer_sha256=_tokenizer_of_training(loaded))
     file = tokenizer or loaded.tokenizer_file
     if file is None:

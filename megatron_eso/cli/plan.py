@@ -8,7 +8,7 @@ import typer
 
 from megatron_eso.errors import UserError
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
 
 # question -> the options that change its answer
@@ -53,7 +53,7 @@ def plan(
     """Say whether a run fits, how fast it goes, what it costs, and which layout is best.
 
     Examples:
-        megatron-eso plan configs/run/quickstart.yaml --cluster h100 --gpus 8 --chart plan.html
+        megatron-eso plan configs/run/quickstart.yaml --cluster h100 --gpus 2 --chart plan.html
         megatron-eso plan RUN.yaml --gpus 1024 --search
         megatron-eso plan RUN.yaml --gpus 16384 --goodput
         megatron-eso plan RUN.yaml --sampling 8192

@@ -156,7 +156,7 @@ def _check_partition(profile: ClusterProfile) -> None:
     names = sorted({group.partition for group in groups})
     if not profile.partition:
         return
-    mine = [group for group in groups if group.partition == profile.partition]
+    mine = [group for group in groups if group.partition in profile.partition.split(",")]
     if not mine:
         raise ClusterError(
             f"partition={profile.partition} does not exist; this cluster has {', '.join(names)}"

@@ -97,7 +97,13 @@ def fit(table: Path, budget: float | None) -> str:
     """Return the fits of a table as text."""
     from megatron_eso.scaling.study import fit_study, study_text
 
+    _check_budget(budget)
     return study_text(fit_study(collecting.read_table(table), budget=budget))
+
+
+def _check_budget(budget: float | None) -> None:
+    if budget is not None and not 0 < budget < float("inf"):
+        raise ConfigError(f"--budget {budget:g} must be a number of FLOPs above 0")
 
 
 def report(table: Path, out: Path, budget: float | None, note: Path | None) -> str:
@@ -106,6 +112,7 @@ def report(table: Path, out: Path, budget: float | None, note: Path | None) -> s
     from megatron_eso.scaling.study import fit_study
 
     text = _read_note(note) if note else ""
+    _check_budget(budget)
     study = fit_study(collecting.read_table(table), budget=budget)
     return _say(write_report(study, out, note=text))
 

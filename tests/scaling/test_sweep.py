@@ -448,3 +448,9 @@ def test_two_runners_share_a_grid_and_start_each_cell_once(tmp_path):
 def test_options_that_contradict_each_other_are_refused(words):
     done = CliRunner().invoke(main_app, ["sweep", "run", str(LAPTOP), *words])
     assert "--slurm" in str(done.exception) and done.exception.exit_code == 2
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_budget_without_a_meaning_is_refused(tmp_path, budget):
+    with pytest.raises(ConfigError, match="--budget"):
+        commands.fit(tmp_path / "cells.csv", budget)
