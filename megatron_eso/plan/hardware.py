@@ -62,7 +62,7 @@ class Hardware:
     """Price."""
     workspace_gb: float = within(8.0, at_least=0)
     """Memory taken by contexts, communication buffers and fragmentation."""
-    sampling_layer_seconds: float = within(1.2e-4, at_least=0)
+    sampling_layer_seconds: float = within(9.5e-5, at_least=0)
     """Fixed time of one layer in one call of a sampler: its kernels, launched as a CUDA graph."""
     host_copy_gb_per_second: float = within(10.0, above=0)
     """Speed at which a GPU's share of a checkpoint is copied aside: training stalls that long."""

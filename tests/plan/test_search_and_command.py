@@ -176,12 +176,18 @@ def test_sampling_with_a_cache_needs_two_forwards_a_token_for_eso():
 
 
 def test_sampling_takes_what_it_took_on_an_h200():
-    """124M, L = 2048, one token per step, from CUDA graphs (docs/performance.md)."""
+    """124M, one token per step, from CUDA graphs (docs/performance.md); MDLM's passes are less small."""
     shape = ["model.hidden_size=768", "model.num_layers=12", "model.num_heads=12", "train.steps=1"]
     config = load_config(None, [*shape, "model.vocab_size=50258", "train.sequence_length=1024"])
-    costs = {c.objective: c for c in sampling_costs(config, load_hardware("h200"), length=2048)}
-    for name, measured in {"eso": 3.39, "ar": 3.42, "mdlm": 4.77}.items():
-        assert costs[name].seconds == pytest.approx(measured, rel=0.1)
+    measured = {2048: {"eso": 2.45, "ar": 2.41, "mdlm": 4.75}, 8192: {"eso": 11.3, "ar": 10.4}}
+    for length, seconds in measured.items():
+        costs = {
+            c.objective: c for c in sampling_costs(config, load_hardware("h200"), length=length)
+        }
+        for name, value in seconds.items():
+            assert costs[name].seconds == pytest.approx(
+                value, rel=0.2 if name == "mdlm" else 0.1
+            ), (length, name)
 
 
 def test_fewer_calls_make_diffusion_sampling_cheaper():
