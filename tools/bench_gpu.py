@@ -31,6 +31,7 @@ from megatron_eso.garbage import look_at_new_objects
 from megatron_eso.model.attention.dense import dense_attention
 from megatron_eso.model.attention.flex import flex_rows_attention
 from megatron_eso.model.attention.split import split_attention
+from megatron_eso.parallel.finish import finish
 from megatron_eso.parallel.matmul_speed import matmul_flops_per_second
 from megatron_eso.parallel.vocabulary_loss import Head, target_log_probs
 from megatron_eso.plan.flops import model_flops_per_step
@@ -105,6 +106,7 @@ def main() -> None:
         with report.trying(section):
             SECTIONS[section](sizes, report)
         print(f"({time.perf_counter() - begin:.0f} s)", flush=True)
+    finish()  # NCCL complains of groups that are left
     raise SystemExit(report.failures > 0)
 
 
