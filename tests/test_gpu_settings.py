@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 from megatron_eso.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_eso.errors import ConfigError
 from megatron_eso.model.megatron_config import transformer_config
-from megatron_eso.parallel.device import gpu_of_rank
+from megatron_eso.parallel.device import gpu_of_rank, require_no_gpu_was_asked_for
 from megatron_eso.parallel.optimizer import buffer_settings
 
 # Megatron says this about its own default.
@@ -38,6 +38,13 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_that_slurm_shows_it(
 def test_more_ranks_than_gpus_are_refused_with_the_numbers():
     with pytest.raises(ConfigError, match=r"rank 4 .* 4 can be seen .CUDA_VISIBLE_DEVICES=0,1,2,3"):
         gpu_of_rank(4, 4, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
+
+
+def test_a_job_that_asked_for_gpus_does_not_train_on_the_cpu():
+    with pytest.raises(ConfigError, match=r"asked for 8 GPUs a node .* sees none"):
+        require_no_gpu_was_asked_for({"MEGATRON_ESO_GPUS": "8"})
+    require_no_gpu_was_asked_for({"MEGATRON_ESO_GPUS": "0"})
+    require_no_gpu_was_asked_for({})
 
 
 @pytest.mark.parametrize("given", ["1", "32"])

@@ -27,7 +27,7 @@ def status(
 
     jobs = slurm.queue()
     by_folder = {os.path.realpath(job.folder): job for job in jobs}
-    folders = runs or [Path(job.folder) for job in jobs if job.comment == "megatron-eso"]
+    folders = runs or [Path(job.folder) for job in jobs if job.comment == slurm.COMMENT]
     missing = [str(folder) for folder in folders if not folder.is_dir()]
     if missing:
         raise ClusterError(f"no run folder {', '.join(missing)}")

@@ -2,6 +2,7 @@
 
 begin    is there anything to do? take the lease, note nodes that went down    -> go | done
 choose   which healthy nodes train                       -> run NODES | requeue NODES | hold NODES
+unfit    this node cannot serve the job, and why         -> requeue NODES | hold NODES
 launching, chained   notes
 end      what now?                       -> done | leave | again | requeue [NODES] | hold [NODES]
 
@@ -9,6 +10,7 @@ Answers go to stdout, explanations to stderr, that is to the job's log. Standard
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,12 +18,16 @@ from pathlib import Path
 
 from megatron_eso.files import read_json, write_json
 from megatron_eso.launch import lease
+from megatron_eso.launch.events import read_events
+from megatron_eso.launch.exclude import exclusions
 from megatron_eso.launch.pairs import slow_nodes
 from megatron_eso.launch.records import Records
 from megatron_eso.launch.slurm import is_out_of_service
 
 # slurm-gcp's words for a spot machine that was taken back: the node boots again and is not sick.
 _BLAMELESS = "Preempted instance"
+_MAINTENANCE_HOURS = 2.0
+"""How long a node is avoided whose maintenance is announced: the notice comes an hour before."""
 _SILENT = "gave no answer to the health check"
 
 
@@ -127,9 +133,8 @@ def choose(
     state = records.state()
     if len(nodes) > 1 and all(sick.get(node) == _SILENT for node in nodes):
         # Not the nodes: srun, or the Python of the check. To exclude them would leave the job none.
-        return _give_up_nodes(
-            records, attempt, "the health check ran on no node; srun says why above"
-        )
+        why = "the health check ran on no node; srun says why above"
+        return _and_exclude(records, _give_up_nodes(records, attempt, why))
     for node, why in sick.items():
         print(f"bad node {node}: {why}", file=sys.stderr)
     records.add_bad_nodes(sick, state.get("bad_node_hours", 24.0))
@@ -142,7 +147,27 @@ def choose(
         taken = set(good[:need])
         return "run " + ",".join(n for n in nodes if n in taken)
     why = f"{len(good)} of {len(nodes)} nodes are healthy, {need} are needed: {sick}"
-    return f"{_give_up_nodes(records, attempt, why)} {','.join(sorted(listed))}"
+    return _and_exclude(records, _give_up_nodes(records, attempt, why))
+
+
+def unfit(records: Records, attempt: str, node: str, why: str) -> str:
+    """Return what to do where a node cannot serve the job as the batch script's or a rank's."""
+    print(f"bad node {node}: {why}", file=sys.stderr)
+    records.add_bad_nodes({node: why}, records.state().get("bad_node_hours", 24.0))
+    return _and_exclude(records, _give_up_nodes(records, attempt, f"{node}: {why}"))
+
+
+def _and_exclude(records: Records, verb: str) -> str:
+    """Return the decision with the nodes that Slurm shall leave out."""
+    nodes, said = exclusions(
+        records,
+        partition=os.environ.get("SLURM_JOB_PARTITION", ""),
+        need=int(os.environ.get("SLURM_JOB_NUM_NODES", 1)),
+        always=records.state().get("exclude", ""),
+    )
+    if said:
+        print(said, file=sys.stderr)
+    return f"{verb} {nodes}".strip()
 
 
 def _give_up_nodes(records: Records, attempt: str, why: str) -> str:
@@ -179,10 +204,12 @@ def end(records: Records, attempt: str, options: argparse.Namespace) -> str:
         print(f"leave: a newer attempt, {held['owner']}, is at work", file=sys.stderr)
         return "leave"
     state, status = records.state(), records.status()
-    troubles = {n: w for n, w in node_troubles().items() if n in options.nodes.split(",")}
-    reported = read_json(records.folder / "node_faults.json")
-    records.add_bad_nodes({**troubles, **reported}, options.bad_node_hours)
-    (records.folder / "node_faults.json").unlink(missing_ok=True)
+    nodes = options.nodes.split(",")
+    troubles = {n: w for n, w in node_troubles().items() if n in nodes}
+    troubles |= suspects(read_events(records.run), attempt)
+    records.add_bad_nodes(troubles, options.bad_node_hours)
+    for node, why in records.take_announced():
+        records.add_bad_nodes({node: why}, _MAINTENANCE_HOURS)
     ending = Ending(
         status=status if status.get("updated") != state.get("status_before") else {},
         has_progress=records.checkpoint_step() > state.get("step_before", -1),
@@ -204,8 +231,24 @@ def end(records: Records, attempt: str, options: argparse.Namespace) -> str:
     _note(records, attempt, verb, why, code=options.code)
     if verb in ("done", "hold"):
         lease.release(records.run / "checkpoints", attempt)
-    bad = ",".join(sorted(records.bad_nodes())) if verb in ("requeue", "hold") else ""
-    return f"{verb} {bad}".strip()
+    return _and_exclude(records, verb) if verb in ("requeue", "hold") else verb
+
+
+def suspects(events: list[dict], attempt: str) -> dict[str, str]:
+    """Return the node whose rank failed first in every start of an attempt, if there were several.
+
+    Such a node passes its check and fails under load. The first failure is a rank that was killed, else
+    the one that was written first: the others fail because they lose it. A hang blames nobody.
+    """
+    starts: dict[str, list[dict]] = {}
+    for event in events:
+        if event["event"] == "fault" and event.get("attempt") == attempt:
+            starts.setdefault(event.get("start", ""), []).append(event)
+    first = [min(faults, key=lambda f: f.get("cause") != "killed") for faults in starts.values()]
+    nodes = {fault.get("node", "") for fault in first}
+    if len(first) < 2 or len(nodes) != 1 or any(f.get("cause") == "hang" for f in first):
+        return {}
+    return {node: f"its rank was the first to fail, {len(first)} times in a row" for node in nodes}
 
 
 def node_troubles() -> dict[str, str]:
@@ -239,11 +282,12 @@ def _note(records: Records, attempt: str, verb: str, why: str, **facts: object) 
 def main() -> None:
     """Run one verb of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("verb", choices=("begin", "choose", "launching", "chained", "end"))
+    parser.add_argument("verb", choices=("begin", "choose", "unfit", "launching", "chained", "end"))
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--attempt", required=True)
     parser.add_argument("--nodes", default="")
     parser.add_argument("--job", default="")
+    parser.add_argument("--why", default="")
     for name in ("need", "checked", "code", "term", "usr1", "max-attempts",
                  "in-job-left"):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=0)
@@ -257,6 +301,8 @@ def main() -> None:
     elif options.verb == "choose":
         print(choose(records, options.attempt, nodes, options.need, bool(options.checked),
                      options.min_gb_per_second))  # fmt: skip
+    elif options.verb == "unfit":
+        print(unfit(records, options.attempt, options.nodes, options.why))
     elif options.verb == "launching":
         records.add_event(options.attempt, "launching", nodes=nodes)
     elif options.verb == "chained":

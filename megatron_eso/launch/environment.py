@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 from megatron_eso.errors import ClusterError
 
+GPUS_VARIABLE = "MEGATRON_ESO_GPUS"
+"""GPUs of a node that our job script asked for."""
 _PORT_FLOOR, _NUM_PORTS = 20000, 10000
 
 

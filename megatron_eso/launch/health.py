@@ -1,7 +1,8 @@
 """Is this node fit to train? One process per node, before step 0, writes RUN/slurm/health.
 
-Looked at: device files, a file written to the run folder and read back, the clock, a command of the
-site. Standard library only, as the node's own Python runs it. A node that writes nothing counts as sick.
+Looked at: device files, a file of the network's plugin, a file written to the run folder and read back,
+the clock, a command of the site. Standard library only, as the node's own Python runs it. A node that
+writes nothing counts as sick.
 """
 
 import argparse
@@ -15,7 +16,15 @@ from megatron_eso.files import write_json
 
 
 def problems(
-    folder: Path, node: str, *, num_devices: int, device_folder: Path, command: str, max_skew: float
+    folder: Path,
+    node: str,
+    *,
+    num_devices: int,
+    device_folder: Path,
+    command: str,
+    max_skew: float,
+    file: str = "",
+    file_lacks: str = "",
 ) -> list[str]:
     """Return what is wrong with this node; empty if it is fit.
 
@@ -26,12 +35,16 @@ def problems(
         device_folder: where the device files are.
         command: command of the site for bash; empty: none.
         max_skew: largest difference, in seconds, to the file system's clock.
+        file: a file that the network needs on each node; empty: none.
+        file_lacks: what it means if the file is not there.
     """
     found = []
     if num_devices:
         devices = [p for p in device_folder.glob("nvidia*") if p.name[6:].isdigit()]
         if len(devices) < num_devices:
             found.append(f"{len(devices)} of {num_devices} GPUs in {device_folder}")
+    if file and not os.access(file, os.R_OK):
+        found.append(f"no {file}: {file_lacks}")
     probe, content = folder / f"{node}.probe", os.urandom(1 << 16)
     try:
         probe.write_bytes(content)
@@ -47,7 +60,7 @@ def problems(
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
         if done.returncode:
             said = (done.stderr or done.stdout).strip().splitlines()
-            found.append(f"health.command exited {done.returncode}" + f": {said[-1]}" * bool(said))
+            found.append(": ".join([f"health.command exited {done.returncode}", *said[-1:]]))
     return found
 
 
@@ -59,6 +72,8 @@ def main() -> None:
     parser.add_argument("--num-devices", type=int, default=0)
     parser.add_argument("--device-folder", type=Path, default=Path("/dev"))
     parser.add_argument("--command", default="")
+    parser.add_argument("--file", default="")
+    parser.add_argument("--file-lacks", default="")
     parser.add_argument("--max-skew", type=float, default=30.0)
     options = parser.parse_args()
     node = os.environ.get("SLURMD_NODENAME") or platform.node()
@@ -71,6 +86,8 @@ def main() -> None:
         device_folder=options.device_folder,
         command=options.command,
         max_skew=options.max_skew,
+        file=options.file,
+        file_lacks=options.file_lacks,
     )
     write_json(folder / f"{node}.json", {"problems": found})
 

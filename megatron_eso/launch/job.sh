@@ -30,7 +30,7 @@ requeue() { # $1: requeue or requeuehold; $2: nodes to exclude
     fi
     [ "$REQUEUE" = requeue ] || { say "no requeue on this cluster; submit again to continue"; exit 1; }
     scontrol "$1" "$THIS_TASK" || { say "Slurm refused to requeue; submit again to continue"; exit 1; }
-    [ -z "${2:-}" ] || scontrol update jobid="$THIS_TASK" excnodelist="$2"
+    scontrol update jobid="$THIS_TASK" excnodelist="${2:-}" # empty: those of before may come back
     sleep 300 & # Slurm ends this script now
     wait $!
     exit 1
@@ -45,6 +45,10 @@ act() { # a decision of the helper: done | leave | requeue [NODES] | hold [NODES
     esac
 }
 
+"$HOST_PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    say "host_python $HOST_PYTHON must be Python 3.11 or newer; set cluster.host_python"
+    exit 1
+}
 cd "$SUBMIT_FOLDER" || { say "the node cannot see $SUBMIT_FOLDER"; exit 1; }
 # The order of the ranks' nodes is the topology's: Slurm's own, or a site's file (one line a node or a task).
 mapfile -t hosts < <(if [ -n "${SLURM_HOSTFILE:-}" ]; then awk '!seen[$0]++' "$SLURM_HOSTFILE"; else scontrol show hostnames "$SLURM_JOB_NODELIST"; fi)
@@ -60,9 +64,17 @@ begun=$(helper begin --nodes "$all_hosts" --started "$started") || { say "cannot
 library_script='
 [ -z "${RANK_LIBRARY_PATH:-}" ] || export LD_LIBRARY_PATH=$RANK_LIBRARY_PATH${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 '
-measure_pairs() { # all-reduces between neighbours, in the ranks' own container and network
-    set_network
+prepare_ranks() { # network and container of what srun starts next
+    set_network || {
+        choice=$(helper unfit --nodes "${SLURMD_NODENAME:-$(hostname -s)}" \
+            --why "no $network_file: $network_lacks") || exit 1
+        # shellcheck disable=SC2086
+        act $choice
+    }
     set_container
+}
+measure_pairs() { # all-reduces between neighbours, in the ranks' own container and network
+    prepare_ranks
     timeout --kill-after=10 "$HEALTH_TIMEOUT" srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" \
         --ntasks-per-node=1 --kill-on-bad-exit=0 "${SRUN_ARGUMENTS[@]}" "${CONTAINER[@]}" \
         bash -c "$library_script exec \"\$@\"" pair "${WRAP[@]}" "$PYTHON" -m megatron_eso.parallel.pair_bandwidth \
@@ -71,11 +83,14 @@ measure_pairs() { # all-reduces between neighbours, in the ranks' own container 
 
 choose_nodes() { # sets chosen; sick nodes stay out
     chosen=$all_hosts
+    local network_check=()
+    [ "$TRAIN_NODES" = 1 ] || [ -z "$network_file" ] ||
+        network_check=(--file="$network_file" --file-lacks="$network_lacks")
     if [ "$HEALTH" = 1 ]; then
         rm -rf "$RUN/slurm/health/$ATTEMPT" # of the round before: a node that is silent now was well then
         timeout --kill-after=10 "$HEALTH_TIMEOUT" srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" \
             --ntasks-per-node=1 --kill-on-bad-exit=0 \
-            "$HOST_PYTHON" -m megatron_eso.launch.health --run "$RUN" --attempt "$ATTEMPT" "${HEALTH_ARGUMENTS[@]}"
+            "$HOST_PYTHON" -m megatron_eso.launch.health --run "$RUN" --attempt "$ATTEMPT" "${HEALTH_ARGUMENTS[@]}" "${network_check[@]}"
     fi
     [ "$HEALTH" = 0 ] || [ "$MIN_PAIR_SPEED" = 0 ] || [ "${#hosts[@]}" = 1 ] || measure_pairs
     choice=$(helper choose --nodes "$all_hosts" --need "$TRAIN_NODES" --checked "$HEALTH" \
@@ -90,8 +105,7 @@ choose_nodes() { # sets chosen; sick nodes stay out
         MASTER_ADDR=$(scontrol show node -o "$rank_0_host" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
     # Another port each time: a socket of the ranks before may linger.
     export MASTER_ADDR MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0} + in_job * 1009) % 10000))
-    set_network
-    set_container
+    prepare_ranks
 }
 
 # One rank. Exit code 75 (stopped with a checkpoint) becomes 0: srun would take it for a failure and
@@ -104,21 +118,22 @@ export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
 pass_on() { while kill -s "$1" "$pid" 2>/dev/null; do sleep 5; done & }
 trap "pass_on TERM" TERM; trap "pass_on USR1" USR1
 if [ "${POLL_METADATA:-0}" = 1 ] && [ "$LOCAL_RANK" = 0 ]; then
-    "$RANK_PYTHON" -m megatron_eso.launch.metadata --pid "$pid" &
+    "$RANK_PYTHON" -m megatron_eso.launch.metadata --pid "$pid" --run "$RANK_RUN" &
 fi
 while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done
 wait "$pid"; code=$?
 [ "$code" = 75 ] && code=0
 exit "$code"'
-export POLL_METADATA RANK_PYTHON="$PYTHON"
+export POLL_METADATA RANK_PYTHON="$PYTHON" RANK_RUN="$RUN"
 place_ranks() { # sets placement
-    placement=(--ntasks-per-node="$TASKS_PER_NODE" --nodelist="$chosen")
+    # Block after block of a node's CPUs: a task's are of one socket, as its GPU is, not dealt over both.
+    placement=(--ntasks-per-node="$TASKS_PER_NODE" --nodelist="$chosen" --distribution=block:block)
     [ -n "$has_order" ] || return 0
     local file=$RUN/slurm/hosts.$ATTEMPT host task
     for host in ${chosen//,/ }; do
         for ((task = 0; task < TASKS_PER_NODE; task++)); do echo "$host"; done
     done >"$file"
-    placement=(--distribution=arbitrary --nodelist="$file")
+    placement=(--distribution=arbitrary:block --nodelist="$file")
 }
 run_ranks() { # sets code
     code=1

@@ -3,8 +3,10 @@
 Ranks on a node that was cut off the network live on while Slurm starts the same job elsewhere, on
 the same file system. The writer calls :func:`require_lease` just before it publishes; an attempt
 that lost the lease must not publish. Owners are ``JOBID.RESTART_COUNT`` where our job script runs the
-ranks, else ``HOST/PID/START``, with ``JOBID.RESTART_COUNT@`` before it in a job of another's: a newer
-attempt takes a lease from an older one, a process of the same attempt does not take it from a living one.
+ranks, else ``HOST/PID/START``, with ``JOBID.RESTART_COUNT@`` before it in a job of another's. Of one job,
+a newer attempt takes the lease from an older one; a process of the same attempt does not take it from a
+living one. Of two jobs, Slurm says whether the other one still runs; where it cannot be asked (in a
+container), the one with the higher number is the newer.
 The file system must show a rename to all nodes (NFS, Lustre and Filestore do).
 """
 
@@ -15,10 +17,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_eso.errors import CheckpointError
+from megatron_eso.errors import CheckpointError, ClusterError
 from megatron_eso.files import write_json
+from megatron_eso.launch import slurm
 from megatron_eso.launch.environment import attempt_name, is_of_job_script
 
+_RUNNING = ("RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
 LEASE_FILE = "lease.json"
 QUIET_SECONDS = 600.0
 """A lease of another host that was not renewed for this long may be taken."""
@@ -42,7 +46,7 @@ def acquire(folder: Path, owner: str, *, now: float | None = None) -> None:
     now = time.time() if now is None else now
     held = read(folder)
     if held and held["owner"] != owner:
-        reason = _why_not(held, owner, now)
+        reason = _why_not(held, owner, folder, now)
         if reason:
             raise CheckpointError(
                 f"{folder / LEASE_FILE}: {owner} may not write here, {held['owner']} holds the lease "
@@ -88,9 +92,13 @@ def read(folder: Path) -> dict | None:
         return None
 
 
-def _why_not(held: dict, owner: str, now: float) -> str:
+def _why_not(held: dict, owner: str, folder: Path, now: float) -> str:
     """Return why ``owner`` must not take the lease, or an empty string."""
     theirs, mine = _attempt(held["owner"]), _attempt(owner)
+    if theirs and mine and theirs[0] != mine[0]:
+        lives = _job_lives(held["owner"], folder)
+        if lives is not None:
+            return f"its job {theirs[0]} is running" if lives else ""
     if theirs and mine and theirs != mine:
         return f"attempt {held['owner']} is newer than {owner}" if theirs > mine else ""
     process = held["owner"].rpartition("@")[2]
@@ -100,6 +108,23 @@ def _why_not(held: dict, owner: str, now: float) -> str:
     if host == platform.node():
         return "its process runs on this host" if _start_of(int(pid)) == start else ""
     return _recently(held, now)
+
+
+def _job_lives(holder: str, folder: Path) -> bool | None:
+    """Return whether the holder's job runs; None if Slurm cannot be asked.
+
+    A job of our script says by its folder that it is the one, and not another cluster's of that number.
+    """
+    attempt, at, _ = holder.partition("@")
+    try:
+        jobs = slurm.queue(job=attempt.partition(".")[0])
+    except ClusterError:
+        return None
+    jobs = [job for job in jobs if job.state in _RUNNING]
+    if not at:
+        runs = [Path(os.path.realpath(job.folder)) for job in jobs if job.comment == slurm.COMMENT]
+        return any(Path(os.path.realpath(folder)).is_relative_to(run) for run in runs)
+    return bool(jobs)
 
 
 def _recently(held: dict, now: float) -> str:

@@ -27,7 +27,8 @@ class ContainerConfig:
     image: str = ""
     """A .sqsh file on the shared file system (pyxis), or a .sif file (apptainer)."""
     mounts: list[str] = field(default_factory=list)
-    """host:container pairs; the run folder, the submit folder and the network plugin are added."""
+    """host:container pairs; the run folder, the submit folder, the network plugin, the data and
+    checkpoint.init_from are added."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,11 @@ class ClusterProfile:
     """Node checks."""
     survival: SurvivalConfig = field(default_factory=SurvivalConfig)
     """Requeue policy."""
+
+    def excluded(self) -> str:
+        """Return the nodes of the directive ``--exclude``, in Slurm's notation."""
+        given = [o.partition("=")[2] for o in self.directives if o.startswith("--exclude=")]
+        return given[-1] if given else ""
 
 
 def load_profile(name: str, overrides: list[str] | None = None) -> ClusterProfile:

@@ -5,6 +5,7 @@ Standard library only: the batch script runs this with the node's own Python.
 attempts.jsonl   one line per event: begin, launching, end     bad_nodes.json   node -> reason, until
 state.json       counters and the status before the attempt    stop             "do not requeue"
 held.json        why the job was held                          health/ATTEMPT/  one file per node
+announced/       one file per node that the cloud will take
 """
 
 import json
@@ -59,6 +60,22 @@ class Records:
         new = {node: {"reason": reason, "until": until} for node, reason in reasons.items()}
         if new:
             write_json(self.folder / "bad_nodes.json", {**self.bad_nodes(), **new})
+
+    def announce(self, node: str, why: str) -> None:
+        """Note on a node itself that it will go; :meth:`take_announced` reads it."""
+        folder = self.folder / "announced"
+        folder.mkdir(exist_ok=True)
+        write_json(folder / f"{node}.json", {"node": node, "why": why})
+
+    def take_announced(self) -> list[tuple[str, str]]:
+        """Return the nodes announced to go since the last call, and why."""
+        found = []
+        for path in sorted((self.folder / "announced").glob("*.json")):
+            entry = read_json(path)
+            path.unlink()
+            if "node" in entry:
+                found.append((str(entry["node"]), str(entry.get("why", ""))))
+        return found
 
     def status(self) -> dict:
         """Return the trainer's status.json; empty if there is none."""

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_eso.errors import ClusterError
+from megatron_eso.launch import slurm
+from megatron_eso.launch.environment import GPUS_VARIABLE
 from megatron_eso.launch.network import CONTAINERS, NETWORKS
 from megatron_eso.launch.profile import ClusterProfile
 
 _BODY = Path(__file__).with_name("job.sh")
 OUTPUT = "slurm-%j.out"
 ARRAY_OUTPUT = "%a/slurm-%A_%a.out"
-COMMENT = "megatron-eso"
-"""How our jobs are told from others in the queue."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def render(profile: ClusterProfile, job: Job) -> str:
             *(f"#SBATCH {option}" for option in directives(profile)),
             "",
             *(f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()),
+            f"export {GPUS_VARIABLE}={profile.gpus_per_node}",
             *_variables(profile, job),
             "",
             *([*profile.setup, ""] if profile.setup else []),
@@ -109,7 +110,7 @@ def job_name(name: str) -> str:
 
 def identity(job: Job) -> list[str]:
     """Return the sbatch options by which a job, or a successor that it submits, is known as ours."""
-    return [f"--job-name={job_name(job.name)}", f"--comment={COMMENT}"]
+    return [f"--job-name={job_name(job.name)}", f"--comment={slurm.COMMENT}"]
 
 
 def quote_word(text: str) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from megatron_eso.errors import ClusterError
 
+COMMENT = "megatron-eso"
+"""How our jobs are told from others in the queue."""
 QUEUE_FORMAT = "%i|%T|%r|%R|%M|%S|%k|%Z"
 SINFO_FORMAT = "%R|%a|%D|%T|%G|%l|%c|%m"
 _OUT_OF_SERVICE = ("down", "drain", "fail", "error", "unknown", "power")
@@ -151,6 +153,22 @@ def parse_nodes(text: str) -> list[NodeGroup]:
     return groups
 
 
+def node_states(partition: str) -> dict[str, str]:
+    """Return the state of every node of a partition, or of several (``a,b``); empty: Slurm's default."""
+    which = ["-p", partition] if partition else ["-a"]  # Slurm refuses both
+    states = {}
+    for line in command("sinfo", "-hN", *which, "-o", "%N|%T|%P").splitlines():
+        node, state, name = line.split("|", 2)
+        if partition or name.endswith("*"):  # the star marks the default
+            states[node] = state
+    return states
+
+
+def expand(nodes: str) -> list[str]:
+    """Return the names of a node list in Slurm's notation: ``n[1-2],m`` -> n1, n2, m."""
+    return command("scontrol", "show", "hostnames", nodes).split() if nodes else []
+
+
 def parse_record(text: str) -> dict[str, str]:
     """Return the fields of ``scontrol show job -o``; values may contain spaces and '='."""
     fields: dict[str, str] = {}
@@ -221,7 +239,7 @@ def nodes_out_of_service() -> list[str]:
     """Return what is wrong with nodes that get no job, a line for each state and reason."""
     groups = [
         line.split("|", 3)
-        for line in command("sinfo", "-h", "-o", "%D|%N|%T|%E").splitlines()
+        for line in command("sinfo", "-ah", "-o", "%D|%N|%T|%E").splitlines()
         if line.count("|") >= 3
     ]
     # A node is listed once for each of its partitions.

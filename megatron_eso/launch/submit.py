@@ -17,9 +17,11 @@ from megatron_eso.config.schema import CheckpointConfig, RunConfig
 from megatron_eso.errors import ClusterError
 from megatron_eso.files import read_json, write_json, write_whole
 from megatron_eso.launch import slurm
+from megatron_eso.launch.exclude import exclusions
+from megatron_eso.launch.mounts import mounts_of
 from megatron_eso.launch.profile import ClusterProfile, minutes_of
 from megatron_eso.launch.records import Records, tasks_of
-from megatron_eso.launch.script import ARRAY_OUTPUT, COMMENT, Job, identity, render
+from megatron_eso.launch.script import ARRAY_OUTPUT, Job, identity, render
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -75,6 +77,11 @@ def prepare(
             for i, one in enumerate(sweep)
         ]
     job = Job(config.name, run, Path.cwd(), sweep=lines)
+    container = profile.container
+    if container.runtime != "none":
+        more = mounts_of(every, container.mounts, [run, Path.cwd()])
+        container = replace(container, mounts=[*container.mounts, *more])
+        profile = replace(profile, container=container)
     return Plan(config, profile, job, render(profile, job), [total_steps(one) for one in every])
 
 
@@ -145,14 +152,14 @@ def _refuse_live_job(run: Path) -> None:
 def live_job(run: Path) -> slurm.QueuedJob | None:
     """Return the job in the queue that works on a run folder, if any."""
     for job in slurm.queue():
-        if job.comment == COMMENT and os.path.realpath(job.folder) == os.path.realpath(run):
+        if job.comment == slurm.COMMENT and os.path.realpath(job.folder) == os.path.realpath(run):
             return job
     known = read_json(run / "slurm" / "job.json").get("job")
     return next(iter(slurm.queue(job=known)), None) if known else None
 
 
 def _check_partition(profile: ClusterProfile) -> None:
-    groups = slurm.parse_nodes(slurm.command("sinfo", "-h", "-o", slurm.SINFO_FORMAT))
+    groups = slurm.parse_nodes(slurm.command("sinfo", "-ah", "-o", slurm.SINFO_FORMAT))
     names = sorted({group.partition for group in groups})
     if not profile.partition:
         return
@@ -187,9 +194,15 @@ def _arguments(plan: Plan, *, throttle: int, chdir: bool = True) -> list[str]:
     arguments = identity(plan.job)
     if chdir:
         arguments.append(f"--chdir={plan.job.run}")
-        bad = Records(plan.job.run).bad_nodes()
-        if bad:
-            arguments.append(f"--exclude={','.join(sorted(bad))}")
+        profile = plan.profile
+        nodes, said = exclusions(
+            Records(plan.job.run), partition=profile.partition,
+            need=profile.nodes + profile.survival.spare_nodes, always=profile.excluded(),
+        )  # fmt: skip
+        if said:
+            print(said, file=sys.stderr)
+        if nodes != profile.excluded():
+            arguments.append(f"--exclude={nodes}")
     if plan.job.sweep is not None:
         limit = f"%{throttle}" if throttle else ""
         arguments.append(f"--array=0-{len(plan.job.sweep) - 1}{limit}")
@@ -250,6 +263,7 @@ def _snapshot(plan: Plan) -> None:
             without_progress=0,
             max_attempts=survival.max_attempts_without_progress,
             bad_node_hours=survival.bad_node_hours,
+            exclude=plan.profile.excluded(),
         )
 
 

@@ -6,6 +6,7 @@ checkpoint end the run with an exit code of its own: whatever it is, it will not
 """
 
 import os
+import platform
 import signal
 import sys
 import time
@@ -21,7 +22,7 @@ from megatron_eso.errors import (
     CheckpointError,
 )
 from megatron_eso.launch import events, lease
-from megatron_eso.launch.environment import is_of_job_script
+from megatron_eso.launch.environment import attempt_name, is_of_job_script
 from megatron_eso.launch.heartbeat import VARIABLE, Beat, Board
 from megatron_eso.launch.processes import (
     STOPPING,
@@ -86,6 +87,8 @@ class _Rank:
     """A rank as the launcher sees it."""
 
     pid: int
+    number: int
+    """Its RANK."""
     code: int | None = None
     beat: Beat | None = None
     silent_seconds: float = 0.0
@@ -160,6 +163,17 @@ def _note(settings: Supervision, event: str, **facts: object) -> None:
         events.record(settings.run, event, **facts)
 
 
+def _place_in_job(settings: Supervision) -> dict[str, str]:
+    """Return the attempt, the start within it and the node of a task of srun; see attempt.suspects."""
+    if settings.rank_environment is None:
+        return {}
+    return {
+        "attempt": attempt_name(os.environ),
+        "start": settings.rank_environment["MASTER_PORT"],
+        "node": os.environ.get("SLURMD_NODENAME") or platform.node(),
+    }
+
+
 def _restart_until_done(
     settings: Supervision, starter: Starter, board: Board, stop: _Stop, base: dict[str, str]
 ) -> int:
@@ -174,7 +188,7 @@ def _restart_until_done(
         newest = max(kept, checkpoint_step(settings.run))
         events.record(
             settings.run, "fault", cause=ending.cause, why=ending.why, rank=ending.rank,
-            step=ending.step, silent_seconds=round(ending.silent_seconds, 3),
+            step=ending.step, silent_seconds=round(ending.silent_seconds, 3), **_place_in_job(settings),
         )  # fmt: skip
         if stop.name:
             say(f"{ending.why}; not started again, as {stop.name} asked for a stop")
@@ -205,7 +219,8 @@ def _run_once(
     _note(settings, "start", num_ranks=settings.num_ranks)
     for local in range(settings.num_ranks):
         own = settings.rank_environment or _environment(local, settings.num_ranks, port)
-        ranks.append(_Rank(starter.start({**base, **own, VARIABLE: board.variable(local)})))
+        pid = starter.start({**base, **own, VARIABLE: board.variable(local)})
+        ranks.append(_Rank(pid, int(own["RANK"])))
         stop.pids.append(ranks[-1].pid)
     if stop.name:  # it came before there was anybody to tell
         for rank in ranks:
@@ -257,10 +272,7 @@ def _watch(settings: Supervision, starter: Starter, board: Board, ranks: list[_R
 
 def _death(ranks: list[_Rank]) -> Ending:
     """Describe the first failure: a signal before an exception, which may only be its echo."""
-    number, rank = min(
-        ((n, r) for n, r in enumerate(ranks) if r.code not in (None, 0)),
-        key=lambda item: (item[1].code or 0) >= 0,
-    )
+    rank = min((r for r in ranks if r.code not in (None, 0)), key=lambda r: (r.code or 0) >= 0)
     code = rank.code or 0
     if code < 0:
         how, cause = f"was killed by {signal.Signals(-code).name}", "killed"
@@ -268,7 +280,7 @@ def _death(ranks: list[_Rank]) -> Ending:
             how += " (out of memory, perhaps: `dmesg` tells)"
     else:
         how, cause = f"ended with exit code {code}", "crash"
-    return _fault(ranks, number, cause, how, code if code > 0 else 128 - code)
+    return _fault(ranks, rank, cause, how, code if code > 0 else 128 - code)
 
 
 def _hung(settings: Supervision, ranks: list[_Rank]) -> Ending | None:
@@ -278,8 +290,8 @@ def _hung(settings: Supervision, ranks: list[_Rank]) -> Ending | None:
         if rank.code is not None or rank.silent_seconds <= limit:
             continue
         # All wait for one: a stopped process is it, else the one that is farthest behind.
-        stopped = [n for n, r in enumerate(ranks) if state_of(r.pid) in ("T", "t")]
-        behind = min(range(len(ranks)), key=lambda n: _place(ranks[n]))
+        stopped = [r for r in ranks if state_of(r.pid) in ("T", "t")]
+        behind = min(ranks, key=_place)
         section = rank.beat.section if rank.beat else "start"
         how = (
             f"shows no progress in section {section!r} after {rank.silent_seconds:.0f} s "
@@ -294,7 +306,7 @@ def _place(rank: _Rank) -> tuple[int, int]:
     return (rank.beat.step, rank.beat.number) if rank.beat else (-1, -1)
 
 
-def _fault(ranks: list[_Rank], number: int, cause: str, how: str, code: int) -> Ending:
+def _fault(ranks: list[_Rank], rank: _Rank, cause: str, how: str, code: int) -> Ending:
     beats = [rank.beat for rank in ranks if rank.beat]
     step = max((beat.step for beat in beats), default=0)
     is_setup = all(beat.section == "setup" for beat in beats)
@@ -302,9 +314,9 @@ def _fault(ranks: list[_Rank], number: int, cause: str, how: str, code: int) -> 
     return Ending(
         code=code,
         is_fault=True,
-        why=f"rank {number} {how}{where}",
+        why=f"rank {rank.number} {how}{where}",
         cause=cause,
-        rank=number,
+        rank=rank.number,
         step=step,
         kept_step=max((beat.kept_step for beat in beats), default=-1),
         silent_seconds=min((rank.silent_seconds for rank in ranks), default=0.0),

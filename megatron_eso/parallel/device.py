@@ -1,6 +1,7 @@
 """The device a rank runs on: CPU with gloo or a GPU with NCCL. Nothing else asks which it is."""
 
 import os
+import platform
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from megatron_eso.errors import ConfigError
+from megatron_eso.launch.environment import GPUS_VARIABLE
 from megatron_eso.parallel.megatron_patches import apply_cpu_patches, silence_megatron_messages
 
 
@@ -67,8 +69,25 @@ def choose_device(local_rank: int) -> Device:
         index = gpu_of_rank(local_rank, torch.cuda.device_count(), os.environ)
         torch.cuda.set_device(index)
         return Device(torch.device("cuda", index), "nccl")
+    require_no_gpu_was_asked_for(os.environ)
     apply_cpu_patches()
     return Device(torch.device("cpu"), "gloo")
+
+
+def require_no_gpu_was_asked_for(environ: Mapping[str, str]) -> None:
+    """Refuse to train on the CPU where the job was given GPUs: it would take weeks, and say nothing.
+
+    Raises:
+        ConfigError: if our job script asked for GPUs.
+    """
+    number = int(environ.get(GPUS_VARIABLE) or 0)
+    if number > 0:
+        raise ConfigError(
+            f"this job asked for {number} GPUs a node (cluster.gpus_per_node), but PyTorch "
+            f"{torch.__version__} on {platform.node()} sees none (CUDA_VISIBLE_DEVICES="
+            f"{environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): its build may have no CUDA, or the "
+            "driver is missing or too old; `megatron-eso doctor` tells"
+        )
 
 
 def gpu_of_rank(local_rank: int, num_gpus: int, environ: Mapping[str, str]) -> int:

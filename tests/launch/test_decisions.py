@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 
 import pytest
 
@@ -208,3 +209,48 @@ def test_a_job_that_was_told_to_end_starts_nothing_again(tmp_path, monkeypatch, 
         "in_job_left": 5, signal: 1,
     })  # fmt: skip
     assert attempt.end(records, "1.0", options) in ("requeue", "leave")
+
+
+def fault(start, node, cause="crash", attempt_name="1.0"):
+    return {"event": "fault", "attempt": attempt_name, "start": start, "node": node, "cause": cause}
+
+
+@pytest.mark.parametrize(
+    "events, blamed",
+    [
+        pytest.param([fault("1", "a"), fault("1", "b"), fault("2", "a")], {"a"}, id="first twice"),
+        pytest.param([fault("1", "a"), fault("2", "b")], set(), id="another each time"),
+        pytest.param([fault("1", "a"), fault("1", "b")], set(), id="once"),
+        pytest.param(
+            [fault("1", "b"), fault("1", "a", "killed"), fault("2", "a")], {"a"}, id="a kill counts first"
+        ),
+        pytest.param([fault("1", "a", "hang"), fault("2", "a")], set(), id="a hang blames nobody"),
+        pytest.param([fault("1", "a"), fault("2", "a", attempt_name="0.9")], set(), id="earlier attempt"),
+        pytest.param([{"event": "fault", "cause": "crash"}] * 2, set(), id="not under Slurm"),
+    ],
+)  # fmt: skip
+def test_a_node_whose_rank_always_fails_first_is_under_suspicion(events, blamed):
+    assert attempt.suspects(events, "1.0").keys() == blamed
+
+
+def test_a_node_that_the_cloud_announced_to_take_is_avoided_for_two_hours(tmp_path, monkeypatch):
+    monkeypatch.setattr(attempt, "node_troubles", dict)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm to ask: all bad nodes are left out
+    records = Records(tmp_path)
+    attempt.begin(records, "1.0", ["a", "b"])
+    records.announce("b", "the cloud announces maintenance")
+    options = argparse.Namespace(
+        nodes="a,b", bad_node_hours=24.0, term=0, usr1=0, max_attempts=3, code=0, in_job_left=0
+    )
+    assert attempt.end(records, "1.0", options) == "requeue b"
+    left = records.bad_nodes()["b"]["until"] - time.time()
+    assert 1.9 * 3600 < left < 2.1 * 3600 and records.take_announced() == []
+
+
+def test_a_node_that_cannot_serve_is_left_out_and_in_the_end_the_job_is_held(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    records = Records(tmp_path)
+    records.set_state(max_attempts=2, exclude="n9")
+    assert attempt.unfit(records, "1.0", "a", "no plugin") == "requeue n9,a"
+    assert attempt.unfit(records, "1.1", "b", "no plugin") == "hold n9,a,b"
+    assert records.bad_nodes().keys() == {"a", "b"}

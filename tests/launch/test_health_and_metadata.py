@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from megatron_eso.launch import metadata
 from megatron_eso.launch.health import problems
 from megatron_eso.launch.pairs import rounds, slow_nodes
+from megatron_eso.launch.records import Records
 from megatron_eso.parallel import pair_bandwidth
 
 
@@ -33,6 +35,18 @@ def test_every_problem_is_named(tmp_path):
     found = check(tmp_path, num_devices=8, command="echo link down >&2; exit 3", max_skew=-1.0)
     assert found[0].startswith("1 of 8 GPUs") and "clock" in found[1]
     assert found[2] == "health.command exited 3: link down"
+
+
+def test_a_command_that_fails_without_a_word_is_a_problem(tmp_path):
+    assert check(tmp_path, command="exit 3") == ["health.command exited 3"]
+
+
+def test_a_node_without_the_networks_plugin_is_sick(tmp_path):
+    plugin = tmp_path / "profile.sh"
+    lacks = {"file": str(plugin), "file_lacks": "the prolog did not run"}
+    assert check(tmp_path, **lacks) == [f"no {plugin}: the prolog did not run"]
+    plugin.touch()
+    assert check(tmp_path, **lacks) == []
 
 
 def test_a_folder_that_cannot_be_written_is_a_problem():
@@ -93,13 +107,26 @@ def test_a_node_whose_neighbour_is_known_to_be_sick_is_not_blamed():
     assert slow_nodes(reports, ["a", "c"], 1.0) == {}
 
 
+values_asked = []
+
+
+def wait_for_questions(number):
+    """Wait until the server was asked so often."""
+    end = time.monotonic() + 20
+    while len(values_asked) < number:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 @pytest.fixture
 def server():
-    values = {}
+    values, asked = {}, values_asked
+    asked.clear()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             name = self.path.rsplit("/", 1)[1]
+            asked.append(name)
             known = name in values and self.headers["Metadata-Flavor"] == "Google"
             self.send_response(200 if known else 404)
             self.end_headers()
@@ -152,6 +179,47 @@ def test_a_rank_that_ignores_signals_while_it_starts_is_told_again(server, capsy
         rank.wait()
         rank.stdout.close()
     assert capsys.readouterr().out.count("asking the ranks to save and stop") == 1
+
+
+def stops_on_term():
+    """Start a process that ends with 75 on TERM, and wait until it would."""
+    start = "trap 'exit 75' TERM; echo; while :; do sleep 0.05; done"
+    rank = subprocess.Popen(["bash", "-c", start], stdout=subprocess.PIPE)
+    assert rank.stdout is not None
+    rank.stdout.readline()
+    rank.stdout.close()
+    return rank
+
+
+def test_maintenance_stops_the_ranks_once_and_is_noted(server, tmp_path, monkeypatch):
+    address, served = server
+    monkeypatch.setenv("SLURMD_NODENAME", "n5")
+    records = Records(tmp_path)
+    served["maintenance-event"] = "NONE"
+    rank = stops_on_term()
+    watcher = threading.Thread(
+        target=metadata.watch, args=(rank.pid, address, 0.01, records), daemon=True
+    )
+    watcher.start()
+    wait_for_questions(5)
+    served["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
+    assert rank.wait(20) == 75
+    watcher.join(20)
+    ((node, why),) = records.take_announced()
+    assert node == "n5" and "TERMINATE_ON_HOST_MAINTENANCE" in why
+
+    # The requeued job got the same node: the notice is known, and only a spot machine's end stops it.
+    rank = stops_on_term()
+    watcher = threading.Thread(
+        target=metadata.watch, args=(rank.pid, address, 0.01, records), daemon=True
+    )
+    watcher.start()
+    wait_for_questions(len(values_asked) + 5)
+    assert rank.poll() is None and records.take_announced() == []
+    served["preempted"] = "TRUE"
+    assert rank.wait(20) == 75
+    watcher.join(20)
+    assert records.take_announced() == []
 
 
 def test_the_watcher_ends_with_its_rank_and_survives_a_silent_server(capsys):

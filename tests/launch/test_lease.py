@@ -100,3 +100,53 @@ def test_two_runs_in_one_allocation_are_told_apart(tmp_path):
     with pytest.raises(CheckpointError, match="renewed 0 s ago"):
         acquire(tmp_path, owner_name({"SLURM_JOB_ID": "3", "SLURM_RESTART_COUNT": "1"}))
     assert read(tmp_path)["owner"] == "3.1@elsewhere/1/7"
+
+
+def squeue(folder, monkeypatch, text, code=0):
+    """Let squeue print a text."""
+    program = folder / "squeue"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\nexit {code}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+def test_of_two_jobs_slurm_says_whether_the_other_one_runs(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    folder = run / "checkpoints"
+    acquire(folder, "7.0")
+    squeue(tmp_path, monkeypatch, f"7|RUNNING|None|n0|1:00|N/A|megatron-eso|{run}")
+    for other in ("8.0", "6.0"):
+        with pytest.raises(CheckpointError, match="its job 7 is running"):
+            acquire(folder, other)
+    for line in (
+        "",  # it has left the queue
+        f"7|PENDING|BeginTime||0:00|N/A|megatron-eso|{run}",
+        f"7|COMPLETING|None|n0|1:00|N/A|megatron-eso|{run}",
+        "7|RUNNING|None|n0|1:00|N/A|someone else|/home",  # of a cluster that was set up anew
+        "7|RUNNING|None|n0|1:00|N/A|megatron-eso|/another/run",
+    ):
+        squeue(tmp_path, monkeypatch, line)
+        for other in ("8.0", "6.0"):
+            acquire(folder, other)
+            (folder / LEASE_FILE).unlink()
+            acquire(folder, "7.0")
+    squeue(tmp_path, monkeypatch, "down", code=1)  # as in a container: the numbers decide
+    with pytest.raises(CheckpointError, match=r"7\.0 is newer than 6\.0"):
+        acquire(folder, "6.0")
+    acquire(folder, "8.0")
+
+
+def test_an_arrays_task_is_known_by_the_arrays_folder(tmp_path, monkeypatch):
+    acquire(tmp_path / "3" / "checkpoints", "7.0")
+    squeue(tmp_path, monkeypatch, f"5_3|RUNNING|None|n0|1:00|N/A|megatron-eso|{tmp_path}")
+    with pytest.raises(CheckpointError, match="its job 7 is running"):
+        acquire(tmp_path / "3" / "checkpoints", "8.0")
+
+
+def test_a_job_of_anothers_script_is_alive_while_it_runs(tmp_path, monkeypatch):
+    acquire(tmp_path, "7.0@elsewhere/4/1")
+    squeue(tmp_path, monkeypatch, "7|RUNNING|None|n0|1:00|N/A|(null)|/home/me")
+    with pytest.raises(CheckpointError, match="its job 7 is running"):
+        acquire(tmp_path, "8.0")
+    squeue(tmp_path, monkeypatch, "")
+    acquire(tmp_path, "6.0")

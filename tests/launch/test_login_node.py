@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eso.launch.records import Records
+
 ROOT = Path(__file__).parents[2]
 NO_TORCH = (
     "import sys\n"
@@ -138,6 +140,29 @@ def test_submit_leaves_a_run_folder_and_says_what_to_do_next(node, tmp_path):
         os.listdir(tmp_path / "r/slurm")
     )
     assert node.asked() == ["squeue", "sinfo", "sbatch", "squeue", "sbatch"]
+
+
+def test_a_run_that_is_submitted_again_leaves_out_its_bad_nodes_beside_the_users_own(
+    node, tmp_path
+):
+    node.answers("sbatch", "7\n")
+    node.answers("scontrol", "n3\n")
+    records = Records(tmp_path / "r")
+    records.add_bad_nodes({"n1": "down"}, hours=1)
+    own = "cluster.directives=['--exclude=n3']"
+    assert "no set" not in node.submit("--cluster", "generic", "--nodes", "1", own)
+    assert "--exclude=n3,n1" in node.calls.read_text()
+    assert records.state()["exclude"] == "n3"
+
+
+def test_a_container_sees_the_data(node, tmp_path):
+    data = "data.sources=[{path: /lustre/web/train}]"
+    script = node.submit("--cluster", "generic-container", "--nodes", "1", data, "--dry-run")
+    assert "MOUNTS=(/lustre/web:/lustre/web)" in script
+    local = "checkpoint.local_folder=/ssd"
+    assert "cluster.container.mounts" in node.submit(
+        "--cluster", "generic-container", "--nodes", "1", local, "--dry-run", code=6
+    )
 
 
 def array(tmp_path, node):

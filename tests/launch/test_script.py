@@ -62,7 +62,20 @@ def test_a_requeue_takes_one_task_of_an_array(tmp_path, array, task):
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "HERE": str(tmp_path), "LC_ALL": "de_DE.UTF-8",
              "SLURM_JOB_ID": "50", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", **array},
     )  # fmt: skip
-    assert f"requeue {task}\n" in (tmp_path / "calls").read_text(), done
+    calls = (tmp_path / "calls").read_text()
+    # No node to leave out: those of before may come back.
+    assert f"requeue {task}\nupdate jobid={task} excnodelist=\n" in calls, done
+
+
+def test_an_old_python_of_the_nodes_is_named(tmp_path):
+    (tmp_path / "python3.9").write_text("#!/bin/bash\nexit 1\n")
+    (tmp_path / "python3.9").chmod(0o755)
+    profile = load_profile("local", [f"host_python={tmp_path}/python3.9"])
+    done = subprocess.run(
+        ["bash", "-s"], input=render(profile, JOB), capture_output=True, text=True, timeout=60,
+        env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "5"},
+    )  # fmt: skip
+    assert done.returncode == 1 and "must be Python 3.11 or newer" in done.stdout, done
 
 
 def test_an_array_in_a_container_sees_code_and_configuration():

@@ -139,10 +139,29 @@ def test_nodes_boot_a_spot_machine_is_taken_and_the_run_finishes(google, tmp_pat
 
 
 @needs_pyxis
-def test_a_missing_network_plugin_is_named(google, tmp_path):
-    run = CloudRun(google, tmp_path / "r", plugin=False)
+def test_a_node_without_the_network_plugin_is_sick_and_a_job_that_finds_no_other_is_held(
+    google, tmp_path
+):
+    run = CloudRun(
+        google, tmp_path / "r", "cluster.survival.max_attempts_without_progress=1", plugin=False
+    )
     run.wait_output("the prolog that installs GPUDirect-TCPXO did not run")
-    run.wait_state("FAILED")
+    shown_when(run, "held      0 of 2 nodes are healthy")
+    bad = run.records("bad_nodes.json")
+    assert len(bad) == 2 and set(bad) <= set(google.names)
+    assert run.field("Priority") == "0"
+
+
+@needs_pyxis
+def test_without_a_health_check_the_batch_scripts_node_finds_the_plugin_missing(google, tmp_path):
+    run = CloudRun(
+        google, tmp_path / "r", "cluster.survival.max_attempts_without_progress=1",
+        "cluster.health.enabled=false", plugin=False,
+    )  # fmt: skip
+    first = shown_when(run, "held      ")
+    assert "GPUDirect-TCPXO did not run" in first
+    ((node, _),) = run.records("bad_nodes.json").items()
+    assert node == run.events("begin")[0]["nodes"][0]
 
 
 def test_a_failed_prolog_holds_the_job_and_status_says_how_to_go_on(google, tmp_path):

@@ -128,6 +128,30 @@ def test_too_few_healthy_nodes_requeues_on_others(slurm, tmp_path):
     assert field(slurm, run.job, "ExcNodeList") == "n0" and " n0 " not in run.log()
 
 
+def test_a_bad_node_that_the_job_cannot_do_without_may_come_back(slurm, tmp_path):
+    """Five of five nodes are needed: with one excluded, the job would wait for ever."""
+    run = Run(
+        slurm, tmp_path / "r", "cluster.nodes=5", "train.global_batch_rows=20",
+        'cluster.health.command="test $SLURMD_NODENAME != n0 || test x$SLURM_RESTART_COUNT = x1"',
+    )  # fmt: skip
+    run.wait_output("bad, but allowed")
+    run.hurry()
+    run.wait_state("COMPLETED")
+    assert "n0" in run.records("bad_nodes.json") and " n0 " in run.log()
+
+
+def test_nodes_that_the_user_excludes_stay_excluded(slurm, tmp_path):
+    run = Run(
+        slurm, tmp_path / "r", "cluster.directives=['--exclude=n2']",
+        "cluster.health.command='test $SLURMD_NODENAME != n0'",
+    )  # fmt: skip
+    wait_for(lambda: (run.folder / "slurm" / "bad_nodes.json").exists())
+    run.hurry()
+    run.wait_state("COMPLETED")
+    assert set(run.field("ExcNodeList").split(",")) == {"n0", "n2"}
+    assert not {"n0", "n2"} & set(run.events("launching")[-1]["nodes"])
+
+
 def test_ranks_follow_the_order_of_a_host_file(slurm, tmp_path):
     """A site's topology order: here the reverse of Slurm's, with a sick node in the middle."""
     order = tmp_path / "order"
