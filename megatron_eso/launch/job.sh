@@ -133,7 +133,7 @@ place_ranks() { # sets placement
     for host in ${chosen//,/ }; do
         for ((task = 0; task < TASKS_PER_NODE; task++)); do echo "$host"; done
     done >"$file"
-    placement=(--distribution=arbitrary:block --nodelist="$file")
+    placement=(--distribution=arbitrary --nodelist="$file")
 }
 run_ranks() { # sets code
     code=1
