@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eso.model.attention.store import lowest_score
+from megatron_eso.model.attention.store import segment_mask
 from megatron_eso.model.layer_graphs import capture_into
 from megatron_eso.objective.rows import Pattern
 from megatron_eso.sample.cache import Cache
@@ -75,14 +75,14 @@ class StepGraphs:
         num_rows, new = inputs.shape
         is_filled = store is not None and pattern is Pattern.CAUSAL
         size = _power_of_two(new) if is_filled else new
+        if num_rows * size > _MOST_ENTRIES:
+            return None
         window = new
         if store is not None:
             if store.num_kept + size > store.capacity:
                 return None
             window = window_of(store.num_kept + size, store.capacity)
         kind = (num_rows, size, _power_of_two(entries.shape[1]), pattern, is_valid is not None)
-        if num_rows * size > _MOST_ENTRIES:
-            return None
         place = (*kind, window)
         graph = self._graphs.get(place)
         if graph is not None:
@@ -161,7 +161,11 @@ class _StepGraph:
             if self._cache is not None:
                 size = self._inputs.shape[1]
                 self._places = self._num_kept + torch.arange(size, device=self._num_kept.device)
-                rows |= {"store": self, "mask": self._mask(self._places)}
+                mask = segment_mask(
+                    self._places, self._window, self._out.dtype,
+                    is_causal=self._pattern is Pattern.CAUSAL, is_valid=self._is_valid,
+                )  # fmt: skip
+                rows |= {"store": self, "mask": mask}
             out = run(self._inputs, self._positions, self._entries, **rows)
             assert out is not None
             self._out.copy_(out.view(self._out.shape))
@@ -179,17 +183,3 @@ class _StepGraph:
             buffer.index_copy_(2, self._places, new.permute(1, 2, 0, 3))
         keys, values = (buffer[:, :, : self._window] for buffer in whole)
         return keys, values
-
-    def _mask(self, own: Tensor) -> Tensor:
-        """Return what is added to the scores, [m, W] or with padding [B, 1, m, W]; see AttentionRows.
-
-        Args:
-            own: [m] places of the segment's entries.
-        """
-        place = torch.arange(self._window, device=own.device)
-        last = own if self._pattern is Pattern.CAUSAL else own[-1:].expand_as(own)
-        seen = place <= last[:, None]
-        if self._is_valid is not None:
-            seen = (seen & self._is_valid[:, None, None, :]) | (place == own[:, None])
-        mask = torch.zeros(seen.shape, dtype=self._out.dtype, device=own.device)
-        return mask.masked_fill_(~seen, lowest_score(mask.dtype))

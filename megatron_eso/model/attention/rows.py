@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron_eso.model.attention.store import lowest_score
+from megatron_eso.model.attention.store import segment_mask
 from megatron_eso.objective.rows import Pattern
 from megatron_eso.parallel.megatron_patches import importing_megatron
 
@@ -65,10 +65,7 @@ class AttentionRows(PackedSeqParams):
     """This micro-batch's use of graphs, begun at the first layer."""
 
     def segment_mask(self, new: int, total: int, dtype: torch.dtype) -> Tensor | None:
-        """Return what is added to the scores of a segment's queries, or None if all see all.
-
-        A query sees all kept keys; inside its segment those up to its own if the pattern is causal,
-        else all; of keys that are not valid only its own.
+        """Return what is added to the scores of a segment's n queries, or None if all see all.
 
         Args:
             new: entries n of the segment.
@@ -76,17 +73,11 @@ class AttentionRows(PackedSeqParams):
             dtype: of the scores.
 
         Returns:
-            [n, T] or, with padding, [R, 1, n, T]: 0 or :func:`lowest_score`.
+            See :func:`megatron_eso.model.attention.store.segment_mask`.
         """
         is_causal = self.pattern is Pattern.CAUSAL and new > 1
         if self.mask is None and (is_causal or self.is_valid is not None):
             assert self.cos is not None
-            seen = torch.ones(new, total, dtype=torch.bool, device=self.cos.device)
-            if is_causal:
-                seen = seen.tril(total - new)
-            if self.is_valid is not None:
-                own = torch.eye(new, total, dtype=torch.bool, device=seen.device)
-                seen = (seen & self.is_valid[:, None, None, :]) | own.roll(total - new, dims=1)
-            self.mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-            self.mask.masked_fill_(~seen, lowest_score(dtype))
+            own = torch.arange(total - new, total, device=self.cos.device)
+            self.mask = segment_mask(own, total, dtype, is_causal=is_causal, is_valid=self.is_valid)
         return self.mask

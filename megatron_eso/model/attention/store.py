@@ -22,6 +22,30 @@ def lowest_score(dtype: torch.dtype) -> float:
     return -6e4 if dtype is torch.float16 else -1e30
 
 
+def segment_mask(
+    own: Tensor, num_keys: int, dtype: torch.dtype, *, is_causal: bool, is_valid: Tensor | None
+) -> Tensor:
+    """Return what is added to the scores of a segment: [n, T] or, with padding, [R, 1, n, T].
+
+    A query sees all keys up to the segment's, inside it those up to its own if the pattern is causal,
+    else all; of keys that are not valid only its own. It is 0 there, elsewhere :func:`lowest_score`.
+
+    Args:
+        own: [n] places of the segment's entries among the keys, ascending, on the scores' device.
+        num_keys: T; keys beyond the segment are seen by nobody.
+        dtype: of the scores.
+        is_causal: whether the segment is.
+        is_valid: [R, T] keys that are no padding; None: all.
+    """
+    place = torch.arange(num_keys, device=own.device)
+    seen = place <= (own if is_causal else own[-1:].expand_as(own))[:, None]
+    if is_valid is not None:
+        seen = (seen & is_valid[:, None, None, :]) | (place == own[:, None])
+    return torch.zeros(seen.shape, dtype=dtype, device=own.device).masked_fill_(
+        ~seen, lowest_score(dtype)
+    )
+
+
 def attend_to_store(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
