@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_eso.cli.application import application
+
 if TYPE_CHECKING:
     from megatron_eso.checkpoint.folder import CheckpointFolder
 
-app = typer.Typer(
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    add_completion=False,
+app = application(
     no_args_is_help=True,
     help="List, inspect, verify, prune and compare checkpoints.",
 )

@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False,
+from megatron_eso.cli.application import application
+
+app = application(
+    no_args_is_help=True,
     help="Show a resolved configuration.",
-)  # fmt: skip
+)
 
 
 @app.callback()

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_eso.cli.application import application
 from megatron_eso.cli.data_tools import (
     convert_command,
     inspect_command,
@@ -13,11 +14,8 @@ from megatron_eso.cli.data_tools import (
     verify_command,
 )
 
-app = typer.Typer(
+app = application(
     no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    add_completion=False,
     help="Prepare, inspect and verify data sets.",
 )
 

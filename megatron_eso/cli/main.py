@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from megatron_eso.cli.application import application
 from megatron_eso.errors import UserError
 from megatron_eso.garbage import look_no_more, look_rarely
 
@@ -70,12 +71,9 @@ class LazyGroup(TyperGroup):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
 
-app = typer.Typer(
+app = application(
     cls=LazyGroup,
     no_args_is_help=True,
-    rich_markup_mode=None,
-    add_completion=False,
-    pretty_exceptions_enable=False,
     help="Pretrain, evaluate and sample Eso-LM language models on Megatron-Core.",
 )
 

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from megatron_eso.cli.application import application
 from megatron_eso.errors import UserError
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+app = application()
 
 
 # question -> the options that change its answer
