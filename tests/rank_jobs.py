@@ -548,13 +548,12 @@ def verify_official(
 
 def train_from(folder: str, overrides: list[str]) -> list[float]:
     """Return the losses of two steps that start from a checkpoint's weights."""
-    from dataclasses import asdict
 
     from megatron_eso.checkpoint.load import load_weights, require_same_model
 
     session = make_session(overrides)
     found = find_checkpoint(Path(folder), hashes=True)
-    require_same_model(found, asdict(session.config.model))
+    require_same_model(found, session.config.model)
     load_weights(found, session.chunks, use_ema=True)
     session.optimizer.reload_model_params()
     return [train_step(session, read_rows).loss for _ in range(2)]

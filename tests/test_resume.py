@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -13,13 +14,17 @@ from megatron_eso.checkpoint import straight_reader
 from megatron_eso.checkpoint.compare import compare
 from megatron_eso.checkpoint.find import newest_valid
 from megatron_eso.checkpoint.folder import (
+    SIDECAR,
     CheckpointFolder,
     folder_of_step,
     list_folders,
     prune,
     set_aside_beyond,
 )
+from megatron_eso.checkpoint.load import require_same_model
 from megatron_eso.cli.checkpoint import app
+from megatron_eso.config.derive import ffn_size
+from megatron_eso.config.schema import ModelConfig
 from megatron_eso.errors import CheckpointError
 from tests.rank_jobs import assemble
 
@@ -282,3 +287,13 @@ def test_a_run_starts_from_the_averaged_weights_in_float32(one_rank, tmp_path, d
     for number, value in found["model"].items():
         rounding = 0.0 if dtype == "fp32" else 2**-8
         np.testing.assert_allclose(value, found["masters"][number], rtol=rounding, atol=0)
+
+
+def test_a_model_is_the_same_whether_a_size_is_said_or_follows(tmp_path):
+    """An imported checkpoint says its sizes; a configuration may leave them to follow from others."""
+    model = ModelConfig(hidden_size=64, num_layers=2, num_heads=4, vocab_size=300)
+    stored = {**asdict(model), "num_kv_heads": 4, "head_size": 16, "ffn_size": ffn_size(model)}
+    (tmp_path / SIDECAR).write_text(json.dumps({"model": stored, "format_version": 1}))
+    require_same_model(CheckpointFolder(tmp_path), model)
+    with pytest.raises(CheckpointError, match="model.num_kv_heads: checkpoint 4, configuration 2"):
+        require_same_model(CheckpointFolder(tmp_path), replace(model, num_kv_heads=2))

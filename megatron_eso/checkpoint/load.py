@@ -1,7 +1,7 @@
 """Load a checkpoint: a whole training state, or weights alone."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from megatron_eso.checkpoint.places import (
 )
 from megatron_eso.checkpoint.state import EMA, MOMENTS, WEIGHTS
 from megatron_eso.checkpoint.straight_reader import straight_reading
+from megatron_eso.config.derive import with_sizes
+from megatron_eso.config.schema import ModelConfig
 from megatron_eso.errors import CheckpointError
 from megatron_eso.parallel.exchange import raise_together
 from megatron_eso.parallel.megatron_patches import importing_megatron
@@ -125,14 +127,17 @@ def _kind(folder: CheckpointFolder, *, use_ema: bool) -> str:
     return EMA if use_ema and folder.sidecar()["has_ema"] else WEIGHTS
 
 
-def require_same_model(folder: CheckpointFolder, model: dict[str, Any]) -> None:
+def require_same_model(folder: CheckpointFolder, model: ModelConfig) -> None:
     """Raise if a checkpoint's architecture is not ``model``, naming every difference."""
-    stored = folder.sidecar()["model"]
+    names = {entry.name for entry in fields(ModelConfig)}
+    known = {name: value for name, value in folder.sidecar()["model"].items() if name in names}
+    # A size that is left to follow from others is the same model as one that says it.
+    stored, asked = asdict(with_sizes(ModelConfig(**known))), asdict(with_sizes(model))
     ignored = {"dropout", "init_std", "max_length"}
     different = [
-        f"model.{name}: checkpoint {stored.get(name)!r}, configuration {value!r}"
-        for name, value in model.items()
-        if name not in ignored and stored.get(name) != value
+        f"model.{name}: checkpoint {stored[name]!r}, configuration {value!r}"
+        for name, value in asked.items()
+        if name not in ignored and stored[name] != value
     ]
     if different:
         raise CheckpointError(

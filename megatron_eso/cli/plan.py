@@ -55,9 +55,9 @@ def plan(
 
     Examples:
         megatron-eso plan configs/run/quickstart.yaml --cluster h100 --gpus 2 --chart plan.html
-        megatron-eso plan RUN.yaml --gpus 1024 --search
-        megatron-eso plan RUN.yaml --gpus 16384 --goodput
-        megatron-eso plan RUN.yaml --sampling 8192
+        megatron-eso plan configs/run/1b.yaml --gpus 64 --search
+        megatron-eso plan configs/run/1b.yaml --gpus 64 --goodput
+        megatron-eso plan configs/run/1b.yaml --sampling 2048
         megatron-eso plan --calibrate configs/calibration/h100_published.yaml
     """
     from megatron_eso.plan import commands

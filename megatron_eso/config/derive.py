@@ -5,7 +5,7 @@ A *slot* is two stack rows: two diffusion rows, or one sequential row with its m
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_eso.config.schema import (
     ModelConfig,
@@ -105,6 +105,16 @@ def ffn_size(model: ModelConfig) -> int:
     if model.activation == "gelu":
         return 4 * model.hidden_size
     return 64 * math.ceil(8 * model.hidden_size / 3 / 64)
+
+
+def with_sizes(model: ModelConfig) -> ModelConfig:
+    """Return the model with every size that follows from others written out."""
+    return replace(
+        model,
+        head_size=head_size(model),
+        num_kv_heads=num_kv_heads(model),
+        ffn_size=ffn_size(model),
+    )
 
 
 def padded_vocab_size(model: ModelConfig) -> int:

@@ -170,9 +170,7 @@ def _client(scheme: str, timeout_seconds: float) -> Any:
         from boto3.session import Session
         from botocore.config import Config
     except ImportError:
-        raise DataError(
-            f"{scheme}:// addresses need boto3: pip install 'megatron-eso[s3]'"
-        ) from None
+        raise DataError(f"{scheme}:// addresses need boto3: pip install -e '.[s3]'") from None
     endpoint = os.environ.get("S3_ENDPOINT_URL")
     keys: dict[str, Any] = {}
     if scheme == "gs":

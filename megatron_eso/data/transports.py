@@ -24,7 +24,7 @@ from megatron_eso.errors import DataError
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE)
 _CLIENTS = {
-    "gs": "Google's client (pip install 'megatron-eso[gs]'), or GCS_KEY and GCS_SECRET",
+    "gs": "Google's client (pip install -e '.[gs]'), or GCS_KEY and GCS_SECRET",
     "azure": "pip install azure-storage-blob azure-identity",
     "azure-dl": "pip install azure-storage-file-datalake azure-identity",
     "hf": "pip install huggingface_hub",

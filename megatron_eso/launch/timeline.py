@@ -19,7 +19,7 @@ def write_timeline(ledger: Ledger, out: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("--plot needs matplotlib: pip install 'megatron-eso[plots]'") from None
+        raise UserError("--plot needs matplotlib: pip install -e '.[plots]'") from None
     unit, name = (3600.0, "hours") if ledger.elapsed > 7200 else (1.0, "seconds")
     figure = Figure(figsize=(12, 2.8), layout="constrained")
     axis = figure.subplots()

@@ -145,7 +145,7 @@ def _figure(plan: Plan) -> Any:  # matplotlib is optional
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("charts need matplotlib: pip install 'megatron-eso[plots]'") from None
+        raise UserError("charts need matplotlib: pip install -e '.[plots]'") from None
     figure = Figure(figsize=(13, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     stages, bottom = range(len(plan.memory)), [0.0] * len(plan.memory)

@@ -116,7 +116,7 @@ def _minimise(
     try:
         from scipy.optimize import minimize
     except ImportError:
-        raise UserError("this fit needs scipy: pip install 'megatron-eso[plots]'") from None
+        raise UserError("this fit needs scipy: pip install -e '.[plots]'") from None
     # Exponents stay in (0, 3): a flat or a vertical term is no law.
     bounds = [(-20, 60), (-20, 60), (-10, 5), (0.01, 3), (0.01, 3)]
     # Of sizes about their mean a change of an exponent moves no term as a whole: fewer steps.

@@ -47,7 +47,7 @@ def study_figure(study: Study) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("reports need matplotlib: pip install 'megatron-eso[plots]'") from None
+        raise UserError("reports need matplotlib: pip install -e '.[plots]'") from None
     columns = max(3, len(study.objectives))
     figure = Figure(figsize=(5 * columns, 9), layout="constrained")
     axes = figure.subplots(2, columns, squeeze=False)

@@ -175,7 +175,7 @@ class Keeper:
         folder = find_checkpoint_together(
             Path(settings.init_from), hashes=settings.verify_hashes, device=session.torch_device
         )
-        require_same_model(folder, asdict(session.config.model))
+        require_same_model(folder, session.config.model)
         kind = load_first_weights(
             folder,
             session.chunks,
@@ -258,7 +258,7 @@ class Keeper:
         self.saver.kept_step = self._heart.kept_step = self._heart.step = state.step
 
     def _require_same_data(self, folder: CheckpointFolder) -> None:
-        require_same_model(folder, asdict(self._session.config.model))
+        require_same_model(folder, self._session.config.model)
         stored, mine = folder.sidecar()["data"], self._reader.fingerprint()
         changed = [name for name, value in mine.items() if stored.get(name) != value]
         if changed:
@@ -291,7 +291,7 @@ class Keeper:
             "step": session.state.step,
             "train_state": asdict(session.state),
             "has_ema": session.average is not None,
-            "model": asdict(session.config.model),
+            "model": session.config.model,
             "objective": asdict(session.config.objective),
             "sequence_length": session.config.train.sequence_length,
             "mask_token_id": session.config.model.vocab_size - 1,
