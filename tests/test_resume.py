@@ -295,5 +295,5 @@ def test_a_model_is_the_same_whether_a_size_is_said_or_follows(tmp_path):
     stored = {**asdict(model), "num_kv_heads": 4, "head_size": 16, "ffn_size": ffn_size(model)}
     (tmp_path / SIDECAR).write_text(json.dumps({"model": stored, "format_version": 1}))
     require_same_model(CheckpointFolder(tmp_path), model)
-    with pytest.raises(CheckpointError, match="model.num_kv_heads: checkpoint 4, configuration 2"):
+    with pytest.raises(CheckpointError, match=r"model.num_kv_heads: checkpoint 4, configuration 2"):
         require_same_model(CheckpointFolder(tmp_path), replace(model, num_kv_heads=2))
