@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import save
 
+from megatron_eso.checkpoint.compare import compare, tensors_of
 from megatron_eso.checkpoint.folder import CheckpointFolder
+from megatron_eso.checkpoint.torch_dist import TorchDistReader, read_index
 from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
 from megatron_eso.errors import CheckpointError
 from megatron_eso.export import exporter
@@ -23,7 +25,6 @@ from megatron_eso.export.inspect_tensors import inspect
 from megatron_eso.export.mapping import QKV, inexpressible, no_backbone, rules, shape_of
 from megatron_eso.export.source import open_source
 from megatron_eso.export.streamed import _class_of, read_config
-from megatron_eso.export.torch_dist import TorchDistReader, read_index
 from megatron_eso.export.verify_export import verify_folder
 from megatron_eso.export.watch import watch_run
 
@@ -224,6 +225,11 @@ def test_a_hostile_pickle_is_refused_and_not_run(checkpoints, tmp_path, monkeypa
     CheckpointFolder(folder).commit()
     with pytest.raises(CheckpointError, match=r"posix\.mkdir|os\.mkdir"):
         export(folder, tmp_path / "out", use_ema=False)
+    with pytest.raises(CheckpointError, match=r"posix\.mkdir|os\.mkdir"):
+        compare(CheckpointFolder(folder), CheckpointFolder(folder))
+    if where == "index":
+        with pytest.raises(CheckpointError, match=r"posix\.mkdir|os\.mkdir"):
+            tensors_of(CheckpointFolder(folder))  # of `checkpoint inspect --tensors`
     assert not (tmp_path / "hostile_was_here").exists()
     assert not (tmp_path / "out").exists()
 
