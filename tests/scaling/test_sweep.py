@@ -191,7 +191,7 @@ def test_an_interrupted_cell_goes_on_however_often(tmp_path, ending):
     script = tmp_path / "interrupted.py"
     script.write_text(
         "import os, pathlib, signal, sys, time\n"
-        "run = pathlib.Path(sys.argv[2].removeprefix('folder=')); run.mkdir(exist_ok=True)\n"
+        "run = pathlib.Path(sys.argv[1]).parent / 'run'; run.mkdir(exist_ok=True)\n"
         + (ending or "time.sleep(60)")
     )
 
@@ -258,6 +258,14 @@ def test_a_running_cell_says_where_it_runs(tmp_path):
     run_cells(folder, cells[:1], trainer=trainer(tmp_path), say=look)
     assert said[0][1] == platform.node()
     assert not (folder / "cells" / cells[0].name / "pid").exists()
+
+
+@pytest.mark.parametrize("name", ["a #1", "a: b", "[a", "a=b"])
+def test_a_cell_runs_in_its_folder_whatever_its_name_means_in_yaml(tmp_path, name):
+    folder, cells = one_cell(tmp_path, f"folder='{tmp_path}/{name}'")
+    run_cells(folder, cells, trainer=trainer(tmp_path), say=lambda line: None)
+    assert folder.name == name
+    assert (folder / "cells" / cells[0].name / "run" / "starts").read_text() == "x"
 
 
 def test_a_changed_cell_is_noticed(tmp_path):
