@@ -27,6 +27,7 @@ from megatron_eso.eval.evaluate import check_request
 from megatron_eso.eval.frontier import Point, hugging_face_judge, our_judge, windows
 from tests.forked import run, start
 from tests.replaced import replaced
+from tests.test_export import small_tokenizer
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -214,6 +215,16 @@ def test_eval_says_which_split_and_takes_no_tokenizer_beside_one(place):
     assert "--tokenizer nowhere.json goes with a text file" in run(
         "eval", "runs/first", *words, folder=place, code=2
     )
+
+
+def test_eval_says_what_to_do_about_a_tokenizer_of_another_size(place, tmp_path):
+    given = small_tokenizer(tmp_path / "given.json", 280)
+    words = ("runs/first", place / "text", "--tokenizer", given, "--rows", 2)
+    out = run("eval", *words, folder=place, code=4)
+    assert (
+        "has 280 ids, the model of" in out and "Use the tokenizer the model was trained with" in out
+    )
+    assert "set model.vocab_size" not in out
 
 
 def test_the_tokens_of_another_tokenizer_are_not_taken_for_the_models(place):

@@ -13,6 +13,7 @@ from megatron_eso.checkpoint.folder import CheckpointFolder
 from megatron_eso.cli import import_
 from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import CheckpointError, ConfigError
+from megatron_eso.export import import_hf as module
 from megatron_eso.export.exporter import export
 from megatron_eso.export.import_hf import import_hf
 from megatron_eso.export.streamed import StreamedModel
@@ -390,3 +391,15 @@ def test_a_head_that_is_not_the_embedding_is_not_dropped(stock, tmp_path):
     with pytest.raises(CheckpointError, match="set tie_word_embeddings to false"):
         import_hf(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_more_room_is_asked_for_than_the_checkpoint_takes(stock, tmp_path, monkeypatch, dtype):
+    folder = change_config(stock("llama"), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: t.to(dtype) for n, t in tensors.items()}, folder / "model.safetensors")
+    asked = []
+    monkeypatch.setattr(module, "require_room", lambda out, needed: asked.append(needed))
+    import_hf(folder, tmp_path / "out")
+    taken = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.distcp"))
+    assert 0.5 * taken < asked[0] < taken

@@ -100,6 +100,43 @@ def read_tokenizer(path: Path | None, model: ModelConfig) -> Tokenizer | None:
     return tokenizer
 
 
+def tokenizer_remarks(
+    tokenizer: Tokenizer | None, model: ModelConfig, trained_with: str | None
+) -> list[str]:
+    """Return what may be wrong with a tokenizer whose ids all have a row in the embedding.
+
+    Args:
+        tokenizer: the one to export.
+        model: its vocabulary includes the mask token.
+        trained_with: sha256 of the tokenizer of the training data; None: not known.
+
+    Raises:
+        CheckpointError: if it has fewer ids than the one of the training data.
+    """
+    if tokenizer is None:
+        return []
+    ids, rows = tokenizer.vocab_size - 1, model.vocab_size - 1
+    if ids < rows and trained_with is not None:
+        raise CheckpointError(
+            f"tokenizer {tokenizer.path} has {ids} ids, the one that the model was trained with has "
+            f"{rows} (sha256 {trained_with}): text would be encoded and decoded wrongly; give that one "
+            "(--tokenizer FILE)"
+        )
+    if ids < rows:
+        return [
+            f"the tokenizer has {ids} ids, the embedding {rows}: sample and eval refuse the two together; "
+            "give the tokenizer the model was trained with (--tokenizer FILE), or, if the embedding has "
+            "spare rows, import the model with --cut-vocabulary"
+        ]
+    if trained_with not in (None, tokenizer.sha256):
+        return [
+            f"{tokenizer.path} (sha256 {tokenizer.sha256}) is not the file that the model was trained with "
+            f"(sha256 {trained_with}): if it is not the same tokenizer written differently, text will be "
+            "encoded and decoded wrongly"
+        ]
+    return []
+
+
 def write_beside(
     folder: Path,
     config: dict[str, Any],
