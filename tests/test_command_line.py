@@ -20,6 +20,7 @@ import torch
 from megatron_eso.cli import bench_sample as bench_module
 from megatron_eso.cli import model_loading
 from megatron_eso.cli.evaluate import evaluate
+from megatron_eso.cli.sample import sample
 from megatron_eso.config.schema import ModelConfig, ObjectiveConfig, RunConfig
 from megatron_eso.errors import CheckpointError, ConfigError, UserError
 from megatron_eso.eval import frontier
@@ -309,6 +310,19 @@ def test_bench_sample_keeps_what_was_measured_before_a_failure(tmp_path):
 def test_eval_refuses_what_is_wrong_before_it_looks_for_a_model(settings, message):
     with pytest.raises(UserError, match=message):
         evaluate(Path("no-checkpoint"), "no-data", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"live": True}, "--live draws in a terminal"),
+        ({"prompt": ["caf\udce9"]}, "--prompt .* not UTF-8"),
+        ({"infill": "caf\udce9[[2]]"}, "--infill .* not UTF-8"),
+    ],
+)
+def test_sample_refuses_what_is_wrong_before_it_looks_for_a_model(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        sample(Path("no/such/run"), **settings)
 
 
 def test_eval_makes_the_folder_of_its_scores_first(tmp_path):

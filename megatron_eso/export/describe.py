@@ -14,6 +14,11 @@ MODEL_FILES = (
     "configuration_esolm.py", "decoding_esolm.py", "generation_esolm.py", "modeling_esolm.py"
 )  # fmt: skip
 FACTS = "esolm_export.json"
+# What is read again, and of what type; earlier versions wrote no objective or remarks.
+_FACTS: dict[str, Any] = {
+    "source": str, "step": int, "weights": str, "dtype": str, "not_exported": list,
+    "sequence_length": (int, type(None)), "objective": (dict, type(None)), "remarks": (list, type(None)),
+}  # fmt: skip
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -200,9 +205,28 @@ def _adding_nothing(processor: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Return what our export wrote about itself; nothing for another program's model."""
+    """Return what our export wrote about itself; nothing for another program's model.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
     file = folder / FACTS
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        facts = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); export again") from None
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{file} is damaged: it is no object; export again")
+    wrong = [
+        f"{name}={facts.get(name)!r:.40}"
+        for name, kind in _FACTS.items()
+        if not isinstance(facts.get(name), kind)
+    ]
+    if wrong:
+        raise CheckpointError(f"{file} is damaged: {', '.join(wrong)}; export again")
+    return facts
 
 
 def _dump(path: Path, content: dict[str, Any]) -> None:
