@@ -20,6 +20,7 @@ import torch
 from megatron_eso.cli import bench_sample as bench_module
 from megatron_eso.cli import model_loading
 from megatron_eso.cli.evaluate import evaluate
+from megatron_eso.cli.sample import sample
 from megatron_eso.config.schema import ModelConfig, ObjectiveConfig, RunConfig
 from megatron_eso.errors import CheckpointError, ConfigError, UserError
 from megatron_eso.eval import frontier
@@ -27,6 +28,7 @@ from megatron_eso.eval.evaluate import check_request
 from megatron_eso.eval.frontier import Point, hugging_face_judge, our_judge, windows
 from tests.forked import run, start
 from tests.replaced import replaced
+from tests.test_export import small_tokenizer
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -216,6 +218,16 @@ def test_eval_says_which_split_and_takes_no_tokenizer_beside_one(place):
     )
 
 
+def test_eval_says_what_to_do_about_a_tokenizer_of_another_size(place, tmp_path):
+    given = small_tokenizer(tmp_path / "given.json", 280)
+    words = ("runs/first", place / "text", "--tokenizer", given, "--rows", 2)
+    out = run("eval", *words, folder=place, code=4)
+    assert (
+        "has 280 ids, the model of" in out and "Use the tokenizer the model was trained with" in out
+    )
+    assert "set model.vocab_size" not in out
+
+
 def test_the_tokens_of_another_tokenizer_are_not_taken_for_the_models(place):
     """Of the same number: nothing else would tell."""
     (place / "text2").mkdir()
@@ -298,6 +310,19 @@ def test_bench_sample_keeps_what_was_measured_before_a_failure(tmp_path):
 def test_eval_refuses_what_is_wrong_before_it_looks_for_a_model(settings, message):
     with pytest.raises(UserError, match=message):
         evaluate(Path("no-checkpoint"), "no-data", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"live": True}, "--live draws in a terminal"),
+        ({"prompt": ["caf\udce9"]}, "--prompt .* not UTF-8"),
+        ({"infill": "caf\udce9[[2]]"}, "--infill .* not UTF-8"),
+    ],
+)
+def test_sample_refuses_what_is_wrong_before_it_looks_for_a_model(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        sample(Path("no/such/run"), **settings)
 
 
 def test_eval_makes_the_folder_of_its_scores_first(tmp_path):

@@ -157,6 +157,11 @@ def test_a_file_that_is_not_utf_8_is_refused(content, tmp_path):
         load_config(tmp_path / "run.yaml")
 
 
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"is a folder.*config\.yaml"):
+        load_config(tmp_path)
+
+
 @pytest.mark.parametrize("content", ["5", "hello", "[a, b]"])
 def test_a_file_without_keys_is_refused(content, tmp_path):
     (tmp_path / "run.yaml").write_text(content)

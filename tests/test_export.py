@@ -13,8 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import save
 
+from megatron_eso.checkpoint.compare import compare, tensors_of
 from megatron_eso.checkpoint.folder import CheckpointFolder
+from megatron_eso.checkpoint.torch_dist import TorchDistReader, read_index
 from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
+from megatron_eso.data.manifest import sha256_of
 from megatron_eso.errors import CheckpointError
 from megatron_eso.export import exporter
 from megatron_eso.export.describe import config_json
@@ -23,7 +26,6 @@ from megatron_eso.export.inspect_tensors import inspect
 from megatron_eso.export.mapping import QKV, inexpressible, no_backbone, rules, shape_of
 from megatron_eso.export.source import open_source
 from megatron_eso.export.streamed import _class_of, read_config
-from megatron_eso.export.torch_dist import TorchDistReader, read_index
 from megatron_eso.export.verify_export import verify_folder
 from megatron_eso.export.watch import watch_run
 
@@ -224,6 +226,11 @@ def test_a_hostile_pickle_is_refused_and_not_run(checkpoints, tmp_path, monkeypa
     CheckpointFolder(folder).commit()
     with pytest.raises(CheckpointError, match=r"posix\.mkdir|os\.mkdir"):
         export(folder, tmp_path / "out", use_ema=False)
+    with pytest.raises(CheckpointError, match=r"posix\.mkdir|os\.mkdir"):
+        compare(CheckpointFolder(folder), CheckpointFolder(folder))
+    if where == "index":
+        with pytest.raises(CheckpointError, match=r"posix\.mkdir|os\.mkdir"):
+            tensors_of(CheckpointFolder(folder))  # of `checkpoint inspect --tensors`
     assert not (tmp_path / "hostile_was_here").exists()
     assert not (tmp_path / "out").exists()
 
@@ -307,6 +314,40 @@ def test_a_tokenizer_with_too_many_ids_is_refused(checkpoints, tmp_path):
     tokenizer = small_tokenizer(tmp_path / "t.json", 100)
     with pytest.raises(CheckpointError, match=r"ids up to 99.*mask token is id 60"):
         export(checkpoints / "one", tmp_path / "out", tokenizer=tokenizer)
+
+
+def trained_with(folder, tokenizer, tmp_path):
+    """Return a copy of a checkpoint that says its data were prepared with this tokenizer."""
+    copy = copy_of(folder, tmp_path)
+    sidecar = json.loads((copy / "esolm.json").read_text())
+    sidecar["data"] = {"tokenizer": tokenizer and sha256_of(tokenizer)}
+    (copy / "esolm.json").write_text(json.dumps(sidecar))
+    CheckpointFolder(copy).commit()
+    return copy
+
+
+def test_a_tokenizer_with_fewer_ids_than_that_of_training_is_refused(checkpoints, tmp_path):
+    own, given = (small_tokenizer(tmp_path / f"{n}.json", n) for n in (60, 50))
+    folder = trained_with(newest(checkpoints / "one"), own, tmp_path)
+    with pytest.raises(CheckpointError, match=r"has 50 ids, the one that .* trained with has 60"):
+        export(folder, tmp_path / "out", tokenizer=given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_tokenizer_is_remarked(checkpoints, tmp_path):
+    own, fewer = (small_tokenizer(tmp_path / f"{n}.json", n) for n in (60, 50))
+    other = tmp_path / "other.json"
+    other.write_text(own.read_text().replace("w7", "v7"))
+    folder = trained_with(newest(checkpoints / "one"), own, tmp_path)
+    for given, remarks in ((own, 0), (other, 1)):
+        facts = export(folder, tmp_path / given.stem, tokenizer=given, verify=False)
+        assert len(facts["remarks"]) == remarks
+    assert "not the file that the model was trained with" in facts["remarks"][0]
+    shutil.rmtree(folder)
+    folder = trained_with(newest(checkpoints / "one"), None, tmp_path)
+    (remark,) = export(folder, tmp_path / "out", tokenizer=fewer, verify=False)["remarks"]
+    assert "the tokenizer has 50 ids, the embedding 60" in remark
+    assert remark in inspect(tmp_path / "out").remarks
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,16 @@ from tokenizers import processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_eso.checkpoint.folder import CheckpointFolder
-from megatron_eso.cli import import_
+from megatron_eso.cli import import_, verify
+from megatron_eso.cli.model_loading import describe
 from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import CheckpointError, ConfigError
+from megatron_eso.export import import_hf as module
 from megatron_eso.export.exporter import export
 from megatron_eso.export.import_hf import import_hf
+from megatron_eso.export.inspect_tensors import inspect
 from megatron_eso.export.streamed import StreamedModel
+from megatron_eso.export.verify_export import verify_folder
 from tests.test_export import small_tokenizer
 
 SHAPE = {
@@ -390,3 +394,53 @@ def test_a_head_that_is_not_the_embedding_is_not_dropped(stock, tmp_path):
     with pytest.raises(CheckpointError, match="set tie_word_embeddings to false"):
         import_hf(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_more_room_is_asked_for_than_the_checkpoint_takes(stock, tmp_path, monkeypatch, dtype):
+    folder = change_config(stock("llama"), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: t.to(dtype) for n, t in tensors.items()}, folder / "model.safetensors")
+    asked = []
+    monkeypatch.setattr(module, "require_room", lambda out, needed: asked.append(needed))
+    import_hf(folder, tmp_path / "out")
+    taken = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.distcp"))
+    assert 0.5 * taken < asked[0] < taken
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"step": "one"}'], ids=["cut off", "list", "types"]
+)
+def test_damaged_notes_of_an_export_are_a_message(stock, tmp_path, content):
+    folder = change_config(stock("llama"), tmp_path)
+    (folder / "esolm_export.json").write_text(content)
+    reads = (
+        inspect,
+        describe,
+        lambda path: import_hf(path, tmp_path / "out"),
+        lambda path: verify_folder(path, None),
+    )
+    for read in reads:
+        with pytest.raises(CheckpointError, match=r"esolm_export\.json .*export again"):
+            read(folder)
+
+
+def test_a_hugging_face_folder_needs_from_hf(stock, tmp_path):
+    with pytest.raises(ConfigError, match=r"is a folder.*--from hf"):
+        command([str(stock("llama")), "--out", str(tmp_path / "out")])
+
+
+def test_verify_names_the_option_that_is_missing_or_has_no_effect(stock, tmp_path):
+    import_hf(stock("llama"), tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "out", kind="backbone", verify=False)
+    (tmp_path / "ours").rename(tmp_path / "moved")
+    for words, message in (
+        (["out"], r"ours, which is not there any more; .*--against"),
+        (["moved"], "--expected"),
+        (["out", "--tensor", "2"], "go with --expected"),
+        (["out", "--against", "moved", "--expected", "e.safetensors"], "give one of them"),
+    ):
+        paths = [str(tmp_path / w) if w in ("out", "moved") else w for w in words]
+        with pytest.raises((ConfigError, CheckpointError), match=message):
+            verify.app(paths, standalone_mode=False)
+    verify.app([str(tmp_path / "out"), "--against", str(tmp_path / "moved")], standalone_mode=False)

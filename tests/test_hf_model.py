@@ -359,6 +359,7 @@ def test_a_streamer_ends_where_the_text_does(model, folder):
         ({"plan": "stride", "max_new_tokens": 4}, "plan='stride' is not one of binomial"),
         ({"plan": "strided", "alpha_0": 0.5, "max_new_tokens": 4}, "strided.*alpha_0=0.5"),
         ({"do_sample": True, "temperature": 0.0, "max_new_tokens": 4}, "temperature"),
+        ({"top_p": 0.0, "max_new_tokens": 4}, r"top_p=0\.0 in \(0, 1\]"),
     ],
 )
 def test_a_setting_without_effect_is_refused(model, settings, message):

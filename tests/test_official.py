@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_eso.checkpoint.inert_pickle import Inert, plain, read_torch_file
 from megatron_eso.errors import CheckpointError
-from megatron_eso.export.inert_pickle import Inert, plain, read_torch_file
 from megatron_eso.export.official import read_official
 from megatron_eso.export.official_layout import PREFIX
 from tests import forked

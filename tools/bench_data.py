@@ -8,6 +8,7 @@ samples. Rounds alternate, the best of each counts. A name (reading, preparing, 
 that part alone.
 """
 
+import argparse
 import json
 import multiprocessing
 import shutil
@@ -34,6 +35,7 @@ LENGTH, BATCH, NUM_ROWS, ROUNDS = 2048, 8, 24_000, 3
 VOCAB_SIZE = 32768
 COPIES = 4  # of the text that is prepared: enough parts to keep every process busy to the end
 SAMPLES_OF_A_SHARD = 16384
+PARTS = ("reading", "preparing", "waiting", "order")
 
 
 def main(parts: list[str]) -> None:
@@ -46,6 +48,19 @@ def main(parts: list[str]) -> None:
     if not parts or "order" in parts:
         for num_samples in (10_000_000, 50_000_000):
             bench_order(num_samples)
+
+
+def _parts(arguments: list[str]) -> list[str]:
+    """Return the parts that are asked for."""
+
+    def part(name: str) -> str:
+        if name not in PARTS:
+            raise argparse.ArgumentTypeError(f"'{name}' is none of {', '.join(PARTS)}")
+        return name
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", nargs="*", type=part, help=", ".join(PARTS))
+    return parser.parse_args(arguments).part
 
 
 def bench_reading(folder: Path) -> None:
@@ -225,4 +240,4 @@ def manifest_tokens(folder: Path) -> list[int]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(_parts(sys.argv[1:]))

@@ -18,8 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_eso.plan.calibrate import Measured, compare, fit_constants
-from megatron_eso.plan.hardware import Hardware, load_hardware
+from megatron_eso.plan.hardware import Hardware
 from megatron_eso.plan.measured import read_measured
+from tools.arguments import hardware
 
 LENGTH, VOCABULARY, STEPS = 256, 4096, 8
 COMMON = [
@@ -47,17 +48,18 @@ def main() -> None:
     """Measure the runs and print predictions beside them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--cluster", default="cpu", help="hardware profile: name or YAML")
+    parser.add_argument(
+        "--cluster", type=hardware, default="cpu", help="hardware profile: name or YAML"
+    )
     options = parser.parse_args()
-    hardware = load_hardware(options.cluster)
     data = _prepare(options.folder)
     runs = [_measure(options.folder, data, name) for name in RUNS]
     print("| run | measured, s | predicted, s | error |\n|---|---|---|---|")
-    for line in _predictions(runs, (0, 1), hardware):
+    for line in _predictions(runs, (0, 1), options.cluster):
         print(line)
     print("\n| calibrated on | largest error of the other three |\n|---|---|")
     for pair in itertools.combinations(range(len(runs)), 2):
-        rows = _compare(runs, pair, hardware)
+        rows = _compare(runs, pair, options.cluster)
         print(
             f"| {'; '.join(runs[i].name for i in pair)} | {max(abs(r.error) for r in rows):.0%} |"
         )

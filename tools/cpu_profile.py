@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 
 from megatron_eso.launch.processes import free_port
+from tools.arguments import at_least_1
 
 TOKENS, WIDTHS, ROUNDS = 1024, (64, 128, 256, 512, 1024), 7
 GATHERED_BYTES, SUMMED_BYTES = 2 << 20, 64 << 20
@@ -28,7 +29,7 @@ GATHERED_BYTES, SUMMED_BYTES = 2 << 20, 64 << 20
 def main() -> None:
     """Measure and print YAML."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=at_least_1, default=2)
     options = parser.parse_args()
     results: Any = processes.get_context("spawn").SimpleQueue()
     processes.spawn(_rank, (options.ranks, free_port(), results), nprocs=options.ranks)

@@ -4,10 +4,11 @@
 
 Trains the nanoGPT CPU recipe (configs/run/tiny_shakespeare.yaml) with each objective and seed on the first
 90 % of the characters, scores the last 10 %, and writes numerics.json, numerics.md and numerics.png. Runs
-that are finished are kept, so the command can be stopped and given again.
+that are finished are kept, so the command can be stopped and given again; other overrides are other runs.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -15,6 +16,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from tools.arguments import at_least_1, text_file
 
 CONFIG = Path(__file__).parent.parent / "configs" / "run" / "tiny_shakespeare.yaml"
 LIKELIHOOD_ROWS, ORDERS = 128, 100
@@ -40,10 +43,10 @@ OBJECTIVES: dict[str, list[str]] = {
 def main() -> None:
     """Prepare, train, score, and show."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare.txt")
+    parser.add_argument("--text", type=text_file, required=True, help="tinyshakespeare.txt")
     parser.add_argument("--out", type=Path, default=Path("runs/numerics"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--seeds", type=at_least_1, default=3)
+    parser.add_argument("--jobs", type=at_least_1, default=1, help="runs at a time")
     parser.add_argument("--override", nargs="*", default=[], help="section.key=value for every run")
     options = parser.parse_args()
     prepare(options.text, options.out)
@@ -60,7 +63,7 @@ def main() -> None:
         except BaseException:  # Ctrl-C, or a cell that failed: none of the others starts
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    table = collect(options.out, options.seeds)
+    table = collect(options.out, options.seeds, options.override)
     (options.out / "numerics.json").write_text(json.dumps(table, indent=1) + "\n")
     (options.out / "numerics.md").write_text(as_markdown(table))
     plot(table, options.out / "numerics.png")
@@ -73,7 +76,12 @@ def prepare(text: Path, out: Path) -> None:
     cut = int(0.9 * len(whole))
     out.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", whole[:cut]), ("validation", whole[cut:])):
-        (out / f"{name}.txt").write_text(part)
+        file = out / f"{name}.txt"
+        if file.is_file() and file.read_text() != part:
+            raise SystemExit(
+                f"--out {out} holds runs of another text than --text {text}: give another"
+            )
+        file.write_text(part)
     write_character_tokenizer(sorted(set(whole)), out / "tokenizer.json")
     command(
         "data", "prepare", out / "train.txt", "--out", out / "data", "--sequence-length", 64,
@@ -97,7 +105,7 @@ def write_character_tokenizer(characters: list[str], path: Path) -> None:
 
 def run_cell(name: str, seed: int, out: Path, overrides: list[str]) -> list[dict]:
     """Train and score one objective with one seed, unless that was done."""
-    folder = cell_folder(out, name, seed)
+    folder = cell_folder(out, name, seed, overrides)
     every, some = folder / "scores.json", folder / "likelihood.json"
     if not every.is_file() or (name.startswith("Eso") and not some.is_file()):
         command(
@@ -113,10 +121,11 @@ def run_cell(name: str, seed: int, out: Path, overrides: list[str]) -> list[dict
     return json.loads(every.read_text())
 
 
-def cell_folder(out: Path, name: str, seed: int) -> Path:
-    """Return where a run stands."""
+def cell_folder(out: Path, name: str, seed: int, overrides: list[str]) -> Path:
+    """Return where a run stands: one with other overrides stands elsewhere."""
     short = "".join(c if c.isalnum() or c == "." else "-" for c in name)
-    return out / f"{short}-seed{seed}"
+    changed = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8] if overrides else ""
+    return out / "-".join(filter(None, (short, f"seed{seed}", changed)))
 
 
 def command(*words: object) -> None:
@@ -135,13 +144,13 @@ def describe(scores: list[dict]) -> str:
     return ", ".join(f"{s['metric']} {s['nats_per_token']:.4f}" for s in scores)
 
 
-def collect(out: Path, seeds: int) -> list[dict]:
+def collect(out: Path, seeds: int, overrides: list[str]) -> list[dict]:
     """Return a row per objective: mean and spread over the seeds of every score."""
     table = []
     for name in OBJECTIVES:
         found: dict[str, list[float]] = {}
         for seed in range(1, seeds + 1):
-            folder = cell_folder(out, name, seed)
+            folder = cell_folder(out, name, seed, overrides)
             scores = {"": json.loads((folder / "scores.json").read_text())}
             if (folder / "likelihood.json").is_file():
                 some = f", {LIKELIHOOD_ROWS} rows"

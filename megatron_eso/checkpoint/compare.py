@@ -1,23 +1,17 @@
 """Compare two checkpoints tensor by tensor, whatever layouts wrote them; one process, no ranks.
 
-Stored tensors have layout-free names and global shapes, so they are read whole, a few at a time.
+Stored tensors have layout-free names and global shapes, so they are read whole, one at a time, and
+without running what a foreign checkpoint's pickles may name (torch_dist.py).
 """
 
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_eso.checkpoint.folder import CheckpointFolder
+from megatron_eso.checkpoint.torch_dist import StoredTensor, TorchDistReader, read_index
 from megatron_eso.errors import CheckpointError
-
-_BATCH_BYTES = 1 << 30  # read from each checkpoint at once
 
 
 @dataclass(frozen=True)
@@ -34,10 +28,13 @@ class Difference:
     is_bitwise_equal: bool
 
 
-def tensors_of(folder: CheckpointFolder) -> dict[str, TensorStorageMetadata]:
-    """Return what is stored: name -> shape and format, without reading a value."""
-    metadata = FileSystemReader(str(folder.path)).read_metadata().state_dict_metadata
-    return {n: m for n, m in sorted(metadata.items()) if isinstance(m, TensorStorageMetadata)}
+def tensors_of(folder: CheckpointFolder) -> dict[str, StoredTensor]:
+    """Return what is stored: name -> shape and format, without reading a value.
+
+    Raises:
+        CheckpointError: if the index is missing, damaged, or names anything it has no use for.
+    """
+    return dict(sorted(read_index(folder.path).items()))
 
 
 def compare(first: CheckpointFolder, second: CheckpointFolder) -> list[Difference]:
@@ -46,60 +43,30 @@ def compare(first: CheckpointFolder, second: CheckpointFolder) -> list[Differenc
     Raises:
         CheckpointError: if the two hold tensors of other names or shapes.
     """
-    mine, theirs = tensors_of(first), tensors_of(second)
-    _require_same_tensors(first.path, second.path, mine, theirs)
+    mine, theirs = TorchDistReader(first.path), TorchDistReader(second.path)
+    _require_same_tensors(first.path, second.path, mine.tensors, theirs.tensors)
     found: dict[str, Difference] = {}
-    for names in _batches(mine):
-        ours, others = _read(first, mine, names), _read(second, theirs, names)
-        for name in names:
-            group = name.partition(".")[0]
-            here = _difference(group, name, ours[name], others[name])
-            found[group] = _joined(found[group], here) if group in found else here
+    for name in sorted(mine.tensors):
+        group = name.partition(".")[0]
+        here = _difference(group, name, mine.read(name), theirs.read(name))
+        found[group] = _joined(found[group], here) if group in found else here
     return list(found.values())
 
 
 def _require_same_tensors(
-    first: Path, second: Path, mine: dict[str, Any], theirs: dict[str, Any]
+    first: Path, second: Path, mine: dict[str, StoredTensor], theirs: dict[str, StoredTensor]
 ) -> None:
     wrong = [f"{name} is only in {first}" for name in mine.keys() - theirs.keys()]
     wrong += [f"{name} is only in {second}" for name in theirs.keys() - mine.keys()]
     wrong += [
-        f"{name}: {tuple(mine[name].size)} and {tuple(theirs[name].size)}"
+        f"{name}: {mine[name].shape} and {theirs[name].shape}"
         for name in mine.keys() & theirs.keys()
-        if mine[name].size != theirs[name].size
+        if mine[name].shape != theirs[name].shape
     ]
     if wrong:
         raise CheckpointError(
             f"{first} and {second} hold different models:\n  - " + "\n  - ".join(sorted(wrong))
         )
-
-
-def _batches(tensors: dict[str, TensorStorageMetadata]) -> Iterator[list[str]]:
-    names, size = [], 0
-    for name, metadata in tensors.items():
-        number = 4 * metadata.size.numel()
-        if names and size + number > _BATCH_BYTES:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += number
-    if names:
-        yield names
-
-
-def _read(
-    folder: CheckpointFolder, tensors: dict[str, TensorStorageMetadata], names: list[str]
-) -> dict[str, Any]:
-    state: dict[str, Any] = {
-        name: torch.empty(tensors[name].size, dtype=tensors[name].properties.dtype)
-        for name in names
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*assuming the intent is to load in a single process.*"
-        )
-        load(state, storage_reader=FileSystemReader(str(folder.path)), no_dist=True)
-    return state
 
 
 def _difference(group: str, name: str, a: torch.Tensor, b: torch.Tensor) -> Difference:

@@ -66,8 +66,8 @@ def inspect(
     if tensors:
         from megatron_eso.checkpoint.compare import tensors_of
 
-        for name, metadata in tensors_of(folder).items():
-            typer.echo(f"  {name:<60} {list(metadata.size)} {metadata.properties.dtype}")
+        for name, stored in tensors_of(folder).items():
+            typer.echo(f"  {name:<60} {list(stored.shape)} {stored.dtype}")
 
 
 @app.command()

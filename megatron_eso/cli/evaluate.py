@@ -132,6 +132,7 @@ def _reader(
     data: str, loaded: Any, tokenizer: Path | None, config: Any, text_key: str, rows: int
 ) -> Any:
     """Return the reader of a prepared split, or of raw text."""
+    from megatron_eso.cli.model_loading import require_tokenizer_of_model
     from megatron_eso.data.manifest import MANIFEST_NAME
     from megatron_eso.data.reader import ValidationReader
     from megatron_eso.data.text_rows import TextRows
@@ -156,6 +157,7 @@ def _reader(
     file = tokenizer or loaded.tokenizer_file
     if file is None:
         raise CheckpointError(f"{loaded.path} has no tokenizer; give one with --tokenizer")
+    require_tokenizer_of_model(file, loaded.path, config.model)
     return TextRows(data, file, **shape, text_key=text_key, max_rows=rows)
 
 

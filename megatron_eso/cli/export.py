@@ -67,6 +67,8 @@ def export(
         )
         for name, value in facts["verification"].items():
             typer.echo(f"  {name} = {value:.3g}")
+        for remark in facts["remarks"]:
+            typer.echo(remark)
         if push is not None:
             typer.echo(f"pushed to {push_folder(target, push)}")
 

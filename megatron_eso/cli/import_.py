@@ -62,8 +62,15 @@ def import_(
         megatron-eso import --from official official.ckpt --out runs/raw --weights raw
         megatron-eso import --from hf Qwen3-0.6B --out runs/qwen3 --cut-vocabulary
     """
+    from megatron_eso.errors import ConfigError
+
     given = {"weights": weights, "num_heads": num_heads, "cut_vocabulary": cut_vocabulary}
     _require_of_format(source, [name for name, value in given.items() if value])
+    if source is Source.OFFICIAL and checkpoint.is_dir():
+        raise ConfigError(
+            f"{checkpoint} is a folder, --from official reads a Lightning file; a Hugging Face folder is "
+            "read with --from hf"
+        )
     if source is Source.HF:
         _from_hf(checkpoint, out, cut_vocabulary, sequence_length, tokenizer)
     else:

@@ -65,22 +65,34 @@ def tokenizer_of(known: Described) -> Any:
     Raises:
         CheckpointError: if there is none, or the numbers of ids differ.
     """
-    from megatron_eso.data.tokenizer import Tokenizer, load_tokenizer
+    from megatron_eso.data.tokenizer import load_tokenizer
     from megatron_eso.errors import CheckpointError
 
     if known.tokenizer_file is None:
         raise CheckpointError(
             f"{known.path} has no tokenizer; import it again with --tokenizer tokenizer.json"
         )
-    found = Tokenizer(known.tokenizer_file, requires_end=False)
-    if found.vocab_size != known.model.vocab_size:
+    require_tokenizer_of_model(known.tokenizer_file, known.path, known.model)
+    return load_tokenizer(known.tokenizer_file)
+
+
+def require_tokenizer_of_model(file: Path, path: Path, model: Any) -> None:
+    """Refuse a tokenizer whose ids are not those of the model at ``path``.
+
+    Raises:
+        CheckpointError: naming the numbers of ids.
+    """
+    from megatron_eso.data.tokenizer import Tokenizer
+    from megatron_eso.errors import CheckpointError
+
+    found = Tokenizer(file, requires_end=False)
+    if found.vocab_size != model.vocab_size:
         raise CheckpointError(
-            f"tokenizer {known.tokenizer_file} has {found.vocab_size - 1} ids, the model of {known.path} "
-            f"{known.model.vocab_size - 1} besides the mask token: text would be encoded or decoded "
+            f"tokenizer {file} has {found.vocab_size - 1} ids, the model of {path} "
+            f"{model.vocab_size - 1} besides the mask token: text would be encoded or decoded "
             "wrongly. Use the tokenizer the model was trained with; a Hugging Face model whose embedding "
             "has spare rows is imported with --cut-vocabulary"
         )
-    return load_tokenizer(known.tokenizer_file)
 
 
 def load(

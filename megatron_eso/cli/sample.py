@@ -76,6 +76,12 @@ def sample(
             raise ConfigError(f"--{name} {number} must be at least 1")
     if out is not None and live:
         raise ConfigError("--live draws in the terminal; leave it out together with --out")
+    if live and "RANK" not in os.environ and not sys.stdout.isatty():
+        raise ConfigError(
+            "--live draws in a terminal, and the output goes to none; leave --live out"
+        )
+    for name, texts in (("prompt", prompt or []), ("infill", [infill or ""])):
+        _require_text(name, texts)
     if tensor * pipeline != (int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else ranks):
         raise ConfigError(
             f"--tensor {tensor} x --pipeline {pipeline} = {tensor * pipeline} ranks are needed; set "
@@ -110,6 +116,19 @@ def sample(
     look_at_new_objects()
     _run(loaded, canvas, settings, choice, batch=1 if live else batch, live=live, out=out)
     finish()
+
+
+def _require_text(option: str, texts: list[str]) -> None:
+    """Refuse what the shell handed over as bytes that are no text."""
+    from megatron_eso.errors import ConfigError
+
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"--{option} {text!r} holds bytes that are not UTF-8; convert the text, say with iconv"
+            ) from None
 
 
 def _canvas(

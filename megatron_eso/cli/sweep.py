@@ -35,7 +35,7 @@ def run(
     max_attempts: Annotated[int, typer.Option(help="Failures until a cell is given up")] = 2,
     cell: Annotated[int | None, typer.Option(help="Run this cell only (Slurm arrays)")] = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit as an array")] = False,
-    throttle: Annotated[int, typer.Option(help="With --slurm: tasks at once")] = 8,
+    throttle: Annotated[int | None, typer.Option(help="With --slurm: tasks at once [8]")] = None,
     sbatch: Annotated[list[str] | None, typer.Option(help="With --slurm: #SBATCH option")] = None,
 ) -> None:
     """Run the cells that are not finished; the same command goes on after a kill.
@@ -53,7 +53,12 @@ def run(
         raise ConfigError("--slurm submits all cells; --cell runs one here: give one of them")
     if sbatch and not slurm:
         raise ConfigError("--sbatch is for --slurm: without it cells run on this machine")
+    if throttle is not None and not slurm:
+        raise ConfigError(
+            "--throttle is for --slurm: without it --workers says how many cells run at once"
+        )
     if slurm:
+        throttle = 8 if throttle is None else throttle
         typer.echo(
             commands.submit_array(sweep, overrides, workers, max_attempts, throttle, sbatch or [])
         )
@@ -81,12 +86,17 @@ def collect(
     tensorboard: Annotated[
         Path | None, typer.Option(help="Folder of another trainer's runs")
     ] = None,
-    tag: Annotated[str, typer.Option(help="With --tensorboard: scalar to read")] = "lm loss",
+    tag: Annotated[
+        str | None, typer.Option(help="With --tensorboard: scalar to read [lm loss]")
+    ] = None,
 ) -> None:
     """Write cells.csv/.parquet (one row a cell) and steps.csv/.parquet (one row a logged step)."""
+    from megatron_eso.errors import ConfigError
     from megatron_eso.scaling import commands
 
-    typer.echo(commands.collect(sweep, overrides, tensorboard, tag))
+    if tag is not None and tensorboard is None:
+        raise ConfigError("--tag names a scalar of --tensorboard: give its folder too")
+    typer.echo(commands.collect(sweep, overrides, tensorboard, "lm loss" if tag is None else tag))
 
 
 @app.command()

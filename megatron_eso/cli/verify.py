@@ -37,10 +37,26 @@ def verify(
         megatron-eso verify runs/official --expected expected.safetensors
         torchrun --nproc-per-node 2 -m megatron_eso verify runs/official --expected e.safetensors --tensor 2
     """
+    _require_effect(expected is not None, against is not None, tensor * pipeline > 1)
     if expected is None:
         _verify_export(checkpoint, against)
     else:
         _verify_official(checkpoint, expected, tensor, pipeline)
+
+
+def _require_effect(has_expected: bool, has_against: bool, has_layout: bool) -> None:
+    """Refuse options of the other comparison."""
+    from megatron_eso.errors import ConfigError
+
+    if has_expected and has_against:
+        raise ConfigError(
+            "--against is the source of an exported folder, --expected the official code's numbers: give "
+            "one of them"
+        )
+    if has_layout and not has_expected:
+        raise ConfigError(
+            "--tensor and --pipeline go with --expected; an exported folder is read by one process"
+        )
 
 
 def _verify_export(folder: Path, against: Path | None) -> None:

@@ -97,6 +97,10 @@ def _file_layers(
     if path in including:
         chain = " -> ".join(str(p) for p in (*including, path))
         raise ConfigError(f"configuration files include each other in a circle: {chain}")
+    if path.is_dir():
+        raise ConfigError(
+            f"{path} is a folder; give a configuration file, such as a run's config.yaml"
+        )
     if not path.is_file():
         by = f" (included by {including[-1]})" if including else ""
         raise ConfigError(f"configuration file {path} does not exist{by}")

@@ -14,6 +14,11 @@ MODEL_FILES = (
     "configuration_esolm.py", "decoding_esolm.py", "generation_esolm.py", "modeling_esolm.py"
 )  # fmt: skip
 FACTS = "esolm_export.json"
+# What is read again, and of what type; earlier versions wrote no objective or remarks.
+_FACTS: dict[str, Any] = {
+    "source": str, "step": int, "weights": str, "dtype": str, "not_exported": list,
+    "sequence_length": (int, type(None)), "objective": (dict, type(None)), "remarks": (list, type(None)),
+}  # fmt: skip
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -100,6 +105,43 @@ def read_tokenizer(path: Path | None, model: ModelConfig) -> Tokenizer | None:
     return tokenizer
 
 
+def tokenizer_remarks(
+    tokenizer: Tokenizer | None, model: ModelConfig, trained_with: str | None
+) -> list[str]:
+    """Return what may be wrong with a tokenizer whose ids all have a row in the embedding.
+
+    Args:
+        tokenizer: the one to export.
+        model: its vocabulary includes the mask token.
+        trained_with: sha256 of the tokenizer of the training data; None: not known.
+
+    Raises:
+        CheckpointError: if it has fewer ids than the one of the training data.
+    """
+    if tokenizer is None:
+        return []
+    ids, rows = tokenizer.vocab_size - 1, model.vocab_size - 1
+    if ids < rows and trained_with is not None:
+        raise CheckpointError(
+            f"tokenizer {tokenizer.path} has {ids} ids, the one that the model was trained with has "
+            f"{rows} (sha256 {trained_with}): text would be encoded and decoded wrongly; give that one "
+            "(--tokenizer FILE)"
+        )
+    if ids < rows:
+        return [
+            f"the tokenizer has {ids} ids, the embedding {rows}: sample and eval refuse the two together; "
+            "give the tokenizer the model was trained with (--tokenizer FILE), or, if the embedding has "
+            "spare rows, import the model with --cut-vocabulary"
+        ]
+    if trained_with not in (None, tokenizer.sha256):
+        return [
+            f"{tokenizer.path} (sha256 {tokenizer.sha256}) is not the file that the model was trained with "
+            f"(sha256 {trained_with}): if it is not the same tokenizer written differently, text will be "
+            "encoded and decoded wrongly"
+        ]
+    return []
+
+
 def write_beside(
     folder: Path,
     config: dict[str, Any],
@@ -163,9 +205,28 @@ def _adding_nothing(processor: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Return what our export wrote about itself; nothing for another program's model."""
+    """Return what our export wrote about itself; nothing for another program's model.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
     file = folder / FACTS
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        facts = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); export again") from None
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{file} is damaged: it is no object; export again")
+    wrong = [
+        f"{name}={facts.get(name)!r:.40}"
+        for name, kind in _FACTS.items()
+        if not isinstance(facts.get(name), kind)
+    ]
+    if wrong:
+        raise CheckpointError(f"{file} is damaged: {', '.join(wrong)}; export again")
+    return facts
 
 
 def _dump(path: Path, content: dict[str, Any]) -> None:

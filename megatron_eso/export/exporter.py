@@ -61,9 +61,12 @@ def export(
     source = open_source(path, use_ema=use_ema)
     require_expressible(source.model, source.objective, kind)
     tokens = describe.read_tokenizer(_tokenizer_path(source.folder, tokenizer), source.model)
+    trained_with = source.folder.sidecar().get("data", {}).get("tokenizer")
+    remarks = describe.tokenizer_remarks(tokens, source.model, trained_with)
     table = rules(source.model)
     specs = [spec for _, _, group in _work(source, table, DTYPES[dtype]) for spec in group]
-    require_room(out, sum(spec.num_bytes for spec in specs))
+    smaller = ", or use --dtype bf16" if dtype == "fp32" else ""
+    require_room(out, sum(spec.num_bytes for spec in specs), advice=smaller)
     with scratch_beside(out) as scratch:
         _write_weights(scratch, source, table, specs, DTYPES[dtype], shard_bytes, progress)
         end = None if tokens is None else tokens.end_id
@@ -75,7 +78,7 @@ def export(
             max_length=source.model.max_length,
         )  # fmt: skip
         found = _verify(scratch, source, dtype) if verify else {}
-        facts = _facts(source, specs, dtype, kind, found)
+        facts = _facts(source, specs, dtype, kind, found) | {"remarks": remarks}
         (scratch / describe.FACTS).write_text(json.dumps(facts, indent=1))
         (scratch / "README.md").write_text(model_card(config, facts))
     return facts
@@ -103,8 +106,8 @@ def require_free(out: Path) -> None:
         raise CheckpointError(f"--out {out} is not empty; choose another folder or remove it")
 
 
-def require_room(out: Path, needed: int) -> None:
-    """Raise if the disk of ``out`` has not ``needed`` bytes free."""
+def require_room(out: Path, needed: int, *, advice: str = "") -> None:
+    """Raise if the disk of ``out`` has not ``needed`` bytes free; the message ends in the advice."""
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -112,7 +115,7 @@ def require_room(out: Path, needed: int) -> None:
     if free < needed + (16 << 20):
         raise CheckpointError(
             f"--out {out} needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on its disk; "
-            "make room, choose another disk, or use --dtype bf16"
+            f"make room or choose another disk{advice}"
         )
 
 

@@ -5,6 +5,7 @@ kept bit for bit (float32 holds bfloat16 and float16 exactly).
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +22,7 @@ from megatron_eso.errors import CheckpointError, DataError
 from megatron_eso.export.describe import read_facts
 from megatron_eso.export.exporter import require_free, require_room, scratch_beside
 from megatron_eso.export.hf_layout import has_mask, model_of, objective_of
+from megatron_eso.export.inspect_tensors import read_header
 from megatron_eso.export.mapping import Rule, rules, shape_of
 from megatron_eso.export.streamed import ExportedTensors
 from megatron_eso.export.torch_dist_writer import TorchDistWriter
@@ -91,7 +93,7 @@ def import_hf(
     table = rules(model)
     _require_names(tensors, table, model)
     with scratch_beside(out) as scratch:
-        require_room(out, _num_numbers(source, tensors) * 4)
+        require_room(out, 4 * _num_numbers(source, tensors))
         count = 0
         with TorchDistWriter(scratch) as writer:
             for rule, layer in _work(table, model.num_layers):
@@ -253,4 +255,6 @@ def _with_mask(stored: Tensor, rule: Rule, known: Described) -> Tensor:
 
 
 def _num_numbers(source: Path, tensors: ExportedTensors) -> int:
-    return sum((source / name).stat().st_size for name in set(tensors.files.values())) // 2
+    """Return how many numbers the files hold, whatever their format."""
+    headers = [read_header(source / name) for name in set(tensors.files.values())]
+    return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())

@@ -94,6 +94,7 @@ def _exported(path: Path) -> Inspection:
             f"from {content['source']}, step {content['step']}, {content['weights']} weights"
         )
         remarks += [f"not exported: {reason}" for reason in content["not_exported"]]
+        remarks += content.get("remarks", [])
     return Inspection(lines, count, remarks)
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_eso.checkpoint.inert_pickle import Inert, plain, read_torch_file
 from megatron_eso.config import derive
 from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
 from megatron_eso.errors import CheckpointError
-from megatron_eso.export.inert_pickle import Inert, plain, read_torch_file
 from megatron_eso.export.official_fold import fold
 from megatron_eso.export.official_layout import ROTARY, num_blocks, require_layout, strip_prefix
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from megatron_eso.checkpoint.folder import CheckpointFolder, list_folders
+from megatron_eso.checkpoint.torch_dist import TorchDistReader
 from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
 from megatron_eso.errors import CheckpointError
-from megatron_eso.export.torch_dist import TorchDistReader
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -4,7 +4,6 @@ In bfloat16 even a norm eps ten times too large would not be seen; in float32 th
 a thousand times above the rounding. Letters: L = tokens of a row, V = vocabulary.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from megatron_eso.config.schema import ModelConfig
 from megatron_eso.errors import CheckpointError
-from megatron_eso.export.describe import FACTS
+from megatron_eso.export.describe import FACTS, read_facts
 from megatron_eso.export.hf.decoding_esolm import diffusion_counts, row_order
 from megatron_eso.export.mapping import rules
 from megatron_eso.export.reference import Read, Row, reference_logits
@@ -111,15 +110,21 @@ def verify_folder(folder: Path, against: Path | None) -> Verified:
     Raises:
         CheckpointError: if either cannot be read.
     """
-    file = folder / FACTS
-    try:
-        facts = json.loads(file.read_text())
-        source_path, dtype, kind = Path(facts["source"]), DTYPES[facts["dtype"]], facts["weights"]
-    except (OSError, ValueError, KeyError) as error:
+    facts = read_facts(folder)
+    if not facts:
         raise CheckpointError(
-            f"{file} cannot be read ({error}): {folder} is no export of ours"
-        ) from None
-    source = open_source(against or source_path, use_ema=kind == "ema")
+            f"{folder} holds no {FACTS}: it is no export of ours; a checkpoint is compared with the "
+            "official code's numbers: give them with --expected FILE"
+        )
+    if facts["dtype"] not in DTYPES:
+        raise CheckpointError(f"{folder / FACTS}: dtype={facts['dtype']} is unknown; export again")
+    if against is None and not Path(facts["source"]).exists():
+        raise CheckpointError(
+            f"{folder} was made from {facts['source']}, which is not there any more; say where that "
+            "checkpoint is now with --against FOLDER"
+        )
+    source = open_source(against or Path(facts["source"]), use_ema=facts["weights"] == "ema")
+    dtype = DTYPES[facts["dtype"]]
     return verify_export(folder, source.model, rounded(source.read, dtype))
 
 

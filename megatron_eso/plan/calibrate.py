@@ -1,8 +1,8 @@
 """Fits the constants of the speed model to measured runs, with leave-one-out errors.
 
 The fit minimises squared log errors of the step time plus a weak pull towards the profile's prior,
-so that a constant the runs say nothing about stays where it was. A left-out run shows how well the
-model predicts a run it has not seen.
+so that a constant the runs say nothing about stays where it was; so does one that the prior sets to 0,
+which has no logarithm. A left-out run shows how well the model predicts a run it has not seen.
 """
 
 from collections.abc import Sequence
@@ -81,14 +81,14 @@ def compare(run: Measured, hardware: Hardware) -> Comparison:
 
 def fit_constants(runs: Sequence[Measured], hardware: Hardware) -> Constants:
     """Return the best constants: Gauss-Newton on their logarithms with a damped step."""
-    start = np.log([getattr(hardware.prior, name) for name in NAMES])
+    start = np.log([getattr(hardware.prior, name) for name in _free(hardware)])
     point, damping = start.copy(), 1e-3
     residual = _residuals(point, start, runs, hardware)
     for _ in range(40):
         jacobian = _jacobian(point, start, runs, hardware, residual)
         normal = jacobian.T @ jacobian
         step = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), -jacobian.T @ residual)
-        trial = _inside(point + step)
+        trial = _inside(point + step, hardware)
         tried = _residuals(trial, start, runs, hardware)
         gain = residual @ residual - tried @ tried
         if gain > 0:
@@ -99,13 +99,18 @@ def fit_constants(runs: Sequence[Measured], hardware: Hardware) -> Constants:
             damping *= 8
             if damping > 1e6:
                 break
-    return _constants(point)
+    return _constants(point, hardware)
+
+
+def _free(hardware: Hardware) -> list[str]:
+    """Return the names of the constants that are fitted."""
+    return [name for name in NAMES if getattr(hardware.prior, name) > 0]
 
 
 def _residuals(
     point: np.ndarray, start: np.ndarray, runs: Sequence[Measured], hardware: Hardware
 ) -> np.ndarray:
-    fitted = replace(hardware, constants=_constants(point))
+    fitted = replace(hardware, constants=_constants(point, hardware))
     errors = [np.log(step_time(r.job, fitted).total / r.step_seconds) / NOISE for r in runs]
     return np.array([*errors, *((point - start) / np.log(FREEDOM))])
 
@@ -125,11 +130,12 @@ def _jacobian(
     return np.stack(columns, axis=1)
 
 
-def _constants(point: np.ndarray) -> Constants:
-    return Constants(**{n: float(np.exp(x)) for n, x in zip(NAMES, point, strict=True)})
+def _constants(point: np.ndarray, hardware: Hardware) -> Constants:
+    fitted = zip(_free(hardware), np.exp(point), strict=True)
+    return replace(hardware.prior, **{name: float(value) for name, value in fitted})
 
 
-def _inside(point: np.ndarray) -> np.ndarray:
+def _inside(point: np.ndarray, hardware: Hardware) -> np.ndarray:
     """Return the point with shares of a peak kept below one."""
-    limits = [0.0 if name in SHARES else np.inf for name in NAMES]
+    limits = [0.0 if name in SHARES else np.inf for name in _free(hardware)]
     return np.minimum(point, limits)

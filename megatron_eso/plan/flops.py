@@ -56,15 +56,16 @@ def model_flops_per_step(
         sequence_length: tokens of a row.
         rows: data rows of the global batch.
     """
-    stack_rows, head_rows, pair_share, key_rows = _shares(objective, sequence_length)
+    per_row = shares(objective, sequence_length)
     tokens = rows * sequence_length
     width = head_size(model) * model.num_heads
-    full = 4.0 * width * sequence_length * stack_rows * tokens * model.num_layers
+    stack_tokens = per_row.stack_rows * tokens
+    full = 4.0 * width * sequence_length * stack_tokens * model.num_layers
     return Flops(
-        layers=2.0 * matrix_parameters_per_layer(model) * model.num_layers * stack_rows * tokens,
-        attention=full * pair_share,
-        attention_full=full * key_rows,
-        head=2.0 * model.hidden_size * model.vocab_size * head_rows * tokens,
+        layers=2.0 * matrix_parameters_per_layer(model) * model.num_layers * stack_tokens,
+        attention=full * per_row.computed_pairs,
+        attention_full=full * per_row.key_rows,
+        head=2.0 * model.hidden_size * model.vocab_size * per_row.head_rows * tokens,
     )
 
 
@@ -76,18 +77,32 @@ def matrix_parameters_per_layer(model: ModelConfig) -> int:
     return attention + matrices * hidden * ffn_size(model)
 
 
-def _shares(objective: ObjectiveConfig, length: int) -> tuple[float, float, float, float]:
-    """Return stack rows per data row, head rows per token, share of pairs computed, key rows a query row.
+@dataclass(frozen=True)
+class Shares:
+    """What an objective makes of a data row."""
+
+    stack_rows: float
+    """Rows through the stack: 1, 1.5 for a mixed Eso-LM, 2 for two-stream passes."""
+    head_rows: float
+    """Entries with loss per token of the data row."""
+    computed_pairs: float
+    """Share of the pairs of attention that is computed."""
+    key_rows: float
+    """Rows of keys a row of queries."""
+
+
+def shares(objective: ObjectiveConfig, length: int) -> Shares:
+    """Return the shares of an objective on rows of ``length`` tokens.
 
     A block-diffusion copy is given its true row and itself: three rows of keys for two of queries.
     """
     causal = (length + 1) / (2 * length)
     if objective.name == "ar":
-        return 1.0, 1.0, causal, 1.0
+        return Shares(1.0, 1.0, causal, 1.0)
     if objective.name == "mdlm":
-        return 1.0, 0.5, 1.0, 1.0
+        return Shares(1.0, 0.5, 1.0, 1.0)
     if objective.name == "bd3lm":
-        return 2.0, 0.5, 0.5 * (1 + objective.block_size / length), 1.5
+        return Shares(2.0, 0.5, 0.5 * (1 + objective.block_size / length), 1.5)
     kappa = diffusion_fraction(objective)
     head = kappa * (1 - objective.alpha_0 / 2) + (1 - kappa) * (1 - objective.alpha_0)
-    return kappa + 2 * (1 - kappa), head, causal, 1.0
+    return Shares(2.0 - kappa, head, causal, 1.0)

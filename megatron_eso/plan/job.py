@@ -3,12 +3,13 @@
 Letters: t tensor, p pipeline, v virtual pipeline, c context, d data-parallel ranks.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_eso.config.check import check
-from megatron_eso.config.derive import diffusion_fraction, head_size, num_kv_heads
+from megatron_eso.config.derive import head_size, num_kv_heads
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
+from megatron_eso.plan.flops import Shares, shares
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,14 @@ class Job:
         return self.num_gpus // (parallel.tensor * parallel.pipeline * parallel.context)
 
     @property
-    def stack_rows_per_row(self) -> float:
-        """Rows through the stack per data row: 1, 1.5 for a mixed Eso-LM, 2 for two-stream passes."""
-        objective = self.config.objective
-        if objective.name == "bd3lm":
-            return 2.0
-        return 2.0 - diffusion_fraction(objective) if objective.name == "eso" else 1.0
+    def _shares(self) -> Shares:
+        return shares(self.config.objective, self.config.train.sequence_length)
 
     @property
     def num_stack_rows(self) -> float:
         """Rows through the stack in one step."""
         # Whole in any run that trains; in floating point 1.4 x 90 is a little less than 126.
-        return round(self.stack_rows_per_row * self.config.train.global_batch_rows, 6)
+        return round(self._shares.stack_rows * self.config.train.global_batch_rows, 6)
 
     @property
     def num_micro_batches(self) -> float:
@@ -52,13 +49,7 @@ class Job:
     @property
     def head_share(self) -> float:
         """Entries with loss per stack token."""
-        objective = self.config.objective
-        if objective.name in ("ar", "mdlm", "bd3lm"):
-            return {"ar": 1.0, "mdlm": 0.5, "bd3lm": 0.25}[objective.name]
-        kappa = diffusion_fraction(objective)
-        alpha_0 = objective.alpha_0
-        entries = kappa * (1 - alpha_0 / 2) + (1 - kappa) * (1 - alpha_0)
-        return entries / self.stack_rows_per_row
+        return self._shares.head_rows / self._shares.stack_rows
 
     @property
     def stage_layers(self) -> list[int]:
@@ -81,11 +72,6 @@ class Job:
     def kv_width(self) -> int:
         """Width of keys (or values) of all heads."""
         return num_kv_heads(self.config.model) * head_size(self.config.model)
-
-    def with_parallel(self, **changes: object) -> "Job":
-        """Return the job with another layout."""
-        parallel = replace(self.config.parallel, **changes)  # type: ignore[arg-type]
-        return replace(self, config=replace(self.config, parallel=parallel))
 
 
 def require_trainable(job: Job) -> None:

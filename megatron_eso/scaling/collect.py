@@ -89,7 +89,7 @@ def _validation(path: Path) -> tuple[str | None, float | None, float | None]:
     """
     scores = read_json(path)
     found = [entry for entries in scores.values() for entry in entries]
-    for prefix in ("nelbo", "exact", "likelihood", ""):
+    for prefix in ("nelbo", "likelihood", ""):
         chosen = [entry for entry in found if entry["metric"].startswith(prefix)]
         if chosen:
             tokens = sum(entry["num_tokens"] for entry in chosen)
@@ -134,8 +134,7 @@ def write_table(rows: list[Row], stem: Path) -> list[Path]:
     Raises:
         DataError: if there is no row.
     """
-    if not rows:
-        raise DataError(f"nothing to write to {stem}.csv: no run has logged anything yet")
+    require_rows(rows, stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_suffix(".csv")]
     text = io.StringIO(newline="")
@@ -155,28 +154,51 @@ def write_table(rows: list[Row], stem: Path) -> list[Path]:
     return paths
 
 
+def require_rows(rows: list[Row], stem: Path) -> None:
+    """Raise if there is no row to write."""
+    if not rows:
+        raise DataError(f"nothing to write to {stem}.csv: no run has logged anything yet")
+
+
 def read_table(path: Path) -> list[Row]:
     """Return the rows of a table written by :func:`write_table`.
 
     Raises:
-        DataError: if it is missing, has no row, or a row of another length than the head's.
+        DataError: if it is missing, is no table, has no row, or a row of another length than the head's.
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist; write it with `megatron-eso sweep collect`")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    else:
-        rows = _read_csv(path)
+    if path.suffix in (".yaml", ".yml"):
+        raise DataError(
+            f"{path} is a sweep's configuration, not its table; give the cells.csv that "
+            f"`megatron-eso sweep collect {path}` writes"
+        )
+    try:
+        rows = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+    except (
+        OSError,
+        ValueError,
+        csv.Error,
+    ) as error:  # also text that is not UTF-8, a damaged parquet
+        raise DataError(
+            f"{path} cannot be read ({error}); write it again with `megatron-eso sweep collect`"
+        ) from None
     if not rows:
         raise DataError(f"{path} has no rows")
     return rows
 
 
+def _read_parquet(path: Path) -> list[Row]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path} needs pyarrow; give the .csv beside it") from None
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
 def _read_csv(path: Path) -> list[Row]:
     rows = []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
         names = next(reader, [])
         for cells in filter(None, reader):

@@ -14,6 +14,7 @@ from megatron_eso.scaling.runner import (
     states_table,
 )
 from megatron_eso.scaling.runner import submit as submit_script
+from megatron_eso.scaling.sweep_config import SweepConfig
 
 
 def run(
@@ -32,9 +33,7 @@ def run(
         if not 0 <= cell < len(cells):
             raise ConfigError(f"--cell {cell}: the grid has cells 0 to {len(cells) - 1}")
         cells = [cells[cell]]
-    states = run_cells(
-        Path(sweep.folder), cells, workers=workers, max_attempts=max_attempts, say=say
-    )
+    states = run_cells(_made(sweep), cells, workers=workers, max_attempts=max_attempts, say=say)
     say(states_table(states))
     return all(state.state in ("finished", "illegal") for state in states)
 
@@ -54,8 +53,7 @@ def submit_array(
             "with --slurm put overrides into the sweep file: every task reads it again"
         )
     sweep, cells = make_grid(sweep_file, overrides)
-    script = Path(sweep.folder) / "array.sbatch"
-    script.parent.mkdir(parents=True, exist_ok=True)
+    script = _made(sweep) / "array.sbatch"
     write_whole(
         script,
         slurm_array_script(
@@ -84,13 +82,15 @@ def collect(
 ) -> str:
     """Write the study's tables; return where they are."""
     sweep, cells = make_grid(sweep_file, overrides)
-    folder = Path(sweep.folder)
+    folder = _made(sweep)
     if tensorboard is not None:
         steps = collecting.tensorboard_steps(tensorboard, tag)
         return _say(collecting.write_table(steps, folder / "tensorboard_steps"))
-    cell_rows, step_rows = collecting.collect(folder, cells)
-    written = collecting.write_table(cell_rows, folder / "cells")
-    return _say(written + collecting.write_table(step_rows, folder / "steps"))
+    tables = dict(zip(("cells", "steps"), collecting.collect(folder, cells), strict=True))
+    for name, rows in tables.items():  # both or none
+        collecting.require_rows(rows, folder / name)
+    written = (collecting.write_table(rows, folder / name) for name, rows in tables.items())
+    return _say([path for paths in written for path in paths])
 
 
 def fit(table: Path, budget: float | None) -> str:
@@ -108,11 +108,12 @@ def _check_budget(budget: float | None) -> None:
 
 def report(table: Path, out: Path, budget: float | None, note: Path | None) -> str:
     """Write the report; return where it is."""
-    from megatron_eso.scaling.report import write_report
+    from megatron_eso.scaling.report import require_page, write_report
     from megatron_eso.scaling.study import fit_study
 
     text = _read_note(note) if note else ""
     _check_budget(budget)
+    require_page(out)
     study = fit_study(collecting.read_table(table), budget=budget)
     return _say(write_report(study, out, note=text))
 
@@ -128,6 +129,16 @@ def _check_at_least_1(**options: int) -> None:
     for name, value in options.items():
         if value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
+def _made(sweep: SweepConfig) -> Path:
+    """Return the study's folder, which is there then."""
+    folder = Path(sweep.folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"folder={folder} cannot be made: {error}; set another folder=") from None
+    return folder
 
 
 def _say(paths: list[Path]) -> str:

@@ -37,15 +37,6 @@ class Parametric:
         """Return the fitted loss."""
         return self.E + self.A / parameters**self.a + self.B / tokens**self.b
 
-    def best_split(
-        self, flops: float, flops_per_parameter_token: float = 6.0
-    ) -> tuple[float, float]:
-        """Return (N, D) of least loss for C = 6 N D (Hoffmann et al. 2022, eq. 4)."""
-        product = flops / flops_per_parameter_token
-        ratio = (self.a * self.A / (self.b * self.B)) ** (1 / (self.a + self.b))
-        size = ratio * product ** (self.b / (self.a + self.b))
-        return size, product / size
-
 
 def fit_parametric(
     parameters: Sequence[float],

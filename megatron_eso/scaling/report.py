@@ -29,10 +29,8 @@ def write_report(study: Study, out: Path, *, note: str = "") -> list[Path]:
     Raises:
         UserError: if matplotlib is missing or ``out`` is no .html name.
     """
-    if out.suffix != ".html":
-        raise UserError(f"--out {out}: the name must end in .html")
+    require_page(out)
     figure = study_figure(study)
-    out.parent.mkdir(parents=True, exist_ok=True)
     paths = [out.with_suffix(".png"), out.with_suffix(".svg")]
     for path in paths:
         write_figure(path, figure, dpi=100)
@@ -40,6 +38,22 @@ def write_report(study: Study, out: Path, *, note: str = "") -> list[Path]:
     figure.savefig(buffer, dpi=100, format="png")
     write_whole(out, _page(study, base64.b64encode(buffer.getvalue()).decode(), note))
     return [out, *paths]
+
+
+def require_page(out: Path) -> None:
+    """Make the folder of the page.
+
+    Raises:
+        UserError: if ``out`` is no .html name, or nothing can be written there.
+    """
+    if out.suffix != ".html":
+        raise UserError(f"--out {out}: the name must end in .html")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: its folder cannot be made: {error}") from None
 
 
 def study_figure(study: Study) -> Any:
@@ -52,7 +66,7 @@ def study_figure(study: Study) -> Any:
     figure = Figure(figsize=(5 * columns, 9), layout="constrained")
     axes = figure.subplots(2, columns, squeeze=False)
     for axis, fit in zip(axes[0], study.objectives, strict=False):
-        _draw_isoflop(axis, fit)
+        (_draw_isoflop if fit.minima else _draw_ladder)(axis, fit)
     for axis in axes[0][len(study.objectives) :]:
         axis.set_visible(False)
     _draw_law(axes[1][0], study, "size_law", "parameters", "N*, parameters")
@@ -84,6 +98,14 @@ def _draw_isoflop(axis: Any, fit: ObjectiveFit) -> None:
     axis.set(xscale="log", xlabel="parameters", ylabel="validation nats per token",
              title=fit.objective + refused)  # fmt: skip
     axis.legend(fontsize=8)
+
+
+def _draw_ladder(axis: Any, fit: ObjectiveFit) -> None:
+    errors = [row.get("loss_error") or 0.0 for row in fit.rows]
+    axis.errorbar([row["flops"] for row in fit.rows], [row["loss"] for row in fit.rows], yerr=errors,
+                  fmt="o", markersize=4)  # fmt: skip
+    axis.set(xscale="log", xlabel="training FLOPs", ylabel="validation nats per token",
+             title=f"{fit.objective}  (token ladder)")  # fmt: skip
 
 
 def _draw_law(axis: Any, study: Study, law_name: str, value: str, label: str) -> None:

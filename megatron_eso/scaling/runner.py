@@ -229,7 +229,7 @@ def _start(
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     with open(folder / "log.txt", "a") as log:
         process = subprocess.Popen(
-            [*trainer, str(folder / "cell.yaml"), f"folder={folder / 'run'}"],
+            [*trainer, str(folder / "cell.yaml")],  # says folder/run; a path may be no YAML
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,

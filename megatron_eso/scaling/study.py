@@ -4,6 +4,7 @@ Cells that diverged, stopped or are unfinished take no part and are listed; a co
 too few of them is marked provisional with the reason.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from megatron_eso.scaling.parametric import Parametric, fit_parametric
 Row = dict[str, Any]
 NUM_BOOTSTRAP = 400
 MUST_AGREE = ("data", "vocab_size", "sequence_length")
+NUMBERS = ("parameters", "tokens", "flops", "loss")
+NEEDED = ("objective", "state", *NUMBERS)
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,10 @@ def fit_study(rows: Sequence[Row], *, budget: float | None = None) -> Study:
         budget: FLOPs to extrapolate to; None: four times the largest measured.
 
     Raises:
-        DataError: if tokenizers, data or lengths are mixed, or no cell can be used.
+        DataError: if columns or numbers are missing, tokenizers, data or lengths are mixed, or no cell
+            can be used.
     """
+    _require_columns(rows)
     usable, left_out = [], []
     for row in rows:
         reason = _why_left_out(row)
@@ -70,6 +75,7 @@ def fit_study(rows: Sequence[Row], *, budget: float | None = None) -> Study:
         raise DataError(
             f"none of {len(rows)} cells is finished with a loss; first: {': '.join(left_out[0])}"
         )
+    _require_numbers(usable)
     _refuse_mixtures(usable)
     names = list(dict.fromkeys(row["objective"] for row in usable))
     reference = _points(_minima([r for r in usable if r["objective"] == "ar"]))
@@ -140,7 +146,44 @@ def _why_left_out(row: Row) -> str:
     if row.get("state") != "finished":
         return f"state {row.get('state')} at step {row.get('steps_done')} of {row.get('steps')}"
     loss = row.get("loss")
-    return "" if isinstance(loss, float) and loss == loss else "no validation loss"
+    return "" if isinstance(loss, int | float) and loss == loss else "no validation loss"
+
+
+def _require_columns(rows: Sequence[Row]) -> None:
+    missing = [name for name in NEEDED if not all(name in row for row in rows)]
+    if missing:
+        raise DataError(
+            f"the table has no column {', '.join(missing)}; cells.csv of `megatron-eso sweep collect` has: "
+            f"{', '.join(NEEDED)}"
+        )
+
+
+def _require_numbers(rows: Sequence[Row]) -> None:
+    """Raise for cells of which something that is fitted has no logarithm, or is no number."""
+    wrong = [
+        f"{row.get('cell')}: {name} is {row[name]!r}"
+        for row in rows
+        for name in (*NUMBERS, *(["budget"] if row.get("budget") is not None else []))
+        if not (isinstance(row[name], int | float) and 0 < row[name] < math.inf)
+    ]
+    wrong += [
+        f"{row.get('cell')}: {name} is {row[name]!r}"
+        for row in rows
+        for name, is_right in (
+            ("objective", isinstance(row["objective"], str)),
+            ("loss_error", _is_error(row.get("loss_error"))),
+        )
+        if not is_right
+    ]
+    if wrong:
+        raise DataError(
+            "finished cells need an objective and, above 0 and finite, "
+            f"{', '.join(NUMBERS)}:\n  - " + "\n  - ".join(wrong[:8])
+        )
+
+
+def _is_error(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and 0 <= value < math.inf)
 
 
 def _refuse_mixtures(rows: Sequence[Row]) -> None:

@@ -110,6 +110,20 @@ def test_synthetic_runs_are_reproduced_but_for_the_pull_of_the_prior():
     assert np.abs(errors).max() < 0.03
 
 
+def test_a_constant_whose_prior_is_0_stays_0_and_the_others_are_fitted():
+    prior = replace(Constants(), tensor_exposed=0.0, straggler=0.0)
+    truth = replace(prior, gemm_efficiency=0.6)
+    cases = [job(gpus=n, tensor=t) for n in (8, 64) for t in (1, 2, 8)]
+    runs = [
+        Measured(str(i), case, step_time(case, replace(H100, constants=truth)).total)
+        for i, case in enumerate(cases)
+    ]
+    fitted = fit_constants(runs, replace(H100, prior=prior))
+    assert (fitted.tensor_exposed, fitted.straggler) == (0.0, 0.0)
+    assert fitted.gemm_efficiency < 0.7 < prior.gemm_efficiency
+    assert all(np.isfinite(value) for value in vars(fitted).values())
+
+
 def test_a_run_folder_gives_its_median_step_without_the_first_line(tmp_path):
     config = job(gpus=1).config
     save_config(config, tmp_path / "config.yaml")

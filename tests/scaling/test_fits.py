@@ -61,14 +61,6 @@ def test_true_parameters_lie_in_the_bootstrap_intervals_at_the_stated_rate():
     assert 0.72 <= np.mean(inside) <= 1.0
 
 
-def test_the_best_split_has_the_least_loss():
-    fitted = fit_parametric(*chinchilla_runs())
-    size, tokens = fitted.best_split(5.76e23)
-    assert 6 * size * tokens == pytest.approx(5.76e23)
-    nearby = [fitted.loss(size * f, tokens / f) for f in (0.8, 1.0, 1.25)]
-    assert min(nearby) == nearby[1]
-
-
 def test_few_runs_are_refused():
     with pytest.raises(DataError, match="at least 6"):
         fit_parametric([1e8] * 5, [1e9] * 5, [3.0] * 5)

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 from megatron_eso.cli.main import app as main_app
 from megatron_eso.config import load_config
-from megatron_eso.errors import ClusterError, ConfigError, DataError
+from megatron_eso.errors import ClusterError, ConfigError, DataError, UserError
 from megatron_eso.scaling import commands
 from megatron_eso.scaling.collect import collect, read_table, tensorboard_steps, write_table
 from megatron_eso.scaling.grid import grid_table, make_grid
-from megatron_eso.scaling.report import write_report
+from megatron_eso.scaling.report import study_figure, write_report
 from megatron_eso.scaling.runner import (
     read_metrics,
     read_state,
@@ -191,7 +191,7 @@ def test_an_interrupted_cell_goes_on_however_often(tmp_path, ending):
     script = tmp_path / "interrupted.py"
     script.write_text(
         "import os, pathlib, signal, sys, time\n"
-        "run = pathlib.Path(sys.argv[2].removeprefix('folder=')); run.mkdir(exist_ok=True)\n"
+        "run = pathlib.Path(sys.argv[1]).parent / 'run'; run.mkdir(exist_ok=True)\n"
         + (ending or "time.sleep(60)")
     )
 
@@ -258,6 +258,14 @@ def test_a_running_cell_says_where_it_runs(tmp_path):
     run_cells(folder, cells[:1], trainer=trainer(tmp_path), say=look)
     assert said[0][1] == platform.node()
     assert not (folder / "cells" / cells[0].name / "pid").exists()
+
+
+@pytest.mark.parametrize("name", ["a #1", "a: b", "[a", "a=b"])
+def test_a_cell_runs_in_its_folder_whatever_its_name_means_in_yaml(tmp_path, name):
+    folder, cells = one_cell(tmp_path, f"folder='{tmp_path}/{name}'")
+    run_cells(folder, cells, trainer=trainer(tmp_path), say=lambda line: None)
+    assert folder.name == name
+    assert (folder / "cells" / cells[0].name / "run" / "starts").read_text() == "x"
 
 
 def test_a_changed_cell_is_noticed(tmp_path):
@@ -363,6 +371,73 @@ def test_a_table_whose_rows_do_not_fit_its_head_is_refused_with_the_line(tmp_pat
             read_table(table)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"flops": "gone"}, "no column flops"),
+        ({"state": "gone"}, "no column state"),
+        ({"parameters": 0.0}, r"c2.*: parameters is 0\.0"),
+        ({"parameters": None}, "c2.*: parameters is None"),
+        ({"tokens": "many"}, "c2.*: tokens is 'many'"),
+        ({"loss": float("inf")}, "c2.*: loss is inf"),
+        ({"loss": -1.0}, "c2.*: loss is -1"),
+        ({"budget": -1e9}, "c2.*: budget is -1"),
+        ({"objective": None}, "c2.*: objective is None"),
+        ({"loss_error": -0.1}, r"c2.*: loss_error is -0\.1"),
+    ],
+)
+def test_a_table_of_ones_own_is_refused_with_the_cell_and_the_column(changes, message):
+    rows = [row(1, 1e9), row(2, 1e9) | changes, row(3, 1e9)]
+    if "gone" in changes.values():
+        rows = [{k: v for k, v in r.items() if k not in changes} for r in rows]
+    with pytest.raises(DataError, match=message):
+        fit_study(rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("cells.csv", b"cell,loss\n\xff,2.0\n", "cannot be read"),
+        ("cells.parquet", b"PAR1 but no more", "cannot be read"),
+        ("sweep.yaml", b"name: mine", "a sweep's configuration, not its table; .*sweep collect"),
+    ],
+)
+def test_a_file_that_is_no_table_is_a_message(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_table(tmp_path / name)
+
+
+def test_the_page_s_name_is_looked_at_before_the_fit(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "page.pdf", tmp_path, tmp_path / "file" / "page.html"):
+        with pytest.raises(UserError, match="--out"):
+            commands.report(tmp_path / "no_table.csv", out, None, None)
+
+
+def test_cells_are_not_written_where_steps_cannot_be(tmp_path):
+    few = [
+        f"folder={tmp_path}/sweep",
+        "models=['../model/ladder/s1.yaml']",
+        "objectives=[{name: ar}]",
+    ]
+    with pytest.raises(DataError, match=r"steps\.csv: no run has logged"):
+        commands.collect(LAPTOP, few, None, "lm loss")
+    assert not list((tmp_path / "sweep").glob("cells.*"))
+
+
+def test_a_sweep_below_a_file_is_a_message(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    few = [f"folder={tmp_path}/file/x", "models=['../model/ladder/s1.yaml']"]
+    with pytest.raises(ConfigError, match=r"folder=.*file/x cannot be made"):
+        commands.run(LAPTOP, few, 1, 2, None, say=print)
+
+
+def test_a_tag_without_tensorboard_is_refused():
+    done = CliRunner().invoke(main_app, ["sweep", "collect", str(LAPTOP), "--tag", "loss"])
+    assert isinstance(done.exception, ConfigError) and "--tensorboard" in str(done.exception)
+
+
 def test_a_note_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(DataError, match=r"--note .*missing"):
         commands.report(tmp_path / "cells.csv", tmp_path / "r.html", None, tmp_path / "missing")
@@ -424,6 +499,9 @@ def test_a_token_ladder_has_no_curves_of_equal_flops(tmp_path):
     assert all(not fit.minima and fit.size_law is None for fit in study.objectives)
     assert "a token ladder has no IsoFLOP curves" in study_text(study)
     assert study.budget == pytest.approx(4 * max(cell.flops for cell in cells))
+    axes = study_figure(study).axes
+    assert axes[0].get_title() == "ar  (token ladder)" and axes[0].has_data()
+    write_report(study, tmp_path / "report.html")  # without a warning
 
 
 def test_two_runners_share_a_grid_and_start_each_cell_once(tmp_path):
@@ -444,7 +522,9 @@ def test_two_runners_share_a_grid_and_start_each_cell_once(tmp_path):
     assert {read_state(folder, cell).state for cell in cells} == {"finished"}
 
 
-@pytest.mark.parametrize("words", [["--slurm", "--cell", "1"], ["--sbatch=--partition=gpu"]])
+@pytest.mark.parametrize(
+    "words", [["--slurm", "--cell", "1"], ["--sbatch=--partition=gpu"], ["--throttle", "8"]]
+)
 def test_options_that_contradict_each_other_are_refused(words):
     done = CliRunner().invoke(main_app, ["sweep", "run", str(LAPTOP), *words])
     assert "--slurm" in str(done.exception) and done.exception.exit_code == 2

@@ -96,7 +96,8 @@ def likelihood_orders(predicted, valid, order, alpha_0, seed, row_numbers):
                 key = uniform(seed, 0, row_numbers[row], EVAL_ORDER, 2 * len(places), draw)
                 early = [i for i in range(len(places)) if key[i] < alpha_0]
                 early.sort(key=lambda i: key[len(places) + i])
-                local = early + [i for i in range(len(places)) if i not in set(early)]
+                is_early = set(early)
+                local = early + [i for i in range(len(places)) if i not in is_early]
             elif isinstance(order, str):
                 local = list(range(len(places)))
             else:
@@ -205,7 +206,8 @@ def generate_rows(
         asked_new = generation_config.max_new_tokens
     found = _settings(model, generation_config, dict(kwargs)) | {"asked_new": asked_new}
     heat = 1.0 if found["temperature"] is None else found["temperature"]
-    if (found["do_sample"] and not heat > 0) or not 0 < (found["top_p"] or 1) <= 1:
+    top_p = 1.0 if found["top_p"] is None else found["top_p"]
+    if (found["do_sample"] and not heat > 0) or not 0 < top_p <= 1:
         raise ValueError(
             f"temperature={found['temperature']} must be above 0 and top_p={found['top_p']} in (0, 1]"
         )

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_eso.checkpoint.inert_pickle import Inert
 from megatron_eso.errors import CheckpointError
-from megatron_eso.export.inert_pickle import Inert
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _KNOWN = {
