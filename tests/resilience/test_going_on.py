@@ -116,6 +116,14 @@ def test_a_new_run_starts_from_the_weights_it_was_given_and_from_no_local_copy(
     )
 
 
+@pytest.mark.parametrize("header", ["[]", "null", '{"fits": []}'])
+def test_a_local_copy_whose_header_is_damaged_is_passed_over(one_rank, run, tmp_path, header):
+    settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
+    one_rank.run(START, str(run), settings, 2, [])
+    next(tmp_path.rglob("step_0000000002.json")).write_text(header)
+    assert one_rank.run(START, str(run), settings, 2, [])[0]["first"] == 1
+
+
 def test_new_local_copies_last_after_one_rank_lost_its_own(two_ranks, run, tmp_path):
     settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
     two_ranks.run(START, str(run), settings, 5, [1])
