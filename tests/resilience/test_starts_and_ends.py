@@ -3,12 +3,14 @@
 import json
 import os
 import resource
+import shutil
 from contextlib import contextmanager
 
 import pytest
 
-from megatron_eso.checkpoint.folder import list_folders
-from megatron_eso.config.schema import OptimizerConfig, RunConfig
+from megatron_eso.checkpoint.folder import folder_of_step, list_folders
+from megatron_eso.config.schema import DataConfig, DataSourceConfig, OptimizerConfig, RunConfig
+from megatron_eso.errors import ConfigError
 from megatron_eso.launch import lease
 from megatron_eso.train.learning_rate import change_of_schedule
 from megatron_eso.train.run_folder import RunFolder
@@ -51,6 +53,66 @@ def test_a_file_that_is_right_already_is_left_alone(tmp_path):
     before = [(tmp_path / name).stat().st_ino for name in ("config.yaml", "tokenizer.json")]
     folder.describe(RunConfig(), b"tokens")
     assert [(tmp_path / n).stat().st_ino for n in ("config.yaml", "tokenizer.json")] == before
+
+
+def begun(folder, config, *, has_checkpoint=True, has_metrics=False):
+    """Return the folder of a run that has begun."""
+    run = RunFolder(folder)
+    run.describe(config, b"tokens")
+    if has_checkpoint:
+        checkpoint = folder_of_step(run.checkpoints, 1)
+        checkpoint.path.mkdir(parents=True)
+        (checkpoint.path / "COMMITTED").touch()
+    if has_metrics:
+        (folder / "metrics.jsonl").touch()
+    return run
+
+
+@pytest.mark.parametrize(
+    ("has_checkpoint", "has_metrics"), [(True, False), (False, True), (True, True)]
+)
+def test_other_settings_are_refused_once_a_run_has_begun(tmp_path, has_checkpoint, has_metrics):
+    run = begun(tmp_path, RunConfig(), has_checkpoint=has_checkpoint, has_metrics=has_metrics)
+    other = RunConfig(optimizer=OptimizerConfig(beta1=0.5))
+    with pytest.raises(ConfigError, match=r"optimizer.beta1: 0.9 there, 0.5 asked"):
+        run.earlier_config(other)
+    assert run.earlier_config(RunConfig()) is not None
+
+
+def test_other_settings_after_a_start_that_left_nothing_are_fine(tmp_path):
+    run = begun(tmp_path, RunConfig(), has_checkpoint=False)
+    assert run.earlier_config(RunConfig(optimizer=OptimizerConfig(beta1=0.5))) is None
+
+
+def of_data(*sources):
+    return RunConfig(data=DataConfig(sources=[DataSourceConfig(*source) for source in sources]))
+
+
+def test_data_that_lies_elsewhere_now_is_told_by_the_fingerprint_of_a_checkpoint(tmp_path):
+    run = begun(tmp_path, of_data(("d/train", 1.0), ("e", 2.0)))
+    assert run.earlier_config(of_data(("./d/train", 1.0), ("/elsewhere/e", 2.0))) is not None
+    for other in (of_data(("d/train", 2.0), ("e", 2.0)), of_data(("d/train", 1.0))):
+        with pytest.raises(ConfigError, match=r"data.sources: .* there"):
+            run.earlier_config(other)
+
+
+def test_other_data_without_a_checkpoint_to_compare_with_is_refused(tmp_path):
+    run = begun(tmp_path, of_data(("d/train", 1.0)), has_checkpoint=False, has_metrics=True)
+    with pytest.raises(ConfigError, match=r"data.sources: .*d/train"):
+        run.earlier_config(of_data(("e/train", 1.0)))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_after_its_data_was_moved_but_not_with_other_data(faulty):
+    settings = ("parallel.tensor=1", "train.save_every_steps=1")
+    faulty.run("moved", *settings, "train.steps=2", **ALONE)
+    shutil.copytree(faulty.folder / "data", faulty.folder / "moved data")
+    moved = "data.sources=[{path: '../moved data/train'}]"
+    out = faulty.run("moved", *settings, "train.steps=3", moved, **ALONE)
+    assert "continuing from" in out
+    other = "data.sources=[{path: ../data/validation}]"
+    out = faulty.run("moved", *settings, "train.steps=4", other, code=4, **ALONE)
+    assert "was trained on other data (data.sources" in out
 
 
 @pytest.mark.slow
