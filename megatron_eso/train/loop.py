@@ -36,6 +36,7 @@ from megatron_eso.train.metrics import Metrics, measured_peak
 from megatron_eso.train.profile import Profile
 from megatron_eso.train.run_folder import RunFolder
 from megatron_eso.train.session import build_session, choices
+from megatron_eso.train.spare_output import SpareOutput
 from megatron_eso.train.stragglers import Stragglers
 from megatron_eso.train.validation import StopAskedError, Validation
 
@@ -93,11 +94,10 @@ class Run:
         self.guard = StepGuard(session, self._read, self.keeper.go_back, self.folder.path)
         self.stragglers = Stragglers(config.resilience.straggler_every_steps)
         self.profile = Profile(config.train, self.folder.path, session.ranks.rank)
-        self.metrics = None
+        self.metrics: Metrics | None = None
+        self._status = SpareOutput("status.json")
         peak = measured_peak(session)
-        if self.is_first:
-            self._describe(peak)
-            self.metrics = Metrics(session, self.folder.path, peak=peak)
+        self._on_first_rank(lambda: self._begin_reports(peak))
         self._noted = time.monotonic()
         self._note("ready", step=session.state.step)
 
@@ -122,16 +122,18 @@ class Run:
         while session.state.step < total:
             with self.profile.step(session.state.step + 1):
                 self.heart.enter("step")
+                before = session.state.step
                 self._step()
                 step = session.state.step
+                is_new = step > before  # else the run went back, to what was evaluated and saved
                 try:
-                    if _is_due(step, config.train.eval_every_steps) and step < total:
+                    if is_new and _is_due(step, config.train.eval_every_steps) and step < total:
                         self._evaluate()
                 except StopAskedError:
                     return self._stop_early()
                 if self._must_stop():
                     return self._stop_early()
-                if _is_due(step, config.train.save_every_steps) and step < total:
+                if is_new and _is_due(step, config.train.save_every_steps) and step < total:
                     self._save()
                     if self._must_stop():  # it came during the save: this checkpoint is the last
                         return self._stop_early()
@@ -184,7 +186,9 @@ class Run:
                 self.metrics.add_scores(self.session.state.step, name, [score])
                 scores[name].append(score.as_dict())
             self.metrics.close()
-            write_json(self.folder.path / "evaluation.json", scores)
+            SpareOutput("evaluation.json").attempt(
+                lambda: write_json(self.folder.path / "evaluation.json", scores)
+            )
             self._write_status("finished")
             log.info("finished; everything is in %s", self.folder.path)
         self._end("finished")
@@ -310,17 +314,18 @@ class Run:
 
     def _write_status(self, state: str, **facts: object) -> None:
         step, total = self.session.state.step, self.session.derived.total_steps
-        try:
-            self.folder.write_status(state, step=step, total_steps=total, **facts)
-        except OSError as error:
-            log.warning("status.json cannot be written: %s", error)
+        self._status.attempt(
+            lambda: self.folder.write_status(state, step=step, total_steps=total, **facts)
+        )
 
-    def _describe(self, peak: float) -> None:
+    def _begin_reports(self, peak: float) -> None:
+        """Say what the run is, and open the files of what it reports."""
         for line in [*self.session.derived.lines(), *choices(self.session)]:
             log.info(line)
         log.info("matmul peak of all ranks: %.1f GFLOP/s (measured)", peak / 1e9)
         epochs = self.session.derived.total_tokens / self.reader.tokens_per_epoch
         log.info("the run reads its data %.2f times", epochs)
+        self.metrics = Metrics(self.session, self.folder.path, peak=peak)
 
 
 def _open_rows(config: RunConfig) -> RowReader:

@@ -24,11 +24,9 @@ from megatron_eso.checkpoint.folder import list_folders
 from megatron_eso.config.load import load_config, save_config
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
-from megatron_eso.files import write_json, write_whole
+from megatron_eso.files import require_room, write_json, write_whole
 from megatron_eso.launch import lease
 from megatron_eso.launch.environment import is_of_job_script
-
-_PROBE_BYTES = 16 << 10  # what a start writes to see that it can: a full disk takes an empty file
 
 # What may differ when a run continues: how it is computed and reported, not what.
 _FREE_SECTIONS = {"parallel", "precision", "checkpoint", "eval", "resilience"}
@@ -58,11 +56,7 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lease.acquire(self.checkpoints, lease.owner_name(os.environ))
-        probe = self.path / ".write_test"
-        try:
-            probe.write_bytes(os.urandom(_PROBE_BYTES))
-        finally:
-            probe.unlink(missing_ok=True)
+        require_room(self.path)
 
     def is_taken(self) -> bool:
         """Return whether this process still holds the folder's lease."""
