@@ -9,7 +9,6 @@ import time
 from contextlib import contextmanager
 
 import pytest
-
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
