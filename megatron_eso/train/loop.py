@@ -26,7 +26,7 @@ from megatron_eso.launch import events
 from megatron_eso.launch.environment import is_of_job_script
 from megatron_eso.launch.heartbeat import Heart
 from megatron_eso.parallel.device import Ranks
-from megatron_eso.parallel.exchange import Rows, any_rank, raise_together, together
+from megatron_eso.parallel.exchange import Rows, any_rank, gather_messages, together
 from megatron_eso.parallel.phases import phase
 from megatron_eso.resilience.signals import StopRequest
 from megatron_eso.train.guard import StepGuard
@@ -165,7 +165,7 @@ class Run:
         saver = self.keeper.saver
         stop, *saving = any_rank([self.stop.is_set, *saver.flags()], self.session.torch_device)
         saver.advance(*saving)
-        self.heart.kept_step = self.keeper.kept_step
+        self.heart.kept_step = self.keeper.poll_kept_step()
         return stop
 
     def _between_evaluations(self) -> None:
@@ -209,9 +209,11 @@ class Run:
                 found = error
             except OSError as error:
                 found = ConfigError(f"folder={self.folder.path} cannot be written: {error}")
-        for kind in (ConfigError, DataError, CheckpointError):
-            failure = str(found) if isinstance(found, kind) else ""
-            raise_together(failure, kind, self.session.torch_device)
+        kinds = (ConfigError, DataError, CheckpointError)
+        is_found = any_rank([isinstance(found, kind) for kind in kinds], self.session.torch_device)
+        for kind, is_it in zip(kinds, is_found, strict=True):
+            if is_it:
+                raise kind(gather_messages(str(found or ""))[0])
 
     def _take_folder(self) -> None:
         config, folder = self.session.config, self.folder
