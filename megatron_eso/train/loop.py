@@ -93,8 +93,8 @@ class Run:
         self._on_first_rank(lambda: self.folder.describe(session.config, content))
         self.guard = StepGuard(session, self._read, self.keeper.go_back, self.folder.path)
         self.stragglers = Stragglers(config.resilience.straggler_every_steps)
-        self.profile = Profile(config.train, self.folder.path, session.ranks.rank)
         self.metrics: Metrics | None = None
+        self.profile = Profile(config.train, self.folder.path, session.ranks.rank, self._leave_out)
         self._status = SpareOutput("status.json")
         peak = measured_peak(session)
         self._on_first_rank(lambda: self._begin_reports(peak))
@@ -251,7 +251,7 @@ class Run:
         if self.metrics is not None and stall is not None:
             step = self.session.state.step
             self.metrics.add_scalar("time/checkpoint_stall_seconds", stall, step)
-            self.metrics.pause(begin)
+            self._leave_out(begin)
 
     def _evaluate(self) -> dict:
         """Score every validation set; return the scores by set."""
@@ -262,9 +262,14 @@ class Run:
         if self.metrics is not None:
             for name, scores in found.items():
                 self.metrics.add_scores(self.session.state.step, name, scores)
-            self.metrics.pause(begin)
+            self._leave_out(begin)
         self._note("evaluation", seconds=time.perf_counter() - begin)
         return {name: [score.as_dict() for score in scores] for name, scores in found.items()}
+
+    def _leave_out(self, begin: float) -> None:
+        """Leave the time since ``begin`` out of the speed."""
+        if self.metrics is not None:
+            self.metrics.pause(begin)
 
     def _stop_early(self) -> int:
         name, step = self.stop.name or "a signal to another rank", self.session.state.step
