@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+_PROBE_BYTES = 16 << 10
+
 
 def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> None:
     """Replace a file in one step: readers find the earlier content or this, never a part.
@@ -38,6 +40,19 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
     finally:
         with suppress(OSError):  # its folder may be no folder
             temporary.unlink(missing_ok=True)
+
+
+def require_room(folder: Path) -> None:
+    """Return if a small file can be written in a folder; a full disk still takes empty ones.
+
+    Raises:
+        OSError: if it cannot.
+    """
+    probe = folder / ".write_test"
+    try:
+        probe.write_bytes(os.urandom(_PROBE_BYTES))
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any, *, durable: bool = True) -> None:

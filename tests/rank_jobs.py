@@ -318,6 +318,28 @@ def scores(overrides: list[str], num_rows: int) -> list[tuple[str, float, float]
     return [(s.metric, s.nats_per_token, s.num_tokens) for s in found]
 
 
+def scores_and_bounds(overrides: list[str], num_rows: int) -> tuple[list, list, int]:
+    """Return :func:`scores`, the likelihood bounds, and how often all rows were passed for the scores."""
+    passed, row_nats = [], evaluate_module.row_nats
+
+    def counted(*arguments: Any) -> Any:
+        passed.append(arguments)
+        return row_nats(*arguments)
+
+    with replaced(((evaluate_module, "row_nats", counted),)):
+        found = scores(overrides, num_rows)
+    session = make_session(overrides)
+    with torch.no_grad():
+        bounds = evaluate_module.likelihood_bounds(
+            session.replica,
+            lambda rows: read_rows(99, rows),
+            session.config.objective,
+            num_rows,
+            2.0,
+        )
+    return found, [(s.metric, s.nats_per_token) for s in bounds], len(passed)
+
+
 def scores_in_full_micro_batches(
     overrides: list[str], num_rows: int, stack_rows: int
 ) -> list[tuple[str, float, float]]:

@@ -246,6 +246,9 @@ def test_all_violations_are_reported_at_once():
         ),
         (["precision.bf16_first_layers=-1"], "bf16_first_layers=-1 must be at least 0"),
         (["train.tokens=100"], "exactly one of"),
+        (["train.profile_steps=[3,0]"], "the run has no step 0, its steps are 1 to 10"),
+        (["train.profile_steps=[11]"], "the run has no step 11, its steps are 1 to 10"),
+        (["train.profile_ranks=[-1]"], "train.profile_ranks=[-1] must be at least 0"),
         (["objective.name=bd3lm", "objective.block_size=7"], "does not divide"),
         (["model.num_kv_heads=3"], "not a multiple"),
         (["resilience.timeout_factor=0.5"], "must be at least 1"),
@@ -277,6 +280,13 @@ def test_all_violations_are_reported_at_once():
 def test_a_broken_rule_says_what_to_change(overrides, message):
     found = violations(config(*overrides))
     assert any(message in line for line in found), found
+
+
+def test_a_rank_to_profile_is_one_of_the_runs():
+    settings = ["train.profile_steps=[1,10]", "train.profile_ranks=[0,2]", "parallel.local_ranks=2"]
+    (found,) = violations(config(*settings), 2)
+    assert found == "train.profile_ranks=[0, 2]: the run's ranks are 0 to 1"
+    assert not violations(config(*settings), 4)
 
 
 def test_a_setting_that_may_be_off_is_off_at_its_documented_value():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_eso.config.schema import ResilienceConfig
+from megatron_eso.config.schema import ResilienceConfig, RunConfig, TrainConfig
 from megatron_eso.errors import TrainingError
 from megatron_eso.launch import events
 from megatron_eso.train import guard as guard_module
@@ -18,11 +18,15 @@ REPORT = StepReport(1, Quality.GOOD, 0.0, 0.0, 0.0, 1.0, 1e-3, 10)
 SETTINGS = ResilienceConfig(spike_window=4, on_nonfinite="skip")
 
 
+def state_at(step):
+    return SimpleNamespace(step=step, left_out=[], losses=[2.0, 2.01, 1.99, 2.0])
+
+
 @pytest.fixture
 def step(tmp_path, monkeypatch):
     """A function that does a step whose runs give these losses; returns its report and the events told."""
 
-    def do(*losses, norms=None, settings=SETTINGS):
+    def do(*losses, norms=None, settings=SETTINGS, state=None, go_back=lambda: False):
         left, told = list(zip(losses, norms or [1.0] * len(losses), strict=True)), []
 
         def train_step(session, read, judge):
@@ -31,13 +35,11 @@ def step(tmp_path, monkeypatch):
 
         monkeypatch.setattr(guard_module, "train_step", train_step)
         monkeypatch.setattr(events, "record", lambda run, event, **values: told.append(event))
-        state = SimpleNamespace(step=0, left_out=[], losses=[2.0, 2.01, 1.99, 2.0])
+        config = RunConfig(resilience=settings, train=TrainConfig(save_every_steps=5))
         session = SimpleNamespace(
-            state=state,
-            ranks=SimpleNamespace(rank=0),
-            config=SimpleNamespace(resilience=settings, optimizer=SimpleNamespace(learning_rate=1)),
+            state=state or state_at(0), ranks=SimpleNamespace(rank=0), config=config
         )
-        report = StepGuard(session, None, lambda: False, tmp_path).step()
+        report = StepGuard(session, None, go_back, tmp_path).step()
         assert not left
         return report, told
 
@@ -76,3 +78,34 @@ def test_a_spike_is_left_out_or_ends_the_run_where_that_is_asked_for(step):
     assert step(NAN, 9.0, settings=skip) == (None, ["step_repeated", "skipped"])
     with pytest.raises(TrainingError, match=r"a spike, .* twice"):
         step(9.0, 9.0, settings=replace(SETTINGS, on_spike="stop"))
+
+
+ROLLBACK = replace(SETTINGS, on_nonfinite="rollback")
+
+
+def test_a_batch_without_a_checkpoint_to_go_back_to_is_not_left_out(step):
+    state = state_at(3)
+    with pytest.raises(TrainingError, match=r"not reached its first save.*save_every_steps=5"):
+        step(NAN, NAN, settings=ROLLBACK, state=state)
+    assert (state.step, state.left_out) == (3, [])
+
+
+def test_going_back_leaves_the_bad_batch_out(step):
+    state = state_at(3)
+
+    def go_back():
+        state.step, state.left_out = 2, [1]
+        return True
+
+    report, told = step(NAN, NAN, settings=ROLLBACK, state=state, go_back=go_back)
+    assert report is None and told == ["step_repeated", "rollback"]
+    assert (state.step, state.left_out) == (2, [1, 3])
+
+
+def test_as_many_batches_are_left_out_as_the_setting_says(step):
+    state, two = state_at(0), replace(SETTINGS, max_skipped_steps=2)
+    for _ in range(2):
+        step(NAN, NAN, settings=two, state=state)
+    assert state.left_out == [0, 1]
+    with pytest.raises(TrainingError, match="2 batches were left out already"):
+        step(NAN, NAN, settings=two, state=state)

@@ -1,14 +1,16 @@
 """What a profile's table makes of a timeline, and which peaks of a GPU speed is measured against."""
 
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from torch._C._autograd import DeviceType
 
-from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
+from megatron_eso.config.schema import ModelConfig, ObjectiveConfig, TrainConfig
 from megatron_eso.plan.flops import model_flops_per_step
 from megatron_eso.plan.peaks import Peak, peak_of
-from megatron_eso.train.profile import phase_times, table
+from megatron_eso.train.profile import Profile, phase_times, table, write_trace
 
 
 def event(name, begin, end, device=DeviceType.CPU):
@@ -56,6 +58,47 @@ def test_the_table_ends_with_the_whole_step():
     assert [line.split()[0] for line in lines] == ["phase", "data", "other", "step"]
     assert lines[1].split()[1:3] == ["1.0000", "25.0%"]
     assert lines[-1].split()[1:3] == ["4.0000", "100.0%"]
+
+
+class Exporter:
+    """Leaves these files, as torch's profiler does: it says nothing of a full disk."""
+
+    def __init__(self, **left):
+        self.left = left
+
+    def export_chrome_trace(self, path):
+        for suffix, text in self.left.items():
+            Path(f"{path.removesuffix('json')}{suffix.replace('_', '.')}").write_text(text)
+
+
+@pytest.mark.parametrize(
+    "left",
+    [{}, {"json_tmp": "{"}, {"json": ""}, {"json": '{"traceEvents": [{'}],
+    ids=["nothing", "a temporary file", "an empty file", "a part"],
+)
+def test_a_trace_that_was_not_written_whole_is_an_error_and_leaves_nothing(tmp_path, left):
+    path = tmp_path / "trace.json"
+    write_trace(Exporter(json='{"traceEvents": []}\n'), path)
+    assert path.exists()
+    with pytest.raises(OSError, match=r"trace.json was not written to its end"):
+        write_trace(Exporter(**left), path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_writing_a_profile_is_left_out_of_the_time_of_every_rank(tmp_path, monkeypatch):
+    settings = TrainConfig(profile_steps=[2], profile_ranks=[1])
+    monkeypatch.setattr(Profile, "_write", lambda self, number, profiler: time.sleep(0.2))
+    waited = []
+    monkeypatch.setattr("torch.distributed.barrier", lambda: waited.append(time.perf_counter()))
+    for rank, at_least in ((0, 0.0), (1, 0.2)):
+        told = []
+        profile = Profile(settings, tmp_path, rank, told.append)
+        with profile.step(1):
+            pass
+        assert not told
+        with profile.step(2):
+            pass
+        assert len(told) == 1 and waited[-1] - told[0] >= at_least
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,36 @@ def make(root, step, *, committed=True):
     return folder
 
 
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        pytest.param([], id="a list"),
+        pytest.param(None, id="null"),
+        pytest.param({"file": {}}, id="another key"),
+        pytest.param({"files": {}}, id="no file"),
+        pytest.param({"files": ["esolm.json"]}, id="names alone"),
+        pytest.param({"files": {"esolm.json": 37}}, id="sizes alone"),
+        pytest.param({"files": {"esolm.json": {"bytes": 37, "hash": "0"}}}, id="a renamed key"),
+        pytest.param({"files": {"esolm.json": {"bytes": "37", "xxh3_128": "0"}}}, id="size in words"),
+    ],
+)  # fmt: skip
+def test_a_manifest_of_another_shape_is_damage_and_the_older_checkpoint_used(tmp_path, manifest):
+    for step in (10, 20):
+        make(tmp_path, step)
+    new = folder_of_step(tmp_path, 20)
+    (new.path / "MANIFEST.json").write_text(json.dumps(manifest))
+    assert newest_valid(tmp_path, hashes=True) == folder_of_step(tmp_path, 10)
+    verified = CliRunner().invoke(app, ["verify", str(new.path)])
+    assert verified.exit_code == 4 and "DAMAGED: its MANIFEST.json cannot be" in verified.output
+
+
+def test_a_sidecar_that_is_no_object_is_damaged(tmp_path):
+    folder = make(tmp_path, 1)
+    (folder.path / "esolm.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="holds no object"):
+        folder.sidecar()
+
+
 def test_retention_keeps_the_newest_and_the_milestones(tmp_path):
     for step in range(10, 80, 10):
         make(tmp_path, step, committed=step != 40)

@@ -78,7 +78,7 @@ class CheckpointFolder:
             return "it was never committed (the save did not finish)"
         try:
             entries = self._manifest()
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             return f"its {MANIFEST} cannot be read: {error}"
         for name, entry in entries.items():
             file = self.path / name
@@ -105,7 +105,22 @@ class CheckpointFolder:
         return ""
 
     def _manifest(self) -> dict[str, dict[str, Any]]:
-        return json.loads((self.path / MANIFEST).read_text())["files"]
+        """Return size and hash of every file.
+
+        Raises:
+            OSError: if there is no manifest.
+            ValueError: if it is not what :meth:`commit` writes.
+        """
+        content = json.loads((self.path / MANIFEST).read_text())
+        entries = content.get("files") if isinstance(content, dict) else None
+        if not isinstance(entries, dict) or not entries:
+            raise ValueError("it does not list the checkpoint's files")
+        for name, entry in entries.items():
+            fields = entry if isinstance(entry, dict) else {}
+            size, value = fields.get("bytes"), fields.get("xxh3_128")
+            if not isinstance(size, int) or not isinstance(value, str):
+                raise ValueError(f"it does not say the size and the hash of {name}")
+        return entries
 
     def commit(self, known: dict[str, dict[str, Any]] | None = None) -> None:
         """Write the manifest of everything in the folder, then the marker.
@@ -239,6 +254,8 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged: {error}") from None
+    if not isinstance(sidecar, dict):
+        raise CheckpointError(f"{file} is damaged: it holds no object")
     if sidecar.get("format_version", 0) > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has checkpoint format {sidecar['format_version']}; this version reads up to "

@@ -221,7 +221,7 @@ class LocalCopies:
                 damage = f"it has {file.stat().st_size} bytes instead of {header['bytes']}"
             elif hash_file(file) != header["xxh3_128"]:
                 damage = "it has another hash than when it was written"
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             damage = f"it cannot be read: {error}"
         if damage:
             log.warning("node-local copy %s is passed over: %s", file, damage)

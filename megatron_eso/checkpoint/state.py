@@ -14,12 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_eso.checkpoint.fp8_state import fp8_objects
+from megatron_eso.parallel.exchange import sum_over_ranks
 from megatron_eso.parallel.megatron_patches import importing_megatron
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.parameters import (
     Shard,
     dealt_parameters,
     gather_on,
+    sharded_parameters,
     shards,
 )
 
@@ -57,6 +59,25 @@ def collect(
                 add(state, own, kind, full)
     state.update(fp8_objects(chunks, with_data=True))
     return state
+
+
+def stored_bytes(
+    chunks: list[nn.Module], *, has_average: bool, group: dist.ProcessGroup, device: torch.device
+) -> int:
+    """Return how large the tensors of a checkpoint are, FP8 scales apart; every rank must call.
+
+    Args:
+        chunks: wrapped model chunks.
+        has_average: the run keeps a moving average.
+        group: data-parallel group.
+        device: device of the collective.
+    """
+    elements = 0
+    if group.rank() == 0:
+        copies = (e for e in sharded_parameters(chunks) if _is_first_copy(e.replica_id))
+        elements = sum(entry.data.numel() for entry in copies)
+    kinds = 1 + len(MOMENTS) + has_average
+    return int(sum_over_ranks([elements * kinds * torch.float32.itemsize], device)[0])
 
 
 def _is_first_copy(replica_id: Any) -> bool:

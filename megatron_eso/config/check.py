@@ -157,6 +157,19 @@ def _length(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _profile(config: RunConfig) -> Iterator[str]:
+    """Steps and ranks that a run does not have would be profiled never, and silently."""
+    steps = derive.total_steps(config)
+    beyond = [step for step in config.train.profile_steps if not 1 <= step <= steps]
+    if beyond and steps:
+        yield (
+            f"train.profile_steps={config.train.profile_steps}: the run has no step {beyond[0]}, its steps "
+            f"are 1 to {steps}"
+        )
+    if any(rank < 0 for rank in config.train.profile_ranks):
+        yield f"train.profile_ranks={config.train.profile_ranks} must be at least 0"
+
+
 def _layout(config: RunConfig) -> Iterator[str]:
     model, parallel, train = config.model, config.parallel, config.train
     divisions = {
@@ -232,6 +245,10 @@ def _heads_of_context_ranks(config: RunConfig) -> Iterator[str]:
 
 def _world(config: RunConfig, world_size: int) -> Iterator[str]:
     parallel, train = config.parallel, config.train
+    if train.profile_steps and any(rank >= world_size for rank in train.profile_ranks):
+        yield (
+            f"train.profile_ranks={train.profile_ranks}: the run's ranks are 0 to {world_size - 1}"
+        )
     replica = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % replica:
         yield (
@@ -312,6 +329,7 @@ _RULES: dict[Callable[[RunConfig], Iterator[str]], tuple[str, ...]] = {
     _model: ("model",),
     _eso: ("objective", "train"),
     _length: ("model", "train"),
+    _profile: ("train",),
     _layout: ("model", "parallel", "train"),
     _cuda_graphs: (),
     _optimizer: ("optimizer", "train"),

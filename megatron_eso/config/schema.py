@@ -311,7 +311,7 @@ class ResilienceConfig:
     spike_deviations: float = within(8.0, above=0)
     """A spike is this many standard deviations above the mean of the window."""
     max_skipped_steps: int = within(10, at_least=0)
-    """Stop with exit code 5 once so many batches were left out."""
+    """Batches that may be left out; one more stops the run with exit code 5."""
     straggler_every_steps: int = within(100, at_least=0)
     """Steps between reports of each rank's step times; 0: none."""
 

@@ -47,7 +47,7 @@ def evaluate(
         read: returns numbered held-out rows.
         num_rows: rows to score, numbered from 0.
         bytes_per_token: UTF-8 bytes of text per token.
-        metrics: of METRICS; the ar objective's likelihood is its one score under either name.
+        metrics: of METRICS; a model whose NELBO is exact has this one score under either name.
         between: called by every rank before each round of micro-batches; it may raise, on all ranks.
 
     Raises:
@@ -62,9 +62,11 @@ def evaluate(
     with torch.no_grad(), untouched_scales(replica.chunks):
         scores = []
         given = (replica, read, objective, num_rows, bytes_per_token, between)
-        if "nelbo" in metrics or objective.name == "ar":
+        is_exact = is_nelbo_exact(objective)
+        if "nelbo" in metrics or is_exact:
             scores.append(nelbo(*given))
-        if "likelihood" in metrics and objective.name == "eso" and settings.likelihood_orders:
+        has_bounds = objective.name == "eso" and not is_exact and settings.likelihood_orders
+        if "likelihood" in metrics and has_bounds:
             scores += likelihood_bounds(*given)
     for chunk, mode in zip(replica.chunks, was_training, strict=True):
         chunk.train(mode)
@@ -109,6 +111,11 @@ def evaluation_objective(objective: ObjectiveConfig, settings: EvalConfig) -> Ob
     return replace(objective, loss_weight="elbo", alpha_0=alpha_0, noise_eps=settings.noise_eps)
 
 
+def is_nelbo_exact(objective: ObjectiveConfig) -> bool:
+    """Return whether the NELBO draws nothing: every row is predicted from left to right."""
+    return objective.name == "ar" or (objective.name == "eso" and objective.alpha_0 == 0)
+
+
 def nelbo(
     replica: Replica,
     read: Callable[[list[int]], Rows],
@@ -117,9 +124,10 @@ def nelbo(
     bytes_per_token: float,
     between: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Return the negative evidence lower bound per token (exact for the ar objective)."""
+    """Return the negative evidence lower bound per token, or the likelihood where that is exact."""
     alpha_0 = objective.alpha_0 if objective.name == "eso" else 1.0
-    repeats = 1 if objective.name == "ar" else replica.config.eval.nelbo_repeats
+    is_exact = is_nelbo_exact(objective)
+    repeats = 1 if is_exact else replica.config.eval.nelbo_repeats
     total = torch.zeros(num_rows, dtype=torch.float64)
     tokens = total
     for repeat in range(repeats):
@@ -140,8 +148,7 @@ def nelbo(
         per_row = derive.nelbo_stack_rows(objective)
         nats, tokens = row_nats(replica, read, build, num_rows, per_row, between)
         total = total + nats / repeats
-    name = "likelihood" if objective.name == "ar" or alpha_0 == 0 else "nelbo"
-    return score(name, total, tokens, bytes_per_token)
+    return score("likelihood" if is_exact else "nelbo", total, tokens, bytes_per_token)
 
 
 def likelihood_bounds(
@@ -152,11 +159,8 @@ def likelihood_bounds(
     bytes_per_token: float,
     between: Callable[[], None] = lambda: None,
 ) -> list[Score]:
-    """Return - log mean_k p(x | order_k) per token over the first 1, 10, 100, ... and all K orders.
-
-    One score, exact, for alpha_0 = 0: all orders of its family are the same one.
-    """
-    orders = 1 if objective.alpha_0 == 0 else replica.config.eval.likelihood_orders
+    """Return - log mean_k p(x | order_k) per token over the first 1, 10, 100, ... and all K orders."""
+    orders = replica.config.eval.likelihood_orders
     bound = LogMeanExp()
     scores = []
     for order_number in range(orders):
@@ -170,7 +174,7 @@ def likelihood_bounds(
         nats, tokens = row_nats(replica, read, build, num_rows, 2, between)
         bound.add(-nats)
         if bound.count == orders or is_power_of_ten(bound.count):
-            name = f"likelihood bound, K = {bound.count}" if objective.alpha_0 > 0 else "likelihood"
+            name = f"likelihood bound, K = {bound.count}"
             scores.append(score(name, -bound.value, tokens, bytes_per_token))
     return scores
 

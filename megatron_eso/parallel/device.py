@@ -56,11 +56,6 @@ class Device:
         """Return the driver's name of the GPU; empty on a CPU."""
         return torch.cuda.get_device_name(self.torch_device) if self.is_cuda else ""
 
-    def synchronize(self) -> None:
-        """Wait for everything issued to the device."""
-        if self.is_cuda:
-            torch.cuda.synchronize()
-
 
 def choose_device(local_rank: int) -> Device:
     """Return the GPU of this rank, or the CPU where there is none; patches Megatron for the CPU."""

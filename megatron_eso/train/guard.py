@@ -105,17 +105,20 @@ class StepGuard:
                 "batches. Lower optimizer.learning_rate or raise the limit"
             )
         bad = state.step
-        state.left_out = sorted({*state.left_out, bad})
         if verdict is Verdict.ROLLBACK:
             if not self._go_back():
+                every = self._session.config.train.save_every_steps
                 raise TrainingError(
-                    f"{what}; there is no checkpoint to go back to (resilience.on_...=rollback): set "
-                    "train.save_every_steps, or use skip"
+                    f"{what}; there is no checkpoint to go back to (resilience.on_...=rollback): the run "
+                    f"has not reached its first save (train.save_every_steps={every}), or none worked. "
+                    "Lower train.save_every_steps, or use skip"
                 )
+            state.left_out = sorted({*state.left_out, bad})
             self._tell(
                 "rollback", f"{what}; back to step {state.step}, its batch is left out", report
             )
         else:
+            state.left_out = sorted({*state.left_out, bad})
             state.step += 1
             self._tell("skipped", f"{what}; its batch is left out", report)
 

@@ -24,17 +24,18 @@ from megatron_eso.checkpoint.load import (
 )
 from megatron_eso.checkpoint.local import LocalCopies, run_identity
 from megatron_eso.checkpoint.save import Saver
-from megatron_eso.checkpoint.state import collect
+from megatron_eso.checkpoint.state import collect, stored_bytes
 from megatron_eso.data.reader import RowReader
 from megatron_eso.errors import CheckpointError
 from megatron_eso.launch import events, lease
 from megatron_eso.launch.environment import is_of_job_script
 from megatron_eso.launch.heartbeat import Heart
-from megatron_eso.parallel.exchange import any_rank, from_first_rank, raise_together
+from megatron_eso.parallel.exchange import from_first_rank, raise_together
 from megatron_eso.train.run_folder import RunFolder
 from megatron_eso.train.session import Session, TrainState
 
 log = logging.getLogger(__name__)
+_ROOM = 1.1  # of the tensors' size: what else is in a checkpoint, and what others write meanwhile
 
 
 class Keeper:
@@ -43,21 +44,21 @@ class Keeper:
     def __init__(
         self, session: Session, folder: RunFolder, reader: RowReader, heart: Heart
     ) -> None:
-        """Take the lease of the run's checkpoints.
+        """Prepare to save.
+
+        Args:
+            session: the run.
+            folder: of the run; the first rank holds its lease (:meth:`RunFolder.take`).
+            reader: its training data.
+            heart: is told of saves and of waiting for them.
 
         Raises:
-            CheckpointError: if another run or a newer attempt holds it.
+            CheckpointError: if node-local copies are asked for and cannot be written on some node.
         """
         self._session, self._folder, self._reader, self._heart = session, folder, reader, heart
         self._is_first = session.ranks.rank == 0
         self._owner = lease.owner_name(os.environ) if self._is_first else ""
-        failure = ""
-        if self._is_first:
-            try:
-                lease.acquire(folder.checkpoints, self._owner)
-            except (CheckpointError, OSError) as error:
-                failure = str(error)
-        failure = failure or _why_no_copies(session.config.checkpoint.local_folder)
+        failure = _why_no_copies(session.config.checkpoint.local_folder)
         raise_together(failure, CheckpointError, session.torch_device)
         self.saver = Saver(
             folder.checkpoints,
@@ -65,6 +66,12 @@ class Keeper:
             session.torch_device,
             owner=self._owner,
             while_waiting=heart.beat,
+        )
+        self._stored_bytes = stored_bytes(
+            session.chunks,
+            has_average=session.average is not None,
+            group=session.layout.weights_group,
+            device=session.torch_device,
         )
         self._local = None
         if session.config.checkpoint.local_folder is not None:
@@ -89,10 +96,11 @@ class Keeper:
         else:
             self._require_none()
             self._begin()
-        if not self._has_room():
-            raise CheckpointError(
-                f"{self._folder.path} has no room for one checkpoint: free space or choose another folder"
-            )
+        step = self._session.state.step
+        is_all_saved = self.saver.kept_step == step >= self._session.derived.total_steps
+        missing = "" if is_all_saved else self._missing_room()
+        if missing:
+            raise CheckpointError(f"{missing}: free space there or choose another folder")
         self._leave_behind(shared_step)
 
     def go_back(self) -> bool:
@@ -123,9 +131,8 @@ class Keeper:
             seconds = time.perf_counter() - begin
             events.record(self._folder.path, "local_copy", step=state.step, seconds=seconds)
 
-    @property
-    def kept_step(self) -> int:
-        """Step that a restart would continue from; -1: none."""
+    def poll_kept_step(self) -> int:
+        """Take in a node-local copy that is done; return where a restart would continue, -1: nowhere."""
         if self._local is not None:
             self._local.is_busy()
         return max(self.saver.kept_step, self._local.kept_step if self._local else -1)
@@ -141,7 +148,10 @@ class Keeper:
         step = session.state.step
         if self.saver.kept_step == step:
             return time.perf_counter() - begin
-        if not self._has_room():
+        missing = self._missing_room()
+        if missing:
+            if self._is_first:
+                log.warning("%s; training goes on, older checkpoints stay", missing)
             return None
         state = collect(
             session.chunks, session.optimizer, session.average, session.layout.weights_group
@@ -176,6 +186,7 @@ class Keeper:
             Path(settings.init_from), hashes=settings.verify_hashes, device=session.torch_device
         )
         require_same_model(folder, session.config.model)
+        self._require_same_tokenizer(folder)
         kind = load_first_weights(
             folder,
             session.chunks,
@@ -267,22 +278,35 @@ class Keeper:
                 "would repeat or skip samples; restore data.sources or choose another folder"
             )
 
-    def _has_room(self) -> bool:
-        """Return whether the disk holds one more checkpoint; all ranks agree."""
-        number = sum(p.numel() for chunk in self._session.chunks for p in chunk.parameters())
-        layout = self._session.layout
-        needed = number * 16 * layout.tensor_size * layout.pipeline_size
-        is_full = False
-        if self._is_first:
-            free = shutil.disk_usage(self._folder.path).free
-            is_full = free < needed * 1.1
-            if is_full:
-                log.warning(
-                    "no room for a checkpoint of step %d: %.2f GiB needed, %.2f GiB free under %s; "
-                    "training goes on, older checkpoints stay", self._session.state.step,
-                    needed / 2**30, free / 2**30, self._folder.path,
-                )  # fmt: skip
-        return not any_rank([is_full], self._session.torch_device)[0]
+    def _require_same_tokenizer(self, folder: CheckpointFolder) -> None:
+        """Refuse weights whose token ids stand for other tokens than the data's, where both are known."""
+        sidecar = folder.sidecar()
+        theirs = sidecar.get("data", {}).get("tokenizer")
+        mine = self._reader.fingerprint().get("tokenizer")
+        if theirs and mine and theirs != mine:
+            raise CheckpointError(
+                f"checkpoint.init_from={folder.path} was trained with another tokenizer (sha256 {theirs}) "
+                f"than the data was prepared with ({mine}): its ids stand for other tokens. Prepare the "
+                f"data with that one (data prepare --tokenizer {sidecar.get('tokenizer') or 'FILE'})"
+            )
+
+    def _missing_room(self) -> str:
+        """Return why the disk does not hold one more checkpoint, or an empty string, on all ranks."""
+        folder, step = self._folder.checkpoints, self._session.state.step
+        needed = self._stored_bytes * _ROOM
+
+        def look() -> str:
+            free = shutil.disk_usage(folder).free
+            return (
+                ""
+                if free >= needed
+                else (
+                    f"no room for a checkpoint of step {step}: {needed / 2**30:.2f} GiB needed, "
+                    f"{free / 2**30:.2f} GiB free under {folder}"
+                )
+            )
+
+        return from_first_rank(look, self._session.torch_device)
 
     def _sidecar(self) -> dict:
         session = self._session

@@ -26,7 +26,7 @@ from megatron_eso.launch import events
 from megatron_eso.launch.environment import is_of_job_script
 from megatron_eso.launch.heartbeat import Heart
 from megatron_eso.parallel.device import Ranks
-from megatron_eso.parallel.exchange import Rows, any_rank, raise_together, together
+from megatron_eso.parallel.exchange import Rows, any_rank, gather_messages, together
 from megatron_eso.parallel.phases import phase
 from megatron_eso.resilience.signals import StopRequest
 from megatron_eso.train.guard import StepGuard
@@ -36,6 +36,7 @@ from megatron_eso.train.metrics import Metrics, measured_peak
 from megatron_eso.train.profile import Profile
 from megatron_eso.train.run_folder import RunFolder
 from megatron_eso.train.session import build_session, choices
+from megatron_eso.train.spare_output import SpareOutput
 from megatron_eso.train.stragglers import Stragglers
 from megatron_eso.train.validation import StopAskedError, Validation
 
@@ -92,12 +93,11 @@ class Run:
         self._on_first_rank(lambda: self.folder.describe(session.config, content))
         self.guard = StepGuard(session, self._read, self.keeper.go_back, self.folder.path)
         self.stragglers = Stragglers(config.resilience.straggler_every_steps)
-        self.profile = Profile(config.train, self.folder.path, session.ranks.rank)
-        self.metrics = None
+        self.metrics: Metrics | None = None
+        self.profile = Profile(config.train, self.folder.path, session.ranks.rank, self._leave_out)
+        self._status = SpareOutput("status.json")
         peak = measured_peak(session)
-        if self.is_first:
-            self._describe(peak)
-            self.metrics = Metrics(session, self.folder.path, peak=peak)
+        self._on_first_rank(lambda: self._begin_reports(peak))
         self._noted = time.monotonic()
         self._note("ready", step=session.state.step)
 
@@ -122,16 +122,18 @@ class Run:
         while session.state.step < total:
             with self.profile.step(session.state.step + 1):
                 self.heart.enter("step")
+                before = session.state.step
                 self._step()
                 step = session.state.step
+                is_new = step > before  # else the run went back, to what was evaluated and saved
                 try:
-                    if _is_due(step, config.train.eval_every_steps) and step < total:
+                    if is_new and _is_due(step, config.train.eval_every_steps) and step < total:
                         self._evaluate()
                 except StopAskedError:
                     return self._stop_early()
                 if self._must_stop():
                     return self._stop_early()
-                if _is_due(step, config.train.save_every_steps) and step < total:
+                if is_new and _is_due(step, config.train.save_every_steps) and step < total:
                     self._save()
                     if self._must_stop():  # it came during the save: this checkpoint is the last
                         return self._stop_early()
@@ -163,7 +165,7 @@ class Run:
         saver = self.keeper.saver
         stop, *saving = any_rank([self.stop.is_set, *saver.flags()], self.session.torch_device)
         saver.advance(*saving)
-        self.heart.kept_step = self.keeper.kept_step
+        self.heart.kept_step = self.keeper.poll_kept_step()
         return stop
 
     def _between_evaluations(self) -> None:
@@ -184,7 +186,9 @@ class Run:
                 self.metrics.add_scores(self.session.state.step, name, [score])
                 scores[name].append(score.as_dict())
             self.metrics.close()
-            write_json(self.folder.path / "evaluation.json", scores)
+            SpareOutput("evaluation.json").attempt(
+                lambda: write_json(self.folder.path / "evaluation.json", scores)
+            )
             self._write_status("finished")
             log.info("finished; everything is in %s", self.folder.path)
         self._end("finished")
@@ -205,9 +209,11 @@ class Run:
                 found = error
             except OSError as error:
                 found = ConfigError(f"folder={self.folder.path} cannot be written: {error}")
-        for kind in (ConfigError, DataError, CheckpointError):
-            failure = str(found) if isinstance(found, kind) else ""
-            raise_together(failure, kind, self.session.torch_device)
+        kinds = (ConfigError, DataError, CheckpointError)
+        is_found = any_rank([isinstance(found, kind) for kind in kinds], self.session.torch_device)
+        for kind, is_it in zip(kinds, is_found, strict=True):
+            if is_it:
+                raise kind(gather_messages(str(found or ""))[0])
 
     def _take_folder(self) -> None:
         config, folder = self.session.config, self.folder
@@ -245,7 +251,7 @@ class Run:
         if self.metrics is not None and stall is not None:
             step = self.session.state.step
             self.metrics.add_scalar("time/checkpoint_stall_seconds", stall, step)
-            self.metrics.pause(begin)
+            self._leave_out(begin)
 
     def _evaluate(self) -> dict:
         """Score every validation set; return the scores by set."""
@@ -256,9 +262,14 @@ class Run:
         if self.metrics is not None:
             for name, scores in found.items():
                 self.metrics.add_scores(self.session.state.step, name, scores)
-            self.metrics.pause(begin)
+            self._leave_out(begin)
         self._note("evaluation", seconds=time.perf_counter() - begin)
         return {name: [score.as_dict() for score in scores] for name, scores in found.items()}
+
+    def _leave_out(self, begin: float) -> None:
+        """Leave the time since ``begin`` out of the speed."""
+        if self.metrics is not None:
+            self.metrics.pause(begin)
 
     def _stop_early(self) -> int:
         name, step = self.stop.name or "a signal to another rank", self.session.state.step
@@ -310,17 +321,18 @@ class Run:
 
     def _write_status(self, state: str, **facts: object) -> None:
         step, total = self.session.state.step, self.session.derived.total_steps
-        try:
-            self.folder.write_status(state, step=step, total_steps=total, **facts)
-        except OSError as error:
-            log.warning("status.json cannot be written: %s", error)
+        self._status.attempt(
+            lambda: self.folder.write_status(state, step=step, total_steps=total, **facts)
+        )
 
-    def _describe(self, peak: float) -> None:
+    def _begin_reports(self, peak: float) -> None:
+        """Say what the run is, and open the files of what it reports."""
         for line in [*self.session.derived.lines(), *choices(self.session)]:
             log.info(line)
         log.info("matmul peak of all ranks: %.1f GFLOP/s (measured)", peak / 1e9)
         epochs = self.session.derived.total_tokens / self.reader.tokens_per_epoch
         log.info("the run reads its data %.2f times", epochs)
+        self.metrics = Metrics(self.session, self.folder.path, peak=peak)
 
 
 def _open_rows(config: RunConfig) -> RowReader:

@@ -4,11 +4,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
 
 from megatron_eso.eval.scores import Score
 from megatron_eso.launch.events import missing_newline
@@ -16,6 +13,7 @@ from megatron_eso.parallel.matmul_speed import matmul_flops_per_second
 from megatron_eso.plan.flops import model_flops_per_step
 from megatron_eso.plan.peaks import peak_of
 from megatron_eso.train.session import Session
+from megatron_eso.train.spare_output import Board, SpareOutput
 from megatron_eso.train.step import StepReport
 
 log = logging.getLogger(__name__)
@@ -31,6 +29,9 @@ class Metrics:
             session: the run.
             folder: the run's folder.
             peak: FLOP/s of a large matmul on all ranks together.
+
+        Raises:
+            OSError: if one cannot be opened.
         """
         config = session.config
         self._session, self._peak = session, peak
@@ -43,12 +44,13 @@ class Metrics:
         self._flops = flops.training
         self._hardware_flops = flops.hardware(config.parallel.recompute)
         self._gpu_peaks = _gpu_peaks(session)
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._board = Board(folder / "tensorboard")
+        self._board_output = SpareOutput("tensorboard")
         self._lines = open(folder / "metrics.jsonl", "a")
+        self._lines_output = SpareOutput("metrics.jsonl")
         self._lines.write(missing_newline(folder / "metrics.jsonl"))
         self._since, self._steps = time.perf_counter(), 0
         self._phases: dict[str, float] = {}
-        self._has_warned = False
 
     def add(self, report: StepReport) -> bool:
         """Take in a step; write a line if it is due and return whether it was."""
@@ -60,7 +62,7 @@ class Metrics:
             return False
         elapsed = time.perf_counter() - self._since
         values = self._values(report, elapsed / self._steps)
-        self._try(lambda: self._write(report.step, values))
+        self._write(report.step, values)
         log.info(_line(report, values, total, elapsed / self._steps))
         self._since, self._steps, self._phases = time.perf_counter(), 0, {}
         return True
@@ -77,33 +79,29 @@ class Metrics:
                 step, name, score.metric, score.nats_per_token, score.shown_error(),
                 score.perplexity, score.bits_per_byte,
             )  # fmt: skip
-        self._try(lambda: self._write_scores(step, name, scores))
+            entry = {"step": step, "validation": name, **score.as_dict()}
+            self._lines_output.attempt(lambda entry=entry: self._write_line(entry))
+            tag = f"validation/{name}/{score.metric}"
+            on_board = {
+                f"{tag}/nats_per_token": score.nats_per_token,
+                f"{tag}/perplexity": score.perplexity,
+            }
+            self._add_to_board(on_board, step)
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         """Write one number to TensorBoard."""
-        self._try(lambda: self._board.add_scalar(tag, value, step))
+        self._add_to_board({tag: value}, step)
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self._try(self._board.close)
-        self._try(self._lines.close)
+        self._board_output.attempt(self._board.close)
+        self._lines_output.attempt(self._lines.close)
 
-    def _try(self, action: Callable[[], None]) -> None:
-        """Write; a full disk costs metrics, with a warning, but never the run."""
-        try:
-            action()
-        except OSError as error:
-            if not self._has_warned:
-                log.warning("metrics cannot be written: %s; training goes on", error)
-            self._has_warned = True
+    def _add_to_board(self, values: dict[str, float], step: int) -> None:
+        self._board_output.attempt(lambda: self._board.add(values, step))
 
-    def _write_scores(self, step: int, name: str, scores: list[Score]) -> None:
-        for score in scores:
-            tag = f"validation/{name}/{score.metric}"
-            self._board.add_scalar(f"{tag}/nats_per_token", score.nats_per_token, step)
-            self._board.add_scalar(f"{tag}/perplexity", score.perplexity, step)
-            entry = {"step": step, "validation": name, **score.as_dict()}
-            self._lines.write(json.dumps(entry) + "\n")
+    def _write_line(self, entry: dict[str, Any]) -> None:
+        self._lines.write(json.dumps(entry) + "\n")
         self._lines.flush()
 
     def _values(self, report: StepReport, seconds_per_step: float) -> dict[str, Any]:
@@ -136,13 +134,13 @@ class Metrics:
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         kept = {k: v for k, v in values.items() if not (isinstance(v, float) and math.isnan(v))}
-        self._lines.write(json.dumps(kept) + "\n")
-        self._lines.flush()
+        self._lines_output.attempt(lambda: self._write_line(kept))
+        on_board = {}
         for name, value in kept.items():
             if name != "step":
                 is_time = name.startswith("seconds") or name == "share_waiting_for_data"
-                group = "time" if is_time else "train"
-                self._board.add_scalar(f"{group}/{name}", value, step)
+                on_board[f"{'time' if is_time else 'train'}/{name}"] = value
+        self._add_to_board(on_board, step)
 
 
 def measured_peak(session: Session) -> float:

@@ -6,13 +6,15 @@ RUN/profile/step_0000010_rank_00000.json   Chrome trace, for https://ui.perfetto
 
 import contextlib
 import logging
+import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 Interval = tuple[float, float]
 _ON_CPU, _ON_GPU = "gloo:", ("nccl:", "ncclDevKernel", "ncclKernel")
 _OTHER = "other"
+_TAIL_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,29 @@ class PhaseTime:
 
 
 class Profile:
-    """Profiles the steps that ``train.profile_steps`` names, on this rank if it is one of those."""
+    """Profiles the steps that ``train.profile_steps`` names, on the ranks that are to; all must call."""
 
-    def __init__(self, settings: TrainConfig, folder: Path, rank: int) -> None:
-        self._steps = frozenset(settings.profile_steps) if rank in settings.profile_ranks else ()
-        self._folder, self._rank = folder / "profile", rank
+    def __init__(
+        self,
+        settings: TrainConfig,
+        folder: Path,
+        rank: int,
+        left_out: Callable[[float], None] = lambda begin: None,
+    ) -> None:
+        """Prepare to profile.
+
+        Args:
+            settings: which steps, on which ranks.
+            folder: run folder.
+            rank: this rank.
+            left_out: is told when the writing of a profile began, once all ranks have ended it: that time
+                is none of the step.
+        """
+        self._steps, self._is_asked = (
+            frozenset(settings.profile_steps),
+            rank in settings.profile_ranks,
+        )
+        self._folder, self._rank, self._left_out = folder / "profile", rank, left_out
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -50,29 +71,67 @@ class Profile:
         if number not in self._steps:
             yield
             return
-        activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(ProfilerActivity.CUDA)
-        with torch.profiler.profile(activities=activities) as profiler, waiting_for_device():
-            with torch.profiler.record_function(PREFIX + _OTHER):
-                yield
-        self._write(number, profiler)
+        if self._is_asked:
+            activities = [ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(ProfilerActivity.CUDA)
+            with torch.profiler.profile(activities=activities) as profiler, waiting_for_device():
+                with torch.profiler.record_function(PREFIX + _OTHER):
+                    yield
+        else:
+            profiler = None
+            yield
+        begin = time.perf_counter()
+        if profiler is not None:
+            self._write(number, profiler)
+        dist.barrier()  # else others wait within the next step, whose time that would be
+        self._left_out(begin)
 
     def _write(self, number: int, profiler: torch.profiler.profile) -> None:
         begin = time.perf_counter()
         name = f"step_{number:07d}_rank_{self._rank:05d}"
         text = "\n".join(table(phase_times(profiler.events() or [])))
+        where = f"in {self._folder}"
         try:
             self._folder.mkdir(exist_ok=True)
-            profiler.export_chrome_trace(str(self._folder / f"{name}.json"))
+            write_trace(profiler, self._folder / f"{name}.json")
             write_whole(self._folder / f"{name}.txt", text + "\n")
         except OSError as error:
+            where = "not written"
             log.warning("the profile of step %d cannot be written: %s", number, error)
         if self._rank == 0:
             log.info(
-                "profile of step %d (%.1f s to write) in %s:\n%s",
-                number, time.perf_counter() - begin, self._folder, text,
+                "profile of step %d (%.1f s to write) %s:\n%s",
+                number, time.perf_counter() - begin, where, text,
             )  # fmt: skip
+
+
+def write_trace(profiler: torch.profiler.profile, path: Path) -> None:
+    """Write a Chrome trace.
+
+    Raises:
+        OSError: if the file is missing or cut off afterwards, which torch's profiler does not tell; what
+            there is of it is removed.
+    """
+    path.unlink(missing_ok=True)
+    try:
+        profiler.export_chrome_trace(str(path))
+        if not _is_whole(path):
+            raise OSError(f"{path} was not written to its end; is the disk full?")
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a file ends as a JSON object does; traces are too large to read."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-min(path.stat().st_size, _TAIL_BYTES), os.SEEK_END)
+        return file.read().rstrip().endswith(b"}")
 
 
 def phase_times(events: Iterable[Any]) -> list[PhaseTime]:

@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 
+from megatron_eso.checkpoint.folder import list_folders
 from megatron_eso.config.load import load_config, save_config
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
-from megatron_eso.files import write_json, write_whole
+from megatron_eso.files import require_room, write_json, write_whole
 from megatron_eso.launch import lease
 from megatron_eso.launch.environment import is_of_job_script
-
-_PROBE_BYTES = 16 << 10  # what a start writes to see that it can: a full disk takes an empty file
 
 # What may differ when a run continues: how it is computed and reported, not what.
 _FREE_SECTIONS = {"parallel", "precision", "checkpoint", "eval", "resilience"}
@@ -57,11 +56,7 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lease.acquire(self.checkpoints, lease.owner_name(os.environ))
-        probe = self.path / ".write_test"
-        try:
-            probe.write_bytes(os.urandom(_PROBE_BYTES))
-        finally:
-            probe.unlink(missing_ok=True)
+        require_room(self.path)
 
     def is_taken(self) -> bool:
         """Return whether this process still holds the folder's lease."""
@@ -83,11 +78,19 @@ class RunFolder:
             ConfigError: if it is another run than the one of ``config``.
         """
         stored = self.path / "config.yaml"
+        has_checkpoint = any(
+            folder.is_committed or folder.is_set_aside for folder in list_folders(self.checkpoints)
+        )
         # A start that failed before its first step leaves nothing that must be kept.
-        if not stored.exists() or not (self.path / "metrics.jsonl").exists():
+        has_begun = has_checkpoint or (self.path / "metrics.jsonl").exists()
+        if not stored.exists() or not has_begun:
             return None
         earlier = load_config(stored)
-        changed = _differences(asdict(earlier), asdict(config))
+        # A checkpoint tells by its fingerprint whether data is the same, wherever it lies now.
+        changed = _differences(
+            _compared(earlier, with_paths=not has_checkpoint),
+            _compared(config, with_paths=not has_checkpoint),
+        )
         if changed:
             raise ConfigError(
                 f"{self.path} holds a run with other settings:\n  - "
@@ -128,6 +131,15 @@ class RunFolder:
         """Say where the run is: running, finished, stopped or failed."""
         status = {"state": state, **facts, "updated": time.time()}
         write_json(self.path / "status.json", status, durable=False)  # written often, for onlookers
+
+
+def _compared(config: RunConfig, *, with_paths: bool) -> dict[str, Any]:
+    """Return the settings, with or without the places of the training data."""
+    settings = asdict(config)
+    for source in settings["data"]["sources"]:
+        if not with_paths:
+            del source["path"]
+    return settings
 
 
 def _differences(stored: dict, asked: dict) -> list[str]:

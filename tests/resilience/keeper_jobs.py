@@ -4,6 +4,7 @@ A start does not give back what it holds unless it is asked to: it ends as if it
 """
 
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -18,11 +19,13 @@ from megatron_eso.checkpoint.folder import list_folders
 from megatron_eso.checkpoint.state import collect
 from megatron_eso.errors import CheckpointError
 from megatron_eso.launch.heartbeat import Heart
+from megatron_eso.train import keeper as keeper_module
 from megatron_eso.train.keeper import Keeper
 from megatron_eso.train.run_folder import RunFolder
 from megatron_eso.train.session import Session
 from megatron_eso.train.step import train_step
 from tests.rank_jobs import make_empty_session, read_rows
+from tests.replaced import replaced
 from tests.resilience.conftest import flip_a_bit
 
 
@@ -33,6 +36,8 @@ def start(
     save_at: list[int],
     back_at: int = -1,
     damage_at_back: bool = False,
+    tokenizer: str = "its hash",
+    free_bytes: float = math.inf,
 ) -> dict[str, Any]:
     """Go on with the run of a folder to a step; return where it began, what it said and ended with.
 
@@ -43,11 +48,14 @@ def start(
         save_at: steps that are saved.
         back_at: step at which to go back to the newest checkpoint, once.
         damage_at_back: change a bit of the newest before.
+        tokenizer: hash of the data's.
+        free_bytes: room on the disk.
     """
-    with _listening() as said:
+    disk = SimpleNamespace(disk_usage=lambda folder: SimpleNamespace(free=free_bytes))
+    with _listening() as said, replaced(((keeper_module, "shutil", disk),)):
         session = make_empty_session(overrides)
         try:
-            keeper = _open(session, folder)
+            keeper = _open(session, folder, tokenizer)
             keeper.resume_or_start()
         except CheckpointError as error:
             return {"error": str(error)}
@@ -72,6 +80,7 @@ def start(
         "losses": losses,
         "said": said,
         "state": _state(session),
+        "stored_bytes": keeper._stored_bytes,
     }
 
 
@@ -90,8 +99,7 @@ def _listening() -> Iterator[list[str]]:
         logger.setLevel(logging.NOTSET)
 
 
-def _open(session: Session, folder: str) -> Keeper:
-    Path(folder).mkdir(exist_ok=True)
+def _open(session: Session, folder: str, tokenizer: str) -> Keeper:
     settings = session.config.resilience
     heart = Heart(
         os.environ,
@@ -99,14 +107,17 @@ def _open(session: Session, folder: str) -> Keeper:
         floor_seconds=settings.min_timeout_seconds,
         factor=settings.timeout_factor,
     )
-    data: Any = SimpleNamespace(fingerprint=lambda: {"rows": "made up"})
-    return Keeper(session, RunFolder(Path(folder)), data, heart)
+    run = RunFolder(Path(folder))
+    if session.ranks.rank == 0:
+        run.take()
+    data: Any = SimpleNamespace(fingerprint=lambda: {"rows": "made up", "tokenizer": tokenizer})
+    return Keeper(session, run, data, heart)
 
 
 def _await_copy(session: Session, keeper: Keeper) -> None:
     """Wait for the node-local copy under way: what it holds is then certain."""
     deadline = time.monotonic() + 60
-    while session.config.checkpoint.local_folder and keeper.kept_step < session.state.step:
+    while session.config.checkpoint.local_folder and keeper.poll_kept_step() < session.state.step:
         assert time.monotonic() < deadline
         time.sleep(0.005)
 

@@ -144,6 +144,15 @@ def test_skipping_and_rolling_back_leave_the_same_batch_out(faulty):
     assert "left_out=[5]" in faulty.command("checkpoint", "inspect", "skip")
 
 
+def test_a_step_that_a_run_goes_back_to_is_not_evaluated_again(faulty):
+    nan = {"kind": "nan", "rank": 0, "step": 4, "always": True}
+    settings = ("train.steps=6", "train.save_every_steps=2", "train.eval_every_steps=2",
+                "parallel.tensor=1", "resilience.on_nonfinite=rollback")  # fmt: skip
+    faulty.run("evaluated", *settings, faults=[nan], num_ranks=1, max_restarts=0)
+    assert [e["step"] for e in faulty.events("evaluated", "rollback")] == [5]
+    assert len(faulty.events("evaluated", "evaluation")) == 3  # steps 2, 4 and 6
+
+
 def test_twenty_random_kills_end_with_the_weights_of_an_undisturbed_run(faulty):
     """kill -9 on 2 x 2 ranks at seeded moments of 200 steps, a third of them inside saves."""
     draw, faults = random.Random(4), []

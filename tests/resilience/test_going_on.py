@@ -116,6 +116,14 @@ def test_a_new_run_starts_from_the_weights_it_was_given_and_from_no_local_copy(
     )
 
 
+@pytest.mark.parametrize("header", ["[]", "null", '{"fits": []}'])
+def test_a_local_copy_whose_header_is_damaged_is_passed_over(one_rank, run, tmp_path, header):
+    settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
+    one_rank.run(START, str(run), settings, 2, [])
+    next(tmp_path.rglob("step_0000000002.json")).write_text(header)
+    assert one_rank.run(START, str(run), settings, 2, [])[0]["first"] == 1
+
+
 def test_new_local_copies_last_after_one_rank_lost_its_own(two_ranks, run, tmp_path):
     settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
     two_ranks.run(START, str(run), settings, 5, [1])
@@ -123,3 +131,50 @@ def test_new_local_copies_last_after_one_rank_lost_its_own(two_ranks, run, tmp_p
     assert two_ranks.run(START, str(run), settings, 2, [])[0]["first"] == 1
     assert len(list(tmp_path.rglob("step_0000000002.pt"))) == 2
     assert two_ranks.run(START, str(run), settings, 3, [])[0]["first"] == 2
+
+
+@pytest.mark.parametrize("average", [0.9, 0.0], ids=["average", "no average"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param([], id="data"),
+        pytest.param(["parallel.tensor=2"], id="tensor"),
+        pytest.param(["parallel.pipeline=2", "model.tie_embeddings=true"], id="pipeline, tied"),
+    ],
+)
+def test_the_room_asked_for_is_that_of_the_tensors_that_are_written(
+    two_ranks, run, layout, average
+):
+    settings = [*layout, f"optimizer.ema_decay={average}"]
+    found = two_ranks.run(START, str(run), settings, 0, [])
+    written = sum(tensor.nbytes for reply in found for tensor in reply["state"])
+    assert [reply["stored_bytes"] for reply in found] == [written] * 2
+    shutil.rmtree(run)
+    room = {"free_bytes": 1.11 * written}
+    assert "error" not in two_ranks.run(START, str(run), settings, 0, [], *of(**room))[0]
+    shutil.rmtree(run)
+    room = {"free_bytes": 1.09 * written}
+    for reply in two_ranks.run(START, str(run), settings, 0, [], *of(**room)):
+        assert "no room for a checkpoint of step 0: " in reply["error"]
+        assert "free space there" in reply["error"] and "goes on" not in reply["error"]
+
+
+def of(tokenizer="its hash", free_bytes=np.inf):
+    return -1, False, tokenizer, free_bytes
+
+
+def test_a_finished_run_asks_for_no_room(one_rank, run):
+    one_rank.run(START, str(run), ["train.steps=2"], 2, [2])
+    full = of(free_bytes=0)
+    assert one_rank.run(START, str(run), ["train.steps=2"], 2, [], *full)[0]["first"] == 2
+    assert "no room" in one_rank.run(START, str(run), ["train.steps=3"], 3, [], *full)[0]["error"]
+
+
+def test_weights_of_another_tokenizer_start_no_run(one_rank, run, tmp_path):
+    given = tmp_path / "given"
+    one_rank.run(START, str(given), [], 1, [1])
+    settings = [f"checkpoint.init_from={given}"]
+    found = one_rank.run(START, str(run), settings, 0, [], *of(tokenizer="another"))[0]
+    assert "with another tokenizer (sha256 its hash) than the data" in found["error"]
+    assert "(another)" in found["error"] and "data prepare --tokenizer" in found["error"]
+    assert "error" not in one_rank.run(START, str(run), settings, 0, [])[0]

@@ -1,17 +1,24 @@
 """What a start may change in a run's folder, and what a run that ends badly says there."""
 
+import errno
 import json
 import os
 import resource
+import shutil
+import time
 from contextlib import contextmanager
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
-from megatron_eso.checkpoint.folder import list_folders
-from megatron_eso.config.schema import OptimizerConfig, RunConfig
+from megatron_eso.checkpoint.folder import folder_of_step, list_folders
+from megatron_eso.config.schema import DataConfig, DataSourceConfig, OptimizerConfig, RunConfig
+from megatron_eso.errors import ConfigError
 from megatron_eso.launch import lease
 from megatron_eso.train.learning_rate import change_of_schedule
 from megatron_eso.train.run_folder import RunFolder
+from megatron_eso.train.spare_output import Board, SpareOutput
 from tests.resilience.conftest import SETTINGS
 
 ALONE = {"num_ranks": 1, "max_restarts": 0}
@@ -51,6 +58,121 @@ def test_a_file_that_is_right_already_is_left_alone(tmp_path):
     before = [(tmp_path / name).stat().st_ino for name in ("config.yaml", "tokenizer.json")]
     folder.describe(RunConfig(), b"tokens")
     assert [(tmp_path / n).stat().st_ino for n in ("config.yaml", "tokenizer.json")] == before
+
+
+def points_on_board(folder, tag):
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    return [point.step for point in board.Scalars(tag)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_board_goes_on_after_a_full_disk_and_each_failure_is_told_once(
+    tmp_path, monkeypatch, caplog
+):
+    board, output = Board(tmp_path), SpareOutput("tensorboard")
+
+    def add(step):
+        output.attempt(lambda: board.add({"loss": 1.0}, step))
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for number in (1, 2):
+        add(number)
+        board._writer.flush()
+        with monkeypatch.context() as patch, files_end_at(0):
+            patch.setattr(RecordWriter, "write", full)
+            deadline = time.monotonic() + 30
+            while len(caplog.messages) < number and time.monotonic() < deadline:
+                add(10)  # the thread that writes ends, which a later write is told
+            for _ in range(5):
+                add(10)
+        assert len(caplog.messages) == number
+        assert "tensorboard cannot be written: " in caplog.messages[-1]
+        assert len(list(tmp_path.iterdir())) == number
+    add(3)
+    board.close()
+    assert points_on_board(tmp_path, "loss") == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_scores_that_cannot_be_written_do_not_fail_a_finished_run(faulty):
+    folder = faulty.folder / "x" / "scores"
+    (folder / "evaluation.json").mkdir(parents=True)
+    out = faulty.run("scores", "train.steps=2", "parallel.tensor=1", **ALONE)
+    assert "evaluation.json cannot be written" in out and "Traceback" not in out
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_file_in_the_place_of_tensorboards_folder_is_refused_on_all_ranks(faulty):
+    folder = faulty.folder / "x" / "board"
+    folder.mkdir()
+    (folder / "tensorboard").touch()
+    out = faulty.run("board", "train.steps=2", code=2, max_restarts=0)
+    assert "folder=board cannot be written" in out and "board/tensorboard" in out
+    assert "Traceback" not in out
+
+
+def begun(folder, config, *, has_checkpoint=True, has_metrics=False):
+    """Return the folder of a run that has begun."""
+    run = RunFolder(folder)
+    run.describe(config, b"tokens")
+    if has_checkpoint:
+        checkpoint = folder_of_step(run.checkpoints, 1)
+        checkpoint.path.mkdir(parents=True)
+        (checkpoint.path / "COMMITTED").touch()
+    if has_metrics:
+        (folder / "metrics.jsonl").touch()
+    return run
+
+
+@pytest.mark.parametrize(
+    ("has_checkpoint", "has_metrics"), [(True, False), (False, True), (True, True)]
+)
+def test_other_settings_are_refused_once_a_run_has_begun(tmp_path, has_checkpoint, has_metrics):
+    run = begun(tmp_path, RunConfig(), has_checkpoint=has_checkpoint, has_metrics=has_metrics)
+    other = RunConfig(optimizer=OptimizerConfig(beta1=0.5))
+    with pytest.raises(ConfigError, match=r"optimizer.beta1: 0.9 there, 0.5 asked"):
+        run.earlier_config(other)
+    assert run.earlier_config(RunConfig()) is not None
+
+
+def test_other_settings_after_a_start_that_left_nothing_are_fine(tmp_path):
+    run = begun(tmp_path, RunConfig(), has_checkpoint=False)
+    assert run.earlier_config(RunConfig(optimizer=OptimizerConfig(beta1=0.5))) is None
+
+
+def of_data(*sources):
+    return RunConfig(data=DataConfig(sources=[DataSourceConfig(*source) for source in sources]))
+
+
+def test_data_that_lies_elsewhere_now_is_told_by_the_fingerprint_of_a_checkpoint(tmp_path):
+    run = begun(tmp_path, of_data(("d/train", 1.0), ("e", 2.0)))
+    assert run.earlier_config(of_data(("./d/train", 1.0), ("/elsewhere/e", 2.0))) is not None
+    for other in (of_data(("d/train", 2.0), ("e", 2.0)), of_data(("d/train", 1.0))):
+        with pytest.raises(ConfigError, match=r"data.sources: .* there"):
+            run.earlier_config(other)
+
+
+def test_other_data_without_a_checkpoint_to_compare_with_is_refused(tmp_path):
+    run = begun(tmp_path, of_data(("d/train", 1.0)), has_checkpoint=False, has_metrics=True)
+    with pytest.raises(ConfigError, match=r"data.sources: .*d/train"):
+        run.earlier_config(of_data(("e/train", 1.0)))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_after_its_data_was_moved_but_not_with_other_data(faulty):
+    settings = ("parallel.tensor=1", "train.save_every_steps=1")
+    faulty.run("moved", *settings, "train.steps=2", **ALONE)
+    shutil.copytree(faulty.folder / "data", faulty.folder / "moved data")
+    moved = "data.sources=[{path: '../moved data/train'}]"
+    out = faulty.run("moved", *settings, "train.steps=3", moved, **ALONE)
+    assert "continuing from" in out
+    other = "data.sources=[{path: ../data/validation}]"
+    out = faulty.run("moved", *settings, "train.steps=4", other, code=4, **ALONE)
+    assert "was trained on other data (data.sources" in out
 
 
 @pytest.mark.slow
