@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -115,7 +115,7 @@ def _from_hf(
     )
     for remark in found.remarks:
         typer.echo(remark)
-    _print_settings(found.folder.path, found.sequence_length, found.model)
+    _print_settings(found.folder, found.sequence_length, found.model)
 
 
 def _from_official(
@@ -135,15 +135,22 @@ def _from_official(
     )  # fmt: skip
     count = sum(tensor.numel() for tensor in official.weights.values())
     typer.echo(f"{folder.path}: {weights.value} weights, {count:,} numbers after folding")
-    _print_settings(folder.path, official.sequence_length, official.model)
+    _print_settings(folder, official.sequence_length, official.model)
     finish()
 
 
-def _print_settings(path: Path, sequence_length: int, model: object) -> None:
+def _print_settings(folder: Any, sequence_length: int, model: Any) -> None:
     """Print the settings with which training goes on."""
     from dataclasses import asdict
 
-    shape = {k: v for k, v in asdict(model).items() if v not in (None, False)}  # type: ignore[call-overload]
+    from megatron_eso.config.schema import ObjectiveConfig
+
+    shape = {k: v for k, v in asdict(model).items() if v not in (None, False)}
+    objective = folder.sidecar().get("objective") or {}
+    usual = asdict(ObjectiveConfig())
+    changed = {k: v for k, v in objective.items() if k == "name" or v != usual.get(k)}
     typer.echo("to train on, give megatron-eso train these settings:")
-    typer.echo(f"  checkpoint.init_from={path} train.sequence_length={sequence_length}")
+    typer.echo(f"  checkpoint.init_from={folder.path} train.sequence_length={sequence_length}")
     typer.echo("  " + " ".join(f"model.{name}={value}" for name, value in shape.items()))
+    if changed:
+        typer.echo("  " + " ".join(f"objective.{name}={value}" for name, value in changed.items()))
