@@ -74,7 +74,8 @@ def sample(
             raise ConfigError(f"--{name} {number} must be at least 1")
     if out is not None and live:
         raise ConfigError("--live draws in the terminal; leave it out together with --out")
-    if tensor * pipeline != (int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else ranks):
+    given = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else ranks
+    if tensor * pipeline != given:
         raise ConfigError(
             f"--tensor {tensor} x --pipeline {pipeline} = {tensor * pipeline} ranks are needed; set "
             f"--ranks {tensor * pipeline}"
