@@ -14,6 +14,7 @@ from megatron_eso.cli import evaluate, launch, sample, train
 from megatron_eso.config import (
     RunConfig,
     check,
+    check_start,
     derive,
     load_config,
     save_config,
@@ -246,6 +247,8 @@ def test_all_violations_are_reported_at_once():
         ),
         (["precision.bf16_first_layers=-1"], "bf16_first_layers=-1 must be at least 0"),
         (["train.tokens=100"], "exactly one of"),
+        (["objective.name=mdlm", "objective.diffusion_fraction=0.5"], "all take one pass"),
+        (["objective.name=ar", "objective.loss_weight=constant"], "has no diffusion loss"),
         (["train.profile_steps=[3,0]"], "the run has no step 0, its steps are 1 to 10"),
         (["train.profile_steps=[11]"], "the run has no step 11, its steps are 1 to 10"),
         (["train.profile_ranks=[-1]"], "train.profile_ranks=[-1] must be at least 0"),
@@ -287,6 +290,31 @@ def test_a_rank_to_profile_is_one_of_the_runs():
     (found,) = violations(config(*settings), 2)
     assert found == "train.profile_ranks=[0, 2]: the run's ranks are 0 to 1"
     assert not violations(config(*settings), 4)
+
+
+def test_a_run_that_is_about_to_start_needs_data():
+    with pytest.raises(ConfigError, match=r"data.sources is empty: name at least one"):
+        check_start(config(), 1)
+    check_start(config("data.sources=[{path: a}]"), 1)
+    check(config(), 1)  # as for a plan
+
+
+def test_a_path_may_begin_at_the_users_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "run.yaml").write_text("folder: ~/runs/${name}\ndata: {validation: {a: ~/v}}\n")
+    loaded = load_config(
+        tmp_path / "run.yaml",
+        [
+            "data.sources=[{path: ~/t},{path: 's3://b/~'}]",
+            "checkpoint.init_from=~/c",
+            "data.cache_dir=~/d",
+        ],
+    )
+    assert loaded.folder == "/home/me/runs/run"
+    assert loaded.data.validation == {"a": "/home/me/v"}
+    assert [source.path for source in loaded.data.sources] == ["/home/me/t", "s3://b/~"]
+    assert (loaded.checkpoint.init_from, loaded.data.cache_dir) == ("/home/me/c", "/home/me/d")
+    assert loaded.checkpoint.local_folder is None
 
 
 def test_a_setting_that_may_be_off_is_off_at_its_documented_value():

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from megatron_eso.checkpoint import straight_reader
 from megatron_eso.checkpoint.compare import compare
-from megatron_eso.checkpoint.find import newest_valid
+from megatron_eso.checkpoint.find import find_checkpoint, newest_valid
 from megatron_eso.checkpoint.folder import (
     SIDECAR,
     CheckpointFolder,
@@ -181,6 +181,12 @@ def test_a_sidecar_that_is_no_object_is_damaged(tmp_path):
     (folder.path / "esolm.json").write_text("[]")
     with pytest.raises(CheckpointError, match="holds no object"):
         folder.sidecar()
+
+
+def test_a_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "c.yaml").touch()
+    with pytest.raises(CheckpointError, match=r"c.yaml is a file; give a checkpoint's folder"):
+        find_checkpoint(tmp_path / "c.yaml")
 
 
 def test_retention_keeps_the_newest_and_the_milestones(tmp_path):

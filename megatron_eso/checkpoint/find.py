@@ -89,8 +89,10 @@ def _meant(path: Path) -> list[CheckpointFolder]:
     for root in (path, path / "checkpoints"):
         if folders := _newest_first(root):
             return folders
-    if not path.is_dir():
+    if not path.exists():
         raise CheckpointError(f"{path} does not exist")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; give a checkpoint's folder, or a run's")
     folder = CheckpointFolder(path)
     folder.sidecar()
     return [folder]

@@ -39,7 +39,7 @@ def launch(
         megatron-eso launch RUN.yaml resilience.max_restarts_without_progress=5
         megatron-eso launch RUN.yaml --ranks 8 --agent ft_launcher
     """
-    from megatron_eso.config import check, load_config
+    from megatron_eso.config import check_start, load_config
     from megatron_eso.errors import ClusterError
     from megatron_eso.launch.agents import agent_command, agent_environment
     from megatron_eso.launch.environment import rank_environment
@@ -51,7 +51,7 @@ def launch(
     place = rank_environment(os.environ)
     number = 1 if place else ranks or run_config.parallel.local_ranks
     if not place:
-        check(run_config, number)
+        check_start(run_config, number)
     settings = run_config.resilience
     if agent != "own":
         if place:

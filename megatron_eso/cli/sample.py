@@ -82,7 +82,8 @@ def sample(
         )
     for name, texts in (("prompt", prompt or []), ("infill", [infill or ""])):
         _require_text(name, texts)
-    if tensor * pipeline != (int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else ranks):
+    given = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else ranks
+    if tensor * pipeline != given:
         raise ConfigError(
             f"--tensor {tensor} x --pipeline {pipeline} = {tensor * pipeline} ranks are needed; set "
             f"--ranks {tensor * pipeline}"

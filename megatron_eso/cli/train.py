@@ -32,7 +32,7 @@ def train(
         megatron-eso train configs/run/quickstart.yaml parallel.tensor=2 train.steps=50
         torchrun --nproc-per-node 8 -m megatron_eso train RUN.yaml
     """
-    from megatron_eso.config import check, load_config
+    from megatron_eso.config import check_start, load_config
     from megatron_eso.config.precision_rules import process_environment
     from megatron_eso.garbage import look_at_new_objects
     from megatron_eso.launch.processes import ignore_signals
@@ -45,7 +45,7 @@ def train(
     os.environ.update(process_environment(run_config))
     if "RANK" not in os.environ:
         number = ranks or run_config.parallel.local_ranks
-        check(run_config, number)
+        check_start(run_config, number)
         if number > 1:
             from megatron_eso.cli.launch import launch
 

@@ -1,6 +1,6 @@
 """The configuration of a run: schema, loading, rules across sections, derived numbers."""
 
-from megatron_eso.config.check import check, violations
+from megatron_eso.config.check import check, check_start, violations
 from megatron_eso.config.derive import Derived
 from megatron_eso.config.load import load_config, save_config, to_yaml
 from megatron_eso.config.schema import RunConfig
@@ -9,6 +9,7 @@ __all__ = [
     "Derived",
     "RunConfig",
     "check",
+    "check_start",
     "load_config",
     "save_config",
     "to_yaml",

@@ -17,11 +17,17 @@ from megatron_eso.errors import ConfigError
 
 def check(config: RunConfig, world_size: int | None = None) -> None:
     """Raise a :class:`ConfigError` that lists every violation; return nothing if there is none."""
+    _refuse(violations(config, world_size))
+
+
+def check_start(config: RunConfig, world_size: int) -> None:
+    """Raise what :func:`check` does, also where a run that is about to start has no data."""
     found = violations(config, world_size)
-    if found:
-        raise ConfigError(
-            f"{len(found)} setting(s) do not fit:\n" + "\n".join(f"  - {line}" for line in found)
+    if not config.data.sources:
+        found.append(
+            "data.sources is empty: name at least one prepared split, [{path: DATA/train}]"
         )
+    _refuse(found)
 
 
 def check_layout(config: RunConfig, world_size: int) -> None:
@@ -66,6 +72,13 @@ def violations(config: RunConfig, world_size: int | None = None) -> list[str]:
     if world_size is not None and not wrong.intersection(_WORLD_READS):
         found += _world(config, world_size)
     return found
+
+
+def _refuse(found: list[str]) -> None:
+    if found:
+        raise ConfigError(
+            f"{len(found)} setting(s) do not fit:\n" + "\n".join(f"  - {line}" for line in found)
+        )
 
 
 def _beyond_ranges(config: RunConfig, sections: tuple[str, ...] = ()) -> tuple[list[str], set[str]]:
@@ -305,6 +318,16 @@ def _precision(config: RunConfig) -> Iterator[str]:
 
 def _baselines(config: RunConfig) -> Iterator[str]:
     objective, train = config.objective, config.train
+    if objective.name != "eso" and objective.diffusion_fraction is not None:
+        yield (
+            f"objective.diffusion_fraction={objective.diffusion_fraction} has no effect with "
+            f"objective.name={objective.name}, whose rows all take one pass; set it to null"
+        )
+    if objective.name == "ar" and objective.loss_weight != "elbo":
+        yield (
+            f"objective.loss_weight={objective.loss_weight} has no effect with objective.name=ar, which "
+            "has no diffusion loss; leave it out"
+        )
     if objective.name != "bd3lm":
         return
     if train.sequence_length % objective.block_size:

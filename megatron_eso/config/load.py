@@ -10,8 +10,9 @@ false. Where the schema has text, what was written is the value, null apart.
 import re
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
+from os.path import expanduser
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import IO, Any, Literal, get_args, get_origin
@@ -50,9 +51,10 @@ def load_config(
         except OmegaConfBaseException as error:
             raise ConfigError(f"{source}: {_first_lines(error)}") from None
     try:
-        return OmegaConf.to_object(merged)
+        found = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path or 'overrides'}: {_first_lines(error)}") from None
+    return _with_home(found) if isinstance(found, RunConfig) else found
 
 
 def to_yaml(config: Any) -> str:
@@ -63,6 +65,26 @@ def to_yaml(config: Any) -> str:
 def save_config(config: Any, path: Path) -> None:
     """Write the configuration as YAML; see :func:`megatron_eso.files.write_whole`."""
     write_whole(path, to_yaml(config))
+
+
+def _with_home(config: RunConfig) -> RunConfig:
+    """Return a run whose paths begin at the user's folder where ~ stands: no shell replaces it."""
+    data, checkpoint = config.data, config.checkpoint
+    return replace(
+        config,
+        folder=expanduser(config.folder),
+        data=replace(
+            data,
+            sources=[replace(source, path=expanduser(source.path)) for source in data.sources],
+            validation={name: expanduser(path) for name, path in data.validation.items()},
+            cache_dir=data.cache_dir and expanduser(data.cache_dir),
+        ),
+        checkpoint=replace(
+            checkpoint,
+            local_folder=checkpoint.local_folder and expanduser(checkpoint.local_folder),
+            init_from=checkpoint.init_from and expanduser(checkpoint.init_from),
+        ),
+    )
 
 
 def _layers(

@@ -72,13 +72,13 @@ class ObjectiveConfig:
     """eso: Eso-LM; ar: left to right; mdlm: bidirectional masked diffusion; bd3lm: block diffusion."""
     alpha_0: float = within(1.0, at_least=0, at_most=1)
     """Eso-LM: expected share of tokens made by diffusion, in [0, 1]. 1 is pure masked diffusion,
-    0 pure left to right."""
+    0 pure left to right. The other objectives do not use it."""
     diffusion_fraction: float | None = within(None, at_least=0, at_most=1)
     """Eso-LM: share of rows that take the diffusion pass (kappa); null: 0.5 for 0 < alpha_0 < 1, 1 for
     alpha_0 = 1, 0 for alpha_0 = 0. At or below 0.25 training diverged in the paper."""
     loss_weight: Literal["elbo", "constant"] = "elbo"
     """Weight of the diffusion loss: alpha_0 / (1 - alpha_t), a bound on the likelihood, or 1 (lower
-    variance; only for alpha_0 = 1 and the mdlm objective). Evaluation always uses the bound."""
+    variance; only for alpha_0 = 1, mdlm and bd3lm). Evaluation always uses the bound."""
     noise_eps: float = within(1e-3, at_least=0, below=1)
     """Training times run over [noise_eps, 1] and alpha_t = alpha_0 (1 - (1 - noise_eps) t), as in the
     official code. Evaluation has its own (eval.noise_eps)."""

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_eso.config import check
+from megatron_eso.config import check_start
 from megatron_eso.config.derive import total_steps
 from megatron_eso.config.load import load_config, save_config
 from megatron_eso.config.schema import CheckpointConfig, RunConfig
@@ -56,7 +56,7 @@ def prepare(
     config = load_config(config_path, overrides)
     every = [load_config(config_path, [*overrides, *one]) for one in sweep or [[]]]
     for one in every:
-        check(one, ranks)
+        check_start(one, ranks)
     run = Path(os.path.abspath(config.folder))
     shared = [os.path.abspath(folder) for folder in profile.shared_folders]
     if shared and not any(run.is_relative_to(folder) for folder in shared):

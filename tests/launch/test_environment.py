@@ -2,8 +2,9 @@
 
 import pytest
 
-from megatron_eso.errors import ClusterError
+from megatron_eso.errors import ClusterError, ConfigError
 from megatron_eso.launch.environment import first_host, master_port, rank_environment
+from megatron_eso.parallel.device import Ranks
 
 SRUN = {
     "SLURM_JOB_ID": "12", "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1",
@@ -52,3 +53,11 @@ def test_an_attempt_gets_another_port():
     assert master_port({"SLURM_JOB_ID": "5"}) != master_port(
         {"SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "1"}
     )
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+@pytest.mark.parametrize("value", ["x", "", "-1"])
+def test_a_rank_that_is_no_number_names_its_variable(name, value):
+    assert Ranks.from_environment({"RANK": "1", "WORLD_SIZE": "2"}) == Ranks(1, 2, 0)
+    with pytest.raises(ConfigError, match=f"{name}={value} in the environment is not a number"):
+        Ranks.from_environment({name: value})
