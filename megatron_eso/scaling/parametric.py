@@ -33,10 +33,6 @@ class Parametric:
     """log(measured) - log(fitted)."""
     intervals: dict[str, tuple[float, float]]
 
-    def loss(self, parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Return the fitted loss."""
-        return self.E + self.A / parameters**self.a + self.B / tokens**self.b
-
 
 def fit_parametric(
     parameters: Sequence[float],
