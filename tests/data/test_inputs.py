@@ -64,6 +64,9 @@ def save_gzip(path, texts) -> None:
     ("name", "save"),
     [
         ("corpus.jsonl.gz", save_gzip),
+        ("corpus.json.gz", save_gzip),
+        ("CORPUS.JSONL.GZ", save_gzip),
+        ("corpus.json.zst", save_zstandard),
         ("corpus.jsonl.zst", save_zstandard),
         ("corpus.parquet", save_parquet),
         ("data-00000-of-00001.arrow", save_arrow),
@@ -74,6 +77,27 @@ def test_every_format_gives_the_same_documents(tmp_path, name, save):
     (tmp_path / "other").mkdir()
     save(tmp_path / "other" / name, texts)
     assert texts_of(tmp_path / "other" / name) == texts
+
+
+@pytest.mark.parametrize(
+    "content", ['[{"text": "a"}]', '{\n "text": "a"\n}'], ids=["array", "indented"]
+)
+def test_a_json_file_that_is_not_lines_is_refused_with_what_is_expected(tmp_path, content):
+    with gzip.open(tmp_path / "a.json.gz", "wt") as file:
+        file.write("\n" + content)
+    with pytest.raises(
+        DataError, match=r"a\.json\.gz begins with .*: expected a JSON object per line"
+    ):
+        find_files([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl.bz2", "a.xz", "a.ZIP", "a.tar.gz", "a.csv", "a.feather", "a.parquet.gz"]
+)
+def test_a_container_that_is_not_read_is_refused_and_not_taken_for_text(tmp_path, name):
+    (tmp_path / name).write_text("text, even if it could be read as such")
+    with pytest.raises(DataError, match=rf"{name}: \.[a-z.0-9]+ files are not read; .*\.jsonl"):
+        find_files([str(tmp_path)])
 
 
 def zstandard_frames(*texts: str) -> bytes:
