@@ -53,7 +53,7 @@ def prepare_command(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Worker processes; default: cores.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Remove what another request left.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Remove what is there and start afresh.")] = False,
     staging: Annotated[
         Path | None, typer.Option(help="With s3://, gs://: folder for work in progress [cache].")
     ] = None,
@@ -85,7 +85,11 @@ def prepare_command(
         sources, out, options, tokenizer=tokenizer, tokenizer_bytes=tokenizer_mib << 20,
         num_processes=processes, overwrite=overwrite, staging=staging, progress=Progress(),
     )  # fmt: skip
-    state = "already prepared, nothing to do" if done.was_complete else "prepared"
+    state = (
+        "already prepared, nothing to do (--overwrite does it afresh)"
+        if done.was_complete
+        else "prepared"
+    )
     print(f"{out}: {state}")
     for _, manifest in sorted(done.manifests.items()):
         print(f"  {summary_line(manifest)}")

@@ -1,6 +1,7 @@
 """Preparing data: every document's tokens are there once, and asking twice is safe."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ from megatron_eso.data.partition import split_of
 from megatron_eso.data.prepare import prepare
 from megatron_eso.data.reader import ValidationReader
 from megatron_eso.data.tokenizer import Tokenizer
+from megatron_eso.data.workers import write_partitions
 from megatron_eso.errors import DataError
 from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE, options, write_corpus
 
@@ -88,6 +90,63 @@ def test_overwrite_replaces_what_another_request_left(corpus, prepared, tmp_path
     shutil.copytree(prepared, out)
     prepare([str(corpus)], out, options(sequence_length=32), num_processes=1, overwrite=True)
     assert load_manifest(out / "train").sequence_length == 32
+
+
+def test_overwrite_repairs_damaged_data_of_the_same_request(corpus, prepared, tmp_path):
+    out = tmp_path / "set"
+    shutil.copytree(prepared, out)
+    shard = out / "train" / "shard.00000.mds"
+    whole = shard.read_bytes()
+    for path in (shard, out / "train" / "manifest.json"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(DataError, match="prepare the data again, with --overwrite"):
+        prepare([str(corpus)], out, options(), num_processes=1)
+    assert not prepare([str(corpus)], out, options(), num_processes=1, overwrite=True).was_complete
+    assert shard.read_bytes() == whole
+
+
+def test_a_removed_split_is_made_again_by_the_same_command(corpus, prepared, tmp_path):
+    out = tmp_path / "set"
+    shutil.copytree(prepared, out)
+    shutil.rmtree(out / "validation")
+    assert not prepare([str(corpus)], out, options(), num_processes=1).was_complete
+    assert documents_in(out, "validation") == documents_in_order(corpus, "validation")
+    assert documents_in(out, "train") == documents_in_order(corpus, "train")
+
+
+def test_a_damaged_request_is_named_and_overwritten_on_demand(corpus, prepared, tmp_path):
+    out = tmp_path / "set"
+    shutil.copytree(prepared, out)
+    (out / "prepare.json").write_bytes(b'{"sources": \xff')
+    with pytest.raises(DataError, match=r"holds a damaged prepare\.json.*--overwrite"):
+        prepare([str(corpus)], out, options(), num_processes=1)
+    prepare([str(corpus)], out, options(), num_processes=1, overwrite=True)
+    assert documents_in(out, "train") == documents_in_order(corpus, "train")
+
+
+def test_a_second_process_is_refused_while_one_is_at_work(corpus, tmp_path, monkeypatch):
+    out, request = tmp_path / "set", ([str(corpus)], tmp_path / "set", options())
+    seen = []
+
+    def at_work(*arguments, **settings):
+        before = sorted(out.rglob("*"))
+        with pytest.raises(
+            DataError, match=rf"another `data prepare` \(process {os.getpid()} on .*-n1"
+        ):
+            prepare(*request, num_processes=1, overwrite=True)
+        assert sorted(out.rglob("*")) == before
+        seen.append(True)
+        return write_partitions(*arguments, **settings)
+
+    monkeypatch.setattr("megatron_eso.data.prepare.write_partitions", at_work)
+    prepare(*request, num_processes=1)
+    assert seen and not list(out.glob("*.lock"))
+
+
+def test_the_lock_of_a_process_that_died_holds_nobody_up(corpus, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "prepare.lock").write_text("process 1 on another")
+    prepare([str(corpus)], tmp_path / "set", options(), num_processes=1)
 
 
 def test_a_folder_that_data_prepare_did_not_make_is_left_alone(corpus, tmp_path):
