@@ -13,6 +13,11 @@ from typing import Any
 from uuid import uuid4
 
 
+def is_remote(address: str) -> bool:
+    """Return whether an address is of an object store; the name of a file or folder may have a colon."""
+    return "://" in address
+
+
 def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> None:
     """Replace a file in one step: readers find the earlier content or this, never a part.
 

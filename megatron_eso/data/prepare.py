@@ -26,7 +26,7 @@ from megatron_eso.data.claim import (
 from megatron_eso.data.documents import documents_of
 from megatron_eso.data.manifest import Manifest, sha256_of
 from megatron_eso.data.merge import merge_partitions
-from megatron_eso.data.open_split import default_cache, is_remote
+from megatron_eso.data.open_split import default_cache
 from megatron_eso.data.output import describe_write_error
 from megatron_eso.data.partition import Preparation, PrepareOptions, split_of
 from megatron_eso.data.progress import Progress
@@ -35,6 +35,7 @@ from megatron_eso.data.sources import Piece, find_files, partitions_of
 from megatron_eso.data.tokenizer import Tokenizer, resolve_tokenizer, train_tokenizer
 from megatron_eso.data.workers import write_partitions
 from megatron_eso.errors import DataError
+from megatron_eso.files import is_remote
 
 
 @dataclass(frozen=True)

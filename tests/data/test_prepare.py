@@ -124,6 +124,15 @@ def test_a_damaged_request_is_named_and_overwritten_on_demand(corpus, prepared, 
     assert documents_in(out, "train") == documents_in_order(corpus, "train")
 
 
+def test_a_folder_may_have_a_colon_in_its_name(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare([str(corpus)], "run-12:30", options(), num_processes=1)
+    reader = ValidationReader(
+        "run-12:30/train", sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE
+    )
+    assert reader.num_rows
+
+
 def test_a_second_process_is_refused_while_one_is_at_work(corpus, tmp_path, monkeypatch):
     out, request = tmp_path / "set", ([str(corpus)], tmp_path / "set", options())
     seen = []
