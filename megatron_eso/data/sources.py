@@ -182,7 +182,7 @@ def _whole(path: Path, key: str) -> Piece:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     kind = kind_of(path)
     require_json_lines(path)
-    return Piece(str(path.resolve()), kind, key, size)
+    return Piece(os.path.abspath(path), kind, key, size)
 
 
 def _cut(piece: Piece, aim: int) -> Iterator[Piece]:

@@ -154,6 +154,12 @@ def test_a_folder_of_texts_is_a_document_a_file_sorted_by_name(tmp_path):
     assert texts_of(tmp_path) == ["first", "second", "third"]
 
 
+def test_a_linked_file_is_read_as_the_name_of_the_link_says(tmp_path):
+    save_gzip(tmp_path / "blob", ["a", "b"])  # as the cache of the Hugging Face hub has it
+    (tmp_path / "a.jsonl.gz").symlink_to("blob")
+    assert texts_of(tmp_path / "a.jsonl.gz") == ["a", "b"]
+
+
 def test_linked_folders_are_read_once_and_a_circle_ends(tmp_path):
     for name, text in {"in/a/one.txt": "one", "elsewhere/two.txt": "two"}.items():
         (tmp_path / name).parent.mkdir(parents=True)
