@@ -176,20 +176,38 @@ def _make_tokenizer(
 
 
 def _training_texts(pieces: list[Piece], options: PrepareOptions, num_bytes: int) -> Iterator[str]:
-    """Yield training documents, evenly from all files, of at most ``num_bytes`` in all."""
-    share = min(1.0, num_bytes / sum(piece.num_bytes for piece in pieces))
-    for piece in pieces:
-        left = piece.num_bytes * share
-        for document in documents_of(piece, text_key=options.text_key):
-            if left <= 0:
-                break
-            if (
-                document.problem is None
-                and split_of(document, options.validation_fraction) == "train"
-            ):
-                text = document.text[: int(left) + 1]
-                left -= len(text)
-                yield text
+    """Yield training text of at most ``num_bytes`` of UTF-8, as much from the begin of each file.
+
+    What a short file leaves is shared by the others in another round. The sizes of files decide nothing, so
+    the same text gives the same tokenizer, compressed or not.
+    """
+    left, taken = num_bytes, dict.fromkeys(range(len(pieces)), 0)
+    while taken and left >= len(taken):
+        share = left // len(taken)
+        for number, begin in list(taken.items()):
+            num_read = 0
+            for part in _training_bytes(pieces[number], options, begin, begin + share):
+                num_read += len(part)
+                yield part.decode(errors="ignore")  # a character that is cut is left out
+            left -= num_read
+            if num_read < share:
+                del taken[number]
+            else:
+                taken[number] += share
+
+
+def _training_bytes(piece: Piece, options: PrepareOptions, begin: int, end: int) -> Iterator[bytes]:
+    """Yield the training documents of a file, from byte ``begin`` of their text to ``end``."""
+    position = 0
+    for document in documents_of(piece, text_key=options.text_key):
+        if document.problem is None and split_of(document, options.validation_fraction) == "train":
+            text = document.text.encode()
+            part = text[max(begin - position, 0) : end - position]
+            position += len(text)
+            if part:
+                yield part
+            if position >= end:
+                return
 
 
 def _write(

@@ -1,5 +1,6 @@
 """Preparing data: every document's tokens are there once, and asking twice is safe."""
 
+import gzip
 import json
 import os
 import shutil
@@ -10,8 +11,9 @@ import pytest
 from megatron_eso.data.documents import Document
 from megatron_eso.data.manifest import load_manifest
 from megatron_eso.data.partition import split_of
-from megatron_eso.data.prepare import prepare
+from megatron_eso.data.prepare import _training_texts, prepare
 from megatron_eso.data.reader import ValidationReader
+from megatron_eso.data.sources import find_files
 from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.data.workers import write_partitions
 from megatron_eso.errors import DataError
@@ -169,6 +171,29 @@ def test_more_vocabulary_than_the_text_can_fill_is_refused(tmp_path):
     write_corpus(tmp_path / "small.jsonl", num_documents=3)
     with pytest.raises(DataError, match=r"--vocab-size 5000 is more than .* set --vocab-size \d+"):
         prepare([str(tmp_path / "small.jsonl")], tmp_path / "set", options(vocab_size=5000))
+
+
+def training_texts(folder, num_bytes: int) -> list[str]:
+    return list(_training_texts(find_files([str(folder)]), options(), num_bytes))
+
+
+def test_the_text_that_trains_a_tokenizer_is_counted_in_bytes_and_not_cut_by_compression(tmp_path):
+    for name in ("plain", "packed"):
+        (tmp_path / name).mkdir()
+    for number in range(3):
+        plain = tmp_path / "plain" / f"{number}.jsonl"
+        write_corpus(plain, num_documents=20 * 10**number, seed=number)
+        plain.write_text(plain.read_text().replace("a", "ä€"))
+        with gzip.open(tmp_path / "packed" / f"{plain.name}.gz", "wb") as file:
+            file.write(plain.read_bytes())
+    every = training_texts(tmp_path / "plain", 1 << 30)
+    size = len("".join(every).encode())
+    for num_bytes in (1000, size // 2, 1 << 30):
+        texts = training_texts(tmp_path / "packed", num_bytes)
+        assert texts == training_texts(tmp_path / "plain", num_bytes)
+        used = len("".join(texts).encode())
+        assert min(num_bytes, size) - 12 <= used <= num_bytes
+    assert every == training_texts(tmp_path / "plain", 3 * size)
 
 
 def test_a_second_run_without_a_validation_split_has_nothing_to_do(prepared, corpus, tmp_path):
