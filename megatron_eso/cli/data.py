@@ -24,7 +24,10 @@ app = typer.Typer(
 
 @app.command("prepare")
 def prepare_command(
-    sources: Annotated[list[str], typer.Argument(help="Files, folders, 'stdlib' or 'hf:NAME'.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Files, folders, 'stdlib' or 'hf:NAME[@CONFIGURATION][:SPLIT]'."),
+    ],
     out: Annotated[str, typer.Option(help="Folder that receives the data set; s3://, gs://.")],
     sequence_length: Annotated[int, typer.Option(help="Tokens of a row, L.")] = 512,
     vocab_size: Annotated[

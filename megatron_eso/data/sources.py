@@ -18,6 +18,7 @@ from megatron_eso.errors import DataError
 
 STDLIB = "stdlib"
 HUB_PREFIX = "hf:"
+HUB_FORM = "hf:NAME[@CONFIGURATION][:SPLIT]"
 # What Hugging Face datasets writes beside the arrow files of a saved data set.
 ARROW_SIDE_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
 # Tests and tables of characters: text of little use for learning to write Python.
@@ -68,7 +69,8 @@ def find_files(sources: list[str]) -> list[Piece]:
     """Return one piece per input file, sorted within each source.
 
     Args:
-        sources: files, folders, ``stdlib``, or ``hf:NAME`` for a data set of the Hugging Face hub.
+        sources: files, folders, ``stdlib``, or ``hf:NAME[@CONFIGURATION][:SPLIT]`` for a data set
+            of the Hugging Face hub.
 
     Raises:
         DataError: for a source that does not exist or holds nothing.
@@ -112,7 +114,7 @@ def _files_of(source: str) -> list[Piece]:
     if not path.is_dir():
         raise DataError(
             f"source {source} does not exist (give a file, a folder, '{STDLIB}', or "
-            f"'{HUB_PREFIX}NAME' for a data set of the Hugging Face hub)"
+            f"'{HUB_FORM}' for a data set of the Hugging Face hub)"
         )
     files = list(_walk(path))
     if any(file.suffix.lower() == ".arrow" for file in files):
@@ -135,7 +137,8 @@ def _stdlib_files(root: Path) -> list[Piece]:
 
 
 def _hub_files(source: str) -> list[Piece]:
-    name, _, split = source.removeprefix(HUB_PREFIX).partition(":")
+    named, _, split = source.removeprefix(HUB_PREFIX).partition(":")
+    name, _, configuration = named.partition("@")
     if {"[", "+"} & set(split):
         raise DataError(
             f"source {source}: {split} is a part of a split or several; whole files are read, so name one "
@@ -148,9 +151,11 @@ def _hub_files(source: str) -> list[Piece]:
             f"source {source} needs the datasets package: pip install datasets"
         ) from None
     try:
-        cached = load_dataset(name, split=split or "train").cache_files  # pyright: ignore
+        cached = load_dataset(name, configuration or None, split=split or "train").cache_files  # pyright: ignore
     except Exception as error:
-        raise DataError(f"data set {name} could not be fetched: {error}") from error
+        raise DataError(
+            f"source {source} could not be fetched: {error} (a source of the hub is {HUB_FORM})"
+        ) from error
     return [_whole(Path(entry["filename"]), Path(entry["filename"]).name) for entry in cached]
 
 

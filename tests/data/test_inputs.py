@@ -7,7 +7,10 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
+import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -375,6 +378,31 @@ def test_a_tokenizer_of_another_size_is_refused_with_both_numbers(prepared, corp
     with pytest.raises(DataError, match=r"--vocab-size=512.* has 299 tokens .*--vocab-size=300"):
         prepare([str(corpus)], tmp_path / "set", options(vocab_size=512),
                 tokenizer=str(prepared / "tokenizer.json"), num_processes=1)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("hf:some/set", ("some/set", None, "train")),
+        ("hf:some/set:test", ("some/set", None, "test")),
+        ("hf:some/set@small-1.0:test", ("some/set", "small-1.0", "test")),
+    ],
+)
+def test_a_source_of_the_hub_names_data_set_configuration_and_split(
+    tmp_path, monkeypatch, source, asked
+):
+    save_arrow(tmp_path / "set.arrow", ["from the hub"])
+    calls = []
+
+    def load_dataset(name, configuration, split):
+        calls.append((name, configuration, split))
+        return types.SimpleNamespace(cache_files=[{"filename": str(tmp_path / "set.arrow")}])
+
+    stand_in: Any = types.ModuleType("datasets")
+    stand_in.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    assert texts_of(source) == ["from the hub"]
+    assert calls == [asked]
 
 
 @pytest.mark.parametrize("split", ["train[:10%]", "train+test"])
