@@ -1,14 +1,23 @@
-"""Small files that are whole or as before, whatever happens while they are written; JSON in them."""
+"""Files and folders that are whole or as before, whatever happens while they are written; JSON in them."""
 
+import errno
 import io
 import json
 import os
-from contextlib import suppress
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 _PROBE_BYTES = 16 << 10
+
+
+def is_remote(address: str) -> bool:
+    """Return whether an address is of an object store; the name of a file or folder may have a colon."""
+    return "://" in address
 
 
 def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> None:
@@ -86,3 +95,44 @@ def parse_json(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder that takes the name ``out`` when the block ends without an error, else vanishes.
+
+    It lies in a private folder beside ``out``, so that no other process's or user's folder is touched.
+
+    Args:
+        out: absent, or an empty folder; ``.`` too.
+
+    Raises:
+        OSError: naming ``out``, if it holds anything or cannot be made; errors of the block pass through.
+    """
+    out = Path(os.path.realpath(out))  # beside a linked folder's target; "." has no name
+    private: Path | None = None
+    try:
+        with _naming(out):
+            if out.exists() and any(out.iterdir()):
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+            out.parent.mkdir(parents=True, exist_ok=True)
+            private = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+            folder = private / out.name  # unlike its parent, with the permissions of any new folder
+            folder.mkdir()
+        yield folder
+        with _naming(out):
+            is_here = out.is_dir() and Path.cwd() == out
+            folder.rename(out)  # over an empty folder too
+            if is_here:
+                os.chdir(out)  # the working folder was the one replaced
+    finally:
+        if private is not None:
+            shutil.rmtree(private, ignore_errors=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None

@@ -298,6 +298,22 @@ def test_a_disk_that_fills_up_leaves_nothing(checkpoints, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_working_folder_is_written_and_an_error_names_the_file_it_met(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with exporter.scratch_beside(Path(".")) as scratch:
+        (scratch / "a").write_text("whole")
+    assert Path("a").read_text() == "whole"
+    with (
+        pytest.raises(
+            CheckpointError, match=r"^lost\.json cannot be read or written: No such file"
+        ),
+        exporter.scratch_beside(tmp_path / "out"),
+    ):
+        Path("lost.json").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
 def small_tokenizer(path, size):
     from tokenizers import Tokenizer, models
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +72,44 @@ def test_a_figure_is_whole_or_as_it_was(tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
     with pytest.raises(ValueError, match="xyz"):
         files.write_figure(tmp_path / "plot.xyz", Figure(), dpi=50)
+
+
+def test_a_new_folder_takes_its_name_when_it_is_whole_and_no_others_is_touched(tmp_path):
+    for name in ("out.tmp", f".out.part-{os.getpid()}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("keep")
+    mine = sorted(tmp_path.iterdir())
+    with files.new_folder(tmp_path / "out") as folder:
+        assert folder.name == "out" and not (tmp_path / "out").exists()
+        (folder / "a").write_text("whole")
+    assert sorted(tmp_path.iterdir()) == sorted([*mine, tmp_path / "out"])
+    assert (tmp_path / "out" / "a").read_text() == "whole"
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "out.tmp").stat().st_mode
+    with pytest.raises(ValueError, match="broken"), files.new_folder(tmp_path / "new"):
+        raise ValueError("broken")
+    assert not list(tmp_path.glob("*new*")) and not list(tmp_path.glob(".new*"))
+
+
+def test_a_new_folder_may_be_the_working_one_or_a_link_to_an_empty_one(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (Path("."), tmp_path / "link"):
+        with files.new_folder(out) as folder:
+            (folder / "a").write_text("whole")
+        assert (out / "a").read_text() == "whole"
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_new_folder_is_refused_in_place_of_a_full_one_or_a_file_by_its_name(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("keep")
+    for out in (tmp_path / "full", tmp_path / "full" / "file"):
+        with pytest.raises(OSError) as caught, files.new_folder(out):
+            raise AssertionError("begun")
+        assert caught.value.filename == str(out)
+    with pytest.raises(OSError, match="other") as caught, files.new_folder(tmp_path / "new"):
+        raise OSError(errno.EIO, "other", "input.txt")
+    assert caught.value.filename == "input.txt"
+    assert (tmp_path / "full" / "file").read_text() == "keep"

@@ -22,7 +22,10 @@ app = application(
 
 @app.command("prepare")
 def prepare_command(
-    sources: Annotated[list[str], typer.Argument(help="Files, folders, 'stdlib' or 'hf:NAME'.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Files, folders, 'stdlib' or 'hf:NAME[@CONFIGURATION][:SPLIT]'."),
+    ],
     out: Annotated[str, typer.Option(help="Folder that receives the data set; s3://, gs://.")],
     sequence_length: Annotated[int, typer.Option(help="Tokens of a row, L.")] = 512,
     vocab_size: Annotated[
@@ -51,7 +54,7 @@ def prepare_command(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Worker processes; default: cores.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Remove what another request left.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Remove what is there and start afresh.")] = False,
     staging: Annotated[
         Path | None, typer.Option(help="With s3://, gs://: folder for work in progress [cache].")
     ] = None,
@@ -61,7 +64,7 @@ def prepare_command(
     Interrupted, it continues; complete, it does nothing.
 
     Examples:
-      megatron-eso data prepare stdlib --out runs/data/stdlib --sequence-length 256 --vocab-size 4096
+      megatron-eso data prepare stdlib --out runs/data/stdlib256 --sequence-length 256 --vocab-size 2048
 
       megatron-eso data prepare a.jsonl.gz b/ --out data/mine --sequence-length 1024 --vocab-size 32768
 
@@ -83,7 +86,11 @@ def prepare_command(
         sources, out, options, tokenizer=tokenizer, tokenizer_bytes=tokenizer_mib << 20,
         num_processes=processes, overwrite=overwrite, staging=staging, progress=Progress(),
     )  # fmt: skip
-    state = "already prepared, nothing to do" if done.was_complete else "prepared"
+    state = (
+        "already prepared, nothing to do (--overwrite does it afresh)"
+        if done.was_complete
+        else "prepared"
+    )
     print(f"{out}: {state}")
     for _, manifest in sorted(done.manifests.items()):
         print(f"  {summary_line(manifest)}")

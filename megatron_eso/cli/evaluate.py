@@ -137,6 +137,7 @@ def _reader(
     from megatron_eso.data.reader import ValidationReader
     from megatron_eso.data.text_rows import TextRows
     from megatron_eso.errors import CheckpointError, ConfigError, DataError
+    from megatron_eso.files import is_remote
 
     shape = {
         "sequence_length": config.train.sequence_length,
@@ -147,7 +148,7 @@ def _reader(
         raise DataError(
             f"{data} is a prepared data set; name one split, such as {splits[0].parent}"
         )
-    if "://" in data or (Path(data) / MANIFEST_NAME).is_file() or not Path(data).exists():
+    if is_remote(data) or (Path(data) / MANIFEST_NAME).is_file() or not Path(data).exists():
         if tokenizer is not None:
             raise ConfigError(
                 f"--tokenizer {tokenizer} goes with a text file; {data} is read as a prepared split, "

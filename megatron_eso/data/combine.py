@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eso.config.schema import DataConfig
-from megatron_eso.data.manifest import INDEX_NAME, Manifest, load_manifest, sha256_of
+from megatron_eso.data.manifest import INDEX_NAME, PREPARE_AGAIN, Manifest, load_manifest, sha256_of
 from megatron_eso.data.merge import renumbered
 from megatron_eso.data.mixture import Mixture
 from megatron_eso.data.open_split import open_split
@@ -89,7 +89,7 @@ def _linked(entry: dict[str, Any], folder: Path, target: Path, number: int) -> d
     renamed, stored = renumbered(entry, number)
     before, after = folder / entry[stored]["basename"], target / renamed[stored]["basename"]
     if not before.is_file():
-        raise DataError(f"shard {before} is missing; restore it or prepare {folder} again")
+        raise DataError(f"shard {before} is missing; restore it or {PREPARE_AGAIN}")
     try:
         os.link(before, after)
     except OSError:  # another file system

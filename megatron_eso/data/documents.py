@@ -4,16 +4,15 @@ A document that cannot be used (not UTF-8, empty, no text under the key) comes w
 and the file and line it stands in; the caller raises it or counts it.
 """
 
-import gzip
 import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
+from megatron_eso.data.file_kinds import open_input
 from megatron_eso.data.parquet import open_parquet, pyarrow_module
 from megatron_eso.data.sources import Piece
-from megatron_eso.data.zstd import open_zstd
 from megatron_eso.errors import DataError
 
 
@@ -50,13 +49,13 @@ def documents_of(piece: Piece, *, text_key: str) -> Iterator[Document]:
 
 def _text(piece: Piece, text_key: str) -> Iterator[Document]:
     del text_key
-    with _open(piece.path) as file:
+    with open_input(piece.path) as file:
         data = file.read()
     yield _document(data, piece.path, split_key=piece.key)
 
 
 def _lines(piece: Piece, text_key: str) -> Iterator[Document]:
-    with _open(piece.path) as file:
+    with open_input(piece.path) as file:
         if piece.begin:  # a line belongs to the range in which it starts
             file.seek(piece.begin - 1)
             file.readline()
@@ -167,14 +166,6 @@ def _check_column(names: list[str], text_key: str, path: str) -> None:
         raise DataError(
             f"{path} has no column '{text_key}', only {', '.join(names)}: set --text-key"
         )
-
-
-def _open(path: str) -> BinaryIO:
-    if path.endswith(".gz"):
-        return gzip.open(path, "rb")  # pyright: ignore[reportReturnType]
-    if path.endswith(".zst"):
-        return open_zstd(path)
-    return open(path, "rb")
 
 
 def _lines_before(path: str, position: int) -> int:

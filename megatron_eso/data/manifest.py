@@ -17,6 +17,7 @@ from megatron_eso.files import write_whole
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.json"
 FORMAT_VERSION = 1
+PREPARE_AGAIN = "prepare the data again, with --overwrite"
 
 
 @dataclass(frozen=True)
@@ -90,16 +91,15 @@ def parse_manifest(text: bytes | str, where: str) -> Manifest:
         content = json.loads(text)
         version = content.get("format_version")
     except (ValueError, AttributeError) as error:
-        raise DataError(f"{where} is not a manifest ({error}); prepare the data again") from None
+        raise DataError(f"{where} is not a manifest ({error}); {PREPARE_AGAIN}") from None
     if version != FORMAT_VERSION:
         raise DataError(
-            f"{where} has format_version {version}, this version reads {FORMAT_VERSION}; prepare the "
-            "data again"
+            f"{where} has format_version {version}, this version reads {FORMAT_VERSION}; {PREPARE_AGAIN}"
         )
     known = {field.name for field in fields(Manifest)}
     if set(content) != known:
         wrong = ", ".join(sorted(set(content) ^ known))
-        raise DataError(f"{where} lacks or adds the keys {wrong}; prepare the data again")
+        raise DataError(f"{where} lacks or adds the keys {wrong}; {PREPARE_AGAIN}")
     return Manifest(**content)
 
 

@@ -137,7 +137,7 @@ def _write(
         raise DataError(f"{where} holds no documents")
     shards = json.loads((folder / INDEX_NAME).read_text())["shards"]
     return Manifest(
-        split=folder.name.removesuffix(".tmp"), tokenizer_file="tokenizer.json",
+        split=folder.name, tokenizer_file="tokenizer.json",
         tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, sequence_length=length,
         dtype=dtype, packing="packed", end_of_document_id=end, num_samples=writer.num_rows,
         num_tokens=packer.num_tokens, num_documents=num_documents, text_bytes=text_bytes,

@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from urllib.parse import urlparse
 
 from megatron_eso.config.schema import DataConfig
 from megatron_eso.data.cache import CachedStore, CacheSettings
@@ -14,6 +13,7 @@ from megatron_eso.data.store import LocalStore, local_split
 from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.data.transports import transport_for
 from megatron_eso.errors import DataError
+from megatron_eso.files import is_remote
 
 
 def open_split(
@@ -70,11 +70,6 @@ def tokenizer_json(address: str, manifest: Manifest, data: DataConfig) -> bytes:
     if is_remote(address):
         return _cached_store(folder, data, True).read_small(name, manifest.tokenizer_sha256)
     return LocalStore(Path(folder), verify_hashes=True).read_small(name, manifest.tokenizer_sha256)
-
-
-def is_remote(address: str) -> bool:
-    """Return whether an address is of an object store."""
-    return urlparse(address).scheme != ""
 
 
 def _is_compressed(folder: Path) -> bool:

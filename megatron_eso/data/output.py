@@ -1,34 +1,27 @@
 """Output folders that appear whole or not at all, and what to say when one cannot be written."""
 
 import errno
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_eso import files
 from megatron_eso.errors import DataError
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder beside ``out`` that takes its name when the block ends without an error.
+    """Yield a folder that takes the name ``out`` when the block ends; see :func:`files.new_folder`.
 
     Raises:
         DataError: if ``out`` is not empty or cannot be written.
     """
-    out = Path(os.path.abspath(out))  # "." has no name
+    if out.is_dir() and any(out.iterdir()):
+        raise DataError(f"{out} is not empty; choose another --out")
     try:
-        if out.exists() and any(out.iterdir()):
-            raise DataError(f"{out} is not empty; choose another --out")
-        temporary = out.with_name(f"{out.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
+        with files.new_folder(out) as folder:
+            yield folder
     except OSError as error:
         raise DataError(describe_write_error(error, out)) from error
 
@@ -42,6 +35,7 @@ def describe_write_error(error: OSError, folder: Path) -> str:
         errno.EROFS: "the file system is read-only; choose another --out",
         errno.ENOTDIR: "a file is in the way; choose another --out",
         errno.EEXIST: "a file is in the way; choose another --out",
+        errno.ENOTEMPTY: "it holds files; choose another --out",
     }.get(error.errno or 0, "run the same command again: it continues")
     return f"cannot write {error.filename or folder} ({error.strerror or error}): {advice}"
 

@@ -5,24 +5,28 @@ request continues or, when complete, does nothing; another one is refused. Parti
 finished are kept; the manifest of the train split is written last of all.
 """
 
-import json
 import multiprocessing
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from megatron_eso.data.documents import documents_of
-from megatron_eso.data.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    load_manifest,
-    sha256_of,
+from megatron_eso.data.claim import (
+    MERGE_ORDER,
+    TOKENIZER_NAME,
+    WORK_NAME,
+    alone,
+    claim,
+    complete,
+    remove_prepared,
 )
+from megatron_eso.data.documents import documents_of
+from megatron_eso.data.manifest import Manifest, sha256_of
 from megatron_eso.data.merge import merge_partitions
-from megatron_eso.data.open_split import default_cache, is_remote
+from megatron_eso.data.open_split import default_cache
 from megatron_eso.data.output import describe_write_error
 from megatron_eso.data.partition import Preparation, PrepareOptions, split_of
 from megatron_eso.data.progress import Progress
@@ -31,12 +35,7 @@ from megatron_eso.data.sources import Piece, find_files, partitions_of
 from megatron_eso.data.tokenizer import Tokenizer, resolve_tokenizer, train_tokenizer
 from megatron_eso.data.workers import write_partitions
 from megatron_eso.errors import DataError
-from megatron_eso.files import write_json
-
-REQUEST_NAME = "prepare.json"
-TOKENIZER_NAME = "tokenizer.json"
-WORK_NAME = "work"
-MERGE_ORDER = ("validation", "train")  # train last: its manifest says that everything is there
+from megatron_eso.files import is_remote
 
 
 @dataclass(frozen=True)
@@ -70,13 +69,14 @@ def prepare(
         tokenizer: file, folder or published name; None: train one on the text.
         tokenizer_bytes: bytes of text to train it on, at most.
         num_processes: worker processes; None: one per core. It does not change the result.
-        overwrite: remove what another request left in ``out``.
+        overwrite: remove what is in ``out`` and start afresh, whichever request made it.
         staging: local folder for work in progress if ``out`` is an object store; None: one for this
             address under the cache folder. Finished partitions leave it.
         progress: where to show progress.
 
     Raises:
-        DataError: for wrong inputs, another request's output in ``out``, bad documents, no space.
+        DataError: for wrong inputs, another request's output or another process in ``out``, bad
+            documents, no space.
     """
     check_options(options)
     pieces = find_files(sources)
@@ -84,23 +84,22 @@ def prepare(
     destination = Destination(str(out)) if is_remote(str(out)) else None
     folder = Path(out) if destination is None else staging or _staging_of(destination.address)
     try:
-        complete = _claim(folder, destination, request, overwrite, _splits(options))
-        if complete is not None:
-            return Prepared(complete, True)
-        path = folder / TOKENIZER_NAME
-        if not path.is_file():
-            _make_tokenizer(tokenizer, pieces, path, options, tokenizer_bytes, progress)
-        loaded = Tokenizer(path)
-        loaded.check_vocabulary(options.vocab_size, "--vocab-size")
-        partitions = partitions_of(pieces, options.partition_mib and options.partition_mib << 20)
-        address = destination.address if destination else None
-        preparation = Preparation(folder / WORK_NAME, path, options, address)
-        count = num_processes or multiprocessing.cpu_count()
-        write_partitions(partitions, preparation, num_processes=count, progress=progress)
-        manifests = _merge(preparation, folder, len(partitions), loaded)
+        if destination is None and not overwrite:  # nothing is written to a complete output
+            found = complete(folder, request, _splits(options))
+            if found is not None:
+                return Prepared(found, True)
+        with alone(folder):
+            found = claim(folder, destination, request, overwrite, _splits(options))
+            manifests = found
+            if manifests is None:
+                path = folder / TOKENIZER_NAME
+                if not path.is_file():
+                    _make_tokenizer(tokenizer, pieces, path, options, tokenizer_bytes, progress)
+                manifests = _write(pieces, folder, destination, options, num_processes, progress)
         if destination is not None:
-            _publish(folder, destination, _splits(options))
-        return Prepared(manifests, False)
+            with suppress(OSError):  # what an earlier run left there stays
+                folder.rmdir()
+        return Prepared(manifests, found is not None)
     except OSError as error:
         raise DataError(describe_write_error(error, folder)) from error
 
@@ -153,75 +152,8 @@ def _request(
     }
 
 
-def _claim(
-    folder: Path,
-    destination: Destination | None,
-    request: dict[str, Any],
-    overwrite: bool,
-    splits: tuple[str, ...],
-) -> dict[str, Manifest] | None:
-    """Note the request where the output goes, or refuse it if another one's output stands there.
-
-    Returns:
-        The manifests if an earlier run with this request had done everything.
-    """
-    if destination is None:
-        _claim_folder(folder, request, overwrite)
-        is_complete = (folder / "train" / MANIFEST_NAME).is_file()
-        return {split: load_manifest(folder / split) for split in splits} if is_complete else None
-    earlier = destination.claim(REQUEST_NAME, request)
-    if earlier == request:
-        complete = destination.manifests(splits)
-        if complete is not None:
-            return complete
-    else:  # what an earlier run left in the staging folder is not there any more
-        if earlier is not None:
-            _refuse_another(destination.address, earlier, request, overwrite)
-            destination.replace(REQUEST_NAME, request, [*MERGE_ORDER, TOKENIZER_NAME])
-        if (folder / REQUEST_NAME).is_file():
-            _remove_prepared(folder)
-    _claim_folder(folder, request, overwrite=True)
-    return None
-
-
-def _claim_folder(out: Path, request: dict[str, Any], overwrite: bool) -> None:
-    path = out / REQUEST_NAME
-    if path.is_file():
-        earlier = json.loads(path.read_text())
-        if earlier != request:
-            if any((out / name).exists() for name in (*MERGE_ORDER, WORK_NAME)):
-                _refuse_another(str(out), earlier, request, overwrite)
-            _remove_prepared(out)
-    elif out.is_dir() and any(out.iterdir()):
-        raise DataError(
-            f"{out} is not empty and was not made by data prepare; choose another --out"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, request)
-
-
-def _refuse_another(
-    out: str, earlier: dict[str, Any], request: dict[str, Any], overwrite: bool
-) -> None:
-    keys = [key for key in request | earlier if request.get(key) != earlier.get(key)]
-    if not overwrite:
-        changes = "; ".join(f"{k}: {earlier.get(k)} -> {request.get(k)}" for k in keys)
-        raise DataError(
-            f"{out} was prepared from another request ({changes}); choose another --out, or add "
-            "--overwrite to remove what is there"
-        )
-
-
 def _staging_of(address: str) -> Path:
     return default_cache() / "prepare" / sha256(address.encode()).hexdigest()[:16]
-
-
-def _remove_prepared(out: Path) -> None:
-    (out / REQUEST_NAME).unlink()
-    (out / TOKENIZER_NAME).unlink(missing_ok=True)
-    for name in (*MERGE_ORDER, WORK_NAME):
-        if (out / name).is_dir():
-            shutil.rmtree(out / name)
 
 
 def _make_tokenizer(
@@ -244,20 +176,60 @@ def _make_tokenizer(
 
 
 def _training_texts(pieces: list[Piece], options: PrepareOptions, num_bytes: int) -> Iterator[str]:
-    """Yield training documents, evenly from all files, of at most ``num_bytes`` in all."""
-    share = min(1.0, num_bytes / sum(piece.num_bytes for piece in pieces))
-    for piece in pieces:
-        left = piece.num_bytes * share
-        for document in documents_of(piece, text_key=options.text_key):
-            if left <= 0:
-                break
-            if (
-                document.problem is None
-                and split_of(document, options.validation_fraction) == "train"
-            ):
-                text = document.text[: int(left) + 1]
-                left -= len(text)
-                yield text
+    """Yield training text of at most ``num_bytes`` of UTF-8, as much from the begin of each file.
+
+    What a short file leaves is shared by the others in another round. The sizes of files decide nothing, so
+    the same text gives the same tokenizer, compressed or not.
+    """
+    left, taken = num_bytes, dict.fromkeys(range(len(pieces)), 0)
+    while taken and left >= len(taken):
+        share = left // len(taken)
+        for number, begin in list(taken.items()):
+            num_read = 0
+            for part in _training_bytes(pieces[number], options, begin, begin + share):
+                num_read += len(part)
+                yield part.decode(errors="ignore")  # a character that is cut is left out
+            left -= num_read
+            if num_read < share:
+                del taken[number]
+            else:
+                taken[number] += share
+
+
+def _training_bytes(piece: Piece, options: PrepareOptions, begin: int, end: int) -> Iterator[bytes]:
+    """Yield the training documents of a file, from byte ``begin`` of their text to ``end``."""
+    position = 0
+    for document in documents_of(piece, text_key=options.text_key):
+        if document.problem is None and split_of(document, options.validation_fraction) == "train":
+            text = document.text.encode()
+            part = text[max(begin - position, 0) : end - position]
+            position += len(text)
+            if part:
+                yield part
+            if position >= end:
+                return
+
+
+def _write(
+    pieces: list[Piece],
+    folder: Path,
+    destination: Destination | None,
+    options: PrepareOptions,
+    num_processes: int | None,
+    progress: Progress | None,
+) -> dict[str, Manifest]:
+    """Write what is not yet there: partitions, then splits, then what an object store lacks."""
+    tokenizer = Tokenizer(folder / TOKENIZER_NAME)
+    tokenizer.check_vocabulary(options.vocab_size, "--vocab-size")
+    partitions = partitions_of(pieces, options.partition_mib and options.partition_mib << 20)
+    address = destination.address if destination else None
+    preparation = Preparation(folder / WORK_NAME, tokenizer.path, options, address)
+    count = num_processes or multiprocessing.cpu_count()
+    write_partitions(partitions, preparation, num_processes=count, progress=progress)
+    manifests = _merge(preparation, folder, len(partitions), tokenizer)
+    if destination is not None:
+        _publish(folder, destination, _splits(options))
+    return manifests
 
 
 def _merge(
@@ -281,5 +253,4 @@ def _publish(folder: Path, destination: Destination, splits: tuple[str, ...]) ->
     destination.write(TOKENIZER_NAME, (folder / TOKENIZER_NAME).read_bytes())
     for split in splits:
         destination.send_split(folder, split)
-    _remove_prepared(folder)
-    folder.rmdir()
+    remove_prepared(folder)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from megatron_eso.data.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, parse_manifest
 from megatron_eso.data.object_store import ObjectFolder, StoreError, speaks_s3
 from megatron_eso.errors import DataError
+from megatron_eso.files import parse_json
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 6
@@ -55,14 +56,14 @@ class Destination:
         self._try(name, lambda: self._folder.put(name, content), "written")
 
     def claim(self, request_name: str, request: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the request that the address was prepared from; note ours if there is none.
+        """Return the request an address was prepared from (empty: damaged); note ours if there is none.
 
         Raises:
             DataError: if the address holds objects that ``data prepare`` did not make.
         """
         content = self.read(request_name)
         if content is not None:
-            return json.loads(content)
+            return parse_json(content.decode(errors="replace"))
         if not self._try("", self._folder.is_empty, "listed"):
             raise DataError(
                 f"{self.address} is not empty and was not made by data prepare; choose another --out"

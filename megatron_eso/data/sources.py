@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_eso.data.file_kinds import is_compressed, kind_of, require_json_lines
 from megatron_eso.data.parquet import row_group_bytes
 from megatron_eso.errors import DataError
 
 STDLIB = "stdlib"
 HUB_PREFIX = "hf:"
-COMPRESSIONS = (".gz", ".zst")
-LINE_SUFFIXES = (".jsonl", ".ndjson")
+HUB_FORM = "hf:NAME[@CONFIGURATION][:SPLIT]"
 # What Hugging Face datasets writes beside the arrow files of a saved data set.
 ARROW_SIDE_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
 # Tests and tables of characters: text of little use for learning to write Python.
@@ -69,7 +69,8 @@ def find_files(sources: list[str]) -> list[Piece]:
     """Return one piece per input file, sorted within each source.
 
     Args:
-        sources: files, folders, ``stdlib``, or ``hf:NAME`` for a data set of the Hugging Face hub.
+        sources: files, folders, ``stdlib``, or ``hf:NAME[@CONFIGURATION][:SPLIT]`` for a data set
+            of the Hugging Face hub.
 
     Raises:
         DataError: for a source that does not exist or holds nothing.
@@ -102,17 +103,6 @@ def partitions_of(pieces: list[Piece], partition_bytes: int | None = None) -> li
     return [Partition(number, tuple(group)) for number, group in enumerate(groups)]
 
 
-def kind_of(path: Path) -> str:
-    """Return how a file is read, by its name: text, lines, parquet or arrow."""
-    name = path.name
-    for compression in COMPRESSIONS:
-        name = name.removesuffix(compression)
-    if name.endswith(LINE_SUFFIXES):
-        return "lines"
-    suffix = Path(name).suffix
-    return {".parquet": "parquet", ".arrow": "arrow"}.get(suffix, "text")
-
-
 def _files_of(source: str) -> list[Piece]:
     if source == STDLIB:
         return _stdlib_files(Path(sysconfig.get_paths()["stdlib"]))
@@ -124,14 +114,14 @@ def _files_of(source: str) -> list[Piece]:
     if not path.is_dir():
         raise DataError(
             f"source {source} does not exist (give a file, a folder, '{STDLIB}', or "
-            f"'{HUB_PREFIX}NAME' for a data set of the Hugging Face hub)"
+            f"'{HUB_FORM}' for a data set of the Hugging Face hub)"
         )
-    pieces = [_whole(file, file.relative_to(path).as_posix()) for file in _walk(path)]
-    if any(piece.kind == "arrow" for piece in pieces):
-        pieces = [piece for piece in pieces if Path(piece.path).name not in ARROW_SIDE_FILES]
-    if not pieces:
+    files = list(_walk(path))
+    if any(file.suffix.lower() == ".arrow" for file in files):
+        files = [file for file in files if file.name not in ARROW_SIDE_FILES]
+    if not files:
         raise DataError(f"source folder {source} holds no files")
-    return pieces
+    return [_whole(file, file.relative_to(path).as_posix()) for file in files]
 
 
 def _stdlib_files(root: Path) -> list[Piece]:
@@ -147,7 +137,8 @@ def _stdlib_files(root: Path) -> list[Piece]:
 
 
 def _hub_files(source: str) -> list[Piece]:
-    name, _, split = source.removeprefix(HUB_PREFIX).partition(":")
+    named, _, split = source.removeprefix(HUB_PREFIX).partition(":")
+    name, _, configuration = named.partition("@")
     if {"[", "+"} & set(split):
         raise DataError(
             f"source {source}: {split} is a part of a split or several; whole files are read, so name one "
@@ -160,9 +151,11 @@ def _hub_files(source: str) -> list[Piece]:
             f"source {source} needs the datasets package: pip install datasets"
         ) from None
     try:
-        cached = load_dataset(name, split=split or "train").cache_files  # pyright: ignore
+        cached = load_dataset(name, configuration or None, split=split or "train").cache_files  # pyright: ignore
     except Exception as error:
-        raise DataError(f"data set {name} could not be fetched: {error}") from error
+        raise DataError(
+            f"source {source} could not be fetched: {error} (a source of the hub is {HUB_FORM})"
+        ) from error
     return [_whole(Path(entry["filename"]), Path(entry["filename"]).name) for entry in cached]
 
 
@@ -192,12 +185,13 @@ def _whole(path: Path, key: str) -> Piece:
         size = path.stat().st_size
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-    return Piece(str(path.resolve()), kind_of(path), key, size)
+    kind = kind_of(path)
+    require_json_lines(path)
+    return Piece(os.path.abspath(path), kind, key, size)
 
 
 def _cut(piece: Piece, aim: int) -> Iterator[Piece]:
-    is_compressed = piece.path.endswith(COMPRESSIONS)
-    if piece.num_bytes <= aim or piece.kind in ("text", "arrow") or is_compressed:
+    if piece.num_bytes <= aim or piece.kind in ("text", "arrow") or is_compressed(piece.path):
         yield piece
     elif piece.kind == "lines":
         for begin in range(0, piece.num_bytes, aim):

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_eso.data import streaming_shim
-from megatron_eso.data.manifest import MANIFEST_NAME, Manifest, load_manifest
+from megatron_eso.data.manifest import MANIFEST_NAME, PREPARE_AGAIN, Manifest, load_manifest
 from megatron_eso.errors import DataError
 
 READ_BYTES = 1 << 30
-PREPARE_AGAIN = "restore it or prepare the data again"
+RESTORE = f"restore it or {PREPARE_AGAIN}"
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,12 @@ class LocalStore:
             descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             is_limit = error.errno in (errno.EMFILE, errno.ENFILE)
-            advice = "raise the limit (ulimit -n)" if is_limit else PREPARE_AGAIN
+            advice = "raise the limit (ulimit -n)" if is_limit else RESTORE
             raise DataError(f"shard {path} cannot be opened ({error.strerror}); {advice}") from None
         problem = self._whole.problem_of(descriptor, shard.raw)
         if problem is not None:
             os.close(descriptor)
-            raise DataError(f"shard {path} {problem}; {PREPARE_AGAIN}")
+            raise DataError(f"shard {path} {problem}; {RESTORE}")
         return descriptor
 
     def describe(self, shard: ShardFile) -> str:

@@ -21,6 +21,7 @@ from megatron_eso.data.object_store import (
     speaks_s3,
 )
 from megatron_eso.errors import DataError
+from megatron_eso.files import is_remote
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE)
 _CLIENTS = {
@@ -46,7 +47,7 @@ class Transport(Protocol):
 
 def transport_for(address: str, *, timeout_seconds: float) -> Transport:
     """Return the transport of an address by its scheme."""
-    if urlparse(address).scheme == "":
+    if not is_remote(address):
         return FolderTransport(Path(address))
     if speaks_s3(address):
         return ObjectFolder.open(address, timeout_seconds)

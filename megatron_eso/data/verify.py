@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from megatron_eso.config.schema import DataConfig
+from megatron_eso.data.manifest import PREPARE_AGAIN
 from megatron_eso.data.open_split import open_split
 from megatron_eso.data.shards import ShardedRows
 from megatron_eso.errors import DataError
@@ -42,9 +43,7 @@ def verify_split(address: str, data: DataConfig, say: Callable[[str], None]) -> 
     for fault in faults:
         say(fault)
     if faults:
-        raise DataError(
-            f"{address} has {len(faults)} faults; restore its files or prepare it again"
-        )
+        raise DataError(f"{address} has {len(faults)} faults; restore its files or {PREPARE_AGAIN}")
     return split.num_samples
 
 

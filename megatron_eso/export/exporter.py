@@ -4,7 +4,6 @@ Everything is written into a folder beside the target, which gets its name once 
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from megatron_eso.export.model_card import model_card
 from megatron_eso.export.safetensors_writer import SHARD_BYTES, SafetensorsWriter, Spec
 from megatron_eso.export.source import DTYPES, Source, open_source
 from megatron_eso.export.verify_export import rounded, verify_export
+from megatron_eso.files import new_folder
 
 Progress = Callable[[int, int], None]
 """Called with bytes read so far and in all."""
@@ -86,18 +86,14 @@ def export(
 
 @contextmanager
 def scratch_beside(out: Path) -> Iterator[Path]:
-    """Give a folder beside ``out`` that takes its name at the end, or vanishes if anything fails."""
-    scratch = out.absolute().parent / f".{out.name}.part-{os.getpid()}"
+    """Give a folder that takes the name ``out`` at the end, or vanishes if anything fails."""
     try:
-        scratch.mkdir(parents=True)
-        yield scratch
-        if out.exists():
-            out.rmdir()
-        scratch.rename(out)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with new_folder(out) as scratch:
+            yield scratch
+    except OSError as error:  # of the block too: a file that it reads is named as itself
+        raise CheckpointError(
+            f"{error.filename or out} cannot be read or written: {error.strerror or error}"
+        ) from None
 
 
 def require_free(out: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ClusterError
+from megatron_eso.files import is_remote
 
 _ALWAYS_THERE = ("/dev/shm",)
 
@@ -59,7 +60,7 @@ def _shared(config: RunConfig) -> Iterator[tuple[str, str]]:
     splits = [("data.sources", source.path) for source in config.data.sources]
     splits += [(f"data.validation.{name}", path) for name, path in config.data.validation.items()]
     for setting, path in splits:
-        if path and "://" not in path:
+        if path and not is_remote(path):
             split = PurePosixPath(os.path.abspath(path))
             # The tokenizer lies beside the splits of a data set.
             yield setting, str(split if len(split.parts) < 3 else split.parent)

@@ -76,6 +76,14 @@ def test_merge_joins_rows_and_counts(prepared, tmp_path):
     run("verify", tmp_path / "both")
 
 
+def test_merge_leaves_a_folder_beside_its_output_alone(prepared, tmp_path):
+    (tmp_path / "both.tmp").mkdir()
+    (tmp_path / "both.tmp" / "mine").write_text("keep")
+    run("merge", prepared / "train", prepared / "validation", "--out", tmp_path / "both")
+    assert (tmp_path / "both.tmp" / "mine").read_text() == "keep"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["both", "both.tmp"]
+
+
 def test_merging_a_split_with_itself_is_refused(prepared, tmp_path):
     with pytest.raises(DataError, match="hold the same shard"):
         run("merge", prepared / "train", prepared / "train", "--out", tmp_path / "both")

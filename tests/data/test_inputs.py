@@ -7,7 +7,10 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
+import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,6 +67,9 @@ def save_gzip(path, texts) -> None:
     ("name", "save"),
     [
         ("corpus.jsonl.gz", save_gzip),
+        ("corpus.json.gz", save_gzip),
+        ("CORPUS.JSONL.GZ", save_gzip),
+        ("corpus.json.zst", save_zstandard),
         ("corpus.jsonl.zst", save_zstandard),
         ("corpus.parquet", save_parquet),
         ("data-00000-of-00001.arrow", save_arrow),
@@ -74,6 +80,27 @@ def test_every_format_gives_the_same_documents(tmp_path, name, save):
     (tmp_path / "other").mkdir()
     save(tmp_path / "other" / name, texts)
     assert texts_of(tmp_path / "other" / name) == texts
+
+
+@pytest.mark.parametrize(
+    "content", ['[{"text": "a"}]', '{\n "text": "a"\n}'], ids=["array", "indented"]
+)
+def test_a_json_file_that_is_not_lines_is_refused_with_what_is_expected(tmp_path, content):
+    with gzip.open(tmp_path / "a.json.gz", "wt") as file:
+        file.write("\n" + content)
+    with pytest.raises(
+        DataError, match=r"a\.json\.gz begins with .*: expected a JSON object per line"
+    ):
+        find_files([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl.bz2", "a.xz", "a.ZIP", "a.tar.gz", "a.csv", "a.feather", "a.parquet.gz"]
+)
+def test_a_container_that_is_not_read_is_refused_and_not_taken_for_text(tmp_path, name):
+    (tmp_path / name).write_text("text, even if it could be read as such")
+    with pytest.raises(DataError, match=rf"{name}: \.[a-z.0-9]+ files are not read; .*\.jsonl"):
+        find_files([str(tmp_path)])
 
 
 def zstandard_frames(*texts: str) -> bytes:
@@ -128,6 +155,12 @@ def test_a_folder_of_texts_is_a_document_a_file_sorted_by_name(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert texts_of(tmp_path) == ["first", "second", "third"]
+
+
+def test_a_linked_file_is_read_as_the_name_of_the_link_says(tmp_path):
+    save_gzip(tmp_path / "blob", ["a", "b"])  # as the cache of the Hugging Face hub has it
+    (tmp_path / "a.jsonl.gz").symlink_to("blob")
+    assert texts_of(tmp_path / "a.jsonl.gz") == ["a", "b"]
 
 
 def test_linked_folders_are_read_once_and_a_circle_ends(tmp_path):
@@ -345,6 +378,31 @@ def test_a_tokenizer_of_another_size_is_refused_with_both_numbers(prepared, corp
     with pytest.raises(DataError, match=r"--vocab-size=512.* has 299 tokens .*--vocab-size=300"):
         prepare([str(corpus)], tmp_path / "set", options(vocab_size=512),
                 tokenizer=str(prepared / "tokenizer.json"), num_processes=1)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("hf:some/set", ("some/set", None, "train")),
+        ("hf:some/set:test", ("some/set", None, "test")),
+        ("hf:some/set@small-1.0:test", ("some/set", "small-1.0", "test")),
+    ],
+)
+def test_a_source_of_the_hub_names_data_set_configuration_and_split(
+    tmp_path, monkeypatch, source, asked
+):
+    save_arrow(tmp_path / "set.arrow", ["from the hub"])
+    calls = []
+
+    def load_dataset(name, configuration, split):
+        calls.append((name, configuration, split))
+        return types.SimpleNamespace(cache_files=[{"filename": str(tmp_path / "set.arrow")}])
+
+    stand_in: Any = types.ModuleType("datasets")
+    stand_in.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    assert texts_of(source) == ["from the hub"]
+    assert calls == [asked]
 
 
 @pytest.mark.parametrize("split", ["train[:10%]", "train+test"])

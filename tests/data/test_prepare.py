@@ -1,6 +1,8 @@
 """Preparing data: every document's tokens are there once, and asking twice is safe."""
 
+import gzip
 import json
+import os
 import shutil
 
 import numpy as np
@@ -9,9 +11,11 @@ import pytest
 from megatron_eso.data.documents import Document
 from megatron_eso.data.manifest import load_manifest
 from megatron_eso.data.partition import split_of
-from megatron_eso.data.prepare import prepare
+from megatron_eso.data.prepare import _training_texts, prepare
 from megatron_eso.data.reader import ValidationReader
+from megatron_eso.data.sources import find_files
 from megatron_eso.data.tokenizer import Tokenizer
+from megatron_eso.data.workers import write_partitions
 from megatron_eso.errors import DataError
 from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE, options, write_corpus
 
@@ -90,6 +94,72 @@ def test_overwrite_replaces_what_another_request_left(corpus, prepared, tmp_path
     assert load_manifest(out / "train").sequence_length == 32
 
 
+def test_overwrite_repairs_damaged_data_of_the_same_request(corpus, prepared, tmp_path):
+    out = tmp_path / "set"
+    shutil.copytree(prepared, out)
+    shard = out / "train" / "shard.00000.mds"
+    whole = shard.read_bytes()
+    for path in (shard, out / "train" / "manifest.json"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(DataError, match="prepare the data again, with --overwrite"):
+        prepare([str(corpus)], out, options(), num_processes=1)
+    assert not prepare([str(corpus)], out, options(), num_processes=1, overwrite=True).was_complete
+    assert shard.read_bytes() == whole
+
+
+def test_a_removed_split_is_made_again_by_the_same_command(corpus, prepared, tmp_path):
+    out = tmp_path / "set"
+    shutil.copytree(prepared, out)
+    shutil.rmtree(out / "validation")
+    assert not prepare([str(corpus)], out, options(), num_processes=1).was_complete
+    assert documents_in(out, "validation") == documents_in_order(corpus, "validation")
+    assert documents_in(out, "train") == documents_in_order(corpus, "train")
+
+
+def test_a_damaged_request_is_named_and_overwritten_on_demand(corpus, prepared, tmp_path):
+    out = tmp_path / "set"
+    shutil.copytree(prepared, out)
+    (out / "prepare.json").write_bytes(b'{"sources": \xff')
+    with pytest.raises(DataError, match=r"holds a damaged prepare\.json.*--overwrite"):
+        prepare([str(corpus)], out, options(), num_processes=1)
+    prepare([str(corpus)], out, options(), num_processes=1, overwrite=True)
+    assert documents_in(out, "train") == documents_in_order(corpus, "train")
+
+
+def test_a_folder_may_have_a_colon_in_its_name(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare([str(corpus)], "run-12:30", options(), num_processes=1)
+    reader = ValidationReader(
+        "run-12:30/train", sequence_length=SEQUENCE_LENGTH, vocab_size=VOCAB_SIZE
+    )
+    assert reader.num_rows
+
+
+def test_a_second_process_is_refused_while_one_is_at_work(corpus, tmp_path, monkeypatch):
+    out, request = tmp_path / "set", ([str(corpus)], tmp_path / "set", options())
+    seen = []
+
+    def at_work(*arguments, **settings):
+        before = sorted(out.rglob("*"))
+        with pytest.raises(
+            DataError, match=rf"another `data prepare` \(process {os.getpid()} on .*-n1"
+        ):
+            prepare(*request, num_processes=1, overwrite=True)
+        assert sorted(out.rglob("*")) == before
+        seen.append(True)
+        return write_partitions(*arguments, **settings)
+
+    monkeypatch.setattr("megatron_eso.data.prepare.write_partitions", at_work)
+    prepare(*request, num_processes=1)
+    assert seen and not list(out.glob("*.lock"))
+
+
+def test_the_lock_of_a_process_that_died_holds_nobody_up(corpus, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "prepare.lock").write_text("process 1 on another")
+    prepare([str(corpus)], tmp_path / "set", options(), num_processes=1)
+
+
 def test_a_folder_that_data_prepare_did_not_make_is_left_alone(corpus, tmp_path):
     (tmp_path / "precious.txt").write_text("keep")
     with pytest.raises(DataError, match="not made by data prepare"):
@@ -101,6 +171,29 @@ def test_more_vocabulary_than_the_text_can_fill_is_refused(tmp_path):
     write_corpus(tmp_path / "small.jsonl", num_documents=3)
     with pytest.raises(DataError, match=r"--vocab-size 5000 is more than .* set --vocab-size \d+"):
         prepare([str(tmp_path / "small.jsonl")], tmp_path / "set", options(vocab_size=5000))
+
+
+def training_texts(folder, num_bytes: int) -> list[str]:
+    return list(_training_texts(find_files([str(folder)]), options(), num_bytes))
+
+
+def test_the_text_that_trains_a_tokenizer_is_counted_in_bytes_and_not_cut_by_compression(tmp_path):
+    for name in ("plain", "packed"):
+        (tmp_path / name).mkdir()
+    for number in range(3):
+        plain = tmp_path / "plain" / f"{number}.jsonl"
+        write_corpus(plain, num_documents=20 * 10**number, seed=number)
+        plain.write_text(plain.read_text().replace("a", "ä€"))
+        with gzip.open(tmp_path / "packed" / f"{plain.name}.gz", "wb") as file:
+            file.write(plain.read_bytes())
+    every = training_texts(tmp_path / "plain", 1 << 30)
+    size = len("".join(every).encode())
+    for num_bytes in (1000, size // 2, 1 << 30):
+        texts = training_texts(tmp_path / "packed", num_bytes)
+        assert texts == training_texts(tmp_path / "plain", num_bytes)
+        used = len("".join(texts).encode())
+        assert min(num_bytes, size) - 12 <= used <= num_bytes
+    assert every == training_texts(tmp_path / "plain", 3 * size)
 
 
 def test_a_second_run_without_a_validation_split_has_nothing_to_do(prepared, corpus, tmp_path):

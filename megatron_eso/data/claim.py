@@ -1,0 +1,166 @@
+"""Whose an output of ``data prepare`` is: the request it was made from, and the process at work on it.
+
+The request stands in ``prepare.json``, which is written first and removed last. Manifests go first, so that
+a removal that was cut short leaves nothing that looks complete.
+"""
+
+import fcntl
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_eso.data.manifest import MANIFEST_NAME, Manifest, load_manifest
+from megatron_eso.data.publish import Destination
+from megatron_eso.errors import DataError
+from megatron_eso.files import parse_json, write_json
+
+log = logging.getLogger(__name__)
+REQUEST_NAME = "prepare.json"
+TOKENIZER_NAME = "tokenizer.json"
+WORK_NAME = "work"
+LOCK_NAME = "prepare.lock"
+MERGE_ORDER = ("validation", "train")  # train last: its manifest says that everything is there
+
+
+def claim(
+    folder: Path,
+    destination: Destination | None,
+    request: dict[str, Any],
+    overwrite: bool,
+    splits: tuple[str, ...],
+) -> dict[str, Manifest] | None:
+    """Note the request where the output goes, or refuse it if another one's output stands there.
+
+    Args:
+        folder: the output, or the work in progress for ``destination``.
+        destination: object store that receives the output.
+        request: what decides the output.
+        overwrite: remove what is there, this request's output too.
+        splits: the splits that are asked for.
+
+    Returns:
+        The manifests if an earlier run with this request had done everything.
+
+    Raises:
+        DataError: for another request's output, or a place that ``data prepare`` did not make.
+    """
+    if destination is None:
+        _claim_folder(folder, request, overwrite)
+        return complete(folder, request, splits)
+    earlier = destination.claim(REQUEST_NAME, request)
+    if earlier == request and not overwrite:
+        manifests = destination.manifests(splits)
+        if manifests is not None:
+            return manifests
+    else:  # what an earlier run left in the staging folder is not there any more
+        if earlier is not None:
+            _refuse_another(destination.address, earlier, request, overwrite)
+            destination.replace(REQUEST_NAME, request, [*MERGE_ORDER, TOKENIZER_NAME])
+        if (folder / REQUEST_NAME).is_file():
+            remove_prepared(folder)
+    _claim_folder(folder, request, overwrite=_request_of(folder) != request)
+    return None
+
+
+def complete(
+    folder: Path, request: dict[str, Any], splits: tuple[str, ...]
+) -> dict[str, Manifest] | None:
+    """Return the manifests of a local output that has all of this request's splits, else None."""
+    if _request_of(folder) != request:
+        return None
+    if not all((folder / split / MANIFEST_NAME).is_file() for split in splits):
+        return None
+    return {split: load_manifest(folder / split) for split in splits}
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes, of other machines too, from working on a folder; make it if need be.
+
+    Raises:
+        DataError: if one is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_NAME
+    while True:
+        lock = open(path, "a+")
+        _lock(lock, folder)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                break
+        lock.close()  # its last holder removed it meanwhile
+    with lock:
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def remove_prepared(out: Path) -> None:
+    """Remove an output and the work in progress."""
+    for split in MERGE_ORDER:
+        (out / split / MANIFEST_NAME).unlink(missing_ok=True)
+    for name in (*MERGE_ORDER, WORK_NAME):
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+    for name in (TOKENIZER_NAME, REQUEST_NAME):
+        (out / name).unlink(missing_ok=True)
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read()
+        file.close()
+        raise DataError(
+            f"another `data prepare` ({owner}) is at work on {folder}; wait for its end, or choose another "
+            "--out. One process starts the others: under Slurm, use srun -n1"
+        ) from None
+    except OSError as error:  # a file system that has no locks
+        log.warning("%s: %s; start no other `data prepare` on it now", folder, error.strerror)
+
+
+def _claim_folder(out: Path, request: dict[str, Any], overwrite: bool) -> None:
+    path = out / REQUEST_NAME
+    if path.is_file():
+        earlier = _request_of(out)
+        if overwrite or earlier != request:
+            if any((out / name).exists() for name in (*MERGE_ORDER, WORK_NAME)):
+                _refuse_another(str(out), earlier, request, overwrite)
+            remove_prepared(out)
+    elif any(entry.name != LOCK_NAME for entry in out.iterdir()):
+        raise DataError(
+            f"{out} is not empty and was not made by data prepare; choose another --out"
+        )
+    write_json(path, request)
+
+
+def _request_of(folder: Path) -> dict[str, Any]:
+    """Return the request that a folder was prepared from; empty if there is none, or it is damaged."""
+    path = folder / REQUEST_NAME
+    return parse_json(path.read_text(errors="replace")) if path.is_file() else {}
+
+
+def _refuse_another(
+    out: str, earlier: dict[str, Any], request: dict[str, Any], overwrite: bool
+) -> None:
+    if overwrite:
+        return
+    keys = [key for key in request | earlier if request.get(key) != earlier.get(key)]
+    changes = "; ".join(f"{k}: {earlier.get(k)} -> {request.get(k)}" for k in keys)
+    what = f"was prepared from another request ({changes})" if earlier else (
+        f"holds a damaged {REQUEST_NAME}, which says what it was prepared from"
+    )  # fmt: skip
+    raise DataError(
+        f"{out} {what}; choose another --out, or add --overwrite to remove what is there"
+    )

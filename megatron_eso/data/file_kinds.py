@@ -1,0 +1,92 @@
+"""What an input file holds, by its name, and its bytes without their compression."""
+
+import gzip
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_eso.data.zstd import open_zstd
+from megatron_eso.errors import DataError
+
+COMPRESSIONS = (".gz", ".zst")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+KINDS = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "lines"),
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+# Files of documents that are not read here; as text they would be trained on as they are.
+CONTAINERS = frozenset(
+    {
+        *(".bz2", ".xz", ".lzma", ".lz4", ".br", ".snappy", ".z", ".zip", ".7z", ".rar", ".tar", ".tgz"),
+        *(".tbz", ".tbz2", ".txz", ".csv", ".tsv", ".feather", ".orc", ".avro", ".tfrecord", ".warc"),
+        *(".wet", ".wat", ".h5", ".hdf5", ".npy", ".npz", ".pkl", ".pickle", ".pt", ".safetensors"),
+        *(".sqlite", ".db", ".xls", ".xlsx", ".pdf", ".doc", ".docx", ".epub"),
+    }
+)  # fmt: skip
+READ_HERE = (
+    ".jsonl, .ndjson, .json (a JSON object per line) and text, also .gz and .zst; .parquet; .arrow"
+)
+
+
+def kind_of(path: Path) -> str:
+    """Return how a file is read, by its name: text, lines, parquet or arrow.
+
+    Raises:
+        DataError: for a container of documents that is not read here.
+    """
+    name = path.name.lower()
+    compression = Path(name).suffix if is_compressed(name) else ""
+    suffix = Path(_without_compression(name)).suffix  # of a.tar.gz: .tar
+    kind = KINDS.get(suffix, "text")
+    if suffix in CONTAINERS or (compression and kind in ("parquet", "arrow")):
+        raise DataError(
+            f"{path}: {suffix}{compression} files are not read; unpack or convert it, "
+            f"or name the other files as sources. What is read: {READ_HERE}"
+        )
+    return kind
+
+
+def is_compressed(path: str) -> bool:
+    """Return whether a file's name says that it is compressed."""
+    return path.lower().endswith(COMPRESSIONS)
+
+
+def require_json_lines(path: Path) -> None:
+    """Refuse a ``.json`` file that is one value over many lines, as an array is; others pass.
+
+    Raises:
+        DataError: naming what is expected, or if the file cannot be read.
+    """
+    if not _without_compression(path.name.lower()).endswith(".json"):
+        return
+    try:
+        with open_input(str(path)) as file:
+            line = next((line for line in iter(file.readline, b"") if line.strip()), b"{}")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    line = line.removeprefix(BYTE_ORDER_MARK).strip()
+    if not (line.startswith(b"{") and line.endswith(b"}")):
+        raise DataError(
+            f"{path} begins with {line[:20].decode(errors='replace')!r}: expected a JSON object per line; "
+            "write it so (jq -c '.[]' does, of an array), or name the other files as sources"
+        )
+
+
+def open_input(path: str) -> BinaryIO:
+    """Return the bytes of a file, decompressed.
+
+    Raises:
+        DataError: if a package that this needs is not installed.
+    """
+    if path.lower().endswith(".gz"):
+        return gzip.open(path, "rb")  # pyright: ignore[reportReturnType]
+    if path.lower().endswith(".zst"):
+        return open_zstd(path)
+    return open(path, "rb")
+
+
+def _without_compression(name: str) -> str:
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return name
