@@ -8,12 +8,14 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_eso.data.file_kinds import open_input
 from megatron_eso.data.parquet import open_parquet, pyarrow_module
 from megatron_eso.data.sources import Piece
 from megatron_eso.errors import DataError
+
+MOST_NAMED = 200  # characters of the keys that a message lists
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,14 @@ class Document:
     """What decides its split: the file's name inside the source, or the text itself."""
     problem: str | None = None
     """Why it cannot be used."""
+
+
+def refuse(document: Document) -> NoReturn:
+    """Raise the problem of a document, with what to do."""
+    raise DataError(
+        f"{document.where}: the document {document.problem}; repair it, or leave such documents out and "
+        "count them with --bad-documents skip"
+    )
 
 
 def documents_of(piece: Piece, *, text_key: str) -> Iterator[Document]:
@@ -86,14 +96,23 @@ def _json_document(line: bytes, text_key: str) -> Document:
     except RecursionError:
         return Document("", "", "", "is nested too deeply to be read as JSON")
     text = record.get(text_key) if isinstance(record, dict) else None
+    if text is None:
+        found = (
+            f"the keys {', '.join(map(repr, record))}" if isinstance(record, dict) else "no keys"
+        )
+        return Document("", "", "", f"{_no_text(text_key)}, it has {found[:MOST_NAMED]}")
     return _checked(text, "", text_key)
+
+
+def _no_text(text_key: str) -> str:
+    return f"has no text under the key '{text_key}' (set --text-key)"
 
 
 def _checked(text: Any, where: str, text_key: str) -> Document:
     if isinstance(text, UnicodeDecodeError):
         return Document("", where, "", f"is not UTF-8 (byte {text.start} of the text)")
     if not isinstance(text, str):
-        return Document("", where, "", f"has no text under the key '{text_key}' (set --text-key)")
+        return Document("", where, "", _no_text(text_key))
     if not text:
         return Document("", where, "", "is empty")
     try:

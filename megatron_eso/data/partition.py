@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_eso.data.documents import Document, documents_of
+from megatron_eso.data.documents import Document, documents_of, refuse
 from megatron_eso.data.output import describe_write_error
 from megatron_eso.data.pack import RowPacker
 from megatron_eso.data.publish import Destination
@@ -200,10 +200,7 @@ def _routed(
             elif options.bad_documents == "skip":
                 output.counts.num_skipped += 1
             else:
-                raise DataError(
-                    f"{document.where}: the document {document.problem}; repair it, or leave such "
-                    "documents out and count them with --bad-documents skip"
-                )
+                refuse(document)
 
 
 def _open_output(

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_eso.data.claim import (
     MERGE_ORDER,
@@ -23,7 +24,7 @@ from megatron_eso.data.claim import (
     complete,
     remove_prepared,
 )
-from megatron_eso.data.documents import documents_of
+from megatron_eso.data.documents import Document, documents_of, refuse
 from megatron_eso.data.manifest import Manifest, sha256_of
 from megatron_eso.data.merge import merge_partitions
 from megatron_eso.data.open_split import default_cache
@@ -80,6 +81,7 @@ def prepare(
     """
     check_options(options)
     pieces = find_files(sources)
+    _require_both_splits(pieces, options)
     request = _request(sources, pieces, options, tokenizer, tokenizer_bytes)
     destination = Destination(str(out)) if is_remote(str(out)) else None
     folder = Path(out) if destination is None else staging or _staging_of(destination.address)
@@ -127,6 +129,20 @@ def check_options(options: PrepareOptions) -> None:
         raise DataError(f"--shard-mib {options.shard_mib} must lie between 1 and 4095")
 
 
+def _require_both_splits(pieces: list[Piece], options: PrepareOptions) -> None:
+    """Refuse text files that all fall into one split: a file is one document, and its name decides."""
+    if not options.validation_fraction or any(piece.kind != "text" for piece in pieces):
+        return
+    keys = [piece.key for piece in pieces if piece.num_bytes]
+    found = {split_of(Document("", "", key), options.validation_fraction) for key in keys}
+    if len(found) < len(MERGE_ORDER):
+        raise DataError(
+            f"--validation-fraction {options.validation_fraction}: a text file is one document, and all "
+            f"{len(keys)} of the sources would be {found.pop()}; set --validation-fraction 0 for no "
+            "validation split, or another share, or give the text as several files or as .jsonl records"
+        )
+
+
 def _splits(options: PrepareOptions) -> tuple[str, ...]:
     """Return the splits in the order in which they are finished."""
     return MERGE_ORDER if options.validation_fraction else MERGE_ORDER[1:]
@@ -171,8 +187,23 @@ def _make_tokenizer(
         if progress is not None:
             progress.say(f"training a tokenizer of {options.vocab_size - 1} tokens")
         texts = _training_texts(pieces, options, num_bytes)
-        train_tokenizer(texts, vocab_size=options.vocab_size, path=temporary)
+        first = next(texts, None)
+        if first is None:
+            _refuse_training(pieces, options)
+        train_tokenizer(chain([first], texts), vocab_size=options.vocab_size, path=temporary)
     temporary.replace(path)
+
+
+def _refuse_training(pieces: list[Piece], options: PrepareOptions) -> NoReturn:
+    documents = (d for piece in pieces for d in documents_of(piece, text_key=options.text_key))
+    bad = next((document for document in documents if document.problem is not None), None)
+    if bad is None:
+        raise DataError(
+            f"--validation-fraction {options.validation_fraction} leaves no document to train on"
+        )
+    raise DataError(
+        f"no document of the sources can be used; the first, {bad.where}, {bad.problem}"
+    )
 
 
 def _training_texts(pieces: list[Piece], options: PrepareOptions, num_bytes: int) -> Iterator[str]:
@@ -200,6 +231,8 @@ def _training_bytes(piece: Piece, options: PrepareOptions, begin: int, end: int)
     """Yield the training documents of a file, from byte ``begin`` of their text to ``end``."""
     position = 0
     for document in documents_of(piece, text_key=options.text_key):
+        if document.problem is not None and options.bad_documents == "error":
+            refuse(document)  # now rather than after the training
         if document.problem is None and split_of(document, options.validation_fraction) == "train":
             text = document.text.encode()
             part = text[max(begin - position, 0) : end - position]

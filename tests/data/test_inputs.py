@@ -261,10 +261,32 @@ def test_the_line_of_a_bad_document_is_right_in_a_later_partition(tmp_path):
     assert [document.where.split(", ")[-1] for document in last] == ["line 502"]
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_text_files_that_fall_into_one_split_are_refused_before_any_work(tmp_path, count):
+    for number in range(count):
+        (tmp_path / f"{number}.txt").write_text("a text " * 1000)
+    with pytest.raises(
+        DataError, match=rf"all {count} of .* be train; set --validation-fraction 0"
+    ):
+        prepare([str(tmp_path)], tmp_path / "set", options(validation_fraction=1e-9))
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("bad_documents", ["error", "skip"])
+def test_a_wrong_text_key_is_named_with_the_keys_there_are(tmp_path, bad_documents):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"url": "x", "body": "a text"}\n' * 100)
+    with pytest.raises(
+        DataError,
+        match=r"a\.jsonl, line 1.*under the key 'text' \(set --text-key\), it has the keys 'url', 'body'",
+    ):
+        prepare([str(path)], tmp_path / "set", options(bad_documents=bad_documents))
+
+
 def test_a_file_that_is_not_text_is_named(prepared, tmp_path):
     (tmp_path / "image.txt").write_bytes(b"line\n\x89PNG\xff")
     with pytest.raises(DataError, match=r"image\.txt: the document is not UTF-8 \(line 2"):
-        prepare([str(tmp_path / "image.txt")], tmp_path / "set", options(),
+        prepare([str(tmp_path / "image.txt")], tmp_path / "set", options(validation_fraction=0.0),
                 tokenizer=str(prepared / "tokenizer.json"), num_processes=1)  # fmt: skip
 
 
