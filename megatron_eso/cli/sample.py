@@ -32,7 +32,9 @@ def sample(
     num_steps: Annotated[
         int | None, typer.Option(help="Diffusion steps [as many as tokens]")
     ] = None,
-    tokens_per_step: Annotated[int | None, typer.Option(help="Instead of --num-steps")] = None,
+    tokens_per_step: Annotated[
+        int | None, typer.Option(help="Instead of --num-steps; of the diffusion share only")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0: the most likely token")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus; 1: all tokens")] = 0.9,
     seed: Annotated[int, typer.Option(help="Same seed, same text, whatever the batch")] = 0,

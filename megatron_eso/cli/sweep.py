@@ -73,7 +73,11 @@ def status(
     overrides: Overrides = None,
     max_attempts: Annotated[int, typer.Option(help="As given to `sweep run`")] = 2,
 ) -> None:
-    """Print where every cell stands."""
+    """Print where every cell stands.
+
+    Examples:
+        megatron-eso sweep status configs/sweep/laptop.yaml
+    """
     from megatron_eso.scaling import commands
 
     typer.echo(commands.status(sweep, overrides, max_attempts))
@@ -90,7 +94,11 @@ def collect(
         str | None, typer.Option(help="With --tensorboard: scalar to read [lm loss]")
     ] = None,
 ) -> None:
-    """Write cells.csv/.parquet (one row a cell) and steps.csv/.parquet (one row a logged step)."""
+    """Write cells.csv/.parquet (one row a cell) and steps.csv/.parquet (one row a logged step).
+
+    Examples:
+        megatron-eso sweep collect configs/sweep/laptop.yaml
+    """
     from megatron_eso.errors import ConfigError
     from megatron_eso.scaling import commands
 
@@ -121,7 +129,11 @@ def report(
     budget: Annotated[float | None, typer.Option(help="Extrapolate to these FLOPs")] = None,
     note: Annotated[Path | None, typer.Option(help="Text to print on top")] = None,
 ) -> None:
-    """Write one self-contained page: IsoFLOP curves, fits, residuals, frontier, tables."""
+    """Write one self-contained page: IsoFLOP curves, fits, residuals, frontier, tables.
+
+    Examples:
+        megatron-eso sweep report runs/sweep-laptop/cells.csv --out report.html
+    """
     from megatron_eso.scaling import commands
 
     typer.echo(commands.report(table, out, budget, note))

@@ -29,7 +29,7 @@ def train(
 
     Examples:
         megatron-eso train configs/run/quickstart.yaml
-        megatron-eso train configs/run/quickstart.yaml parallel.tensor=2 train.steps=50
+        megatron-eso train configs/run/quickstart.yaml name=tp2 parallel.tensor=2 train.steps=50
         torchrun --nproc-per-node 8 -m megatron_eso train RUN.yaml
     """
     from megatron_eso.config import check_start, load_config
