@@ -1,13 +1,13 @@
 """Everything that a GPU must show, in one table: right first, then fast.
 
-    python -m tools.bench_gpu --out gpu.json       all sections, some 20 minutes on one GPU
+    python -m tools.bench_gpu --out gpu.json       all sections, over 15 minutes on one GPU
     python -m tools.bench_gpu --section training --shape 1B --length 16384 --out gpu.json
                                                    a part of them (each may be repeated)
     python -m tools.bench_gpu --smoke              tiny shapes, on a CPU too: that it runs, not how fast
 
 Results are printed as they come and kept in --out (JSON), which `megatron-eso plan --calibrate` reads. What
-does not fit the memory, or what this machine does not have, says so in its place. Aims
-stand beside what they are for.
+does not fit the memory, or what this machine does not have, says so in its place. Aims stand beside what
+they are for.
 """
 
 import argparse
