@@ -424,6 +424,20 @@ def test_a_tokenizer_of_another_size_is_refused_with_both_numbers(prepared, corp
                 tokenizer=str(prepared / "tokenizer.json"), num_processes=1)  # fmt: skip
 
 
+def test_a_tokenizer_folder_without_one_is_refused_before_any_work(corpus, tmp_path):
+    with pytest.raises(DataError, match=r"--tokenizer .* is a folder without a tokenizer\.json"):
+        prepare([str(corpus)], tmp_path / "set", options(), tokenizer=str(corpus.parent))
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_file_name_need_not_be_utf_8(prepared, tmp_path):
+    (tmp_path / "in").mkdir()
+    write_corpus(tmp_path / "in" / os.fsdecode(b"caf\xe9.jsonl"), num_documents=50)
+    prepare([str(tmp_path / "in")], tmp_path / "set", options(), num_processes=1,
+            tokenizer=str(prepared / "tokenizer.json"))  # fmt: skip
+    assert load_manifest(tmp_path / "set" / "train").num_documents > 30
+
+
 @pytest.mark.parametrize(
     ("source", "asked"),
     [
