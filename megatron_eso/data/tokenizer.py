@@ -41,6 +41,8 @@ class Tokenizer:
         """
         self.path = path
         self._tokenizer = load_tokenizer(path)
+        # In a text "<|endoftext|>" is ordinary characters: it must not end its document.
+        self._tokenizer.encode_special_tokens = True
         known = self._tokenizer.get_vocab(with_added_tokens=True)
         if not known:
             raise DataError(f"tokenizer {path} has an empty vocabulary")
