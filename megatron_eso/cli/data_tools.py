@@ -26,9 +26,16 @@ def inspect_command(
     from dataclasses import asdict
 
     from megatron_eso.config.schema import DataConfig
-    from megatron_eso.data.inspect import decoded_rows, document_lengths, draw_lengths
+    from megatron_eso.data.inspect import (
+        decoded_rows,
+        document_lengths,
+        draw_lengths,
+        require_picture,
+    )
     from megatron_eso.data.open_split import open_split, tokenizer_of
 
+    if picture is not None:
+        require_picture(picture)
     data = DataConfig()
     opened = open_split(split, data)
     tokenizer = tokenizer_of(split, opened.manifest, data)

@@ -6,15 +6,16 @@ and the file and line it stands in; the caller raises it or counts it.
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
-from megatron_eso.data.file_kinds import open_input
+from megatron_eso.data.file_kinds import decompressed
 from megatron_eso.data.parquet import open_parquet, pyarrow_module
 from megatron_eso.data.sources import Piece
 from megatron_eso.errors import DataError
 
+Note = Callable[[int], None]
 MOST_NAMED = 200  # characters of the keys that a message lists
 
 
@@ -40,32 +41,36 @@ def refuse(document: Document) -> NoReturn:
     )
 
 
-def documents_of(piece: Piece, *, text_key: str) -> Iterator[Document]:
+def documents_of(
+    piece: Piece, *, text_key: str, note: Note = lambda num_bytes: None
+) -> Iterator[Document]:
     """Yield the documents of a piece, in order.
 
     Args:
         piece: file or part of it.
         text_key: key (jsonl) or column (parquet, arrow) that holds the text.
+        note: called with how much of the piece's size has been read, compressed as it is stored.
 
     Raises:
         DataError: if the file cannot be opened, is damaged, or lacks the column.
     """
     read = {"text": _text, "lines": _lines, "parquet": _parquet, "arrow": _arrow}[piece.kind]
     try:
-        yield from read(piece, text_key)
+        yield from read(piece, text_key, note)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {piece.path}: {error}") from error
+    note(piece.num_bytes)
 
 
-def _text(piece: Piece, text_key: str) -> Iterator[Document]:
-    del text_key
-    with open_input(piece.path) as file:
+def _text(piece: Piece, text_key: str, note: Note) -> Iterator[Document]:
+    del text_key, note
+    with open(piece.path, "rb") as stored, decompressed(stored, piece.path) as file:
         data = file.read()
     yield _document(data, piece.path, split_key=piece.key)
 
 
-def _lines(piece: Piece, text_key: str) -> Iterator[Document]:
-    with open_input(piece.path) as file:
+def _lines(piece: Piece, text_key: str, note: Note) -> Iterator[Document]:
+    with open(piece.path, "rb") as stored, decompressed(stored, piece.path) as file:
         if piece.begin:  # a line belongs to the range in which it starts
             file.seek(piece.begin - 1)
             file.readline()
@@ -75,6 +80,7 @@ def _lines(piece: Piece, text_key: str) -> Iterator[Document]:
             if not line:
                 return
             number += 1
+            note(stored.tell() - piece.begin)
             if not line.strip():
                 continue
             document = _json_document(line, text_key)
@@ -132,28 +138,35 @@ def _document(data: bytes, where: str, split_key: str) -> Document:
     return Document(text, where, split_key, None if text else "is empty")
 
 
-def _parquet(piece: Piece, text_key: str) -> Iterator[Document]:
+def _parquet(piece: Piece, text_key: str, note: Note) -> Iterator[Document]:
     arrow = pyarrow_module("lib")
     try:
         file = open_parquet(piece.path)
         _check_column(file.schema_arrow.names, text_key, piece.path)
         groups = range(piece.begin, file.num_row_groups if piece.end is None else piece.end)
         for group in groups:
+            note(piece.num_bytes * (group - groups.start) // len(groups))
             batches = file.iter_batches(row_groups=[group], columns=[text_key], batch_size=256)
             yield from _rows(batches, text_key, f"{piece.path}, row group {group}")
     except arrow.ArrowException as error:
         raise DataError(f"{piece.path} is not a readable parquet file: {error}") from error
 
 
-def _arrow(piece: Piece, text_key: str) -> Iterator[Document]:
+def _arrow(piece: Piece, text_key: str, note: Note) -> Iterator[Document]:
     arrow = pyarrow_module("lib")
     try:
         with open(piece.path, "rb") as file:
             batches = pyarrow_module("ipc").open_stream(file)
             _check_column(batches.schema.names, text_key, piece.path)
-            yield from _rows(batches, text_key, piece.path)
+            yield from _rows(_noted(batches, file, note), text_key, piece.path)
     except arrow.ArrowException as error:
         raise DataError(f"{piece.path} is not a readable arrow stream: {error}") from error
+
+
+def _noted(batches: Iterable[Any], file: BinaryIO, note: Note) -> Iterator[Any]:
+    for batch in batches:
+        note(file.tell())
+        yield batch
 
 
 def _rows(batches: Any, text_key: str, where: str) -> Iterator[Document]:

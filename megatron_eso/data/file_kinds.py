@@ -61,7 +61,7 @@ def require_json_lines(path: Path) -> None:
     if not _without_compression(path.name.lower()).endswith(".json"):
         return
     try:
-        with open_input(str(path)) as file:
+        with path.open("rb") as stored, decompressed(stored, path.name) as file:
             line = next((line for line in iter(file.readline, b"") if line.strip()), b"{}")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
@@ -73,17 +73,17 @@ def require_json_lines(path: Path) -> None:
         )
 
 
-def open_input(path: str) -> BinaryIO:
-    """Return the bytes of a file, decompressed.
+def decompressed(file: BinaryIO, path: str) -> BinaryIO:
+    """Return the bytes of an open file without the compression that its name says; itself if none.
 
     Raises:
         DataError: if a package that this needs is not installed.
     """
     if path.lower().endswith(".gz"):
-        return gzip.open(path, "rb")  # pyright: ignore[reportReturnType]
+        return gzip.open(file, "rb")  # pyright: ignore[reportReturnType]
     if path.lower().endswith(".zst"):
-        return open_zstd(path)
-    return open(path, "rb")
+        return open_zstd(file, path)
+    return file
 
 
 def _without_compression(name: str) -> str:

@@ -42,6 +42,22 @@ def decoded_rows(split: ShardedRows, tokenizer: Tokenizer, rows: list[int]) -> l
     return [tokenizer.decode(row[row != split.manifest.mask_id].tolist()) for row in read]
 
 
+def require_picture(path: Path) -> None:
+    """Refuse a picture that could not be drawn, before rows are read for it.
+
+    Raises:
+        DataError: if matplotlib is missing or does not know the format.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise DataError("a picture needs matplotlib: pip install matplotlib") from None
+    known = FigureCanvasBase.get_supported_filetypes()
+    ending = path.suffix.removeprefix(".").lower() or "png"
+    if ending not in known:
+        raise DataError(f"--picture {path}: .{ending} is not one of {', '.join(sorted(known))}")
+
+
 def draw_lengths(lengths: NDArray[np.int64], manifest: Manifest, path: Path) -> None:
     """Write a histogram of document lengths (logarithmic bins) as a picture.
 

@@ -113,6 +113,27 @@ class _Output:
             self.writer.write(block)
 
 
+@dataclass
+class _Meter:
+    """How much of a partition's inputs has been read, and how much of that was reported."""
+
+    report: Callable[[int, int], None]
+    before: int = 0  # size of the pieces that are done
+    read: int = 0
+    reported: int = 0
+
+    def note(self, num_bytes: int) -> None:
+        self.read = num_bytes
+
+    def end_piece(self) -> None:
+        self.before, self.read = self.before + self.read, 0
+
+    def report_tokens(self, num_tokens: int) -> None:
+        done = self.before + self.read
+        self.report(done - self.reported, num_tokens)
+        self.reported = done
+
+
 def split_of(document: Document, validation_fraction: float) -> str:
     """Return the split of a document: a hash of its key, so that equal documents stay together."""
     digest = blake2b(document.split_key.encode(errors="surrogatepass"), digest_size=8).digest()
@@ -128,7 +149,7 @@ def write_partition(
     Args:
         partition: what to read.
         preparation: where to write, with which tokenizer and options.
-        report: called with (bytes of text, tokens) done since the last call.
+        report: called with (bytes of the inputs as stored, tokens) done since the last call.
 
     Raises:
         DataError: for a document that cannot be used, no space, no permission.
@@ -170,16 +191,16 @@ def _write_splits(
             split: _open_output(stack, folder / split, tokenizer, options) for split in SPLITS
         }
         batch: list[tuple[_Output, str, bool]] = []
-        characters = 0
-        for output, document in _routed(partition, outputs, options):
+        characters, meter = 0, _Meter(report)
+        for output, document in _routed(partition, outputs, options, meter):
             for piece in pieces_of(document.text):
                 batch.append((output, piece, False))
                 characters += len(piece)
                 if characters >= BATCH_CHARACTERS:
-                    _encode(batch, tokenizer, options, report)
+                    meter.report_tokens(_encode(batch, tokenizer, options))
                     batch, characters = [], 0
             batch.append((output, "", True))
-        _encode(batch, tokenizer, options, report)
+        meter.report_tokens(_encode(batch, tokenizer, options))
         for output in outputs.values():
             output.write(output.packer.finish())
             output.counts.num_samples = output.writer.num_rows
@@ -188,10 +209,10 @@ def _write_splits(
 
 
 def _routed(
-    partition: Partition, outputs: dict[str, _Output], options: PrepareOptions
+    partition: Partition, outputs: dict[str, _Output], options: PrepareOptions, meter: _Meter
 ) -> Iterator[tuple[_Output, Document]]:
     for piece in partition.pieces:
-        for document in documents_of(piece, text_key=options.text_key):
+        for document in documents_of(piece, text_key=options.text_key, note=meter.note):
             output = outputs[split_of(document, options.validation_fraction)]
             if document.problem is None:
                 output.counts.num_documents += 1
@@ -201,6 +222,7 @@ def _routed(
                 output.counts.num_skipped += 1
             else:
                 refuse(document)
+        meter.end_piece()
 
 
 def _open_output(
@@ -226,11 +248,11 @@ def _encode(
     batch: list[tuple[_Output, str, bool]],
     tokenizer: Tokenizer,
     options: PrepareOptions,
-    report: Callable[[int, int], None],
-) -> None:
+) -> int:
+    """Write a batch and return its tokens."""
     encoded = iter(tokenizer.encode_pieces([piece for _, piece, ends in batch if not ends]))
-    num_bytes = num_tokens = 0
-    for output, piece, ends in batch:
+    num_tokens = 0
+    for output, _, ends in batch:
         if ends:
             output.write(output.packer.end_document())
             continue
@@ -241,6 +263,5 @@ def _encode(
                 f"{options.vocab_size - 1} tokens that {tokenizer.path} states"
             )
         output.write(output.packer.add(tokens))
-        num_bytes += len(piece.encode())
         num_tokens += len(tokens)
-    report(num_bytes, num_tokens)
+    return num_tokens

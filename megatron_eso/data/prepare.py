@@ -33,7 +33,12 @@ from megatron_eso.data.partition import Preparation, PrepareOptions, split_of
 from megatron_eso.data.progress import Progress
 from megatron_eso.data.publish import Destination
 from megatron_eso.data.sources import Piece, find_files, partitions_of
-from megatron_eso.data.tokenizer import Tokenizer, resolve_tokenizer, train_tokenizer
+from megatron_eso.data.tokenizer import (
+    Tokenizer,
+    resolve_tokenizer,
+    tokenizer_file,
+    train_tokenizer,
+)
 from megatron_eso.data.workers import write_partitions
 from megatron_eso.errors import DataError
 from megatron_eso.files import is_remote
@@ -156,13 +161,11 @@ def _request(
     tokenizer_bytes: int,
 ) -> dict[str, Any]:
     listing = "\n".join(f"{piece.key} {piece.num_bytes}" for piece in pieces)
-    given = (
-        Path(tokenizer) / TOKENIZER_NAME if tokenizer and Path(tokenizer).is_dir() else tokenizer
-    )
-    known = sha256_of(Path(given)) if given and Path(given).is_file() else given
+    file = None if tokenizer is None else tokenizer_file(tokenizer)
+    known = tokenizer if file is None else sha256_of(file)
     return {
         "sources": sources,
-        "files (names and sizes)": sha256(listing.encode()).hexdigest(),
+        "files (names and sizes)": sha256(listing.encode(errors="surrogatepass")).hexdigest(),
         "tokenizer": known or f"trained on {tokenizer_bytes} bytes",
         **asdict(options),
     }

@@ -41,6 +41,8 @@ class Tokenizer:
         """
         self.path = path
         self._tokenizer = load_tokenizer(path)
+        # In a text "<|endoftext|>" is ordinary characters: it must not end its document.
+        self._tokenizer.encode_special_tokens = True
         known = self._tokenizer.get_vocab(with_added_tokens=True)
         if not known:
             raise DataError(f"tokenizer {path} has an empty vocabulary")
@@ -175,15 +177,27 @@ def pieces_of(text: str) -> Iterator[str]:
         begin = end
 
 
+def tokenizer_file(name: str) -> Path | None:
+    """Return the file that a name stands for: itself, or the one in the folder; None: of no file.
+
+    Raises:
+        DataError: for a folder without one.
+    """
+    given = Path(name)
+    file = given / "tokenizer.json" if given.is_dir() else given
+    if given.is_dir() and not file.is_file():
+        raise DataError(f"--tokenizer {name} is a folder without a tokenizer.json")
+    return file if file.is_file() else None
+
+
 def resolve_tokenizer(name: str, path: Path) -> None:
     """Copy a tokenizer file, or one published on the Hugging Face hub, to ``path``.
 
     Raises:
         DataError: if ``name`` is neither a file, a folder with a tokenizer.json, nor a known name.
     """
-    given = Path(name)
-    file = given / "tokenizer.json" if given.is_dir() else given
-    if file.is_file():
+    file = tokenizer_file(name)
+    if file is not None:
         load_tokenizer(file)
         shutil.copyfile(file, path)
         return

@@ -5,7 +5,6 @@ that was cut short would lose its text in silence.
 """
 
 import io
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_eso.errors import DataError
@@ -14,8 +13,8 @@ from megatron_eso.errors import DataError
 READ_BYTES = 1 << 16
 
 
-def open_zstd(path: str) -> BinaryIO:
-    """Return the decompressed bytes of a file.
+def open_zstd(file: BinaryIO, path: str) -> BinaryIO:
+    """Return the decompressed bytes of an open file; ``path`` is for messages.
 
     Reading raises EOFError if the file ends inside a frame, and OSError if it is damaged.
 
@@ -26,7 +25,7 @@ def open_zstd(path: str) -> BinaryIO:
         import zstandard
     except ImportError:
         raise DataError(f"{path} needs the zstandard package: pip install zstandard") from None
-    return io.BufferedReader(_Frames(Path(path).open("rb"), zstandard), 1 << 20)
+    return io.BufferedReader(_Frames(file, zstandard), 1 << 20)
 
 
 class _Frames(io.RawIOBase):

@@ -46,6 +46,11 @@ def test_inspect_prints_counts_and_text_and_draws(prepared, tmp_path):
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_of_an_unknown_format_is_refused_first(tmp_path):
+    with pytest.raises(DataError, match=r"--picture .*x\.foo: \.foo is not one of .*png"):
+        run("inspect", tmp_path / "no-split", "--picture", tmp_path / "x.foo")
+
+
 def test_verify_accepts_what_prepare_wrote(prepared):
     assert "rows are whole" in run("verify", prepared / "train", prepared / "validation")
 

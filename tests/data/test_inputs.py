@@ -17,7 +17,7 @@ import pytest
 from tokenizers import Tokenizer as Core
 from tokenizers import models
 
-from megatron_eso.data import workers
+from megatron_eso.data import partition, workers
 from megatron_eso.data.documents import documents_of
 from megatron_eso.data.manifest import load_manifest
 from megatron_eso.data.prepare import check_options, prepare
@@ -384,9 +384,31 @@ def test_an_interruption_says_that_the_same_command_continues(
     assert np.array_equal(rows(tmp_path / "set" / "train"), rows(prepared / "train"))
 
 
-def test_an_output_without_permission_or_space_is_named(prepared, corpus, tmp_path, monkeypatch):
-    from megatron_eso.data import partition
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [("a.jsonl", None), ("a.jsonl.gz", save_gzip), ("a.jsonl.zst", save_zstandard),
+     ("a.parquet", save_parquet), ("a.arrow", save_arrow)],
+)  # fmt: skip
+def test_progress_counts_the_bytes_of_files_as_they_are_stored(
+    prepared, tmp_path, monkeypatch, name, save
+):
+    plain = tmp_path / ("a.jsonl" if save is None else "plain.jsonl")
+    texts = write_corpus(plain, num_documents=10_000)
+    if save is not None:
+        save(tmp_path / name, texts)
+    reports = []
+    monkeypatch.setattr(partition, "BATCH_CHARACTERS", 20_000)
+    monkeypatch.setattr(Progress, "add", lambda self, *done: reports.append(done))
+    progress = Progress(stream=io.StringIO())
+    prepare([str(tmp_path / name)], tmp_path / "set", options(partition_mib=100), num_processes=1,
+            tokenizer=str(prepared / "tokenizer.json"), progress=progress)  # fmt: skip
+    read, tokens = np.cumsum(reports, axis=0).T
+    assert progress.total_bytes == read[-1] == (tmp_path / name).stat().st_size
+    middle = read[np.searchsorted(tokens, tokens[-1] // 2)] / read[-1]
+    assert 0.3 < middle < 0.7, middle
 
+
+def test_an_output_without_permission_or_space_is_named(prepared, corpus, tmp_path, monkeypatch):
     def full(*arguments, **settings):
         raise OSError(28, "No space left on device", str(tmp_path))
 
@@ -400,6 +422,20 @@ def test_a_tokenizer_of_another_size_is_refused_with_both_numbers(prepared, corp
     with pytest.raises(DataError, match=r"--vocab-size=512.* has 299 tokens .*--vocab-size=300"):
         prepare([str(corpus)], tmp_path / "set", options(vocab_size=512),
                 tokenizer=str(prepared / "tokenizer.json"), num_processes=1)  # fmt: skip
+
+
+def test_a_tokenizer_folder_without_one_is_refused_before_any_work(corpus, tmp_path):
+    with pytest.raises(DataError, match=r"--tokenizer .* is a folder without a tokenizer\.json"):
+        prepare([str(corpus)], tmp_path / "set", options(), tokenizer=str(corpus.parent))
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_file_name_need_not_be_utf_8(prepared, tmp_path):
+    (tmp_path / "in").mkdir()
+    write_corpus(tmp_path / "in" / os.fsdecode(b"caf\xe9.jsonl"), num_documents=50)
+    prepare([str(tmp_path / "in")], tmp_path / "set", options(), num_processes=1,
+            tokenizer=str(prepared / "tokenizer.json"))  # fmt: skip
+    assert load_manifest(tmp_path / "set" / "train").num_documents > 30
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,14 @@ def test_the_text_that_trains_a_tokenizer_is_counted_in_bytes_and_not_cut_by_com
     assert every == training_texts(tmp_path / "plain", 3 * size)
 
 
+def test_an_end_token_that_stands_in_a_text_does_not_end_the_document(prepared, tmp_path):
+    texts = [f"{number} before<|endoftext|>after" for number in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    prepare([str(tmp_path / "a.jsonl")], tmp_path / "set", options(validation_fraction=0.0),
+            tokenizer=str(prepared / "tokenizer.json"), num_processes=1)  # fmt: skip
+    assert documents_in(tmp_path / "set", "train") == texts
+
+
 def test_a_second_run_without_a_validation_split_has_nothing_to_do(prepared, corpus, tmp_path):
     request = [str(corpus)], tmp_path / "set", options(validation_fraction=0.0)
     for is_second in (False, True):
