@@ -315,7 +315,7 @@ class Keeper:
             "step": session.state.step,
             "train_state": asdict(session.state),
             "has_ema": session.average is not None,
-            "model": session.config.model,
+            "model": asdict(session.config.model),
             "objective": asdict(session.config.objective),
             "sequence_length": session.config.train.sequence_length,
             "mask_token_id": session.config.model.vocab_size - 1,

@@ -68,7 +68,7 @@ def test_a_missing_set_and_missing_credentials_are_named(google, tmp_path, monke
 
 def test_a_client_that_is_not_installed_is_named(google, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
-    with pytest.raises(DataError, match=r"after 1 of 5 .*pip install 'megatron-eso\[gs\]'"):
+    with pytest.raises(DataError, match=r"after 1 of 5 .*pip install -e '\.\[gs\]'"):
         read("gs://shards/set/train", tmp_path)
 
 
