@@ -111,9 +111,7 @@ def begin(records: Records, attempt: str, nodes: list[str], started: float | Non
     before = [e for e in records.events() if e["event"] == "begin"]
     open_nodes = set(before[-1]["nodes"]) if before and not _has_ended(records) else set()
     lost = {n: why for n, why in node_troubles().items() if n in open_nodes}
-    records.add_bad_nodes(lost, records.state().get("bad_node_hours", 24.0))
-    for node, why in lost.items():
-        print(f"bad node {node}: {why}", file=sys.stderr)
+    _avoid(records, lost)
     step = records.checkpoint_step()
     records.set_state(status_before=status.get("updated"), step_before=step)
     records.add_event(attempt, "begin", nodes=nodes, step=step, started=started)
@@ -130,14 +128,11 @@ def choose(
 ) -> str:
     """Return the nodes that train, in Slurm's order, or what to do if too few are healthy."""
     sick = _sick(records, attempt, nodes, min_gb_per_second) if checked else {}
-    state = records.state()
     if len(nodes) > 1 and all(sick.get(node) == _SILENT for node in nodes):
         # Not the nodes: srun, or the Python of the check. To exclude them would leave the job none.
         why = "the health check ran on no node; srun says why above"
-        return _and_exclude(records, _give_up_nodes(records, attempt, why))
-    for node, why in sick.items():
-        print(f"bad node {node}: {why}", file=sys.stderr)
-    records.add_bad_nodes(sick, state.get("bad_node_hours", 24.0))
+        return _give_up_nodes(records, attempt, why)
+    _avoid(records, sick)
     listed = records.bad_nodes()
     # Nodes of the list that pass today are a last resort, not a reason to wait.
     good = [n for n in nodes if n not in listed] + [
@@ -147,14 +142,20 @@ def choose(
         taken = set(good[:need])
         return "run " + ",".join(n for n in nodes if n in taken)
     why = f"{len(good)} of {len(nodes)} nodes are healthy, {need} are needed: {sick}"
-    return _and_exclude(records, _give_up_nodes(records, attempt, why))
+    return _give_up_nodes(records, attempt, why)
 
 
 def unfit(records: Records, attempt: str, node: str, why: str) -> str:
     """Return what to do where a node cannot serve the job as the batch script's or a rank's."""
-    print(f"bad node {node}: {why}", file=sys.stderr)
-    records.add_bad_nodes({node: why}, records.state().get("bad_node_hours", 24.0))
-    return _and_exclude(records, _give_up_nodes(records, attempt, f"{node}: {why}"))
+    _avoid(records, {node: why})
+    return _give_up_nodes(records, attempt, f"{node}: {why}")
+
+
+def _avoid(records: Records, bad: dict[str, str]) -> None:
+    """Put nodes on the run's list of bad ones, and say why."""
+    for node, why in bad.items():
+        print(f"bad node {node}: {why}", file=sys.stderr)
+    records.add_bad_nodes(bad, records.state().get("bad_node_hours", 24.0))
 
 
 def _and_exclude(records: Records, verb: str) -> str:
@@ -171,13 +172,13 @@ def _and_exclude(records: Records, verb: str) -> str:
 
 
 def _give_up_nodes(records: Records, attempt: str, why: str) -> str:
-    """Count an attempt without progress; return ``requeue``, or ``hold`` after too many of them."""
+    """Count an attempt without progress; return ``requeue NODES``, or ``hold`` after too many of them."""
     state = records.state()
     count = state.get("without_progress", 0) + 1
     records.set_state(without_progress=count)
     verb = "hold" if count >= state.get("max_attempts", 3) else "requeue"
     _note(records, attempt, verb, why)
-    return verb
+    return _and_exclude(records, verb)
 
 
 def _sick(records: Records, attempt: str, nodes: list[str], minimum: float) -> dict[str, str]:

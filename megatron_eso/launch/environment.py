@@ -4,6 +4,7 @@ torchrun sets RANK; under ``srun`` only SLURM_* exist. Pure functions of a mappi
 launcher's environment can be tested without it.
 """
 
+import platform
 import re
 from collections.abc import Mapping
 
@@ -69,6 +70,11 @@ def attempt_name(environ: Mapping[str, str]) -> str:
     """Return JOBID.RESTART_COUNT under Slurm, else an empty string."""
     job = environ.get("SLURM_JOB_ID", "")
     return f"{job}.{environ.get('SLURM_RESTART_COUNT') or 0}" if job else ""
+
+
+def node_name(environ: Mapping[str, str]) -> str:
+    """Return the name that Slurm has for this node, else the machine's own."""
+    return environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def is_of_job_script(environ: Mapping[str, str]) -> bool:

@@ -7,12 +7,12 @@ writes nothing counts as sick.
 
 import argparse
 import os
-import platform
 import subprocess
 import time
 from pathlib import Path
 
 from megatron_eso.files import write_json
+from megatron_eso.launch.environment import node_name
 
 
 def problems(
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--file-lacks", default="")
     parser.add_argument("--max-skew", type=float, default=30.0)
     options = parser.parse_args()
-    node = os.environ.get("SLURMD_NODENAME") or platform.node()
+    node = node_name(os.environ)
     folder = options.run / "slurm" / "health" / options.attempt
     folder.mkdir(parents=True, exist_ok=True)
     found = problems(

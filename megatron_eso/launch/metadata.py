@@ -11,7 +11,6 @@ documentation of `instance/preempted` (TRUE, about 30 s before the end) and `ins
 
 import argparse
 import os
-import platform
 import signal
 import time
 import urllib.error
@@ -19,6 +18,7 @@ import urllib.request
 from collections.abc import Collection
 from pathlib import Path
 
+from megatron_eso.launch.environment import node_name
 from megatron_eso.launch.processes import send
 from megatron_eso.launch.records import Records
 
@@ -75,8 +75,7 @@ def watch(pid: int, server: str, every_seconds: float, records: Records | None =
     if reason:
         _say(f"metadata server: {reason}; asking the ranks to save and stop")
     if reason.startswith(MAINTENANCE) and records is not None:
-        node = os.environ.get("SLURMD_NODENAME") or platform.node()
-        records.announce(node, f"the cloud announces {reason}")
+        records.announce(node_name(os.environ), f"the cloud announces {reason}")
     while reason and _lives(pid):
         send(pid, signal.SIGTERM)
         time.sleep(every_seconds)

@@ -6,7 +6,6 @@ checkpoint end the run with an exit code of its own: whatever it is, it will not
 """
 
 import os
-import platform
 import signal
 import sys
 import time
@@ -22,7 +21,7 @@ from megatron_eso.errors import (
     CheckpointError,
 )
 from megatron_eso.launch import events, lease
-from megatron_eso.launch.environment import attempt_name, is_of_job_script
+from megatron_eso.launch.environment import attempt_name, is_of_job_script, node_name
 from megatron_eso.launch.heartbeat import VARIABLE, Beat, Board
 from megatron_eso.launch.processes import (
     STOPPING,
@@ -170,7 +169,7 @@ def _place_in_job(settings: Supervision) -> dict[str, str]:
     return {
         "attempt": attempt_name(os.environ),
         "start": settings.rank_environment["MASTER_PORT"],
-        "node": os.environ.get("SLURMD_NODENAME") or platform.node(),
+        "node": node_name(os.environ),
     }
 
 

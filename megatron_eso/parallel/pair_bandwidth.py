@@ -9,7 +9,6 @@ first one of each node is used.
 
 import argparse
 import os
-import platform
 import statistics
 import time
 from datetime import timedelta
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from megatron_eso.files import write_json
+from megatron_eso.launch.environment import node_name
 from megatron_eso.launch.pairs import rounds
 
 _MIB_GPU, _MIB_CPU, _REPEATS = 256, 16, 3
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--nodes", required=True)
     parser.add_argument("--port", type=int, required=True)
     options = parser.parse_args()
-    node, nodes = os.environ.get("SLURMD_NODENAME") or platform.node(), options.nodes.split(",")
+    node, nodes = node_name(os.environ), options.nodes.split(",")
     mine, found = nodes.index(node), {}
     # An NCCL that gives up raises here, as gloo does, instead of ending the process with its other pairs.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")

@@ -113,14 +113,12 @@ class StepGuard:
                     f"has not reached its first save (train.save_every_steps={every}), or none worked. "
                     "Lower train.save_every_steps, or use skip"
                 )
-            state.left_out = sorted({*state.left_out, bad})
-            self._tell(
-                "rollback", f"{what}; back to step {state.step}, its batch is left out", report
-            )
+            event, where = "rollback", f"back to step {state.step}, "
         else:
-            state.left_out = sorted({*state.left_out, bad})
             state.step += 1
-            self._tell("skipped", f"{what}; its batch is left out", report)
+            event, where = "skipped", ""
+        state.left_out = sorted({*state.left_out, bad})
+        self._tell(event, f"{what}; {where}its batch is left out", report)
 
     def _judge(self, loss: float, norm: float) -> Quality:
         quality = finite_is_good(loss, norm)

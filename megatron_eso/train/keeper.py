@@ -297,13 +297,11 @@ class Keeper:
 
         def look() -> str:
             free = shutil.disk_usage(folder).free
+            if free >= needed:
+                return ""
             return (
-                ""
-                if free >= needed
-                else (
-                    f"no room for a checkpoint of step {step}: {needed / 2**30:.2f} GiB needed, "
-                    f"{free / 2**30:.2f} GiB free under {folder}"
-                )
+                f"no room for a checkpoint of step {step}: {needed / 2**30:.2f} GiB needed, "
+                f"{free / 2**30:.2f} GiB free under {folder}"
             )
 
         return from_first_rank(look, self._session.torch_device)
