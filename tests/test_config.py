@@ -2,7 +2,8 @@
 
 import ast
 import math
-from dataclasses import fields, is_dataclass
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from megatron_eso.config import (
     schema,
     violations,
 )
+from megatron_eso.config.paths import Place, mark, path_to, paths, place_of, with_paths
 from megatron_eso.config.ranges import Range, range_of
 from megatron_eso.errors import ConfigError
 from megatron_eso.launch.profile import ClusterProfile
@@ -368,6 +370,57 @@ def test_every_number_has_a_range_that_holds_its_default():
             is_number = set(str(setting.type).split(" | ")) & {"int", "float"}
             is_number = is_number or setting.type in (int, float, int | None, float | None)
             assert bool(allowed) == bool(is_number), setting.name
+
+
+def test_every_setting_that_is_said_to_hold_a_path_is_marked():
+    marked = set()
+    for node in ast.parse(Path(schema.__file__).read_text()).body:
+        for setting, text in pairwise(node.body if isinstance(node, ast.ClassDef) else []):
+            if not isinstance(setting, ast.AnnAssign) or not isinstance(text, ast.Expr):
+                continue
+            name = ast.unparse(setting.target)
+            section = getattr(schema, node.name)
+            (item,) = (i for i in fields(section) if i.name == name)
+            said = f"{name} {ast.literal_eval(text.value)}".lower().replace("_", " ")
+            is_text = str(item.type) in (
+                "<class 'str'>",
+                "str | None",
+                "dict[str, str]",
+                "list[str]",
+            )
+            names_one = re.search(r"\b(folder|path|address|file|dir|directory)\b", said)
+            assert bool(place_of(item)) == bool(is_text and names_one), f"{section}.{name}"
+            marked |= {name} if place_of(item) else set()
+    assert marked == {
+        "path", "validation", "cache_dir", "local_folder", "init_from", "folder",
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    there: str | None = path_to(Place.NODE, None)
+    name: str = "~"
+
+
+@dataclass(frozen=True)
+class Whole:
+    part: Part = field(default_factory=Part)
+    parts: list[Part] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    named: dict[str, str] = field(default_factory=dict, metadata=mark(Place.DATA))
+    empty: str = path_to(Place.SHARED, "")
+
+
+def test_a_new_setting_with_the_mark_is_found_and_changed_wherever_it_stands():
+    settings = Whole(Part("~/a"), [Part("b"), Part()], [3], {"c": "~/c"})
+    found = [(one.setting, one.place, one.path) for one in paths(settings)]
+    assert found == [
+        ("part.there", Place.NODE, "~/a"),
+        ("parts[0].there", Place.NODE, "b"),
+        ("named.c", Place.DATA, "~/c"),
+    ]
+    expected = Whole(Part("/a"), [Part("b"), Part()], [3], {"c": "/c"})
+    assert with_paths(settings, lambda path: path.removeprefix("~")) == expected
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ false. Where the schema has text, what was written is the value, null apart.
 import re
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from os.path import expanduser
 from pathlib import Path
@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.omegaconf import get_yaml_loader  # pyright: ignore[reportPrivateImportUsage]
 from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
 
+from megatron_eso.config.paths import with_paths
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
 from megatron_eso.files import write_whole
@@ -54,7 +55,7 @@ def load_config(
         found = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path or 'overrides'}: {_first_lines(error)}") from None
-    return _with_home(found) if isinstance(found, RunConfig) else found
+    return with_paths(found, expanduser)  # no shell replaces a ~ in them
 
 
 def to_yaml(config: Any) -> str:
@@ -65,26 +66,6 @@ def to_yaml(config: Any) -> str:
 def save_config(config: Any, path: Path) -> None:
     """Write the configuration as YAML; see :func:`megatron_eso.files.write_whole`."""
     write_whole(path, to_yaml(config))
-
-
-def _with_home(config: RunConfig) -> RunConfig:
-    """Return a run whose paths begin at the user's folder where ~ stands: no shell replaces it."""
-    data, checkpoint = config.data, config.checkpoint
-    return replace(
-        config,
-        folder=expanduser(config.folder),
-        data=replace(
-            data,
-            sources=[replace(source, path=expanduser(source.path)) for source in data.sources],
-            validation={name: expanduser(path) for name, path in data.validation.items()},
-            cache_dir=data.cache_dir and expanduser(data.cache_dir),
-        ),
-        checkpoint=replace(
-            checkpoint,
-            local_folder=checkpoint.local_folder and expanduser(checkpoint.local_folder),
-            init_from=checkpoint.init_from and expanduser(checkpoint.init_from),
-        ),
-    )
 
 
 def _layers(

@@ -4,13 +4,14 @@ These dataclasses are OmegaConf structured configurations: frozen, and closed (a
 error). A *row* is one sequence of ``train.sequence_length`` tokens; a *stack row* is a row as it runs
 through the transformer, where a sequential row of the Eso-LM objective counts twice (its true tokens
 and its mask copies). ``docs/config.md`` is generated from the fields, their ranges and the strings
-below them; rules between settings are in ``check.py``.
+below them; which fields hold paths is marked (``paths.py``); rules between settings are in ``check.py``.
 """
 
 import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_eso.config.paths import Place, mark, path_to
 from megatron_eso.config.ranges import within
 
 
@@ -94,7 +95,7 @@ class ObjectiveConfig:
 class DataSourceConfig:
     """One data set of a mixture."""
 
-    path: str = ""
+    path: str = path_to(Place.DATA, "")
     """Folder or object-store address of one split written by ``megatron-eso data prepare``."""
     weight: float = within(1.0, above=0, below=math.inf)
     """Share of the mixture, relative to the other sources' weights."""
@@ -106,9 +107,9 @@ class DataConfig:
 
     sources: list[DataSourceConfig] = field(default_factory=list)
     """Training data; several sources are mixed by weight."""
-    validation: dict[str, str] = field(default_factory=dict)
+    validation: dict[str, str] = field(default_factory=dict, metadata=mark(Place.DATA))
     """Held-out data sets: name -> folder or address."""
-    cache_dir: str | None = None
+    cache_dir: str | None = path_to(Place.NODE, None)
     """Local folder for shards of remote data sets; null: a folder under the system's cache folder."""
     cache_limit_gib: float | None = within(None, above=0, hint="null sets no bound")
     """Bound on that folder, in GiB; null: none. The shards used longest ago are dropped first."""
@@ -272,7 +273,7 @@ class CheckpointConfig:
     """Write while training goes on; the stall is reported for each save."""
     timeout_seconds: float = within(1800.0, above=0)
     """A save that is not done by then has failed: its writers are ended, training goes on."""
-    local_folder: str | None = None
+    local_folder: str | None = path_to(Place.NODE, None)
     """Folder on this node, in memory (/dev/shm) or on a local disk, for frequent copies of each rank's
     own state; a restart at the same layout takes the newest valid of these and the shared checkpoints.
     null: none."""
@@ -283,8 +284,9 @@ class CheckpointConfig:
     has one."""
     verify_hashes: bool = True
     """Compare the manifest's hashes before loading."""
-    init_from: str | None = None
-    """Checkpoint whose weights start the run (new optimizer, step 0); null: random weights."""
+    init_from: str | None = path_to(Place.SHARED, None)
+    """Folder of a checkpoint, or of a run, whose weights start this run (new optimizer, step 0); null:
+    random weights."""
 
 
 @dataclass(frozen=True)
@@ -344,7 +346,7 @@ class RunConfig:
 
     name: str = "run"
     """Name of the run."""
-    folder: str = "runs/${name}"
+    folder: str = path_to(Place.RUN, "runs/${name}")
     """Folder that receives the resolved configuration, log, TensorBoard files and checkpoints."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the transformer."""

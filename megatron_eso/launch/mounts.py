@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from megatron_eso.config.paths import Place, paths
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ClusterError
 from megatron_eso.files import is_remote
@@ -48,24 +49,20 @@ def mounts_of(configs: list[RunConfig], given: list[str], seen: list[Path]) -> l
 
 
 def _of_the_node(config: RunConfig) -> Iterator[tuple[str, str]]:
-    for setting, path in (
-        ("checkpoint.local_folder", config.checkpoint.local_folder),
-        ("data.cache_dir", config.data.cache_dir),
-    ):
-        if path is not None:
-            yield setting, os.path.abspath(path)
+    for named in paths(config):
+        if named.place is Place.NODE:
+            yield named.setting, os.path.abspath(named.path)
 
 
 def _shared(config: RunConfig) -> Iterator[tuple[str, str]]:
-    splits = [("data.sources", source.path) for source in config.data.sources]
-    splits += [(f"data.validation.{name}", path) for name, path in config.data.validation.items()]
-    for setting, path in splits:
-        if path and not is_remote(path):
-            split = PurePosixPath(os.path.abspath(path))
+    """Yield what must be mounted; the run's own folder is, by the job script."""
+    for named in paths(config):
+        if named.place is Place.DATA and not is_remote(named.path):
+            split = PurePosixPath(os.path.abspath(named.path))
             # The tokenizer lies beside the splits of a data set.
-            yield setting, str(split if len(split.parts) < 3 else split.parent)
-    if config.checkpoint.init_from is not None:
-        yield "checkpoint.init_from", os.path.abspath(config.checkpoint.init_from)
+            yield named.setting, str(split if len(split.parts) < 3 else split.parent)
+        elif named.place is Place.SHARED:
+            yield named.setting, os.path.abspath(named.path)
 
 
 def _is_below(path: str, folders: list[str]) -> bool:

@@ -1,0 +1,76 @@
+"""Which settings hold paths, stated where the setting is declared.
+
+``init_from: str | None = path_to(Place.SHARED, None)`` in a configuration's dataclass gives the default and
+says on which file system it lies. :func:`with_paths` changes them all (a ~ at the start, in load.py);
+:func:`paths` names them (what a container must see, in launch/mounts.py).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from enum import Enum
+from typing import Any
+
+
+class Place(Enum):
+    """Where a path leads to."""
+
+    RUN = "the run's own folder"
+    SHARED = "the shared file system"
+    DATA = "a split of a data set on the shared file system, or in an object store"
+    NODE = "the node itself: its memory or a local disk"
+
+
+@dataclass(frozen=True)
+class NamedPath:
+    """A path that a configuration gives."""
+
+    setting: str
+    place: Place
+    path: str
+
+
+def path_to(place: Place, default: str | None) -> Any:
+    """Return a dataclass field of a path with this default."""
+    return field(default=default, metadata=mark(place))
+
+
+def mark(place: Place) -> dict[str, Place]:
+    """Return the metadata of a dataclass field that holds a path, or paths by name."""
+    return {"path": place}
+
+
+def place_of(setting: Field) -> Place | None:
+    """Return where the path leads to that a dataclass's field holds; None: it holds none."""
+    return setting.metadata.get("path")
+
+
+def paths(settings: Any, prefix: str = "") -> Iterator[NamedPath]:
+    """Yield the paths that a configuration gives, also those of its sections and lists of sections."""
+    for item in fields(settings):
+        name, value, place = prefix + item.name, getattr(settings, item.name), place_of(item)
+        if is_dataclass(value):
+            yield from paths(value, f"{name}.")
+        elif isinstance(value, list):
+            for i, entry in enumerate(value):
+                if is_dataclass(entry):
+                    yield from paths(entry, f"{name}[{i}].")
+        elif place and isinstance(value, dict):
+            yield from (NamedPath(f"{name}.{key}", place, entry) for key, entry in value.items())
+        elif place and value:
+            yield NamedPath(name, place, value)
+
+
+def with_paths(settings: Any, change: Callable[[str], str]) -> Any:
+    """Return a configuration, every path of which is what ``change`` makes of it."""
+
+    def changed(item: Field) -> Any:
+        value = getattr(settings, item.name)
+        if is_dataclass(value):
+            return with_paths(value, change)
+        if isinstance(value, list):
+            return [with_paths(entry, change) if is_dataclass(entry) else entry for entry in value]
+        if place_of(item) and isinstance(value, dict):
+            return {name: change(entry) for name, entry in value.items()}
+        return change(value) if place_of(item) and value else value
+
+    return replace(settings, **{item.name: changed(item) for item in fields(settings)})
