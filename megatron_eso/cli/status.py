@@ -28,14 +28,15 @@ def status(
     from megatron_eso.launch import records, report, slurm
 
     jobs = slurm.queue()
-    by_folder = {os.path.realpath(job.folder): job for job in jobs}
-    folders = runs or [Path(job.folder) for job in jobs if job.comment == slurm.COMMENT]
+    by_folder = {job.run: job for job in jobs if job.run}
+    folders = runs or [Path(job.folder) for job in jobs if job.run]
     missing = [str(folder) for folder in folders if not folder.is_dir()]
     if missing:
         raise ClusterError(f"no run folder {', '.join(missing)}")
     folders = [task for folder in folders for task in records.tasks_of(folder) or [folder]]
     found = [
-        (f, by_folder.get(os.path.realpath(f)) or report.job_of_task(f, jobs)) for f in folders
+        (f, by_folder.get(Path(os.path.realpath(f))) or report.job_of_task(f, jobs))
+        for f in folders
     ]
     now = time.time()
     if len(found) == 1:

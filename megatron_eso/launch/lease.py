@@ -122,8 +122,8 @@ def _job_lives(holder: str, folder: Path) -> bool | None:
         return None
     jobs = [job for job in jobs if job.state in _RUNNING]
     if not at:
-        runs = [Path(os.path.realpath(job.folder)) for job in jobs if job.comment == slurm.COMMENT]
-        return any(Path(os.path.realpath(folder)).is_relative_to(run) for run in runs)
+        mine = Path(os.path.realpath(folder))
+        return any(job.run is not None and mine.is_relative_to(job.run) for job in jobs)
     return bool(jobs)
 
 

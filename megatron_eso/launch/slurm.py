@@ -4,9 +4,11 @@ Text output is read, not JSON: its shape differs from version to version.
 """
 
 import getpass
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_eso.errors import ClusterError
 
@@ -68,6 +70,11 @@ class QueuedJob:
     start: str
     comment: str
     folder: str
+
+    @property
+    def run(self) -> Path | None:
+        """Folder, without symbolic links, that a job of ours works on; None: it is no job of ours."""
+        return Path(os.path.realpath(self.folder)) if self.comment == COMMENT else None
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def _refuse_live_job(run: Path) -> None:
 def live_job(run: Path) -> slurm.QueuedJob | None:
     """Return the job in the queue that works on a run folder, if any."""
     for job in slurm.queue():
-        if job.comment == slurm.COMMENT and os.path.realpath(job.folder) == os.path.realpath(run):
+        if job.run == Path(os.path.realpath(run)):
             return job
     known = read_json(run / "slurm" / "job.json").get("job")
     return next(iter(slurm.queue(job=known)), None) if known else None

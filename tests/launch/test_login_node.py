@@ -100,6 +100,18 @@ def test_status_of_a_hundred_runs_asks_slurm_once(node, tmp_path):
     assert node.asked() == ["squeue"]
 
 
+def test_a_job_of_anothers_in_the_folder_of_a_run_is_not_the_runs(node, tmp_path):
+    """An interactive one, say, that was started there."""
+    run = tmp_path / "run0"
+    mine = make_runs(tmp_path, 1).replace("0|", "8|", 1)
+    other = f"9|RUNNING|None|n9|1:00|N/A|(null)|{run}\n"
+    node.answers("squeue", mine + other)
+    assert "8 RUNNING on n0" in node.run("status", run)
+    node.answers("squeue", other)
+    assert "9 RUNNING" not in node.run("status", run)
+    assert node.run("status").startswith("no jobs of yours")
+
+
 def test_status_of_named_runs_asks_slurm_once(node, tmp_path):
     node.answers("squeue", make_runs(tmp_path, 5))
     said = node.run("status", *(tmp_path / f"run{i}" for i in range(5)))
