@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -234,21 +235,22 @@ def started_from(overrides: list[str], folder: str) -> dict[str, dict[int, np.nd
 def read_of_resume(folder: str, failing_rank: int) -> dict[str, Any]:
     """Resume; return the tensors that this rank read, by name, with their devices, and why it failed."""
     read: list[str] = []
-    original = load_module._load
+    original = load_module.fill
 
-    def load(state: dict[str, Any], found: Any) -> None:
-        read.extend(f"{entry.key} {tuple(entry.global_offset)}" for entry in state.values())
-        original(state, found)
+    def load(reader: Any, wanted: Iterable[Any]) -> None:
+        entries = list(wanted)
+        read.extend(f"{entry.key} {tuple(entry.global_offset)}" for entry in entries)
+        original(reader, entries)
         if torch.distributed.get_rank() == failing_rank:
-            raise CheckpointError(f"rank {failing_rank} read a damaged file")
+            raise CheckpointError("it read a damaged file")
 
-    load_module._load = load  # type: ignore[assignment]
+    load_module.fill = load  # type: ignore[assignment]
     try:
         train([], 2, folder, None, load=True)
     except CheckpointError as error:
         return {"read": read, "failure": str(error)}
     finally:
-        load_module._load = original
+        load_module.fill = original
     return {"read": read, "failure": ""}
 
 
@@ -575,7 +577,7 @@ def train_from(folder: str, overrides: list[str]) -> list[float]:
 
     session = make_session(overrides)
     found = find_checkpoint(Path(folder), hashes=True)
-    require_same_model(found, session.config.model)
+    require_same_model(found.path, found.sidecar(), session.config.model)
     load_weights(found, session.chunks, use_ema=True)
     session.optimizer.reload_model_params()
     return [train_step(session, read_rows).loss for _ in range(2)]

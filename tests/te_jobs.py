@@ -176,6 +176,32 @@ def without_fp8_state(folder: str) -> None:
         CheckpointFolder(Path(folder)).commit()
 
 
+def put_hostile_fp8_state(folder: str, trace: str) -> None:
+    """Put a pickle that makes a folder in the place of every FP8 state."""
+    if int(os.environ["RANK"]) > 0:
+        return
+    path = Path(folder)
+    torch.save(
+        [_Hostile(trace)], path / "hostile.distcp"
+    )  # Megatron wraps what it writes in a list
+    size = (path / "hostile.distcp").stat().st_size
+    content = pickle.loads((path / ".metadata").read_bytes())
+    states = [place for key, place in content.storage_data.items() if key.fqn.startswith("fp8.")]
+    assert states
+    for place in states:
+        place.relative_path, place.offset, place.length = "hostile.distcp", 0, size
+    (path / ".metadata").write_bytes(pickle.dumps(content))
+    CheckpointFolder(path).commit()
+
+
+class _Hostile:
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.folder,)
+
+
 def questions(overrides: list[str]) -> dict[str, tuple[Any, Any]]:
     """Train a step; return where a layer's question about attention is not the one asked at the start."""
     dpa = importlib.import_module(f"{te_adapter._DPA}.dot_product_attention")

@@ -43,11 +43,6 @@ def source(name):
         ("_patch_random_state", "tensor_parallel/random.py", "torch.cuda.get_rng_state()"),
         ("_without_compiler", "jit.py", "jit_fuser = torch.compile"),
         (
-            "with_reader_of_folders",
-            "dist_checkpointing/strategies/torch.py",
-            "fsr = _get_filesystem_reader(",
-        ),
-        (
             "_patch_buffers_of_one_rank",
             "distributed/param_and_grad_buffer.py",
             "grad_reduce_handle = dist_reduce_scatter_func(",

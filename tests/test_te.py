@@ -200,6 +200,17 @@ def test_a_checkpoint_with_fp8_state_loads_without_fp8_and_the_other_way(ranks, 
     assert {d.group for d in found} == {"weights", "exp_avg", "exp_avg_sq", "ema"}
 
 
+def test_a_hostile_pickle_in_the_place_of_fp8_state_is_not_run(ranks, tmp_path):
+    ranks("on_h100", "train", FP8, 2, str(tmp_path), 2)
+    folder, trace = folder_of_step(tmp_path, 2).path, tmp_path / "it_ran"
+    ranks("put_hostile_fp8_state", str(folder), str(trace))
+    with pytest.raises(AssertionError) as failed:
+        ranks("on_h100", "train", FP8, 3, str(tmp_path), None, True)
+    assert not trace.exists()
+    said = "its pickle names posix.mkdir, which no tensor needs; it was not run"
+    assert str(failed.value).count(said) == 2  # both ranks
+
+
 def test_the_adapter_reports_the_choice_and_refuses_the_unfused_backend(ranks):
     chosen, refusal = ranks("attention_choices")[0]
     assert chosen == "FusedAttention"

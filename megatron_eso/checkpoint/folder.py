@@ -248,10 +248,12 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     file = path / SIDECAR
     try:
         sidecar = json.loads(file.read_text())
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"{path} holds no {SIDECAR}: it is not a checkpoint of this trainer"
         ) from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged: {error}") from None
     if not isinstance(sidecar, dict):

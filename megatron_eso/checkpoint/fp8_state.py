@@ -8,24 +8,25 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from megatron_eso.checkpoint.folder import CheckpointFolder
+from megatron_eso.checkpoint.torch_dist import TorchDistReader
 from megatron_eso.errors import CheckpointError
-from megatron_eso.parallel.fp8_state import get_state, set_state, stateful_modules
+from megatron_eso.parallel.exchange import any_rank, together
+from megatron_eso.parallel.fp8_state import Stateful, get_state, set_state, stateful_modules
 from megatron_eso.parallel.megatron_patches import importing_megatron
 
 with importing_megatron():
-    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 log = logging.getLogger(__name__)
 FP8 = "fp8"
 
 
-def fp8_objects(chunks: Iterable[nn.Module], *, with_data: bool) -> dict[str, Any]:
-    """Return the sharded objects of this rank, to write (with their data) or to load into."""
+def fp8_objects(chunks: Iterable[nn.Module]) -> dict[str, Any]:
+    """Return the sharded objects of this rank."""
     replica = (
         0,
         parallel_state.get_tensor_model_parallel_rank(),
@@ -33,36 +34,46 @@ def fp8_objects(chunks: Iterable[nn.Module], *, with_data: bool) -> dict[str, An
     )
     state: dict[str, Any] = {}
     for entry in stateful_modules(chunks):
-        key = f"{FP8}.decoder.layers.{entry.name}"
-        data = get_state(entry.module) if with_data else None
-        state[f"{key}.{entry.layer}"] = ShardedObject(
-            key, data, (entry.num_layers,), (entry.layer,), replica_id=replica
-        )
+        made = _object(entry, get_state(entry.module), replica)
+        state[f"{made.key}.{entry.layer}"] = made
     return state
 
 
-def load_fp8_state(folder: CheckpointFolder, chunks: list[nn.Module]) -> None:
+def _object(entry: Stateful, data: torch.Tensor | None, replica: Any = 0) -> ShardedObject:
+    return ShardedObject(
+        f"{FP8}.decoder.layers.{entry.name}",
+        data,
+        (entry.num_layers,),
+        (entry.layer,),
+        replica_id=replica,
+    )
+
+
+def load_fp8_state(reader: TorchDistReader, chunks: list[nn.Module], device: torch.device) -> None:
     """Load the FP8 state of this rank's modules; all ranks must call.
 
     Raises:
-        CheckpointError: if the checkpoint holds the state of some modules and not of others.
+        CheckpointError: on all ranks, if the checkpoint holds the state of some modules and not of others,
+            or one that cannot be read.
     """
-    wanted = fp8_objects(chunks, with_data=False)
-    if not wanted:
+    wanted = {_object(entry, None).unique_key: entry.module for entry in stateful_modules(chunks)}
+    missing = [name for name in wanted if name not in reader.objects]
+    is_wanted, is_stored = any_rank([bool(wanted), len(missing) < len(wanted)], device)
+    if not is_stored:
+        if is_wanted:
+            log.warning("%s has no FP8 state: the scales start afresh", reader.folder)
         return
-    stored = FileSystemReader(str(folder.path)).read_metadata().state_dict_metadata
-    missing = [entry.unique_key for entry in wanted.values() if entry.unique_key not in stored]
-    if len(missing) == len(wanted):
-        log.warning("%s has no FP8 state: the scales start afresh", folder.path)
-        return
-    if missing:
-        raise CheckpointError(
-            f"checkpoint {folder.path} holds FP8 state, but not of {', '.join(missing)}: it was written "
-            "with other precision settings (fp8, fp8_attention)"
-        )
-    modules = {
-        f"{FP8}.decoder.layers.{m.name}.{m.layer}": m.module for m in stateful_modules(chunks)
-    }
-    loaded: Any = dist_checkpointing.load(wanted, str(folder.path))
-    for key, module in modules.items():
-        set_state(module, loaded[key])
+
+    def load() -> None:
+        if missing:
+            raise CheckpointError(
+                f"checkpoint {reader.folder} holds FP8 state, but not of {', '.join(missing)}: it was "
+                "written with other precision settings (fp8, fp8_attention)"
+            )
+        for name, module in wanted.items():
+            try:
+                set_state(module, reader.read_object(name))
+            except ValueError as error:
+                raise CheckpointError(f"{reader.folder}: {name} is damaged: {error}") from None
+
+    together(load, device, CheckpointError)

@@ -1,14 +1,19 @@
-"""Load a checkpoint: a whole training state, or weights alone."""
+"""Load a checkpoint: a whole training state, or weights alone.
 
-from collections.abc import Iterable, Iterator
+Every rank reads for itself (fill.py) and says what it could not read before any goes on: one that raised
+alone would leave the others waiting in the next exchange.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_eso.checkpoint.fill import fill
 from megatron_eso.checkpoint.folder import CheckpointFolder
 from megatron_eso.checkpoint.fp8_state import load_fp8_state
 from megatron_eso.checkpoint.places import (
@@ -21,20 +26,14 @@ from megatron_eso.checkpoint.places import (
     shared,
 )
 from megatron_eso.checkpoint.state import EMA, MOMENTS, WEIGHTS
-from megatron_eso.checkpoint.straight_reader import straight_reading
+from megatron_eso.checkpoint.torch_dist import TorchDistReader
 from megatron_eso.config.derive import with_sizes
 from megatron_eso.config.schema import ModelConfig
 from megatron_eso.errors import CheckpointError
-from megatron_eso.parallel.exchange import raise_together
-from megatron_eso.parallel.megatron_patches import importing_megatron
+from megatron_eso.parallel.exchange import from_first_rank, together
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.optimizer import write_fp8_weights
 from megatron_eso.parallel.parameters import dealt_parameters
-
-with importing_megatron():
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import ShardedTensor
-    from megatron.core.dist_checkpointing.core import CheckpointingException
 
 
 def load_training_state(
@@ -56,21 +55,23 @@ def load_training_state(
         group: data-parallel group, whose ranks share the reading; all ranks must call.
         num_updates: times the optimizer has stepped; None: as often as there were steps.
     """
-    sidecar = folder.sidecar()
+    device = _device(chunks)
+    sidecar = from_first_rank(folder.sidecar, device)
+    reader = _opened(folder, device)
     step = int(sidecar["step"])
     kinds: tuple[str, ...] = (WEIGHTS, *MOMENTS)
     if average is not None and sidecar["has_ema"]:
         kinds = (*kinds, EMA)
-    places = _loaded(folder, chunks, optimizer, average, kinds, group)
+    places = _loaded(reader, chunks, optimizer, average, kinds, group)
     updates = step if num_updates is None else num_updates
     restore(places, optimizer, average, step=updates)
-    load_fp8_state(folder, chunks)
+    load_fp8_state(reader, chunks, device)
     write_fp8_weights(optimizer, chunks)
     return step
 
 
 def _loaded(
-    folder: CheckpointFolder,
+    reader: TorchDistReader,
     chunks: list[nn.Module],
     optimizer: Any,
     average: MovingAverage | None,
@@ -80,24 +81,20 @@ def _loaded(
     """Return the places of all parameters, with these kinds of tensors as the checkpoint has them."""
     if group.size() == 1:
         places = list(places_of_training(chunks, optimizer, average, kinds))
-        _load(sharded_places(places), folder)
+        _load(places, reader, _device(chunks))
         return (place for _, place in places)
     dealt = dealt_parameters(chunks, group.size())
-    places, failure = list(places_to_share(dealt, kinds, group.rank())), ""
-    try:
-        _load(sharded_places(places), folder)
-    except CheckpointError as error:
-        failure = str(error)
-    device = next(parameter.device for chunk in chunks for parameter in chunk.parameters())
-    raise_together(failure, CheckpointError, device)
+    places = list(places_to_share(dealt, kinds, group.rank()))
+    _load(places, reader, _device(chunks))
     return shared(dealt, optimizer, [place for _, place in places], kinds, group)
 
 
-def load_weights(folder: CheckpointFolder, chunks: Iterable[nn.Module], *, use_ema: bool) -> str:
-    """Load weights alone into model chunks; return which kind was loaded."""
-    kind = _kind(folder, use_ema=use_ema)
+def load_weights(folder: CheckpointFolder, chunks: Sequence[nn.Module], *, use_ema: bool) -> str:
+    """Load weights alone into model chunks; return which kind was loaded. All ranks must call."""
+    device = _device(chunks)
+    kind = _kind(folder, device, use_ema=use_ema)
     places = list(places_of_weights(chunks, kind))
-    _load(sharded_places(places), folder)
+    _load(places, _opened(folder, device), device)
     with torch.no_grad():
         for _, place in places:
             place.parameter.copy_(place.tensors[kind])
@@ -115,22 +112,24 @@ def load_first_weights(
 
     The masters get them in float32, whatever the model's format, and the average starts there too.
     """
-    kind = _kind(folder, use_ema=True)
-    places = _loaded(folder, chunks, optimizer, average, (kind,), group)
+    device = _device(chunks)
+    kind = _kind(folder, device, use_ema=True)
+    places = _loaded(_opened(folder, device), chunks, optimizer, average, (kind,), group)
     first = (replace(place, tensors={WEIGHTS: place.tensors[kind]}) for place in places)
     restore(first, optimizer, average, step=0)
     return kind
 
 
-def _kind(folder: CheckpointFolder, *, use_ema: bool) -> str:
+def _kind(folder: CheckpointFolder, device: torch.device, *, use_ema: bool) -> str:
     """Return which kind of weights a checkpoint gives."""
-    return EMA if use_ema and folder.sidecar()["has_ema"] else WEIGHTS
+    has_ema = from_first_rank(folder.sidecar, device)["has_ema"]
+    return EMA if use_ema and has_ema else WEIGHTS
 
 
-def require_same_model(folder: CheckpointFolder, model: ModelConfig) -> None:
+def require_same_model(path: Path, sidecar: dict[str, Any], model: ModelConfig) -> None:
     """Raise if a checkpoint's architecture is not ``model``, naming every difference."""
     names = {entry.name for entry in fields(ModelConfig)}
-    known = {name: value for name, value in folder.sidecar()["model"].items() if name in names}
+    known = {name: value for name, value in sidecar["model"].items() if name in names}
     # A size that is left to follow from others is the same model as one that says it.
     stored, asked = asdict(with_sizes(ModelConfig(**known))), asdict(with_sizes(model))
     ignored = {"dropout", "init_std", "max_length"}
@@ -141,18 +140,20 @@ def require_same_model(folder: CheckpointFolder, model: ModelConfig) -> None:
     ]
     if different:
         raise CheckpointError(
-            f"checkpoint {folder.path} holds another model:\n  - " + "\n  - ".join(different)
+            f"checkpoint {path} holds another model:\n  - " + "\n  - ".join(different)
         )
 
 
-def _load(state: dict[str, ShardedTensor], folder: CheckpointFolder) -> None:
-    """Fill the tensors of a sharded state."""
-    wanted: dict[str, Any] = {key: entry.data for key, entry in state.items()}
-    try:
-        with straight_reading():
-            loaded: Any = dist_checkpointing.load(state, str(folder.path))
-    except (CheckpointingException, CheckpointException, OSError, RuntimeError) as error:
-        raise CheckpointError(f"checkpoint {folder.path} cannot be loaded: {error}") from error
-    for key, tensor in wanted.items():
-        if loaded[key].data_ptr() != tensor.data_ptr():
-            tensor.copy_(loaded[key])
+def _opened(folder: CheckpointFolder, device: torch.device) -> TorchDistReader:
+    return together(lambda: TorchDistReader(folder.path), device, CheckpointError)
+
+
+def _load(places: list[tuple[Any, Place]], reader: TorchDistReader, device: torch.device) -> None:
+    """Fill the tensors of this rank's places, which may be none; all ranks must call."""
+    wanted = sharded_places(places)
+    together(lambda: fill(reader, wanted), device, CheckpointError)
+
+
+def _device(chunks: Iterable[nn.Module]) -> torch.device:
+    """Return the device of the ranks' agreements."""
+    return next(parameter.device for chunk in chunks for parameter in chunk.parameters())

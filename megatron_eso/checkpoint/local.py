@@ -12,6 +12,7 @@ checkpoints, tells those of another run in the same place.
 import hashlib
 import json
 import logging
+import pickle
 import secrets
 import shutil
 from dataclasses import asdict
@@ -26,7 +27,9 @@ from megatron_eso.checkpoint.child import Child
 from megatron_eso.checkpoint.folder import hash_file
 from megatron_eso.checkpoint.state import MOMENTS
 from megatron_eso.config.schema import RunConfig
+from megatron_eso.errors import CheckpointError
 from megatron_eso.files import write_json, write_whole
+from megatron_eso.parallel.exchange import together
 from megatron_eso.parallel.fp8_state import get_state, set_state, stateful_modules
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.optimizer import write_fp8_weights
@@ -141,16 +144,19 @@ class LocalCopies:
         optimizer: Any,
         average: MovingAverage | None,
         group: dist.ProcessGroup,
-    ) -> dict[str, Any]:
-        """Load a copy; return the state that was given with it."""
-        header = json.loads(self._header(step).read_text())
-        stored = torch.load(self._file(step), weights_only=True, mmap=True)
+    ) -> dict[str, Any] | None:
+        """Load a copy; return the state that was given with it, None if a rank cannot read its copy."""
+        device = next(parameter.device for chunk in chunks for parameter in chunk.parameters())
+        try:
+            header, stored = together(lambda: self._read(step), device, CheckpointError)
+        except CheckpointError as error:
+            log.warning("node-local copies of step %d are passed over: %s", step, error)
+            return None
         owned = shards(optimizer)
         with torch.no_grad():
             for (parameter, shard), tensors in zip(owned.items(), stored["shards"], strict=True):
                 shard.master.copy_(tensors[0])
                 if tensors[1] is not None:
-                    device = shard.master.device
                     exp_avg, exp_avg_sq = (t.to(device, copy=True) for t in tensors[1:3])
                     set_moments(optimizer, shard, exp_avg, exp_avg_sq, header["num_updates"])
                 if average is not None:
@@ -209,6 +215,15 @@ class LocalCopies:
         for old in self._steps()[:-_KEPT]:
             self._header(old).unlink(missing_ok=True)
             self._file(old).unlink(missing_ok=True)
+
+    def _read(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return header and tensors; the tensors' pages are mapped, not read."""
+        file = self._file(step)
+        try:
+            header = json.loads(self._header(step).read_text())
+            return header, torch.load(file, weights_only=True, mmap=True)
+        except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from None
 
     def _damage(self, step: int) -> str:
         """Return why a copy cannot be used, or an empty string."""

@@ -100,14 +100,11 @@ def shared(
         yield Place(parameter, tensors, owned.get(parameter), is_final=False)
 
 
-def sharded_places(places: Iterable[tuple[Any, Place]]) -> dict[str, ShardedTensor]:
-    """Return the sharded state that loads into some places."""
-    state: dict[str, ShardedTensor] = {}
+def sharded_places(places: Iterable[tuple[Any, Place]]) -> Iterator[ShardedTensor]:
+    """Yield the sharded tensors that are loaded into some places."""
     for entry, place in places:
         for kind, data in place.tensors.items():
-            for tensor in _sharded(entry, f"{kind}.{entry.key}", data):
-                state[f"{tensor.key}.{len(state)}"] = tensor
-    return state
+            yield from _sharded(entry, f"{kind}.{entry.key}", data)
 
 
 def _sharded(entry: Any, key: str, data: Tensor) -> list[ShardedTensor]:

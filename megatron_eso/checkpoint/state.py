@@ -57,7 +57,7 @@ def collect(
             if full is not None:
                 own = replace(entry, replica_id=first_of_group(entry.replica_id))
                 add(state, own, kind, full)
-    state.update(fp8_objects(chunks, with_data=True))
+    state.update(fp8_objects(chunks))
     return state
 
 

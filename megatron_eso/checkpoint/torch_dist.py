@@ -1,4 +1,4 @@
-"""Read tensors of a sharded torch_dist checkpoint: no Megatron, no process group, one piece at a time.
+"""Read a sharded torch_dist checkpoint: no Megatron, no process group, one piece at a time.
 
 ``.metadata`` is a pickle that says which byte range of which ``.distcp`` file holds which part of which
 tensor; every such range is a small torch file of its own. Both are read without running anything: only
@@ -64,6 +64,16 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class StoredObject:
+    """What is in a checkpoint beside the tensors, and where its bytes are."""
+
+    name: str
+    file: str
+    first_byte: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """A tensor of the checkpoint; ``shape`` has the layers in front where they are stacked."""
 
@@ -74,11 +84,11 @@ class StoredTensor:
 
 
 class TorchDistReader:
-    """The tensors of one checkpoint folder."""
+    """The tensors and objects of one checkpoint folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tensors = read_index(folder)
+        self.tensors, self.objects = _read_index(folder)
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
         """Return one tensor, or one layer of a stacked one.
@@ -91,13 +101,27 @@ class TorchDistReader:
         chunks = [c for c in stored.chunks if layer is None or c.offsets[0] == layer]
         self._require_whole(stored, chunks, layer)
         if len(chunks) == 1:
-            return self._chunk(stored, chunks[0]).reshape(shape)
+            return self.mapped(stored, chunks[0])[0].reshape(shape)
         whole = torch.empty((1, *shape) if layer is not None else shape, dtype=stored.dtype)
         for chunk in chunks:
             offsets = chunk.offsets if layer is None else (0, *chunk.offsets[1:])
             place = tuple(slice(o, o + n) for o, n in zip(offsets, chunk.sizes, strict=True))
-            whole[place] = self._chunk(stored, chunk)
+            whole[place] = self.mapped(stored, chunk)[0]
         return whole.reshape(shape)
+
+    def read_object(self, name: str) -> Tensor:
+        """Return an object, which is a tensor or a list of one: no other is written.
+
+        Raises:
+            CheckpointError: if it is anything else, or damaged.
+        """
+        stored = self.objects[name]
+        found, _ = self._content(name, stored)
+        if isinstance(found, list) and len(found) == 1:  # Megatron's
+            (found,) = found
+        if not isinstance(found, Tensor):
+            raise CheckpointError(f"{self.folder / stored.file}: {name} holds no tensor")
+        return found
 
     def _require_whole(self, stored: StoredTensor, chunks: list[Chunk], layer: int | None) -> None:
         """Refuse parts that leave gaps, overlap or reach out of the tensor."""
@@ -116,29 +140,36 @@ class TorchDistReader:
                 f"tensor of shape {tuple(shape)}; the checkpoint is damaged"
             )
 
-    def _chunk(self, stored: StoredTensor, chunk: Chunk) -> Tensor:
+    def mapped(self, stored: StoredTensor, chunk: Chunk) -> tuple[Tensor, int]:
+        """Return a part of a tensor, its pages not read yet, and at which byte of its file it begins."""
+        found, file_begin = self._content(stored.name, chunk)
         path = self.folder / chunk.file
-        try:
-            with open(path, "rb") as file:
-                size = file.seek(0, 2)
-                if chunk.first_byte < 0 or chunk.first_byte + chunk.num_bytes > size:
-                    raise CheckpointError(
-                        f"{path} has {size} bytes; {stored.name} ends at "
-                        f"{chunk.first_byte + chunk.num_bytes}: the checkpoint is incomplete"
-                    )
-                found = _tensor_of_range(file, chunk)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}, {stored.name}: {error}") from None
-        except Exception as error:  # a damaged zip or pickle may fail in any way
-            raise CheckpointError(f"{path}: {stored.name} cannot be read: {error}") from None
+        if not isinstance(found, Tensor):
+            raise CheckpointError(f"{path}, {stored.name}: it holds no tensor")
         if found.dtype != stored.dtype or found.shape != torch.Size(chunk.sizes):
             raise CheckpointError(
                 f"{path}: a part of {stored.name} is {found.dtype} {tuple(found.shape)}, not "
                 f"{stored.dtype} {chunk.sizes}"
             )
-        return found
+        return found, found.data_ptr() - file_begin
+
+    def _content(self, name: str, place: Chunk | StoredObject) -> tuple[Any, int]:
+        """Return what a byte range holds, mapped, and the address that the file's first byte would have."""
+        path = self.folder / place.file
+        try:
+            with open(path, "rb") as file:
+                size, end = file.seek(0, 2), place.first_byte + place.num_bytes
+                if place.first_byte < 0 or end > size:
+                    raise CheckpointError(
+                        f"it has {size} bytes, and this ends at {end}: the checkpoint is incomplete"
+                    )
+                return _content_of_range(file, place.first_byte, place.num_bytes)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}, {name}: {error}") from None
+        except Exception as error:  # a damaged zip or pickle may fail in any way
+            raise CheckpointError(f"{path}: {name} cannot be read: {error}") from None
 
 
 def read_index(folder: Path) -> dict[str, StoredTensor]:
@@ -147,18 +178,29 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: if it is missing, damaged, or names anything that an index has no use for.
     """
+    return _read_index(folder)[0]
+
+
+def _read_index(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, StoredObject]]:
+    """Return the tensors and objects that ``.metadata`` describes."""
     path = folder / ".metadata"
     try:
         with open(path, "rb") as file:
             content = _IndexUnpickler(file).load()
         described, places = content.state["state_dict_metadata"], content.state["storage_data"]
-        where = {(key.state["fqn"], _sizes(key.state["offset"])): value for key, value in places.items()
-                 if key.state.get("offset") is not None}  # fmt: skip
-        return {
+        where, objects = {}, {}
+        for key, value in places.items():
+            name, offset = key.state["fqn"], key.state.get("offset")
+            if offset is not None:
+                where[(name, _sizes(offset))] = value
+            elif described[name].origin.endswith(".BytesStorageMetadata"):
+                objects[name] = StoredObject(name, *_place(name, value))
+        tensors = {
             name: _stored(name, entry.state, where)
             for name, entry in described.items()
             if entry.origin.endswith(".TensorStorageMetadata")
         }
+        return tensors, objects
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}): no torch_dist checkpoint"
@@ -173,15 +215,20 @@ def _stored(name: str, entry: dict[str, Any], where: dict[Any, Any]) -> StoredTe
     chunks = []
     for chunk in entry["chunks"]:
         offsets, sizes = _sizes(chunk.state["offsets"]), _sizes(chunk.state["sizes"])
-        place = where[(name, offsets)].state
-        if place.get("transform_descriptors"):
-            raise CheckpointError(f"{name} is stored compressed, which is not read")
-        file = str(place["relative_path"])
-        if Path(file).name != file:
-            raise CheckpointError(f"{name} points to {file!r}, outside the checkpoint's folder")
-        chunks.append(Chunk(offsets, sizes, file, int(place["offset"]), int(place["length"])))
+        chunks.append(Chunk(offsets, sizes, *_place(name, where[(name, offsets)])))
     dtype = _dtype_of(entry["properties"])
     return StoredTensor(name, _sizes(entry["size"]), dtype, tuple(chunks))
+
+
+def _place(name: str, info: Inert) -> tuple[str, int, int]:
+    """Return the file, the first byte and the number of bytes of what is stored under a name."""
+    place = info.state
+    if place.get("transform_descriptors"):
+        raise CheckpointError(f"{name} is stored compressed, which is not read")
+    file = str(place["relative_path"])
+    if Path(file).name != file:
+        raise CheckpointError(f"{name} points to {file!r}, outside the checkpoint's folder")
+    return file, int(place["offset"]), int(place["length"])
 
 
 def _dtype_of(properties: Inert) -> torch.dtype:
@@ -236,7 +283,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class _ChunkUnpickler(pickle.Unpickler):
-    """Knows one plain tensor, and nothing else."""
+    """Knows plain tensors, and nothing else."""
 
     def __init__(self, data: bytes, storages: dict[str, Any]) -> None:
         super().__init__(io.BytesIO(data))
@@ -262,12 +309,15 @@ class _ChunkUnpickler(pickle.Unpickler):
         return self._read["storage"](dtype, key, numel)
 
 
-def _tensor_of_range(file: Any, chunk: Chunk) -> Tensor:
-    """Return the tensor stored in a byte range of a file; its pages are mapped, not copied."""
-    first = chunk.first_byte - chunk.first_byte % mmap.ALLOCATIONGRANULARITY
-    skip = chunk.first_byte - first
-    mapped = mmap.mmap(file.fileno(), chunk.num_bytes + skip, access=mmap.ACCESS_COPY, offset=first)
-    view = _Range(mapped, skip, chunk.num_bytes)
+def _content_of_range(file: Any, first_byte: int, num_bytes: int) -> tuple[Any, int]:
+    """Return what a byte range of a file holds; its tensors' pages are mapped, not copied.
+
+    Also returns the address that the first byte of the file would have.
+    """
+    first = first_byte - first_byte % mmap.ALLOCATIONGRANULARITY
+    skip = first_byte - first
+    mapped = mmap.mmap(file.fileno(), num_bytes + skip, access=mmap.ACCESS_COPY, offset=first)
+    view = _Range(mapped, skip, num_bytes)
     with zipfile.ZipFile(view) as archive:  # type: ignore[arg-type]
         names = [n for n in archive.namelist() if n.endswith("/data.pkl")]
         if len(names) != 1:
@@ -290,9 +340,7 @@ def _tensor_of_range(file: Any, chunk: Chunk) -> Tensor:
             )
 
         found = _ChunkUnpickler(archive.read(names[0]), {"storage": storage}).load()
-    if not isinstance(found, Tensor):
-        raise CheckpointError("it holds no tensor")
-    return found
+    return found, torch.frombuffer(mapped, dtype=torch.uint8, count=1).data_ptr() - first
 
 
 class _Range(io.RawIOBase):

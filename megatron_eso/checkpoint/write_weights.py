@@ -6,18 +6,14 @@ training does, so the result loads at any layout.
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron_eso.checkpoint.folder import (
-    FORMAT_VERSION,
-    SIDECAR,
-    CheckpointFolder,
-)
+from megatron_eso.checkpoint.facts import facts_of
+from megatron_eso.checkpoint.folder import SIDECAR, CheckpointFolder
 from megatron_eso.checkpoint.state import WEIGHTS, add
 from megatron_eso.checkpoint.strategy import Planner
 from megatron_eso.config.schema import ParallelConfig, RunConfig
@@ -77,20 +73,15 @@ def write_weights(
     plan.publish(path, [results])
     if tokenizer_json is not None:
         write_whole(path / TOKENIZER, tokenizer_json)
-    sidecar = {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "has_ema": False,
-        "model": asdict(config.model),
-        "objective": asdict(config.objective),
-        "sequence_length": config.train.sequence_length,
-        "mask_token_id": config.model.vocab_size - 1,
-        "data": {},
-        "tokenizer": None if tokenizer_json is None else TOKENIZER,
-        "parallel": asdict(config.parallel),
-        "origin": dict(origin or {}),
-    }
-    write_json(path / SIDECAR, sidecar)
+    facts = facts_of(
+        config,
+        step=step,
+        has_ema=False,
+        data={},
+        tokenizer=None if tokenizer_json is None else TOKENIZER,
+        origin=dict(origin or {}),
+    )
+    write_json(path / SIDECAR, facts)
     folder = CheckpointFolder(path)
     folder.commit(files)
     return folder

@@ -64,19 +64,22 @@ def rows_of_rank(rows: StackRows, layout: Layout, device: torch.device) -> Stack
     return to_device(part_of_rows(rows, layout.context_rank, layout.context_size), device)
 
 
-def together(use_data: Callable[[], Result], device: torch.device) -> Result:
-    """Return what ``use_data`` returns on this rank; every rank must call.
+def together(
+    use: Callable[[], Result], device: torch.device, kind: type[Exception] = DataError
+) -> Result:
+    """Return what ``use`` returns on this rank; every rank must call.
 
     Raises:
-        DataError: on every rank if it fails on any, so that none waits for another for ever.
+        DataError: (or ``kind``) on every rank if ``use`` raises it, or an OSError, on any, so that none
+            waits for another for ever.
     """
     result, failure = None, ""
     try:
-        result = use_data()
-    except (DataError, OSError) as error:
+        result = use()
+    except (kind, OSError) as error:
         failure = str(error) or type(error).__name__
     if any_rank([bool(failure)], device)[0]:
-        raise DataError(_said_by(gather_messages(failure)))
+        raise kind(_said_by(gather_messages(failure)))
     return result  # type: ignore[return-value]
 
 

@@ -93,20 +93,14 @@ def get_state(module: nn.Module) -> torch.Tensor:
 
 
 def set_state(module: nn.Module, state: torch.Tensor) -> None:
-    """Give a module the state that :func:`get_state` returned."""
+    """Give a module the state that :func:`get_state` returned.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
     if not state.numel():
         return
-    kept = torch.load(io.BytesIO(state.cpu().numpy().tobytes()), weights_only=True)
-    recipes: Any = importlib.import_module("transformer_engine.common.recipe")
-    known = {field.name for field in fields(recipes.DelayedScaling)}
-    settings = {name: value for name, value in kept["recipe"].items() if name in known}
-    scaling = recipes.DelayedScaling(fp8_format=recipes.Format[kept["format"]], **settings)
-    made = {
-        **{name: kept[name] for name in _TENSORS},
-        "recipe": scaling,
-        "extra_fp8_variables": kept["more"],
-    }
-    pickled = torch.frombuffer(bytearray(pickle.dumps(made)), dtype=torch.uint8)
+    pickled = torch.frombuffer(bytearray(pickle.dumps(_made_of(state))), dtype=torch.uint8)
     before = os.environ.get(_TRUSTS)
     os.environ[_TRUSTS] = "1"  # a pickle of this process
     try:
@@ -116,6 +110,21 @@ def set_state(module: nn.Module, state: torch.Tensor) -> None:
             del os.environ[_TRUSTS]
         else:
             os.environ[_TRUSTS] = before
+
+
+def _made_of(state: torch.Tensor) -> dict[str, Any]:
+    """Return what Transformer Engine would have pickled, made of plain values alone."""
+    recipes: Any = importlib.import_module("transformer_engine.common.recipe")
+    known = {field.name for field in fields(recipes.DelayedScaling)}
+    try:
+        kept = torch.load(io.BytesIO(state.cpu().numpy().tobytes()), weights_only=True)
+        tensors = {name: kept[name] for name in _TENSORS}
+        more = {name: value for name, value in kept["more"].items() if _is_plain(value)}
+        settings = {name: value for name, value in kept["recipe"].items() if name in known}
+        scaling = recipes.DelayedScaling(fp8_format=recipes.Format[kept["format"]], **settings)
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    return {**tensors, "recipe": scaling, "extra_fp8_variables": more}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import ctypes
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -227,29 +227,6 @@ def without_results_manager() -> Iterator[None]:
         yield
     finally:
         module._results_queue = before
-
-
-@contextlib.contextmanager
-def with_reader_of_folders(make_reader: Callable[[Any], Any]) -> Iterator[None]:
-    """Have Megatron's checkpoint loading use another reader of folders.
-
-    Reason: its strategy has no setting for the reader, and PyTorch's makes two copies of every tensor.
-    checkpoint/straight_reader.py reads straight into the optimizer's memory.
-    """
-    with importing_megatron():
-        from megatron.core.dist_checkpointing.strategies import torch as strategy
-    module: Any = strategy
-    before = module._get_filesystem_reader
-
-    def reader(folder: Any, cache_metadata: bool = False, **later: Any) -> Any:
-        # ``later``: arguments of Megatron-Core 0.19.
-        return make_reader(folder) if cache_metadata else before(folder, cache_metadata, **later)
-
-    module._get_filesystem_reader = reader
-    try:
-        yield
-    finally:
-        module._get_filesystem_reader = before
 
 
 class NoStream:

@@ -9,14 +9,11 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from megatron_eso.checkpoint.facts import facts_of
 from megatron_eso.checkpoint.find import find_checkpoint_together, newest_valid_together
-from megatron_eso.checkpoint.folder import (
-    FORMAT_VERSION,
-    CheckpointFolder,
-    list_folders,
-    set_aside_beyond,
-)
+from megatron_eso.checkpoint.folder import CheckpointFolder, list_folders, set_aside_beyond
 from megatron_eso.checkpoint.load import (
     load_first_weights,
     load_training_state,
@@ -156,7 +153,8 @@ class Keeper:
         state = collect(
             session.chunks, session.optimizer, session.average, session.layout.weights_group
         )
-        self.saver.save(step, state, self._sidecar())
+        facts = facts_of_run(session, self._reader.fingerprint(), self._folder.tokenizer)
+        self.saver.save(step, state, facts)
         stall = time.perf_counter() - begin
         if self._is_first:
             log.info("checkpoint of step %d: training stalled for %.2f s", step, stall)
@@ -185,8 +183,9 @@ class Keeper:
         folder = find_checkpoint_together(
             Path(settings.init_from), hashes=settings.verify_hashes, device=session.torch_device
         )
-        require_same_model(folder, session.config.model)
-        self._require_same_tokenizer(folder)
+        facts = from_first_rank(folder.sidecar, session.torch_device)
+        require_same_model(folder.path, facts, session.config.model)
+        self._require_same_tokenizer(folder.path, facts)
         kind = load_first_weights(
             folder,
             session.chunks,
@@ -239,6 +238,8 @@ class Keeper:
         stored = self._local.load(
             step, session.chunks, session.optimizer, session.average, session.layout.weights_group
         )
+        if stored is None:
+            return False
         session.state.replace_by(TrainState(**stored))
         self._heart.kept_step = self._heart.step = step
         if self._is_first:
@@ -254,9 +255,11 @@ class Keeper:
 
     def _load(self, folder: CheckpointFolder) -> None:
         session = self._session
-        self._require_same_data(folder)
-        stored = folder.sidecar().get("train_state")
-        state = TrainState(**stored) if stored else TrainState(step=int(folder.sidecar()["step"]))
+        facts = from_first_rank(folder.sidecar, session.torch_device)
+        require_same_model(folder.path, facts, session.config.model)
+        self._require_same_data(folder.path, facts)
+        stored = facts.get("train_state")
+        state = TrainState(**stored) if stored else TrainState(step=int(facts["step"]))
         load_training_state(
             folder,
             session.chunks,
@@ -268,26 +271,24 @@ class Keeper:
         session.state.replace_by(state)
         self.saver.kept_step = self._heart.kept_step = self._heart.step = state.step
 
-    def _require_same_data(self, folder: CheckpointFolder) -> None:
-        require_same_model(folder, self._session.config.model)
-        stored, mine = folder.sidecar()["data"], self._reader.fingerprint()
+    def _require_same_data(self, path: Path, facts: dict[str, Any]) -> None:
+        stored, mine = facts["data"], self._reader.fingerprint()
         changed = [name for name, value in mine.items() if stored.get(name) != value]
         if changed:
             raise CheckpointError(
-                f"{folder.path} was trained on other data ({', '.join(changed)} differ): continuing "
-                "would repeat or skip samples; restore data.sources or choose another folder"
+                f"{path} was trained on other data ({', '.join(changed)} differ): continuing would repeat "
+                "or skip samples; restore data.sources or choose another folder"
             )
 
-    def _require_same_tokenizer(self, folder: CheckpointFolder) -> None:
+    def _require_same_tokenizer(self, path: Path, facts: dict[str, Any]) -> None:
         """Refuse weights whose token ids stand for other tokens than the data's, where both are known."""
-        sidecar = folder.sidecar()
-        theirs = sidecar.get("data", {}).get("tokenizer")
+        theirs = facts.get("data", {}).get("tokenizer")
         mine = self._reader.fingerprint().get("tokenizer")
         if theirs and mine and theirs != mine:
             raise CheckpointError(
-                f"checkpoint.init_from={folder.path} was trained with another tokenizer (sha256 {theirs}) "
-                f"than the data was prepared with ({mine}): its ids stand for other tokens. Prepare the "
-                f"data with that one (data prepare --tokenizer {sidecar.get('tokenizer') or 'FILE'})"
+                f"checkpoint.init_from={path} was trained with another tokenizer (sha256 {theirs}) than "
+                f"the data was prepared with ({mine}): its ids stand for other tokens. Prepare the data "
+                f"with that one (data prepare --tokenizer {facts.get('tokenizer') or 'FILE'})"
             )
 
     def _missing_room(self) -> str:
@@ -306,24 +307,25 @@ class Keeper:
 
         return from_first_rank(look, self._session.torch_device)
 
-    def _sidecar(self) -> dict:
-        session = self._session
-        sidecar = {
-            "format_version": FORMAT_VERSION,
-            "step": session.state.step,
-            "train_state": asdict(session.state),
-            "has_ema": session.average is not None,
-            "model": asdict(session.config.model),
-            "objective": asdict(session.config.objective),
-            "sequence_length": session.config.train.sequence_length,
-            "mask_token_id": session.config.model.vocab_size - 1,
-            "data": self._reader.fingerprint(),
-            "tokenizer": str(self._folder.tokenizer) if self._folder.tokenizer.is_file() else None,
-            "parallel": asdict(session.config.parallel),
-            "num_ranks": session.ranks.world_size,
-            "written": time.time(),
-        }
-        return json.loads(json.dumps(sidecar))  # a snapshot: the state goes on changing
+
+def facts_of_run(session: Session, data: dict[str, Any], tokenizer: Path) -> dict[str, Any]:
+    """Return the facts of a run's checkpoint of the current step.
+
+    Args:
+        session: the run.
+        data: fingerprint of its training data.
+        tokenizer: where its tokenizer is kept; it need not exist.
+    """
+    return facts_of(
+        session.config,
+        step=session.state.step,
+        has_ema=session.average is not None,
+        data=data,
+        tokenizer=str(tokenizer) if tokenizer.is_file() else None,
+        train_state=asdict(session.state),
+        num_ranks=session.ranks.world_size,
+        written=time.time(),
+    )
 
 
 def _why_no_copies(local_folder: str | None) -> str:

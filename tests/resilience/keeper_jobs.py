@@ -3,9 +3,11 @@
 A start does not give back what it holds unless it is asked to: it ends as if it were killed.
 """
 
+import errno
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +29,9 @@ from megatron_eso.train.step import train_step
 from tests.rank_jobs import make_empty_session, read_rows
 from tests.replaced import replaced
 from tests.resilience.conftest import flip_a_bit
+
+START = "resilience.keeper_jobs.start"
+"""The name by which a pool of ranks knows :func:`start`."""
 
 
 def start(
@@ -82,6 +87,34 @@ def start(
         "state": _state(session),
         "stored_bytes": keeper._stored_bytes,
     }
+
+
+def start_without(
+    rank: int, file: str, folder: str, overrides: list[str], readable: int = 0
+) -> dict[str, Any]:
+    """Do what :func:`start` does, with files that one rank cannot open, as on a node with a bad mount.
+
+    Args:
+        rank: of the one.
+        file: how their names end.
+        folder: run folder.
+        overrides: settings.
+        readable: so often it can be opened before.
+    """
+    left = readable if int(os.environ["RANK"]) == rank else math.inf
+
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event == "open" and str(arguments[0]).endswith(file):
+            left -= 1
+            if left < 0:
+                raise OSError(errno.EIO, "Input/output error", str(arguments[0]))
+
+    sys.addaudithook(refuse)  # which no one can take away again
+    try:
+        return start(folder, overrides, 2, [])
+    finally:
+        left = math.inf
 
 
 @contextmanager

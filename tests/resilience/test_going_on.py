@@ -7,9 +7,9 @@ import pytest
 
 from megatron_eso.checkpoint.folder import list_folders
 from tests.resilience.conftest import flip_a_bit
+from tests.resilience.keeper_jobs import START
 
 pytestmark = pytest.mark.slow
-START = "resilience.keeper_jobs.start"
 
 
 @pytest.fixture
