@@ -193,7 +193,7 @@ def _read_index(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, Stored
             name, offset = key.state["fqn"], key.state.get("offset")
             if offset is not None:
                 where[(name, _sizes(offset))] = value
-            elif described[name].origin.endswith(".BytesStorageMetadata"):
+            elif name in described and described[name].origin.endswith(".BytesStorageMetadata"):
                 objects[name] = StoredObject(name, *_place(name, value))
         tensors = {
             name: _stored(name, entry.state, where)
@@ -331,6 +331,8 @@ def _content_of_range(file: Any, first_byte: int, num_bytes: int) -> tuple[Any, 
             info = archive.getinfo(f"{prefix}data/{key}")
             if info.compress_type != zipfile.ZIP_STORED or info.file_size < numel * dtype.itemsize:
                 raise CheckpointError(f"storage {key} is too short or compressed")
+            if numel == 0:
+                return torch.empty(0, dtype=dtype)  # a buffer must not be empty
             header = skip + info.header_offset
             name, extra = (
                 int.from_bytes(mapped[header + at : header + at + 2], "little") for at in (26, 28)

@@ -22,16 +22,23 @@ from megatron_eso.errors import DataError
 CHUNK_BYTES = 1 << 20
 PERMANENT_STATUS = (400, 401, 403, 404)
 PASSING_CODES = ("BadDigest", "RequestTimeout")  # come as 400, yet another attempt may succeed
+_TAKEN, _NOT_IMPLEMENTED = 412, 501
 GCS_ENDPOINT = "https://storage.googleapis.com"
 
 
 class StoreError(Exception):
     """An attempt failed; ``is_permanent`` tells that another one would fail too."""
 
-    def __init__(self, message: str, *, is_permanent: bool, is_missing: bool = False) -> None:
+    def __init__(self, message: str, *, is_permanent: bool, status: int = 0) -> None:
         super().__init__(message)
         self.is_permanent = is_permanent
-        self.is_missing = is_missing
+        self.status = status
+        """What the store answered (HTTP); 0: nothing."""
+
+    @property
+    def is_missing(self) -> bool:
+        """True if there is no such object."""
+        return self.status == 404
 
 
 @dataclass(frozen=True)
@@ -76,9 +83,29 @@ class ObjectFolder:
         Raises:
             StoreError: if the store did not take it whole.
         """
-        md5 = b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
-        with _as_store_errors():
-            self.client.put_object(**self._place(name), Body=content, ContentMD5=md5)
+        self._put(name, content)
+
+    def put_new(self, name: str, content: bytes) -> bool:
+        """Store an object if there is none of its name; return whether it was stored.
+
+        A store that knows no such condition replaces one. Google's has another, which this client cannot
+        ask for.
+
+        Raises:
+            StoreError: if the store did not take it whole.
+        """
+        if not self.address.startswith("s3:"):
+            self.put(name, content)
+            return True
+        try:
+            self._put(name, content, IfNoneMatch="*")
+        except StoreError as error:
+            if error.status not in (_TAKEN, _NOT_IMPLEMENTED):
+                raise
+            if error.status == _NOT_IMPLEMENTED:
+                self.put(name, content)
+            return error.status == _NOT_IMPLEMENTED
+        return True
 
     def is_empty(self) -> bool:
         """Return whether there is no object below the address.
@@ -108,6 +135,11 @@ class ObjectFolder:
                     ):
                         continue  # another's, whose name begins alike
                     self.client.delete_object(Bucket=place["Bucket"], Key=entry["Key"])
+
+    def _put(self, name: str, content: bytes, **conditions: str) -> None:
+        md5 = b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
+        with _as_store_errors():
+            self.client.put_object(**self._place(name), Body=content, ContentMD5=md5, **conditions)
 
     def _place(self, name: str) -> dict[str, str]:
         parts = urlparse(f"{self.address}/{name}")
@@ -156,7 +188,7 @@ def _as_store_errors() -> Iterator[None]:
         raise StoreError(
             f"HTTP {status} {code}",
             is_permanent=status in PERMANENT_STATUS and code not in PASSING_CODES,
-            is_missing=status == 404,
+            status=status,
         ) from error
     except NoCredentialsError as error:
         raise StoreError("no credentials were found", is_permanent=True) from error

@@ -61,15 +61,19 @@ class Destination:
         Raises:
             DataError: if the address holds objects that ``data prepare`` did not make.
         """
-        content = self.read(request_name)
-        if content is not None:
-            return parse_json(content.decode(errors="replace"))
-        if not self._try("", self._folder.is_empty, "listed"):
-            raise DataError(
-                f"{self.address} is not empty and was not made by data prepare; choose another --out"
+        content, mine = self.read(request_name), _json(request)
+        if content is None:
+            if not self._try("", self._folder.is_empty, "listed"):
+                raise DataError(
+                    f"{self.address} is not empty and was not made by data prepare; choose another --out"
+                )
+            put = self._try(
+                request_name, lambda: self._folder.put_new(request_name, mine), "written"
             )
-        self.write(request_name, _json(request))
-        return None
+            if put:
+                return None
+            content = self.read(request_name) or b""  # of another host, which was quicker
+        return parse_json(content.decode(errors="replace"))
 
     def replace(self, request_name: str, request: dict[str, Any], names: list[str]) -> None:
         """Remove what another request left, manifests first, and note ours."""

@@ -109,5 +109,5 @@ def _store_error(error: Exception, scheme: str) -> StoreError:
     return StoreError(
         f"{type(error).__name__}: {error}",
         is_permanent=is_missing or isinstance(error, ValueError) or status in PERMANENT_STATUS,
-        is_missing=is_missing,
+        status=404 if is_missing else status or 0,
     )

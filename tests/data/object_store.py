@@ -16,7 +16,14 @@ from pathlib import Path
 from megatron_eso.launch.processes import free_port
 
 BUCKET = "shards"
-SIGNATURE = ("Authorization", "X-Amz-Date", "X-Amz-Content-SHA256", "Content-MD5", "Host")
+PASSED_ON = (
+    "Authorization",
+    "X-Amz-Date",
+    "X-Amz-Content-SHA256",
+    "Content-MD5",
+    "Host",
+    "If-None-Match",
+)
 
 
 class ObjectStore:
@@ -143,7 +150,7 @@ class _Proxy(BaseHTTPRequestHandler):
         if self.headers.get("Content-MD5", md5) != md5:
             return self._answer(400, b"<Error><Code>BadDigest</Code></Error>", "")
         connection = http.client.HTTPConnection("127.0.0.1", self.server_port, timeout=30)
-        signed = {name: self.headers[name] for name in SIGNATURE if name in self.headers}
+        signed = {name: self.headers[name] for name in PASSED_ON if name in self.headers}
         connection.request(self.command, self.path, body, signed)
         answer = connection.getresponse()
         body = answer.read()

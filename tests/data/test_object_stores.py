@@ -139,6 +139,31 @@ def test_another_request_for_the_address_is_refused_or_replaces_what_is_there(
     assert len(rows(f"{address}/train", tmp_path)) == done.manifests["train"].num_samples
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_of_two_hosts_that_begin_at_once_one_has_the_address(store, monkeypatch, same):
+    address = f"s3://shards/race-{same}"
+    mine, theirs = {"packing": "packed"}, {"packing": "packed" if same else "separate"}
+    look = ObjectFolder.is_empty
+
+    def look_and_be_late(folder):
+        found = look(folder)
+        monkeypatch.setattr(ObjectFolder, "is_empty", look)
+        assert publish.Destination(address).claim("prepare.json", theirs) is None
+        return found
+
+    monkeypatch.setattr(ObjectFolder, "is_empty", look_and_be_late)
+    here = publish.Destination(address)
+    assert here.claim("prepare.json", mine) == theirs
+    assert here.claim("prepare.json", mine) == theirs
+
+
+def test_a_store_without_conditional_writes_is_still_written_to(store):
+    here = publish.Destination("s3://shards/old-store")
+    store.faults["old-store/prepare.json"] = ["", "501"]  # read, then written on a condition
+    assert here.claim("prepare.json", {"a": 1}) is None
+    assert here.claim("prepare.json", {"a": 2}) == {"a": 1}
+
+
 def test_an_address_with_other_objects_is_left_alone(store, texts, prepared, tmp_path):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "precious.txt").write_text("keep")
