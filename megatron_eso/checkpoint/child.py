@@ -8,6 +8,7 @@ threads' list at that moment, and the child waits for it before its first line. 
 sign of life, while memory stays as it is, and forks again if none comes.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -54,6 +55,8 @@ class Child:
         )
         self._process.start()
         theirs.close()
+        # Else Python sends it SIGTERM when this process ends, which it does not heed, and waits for it.
+        atexit.register(self.kill, "its parent ended")
 
     @property
     def is_running(self) -> bool:
@@ -79,6 +82,7 @@ class Child:
             self._end()
 
     def _end(self) -> None:
+        atexit.unregister(self.kill)
         self._answer.close()
         self._process.join()
         self._process.close()
@@ -87,7 +91,6 @@ class Child:
 def _run(answer: Any, other_end: Any, function: Callable[[], Any], parent: int) -> None:
     for number in STOPPING:  # a stop of the run lets the save under way finish
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     release_signals()
     die_with_parent(parent)
     other_end.close()

@@ -4,7 +4,7 @@ Every rank reads for itself (fill.py) and says what it could not read before any
 alone would leave the others waiting in the next exchange.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from megatron_eso.errors import CheckpointError
 from megatron_eso.parallel.exchange import from_first_rank, together
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.optimizer import write_fp8_weights
-from megatron_eso.parallel.parameters import dealt_parameters
+from megatron_eso.parallel.parameters import dealt_parameters, device_of
 
 
 def load_training_state(
@@ -55,7 +55,7 @@ def load_training_state(
         group: data-parallel group, whose ranks share the reading; all ranks must call.
         num_updates: times the optimizer has stepped; None: as often as there were steps.
     """
-    device = _device(chunks)
+    device = device_of(chunks)
     sidecar = from_first_rank(folder.sidecar, device)
     reader = _opened(folder, device)
     step = int(sidecar["step"])
@@ -81,17 +81,17 @@ def _loaded(
     """Return the places of all parameters, with these kinds of tensors as the checkpoint has them."""
     if group.size() == 1:
         places = list(places_of_training(chunks, optimizer, average, kinds))
-        _load(places, reader, _device(chunks))
+        _load(places, reader, device_of(chunks))
         return (place for _, place in places)
     dealt = dealt_parameters(chunks, group.size())
     places = list(places_to_share(dealt, kinds, group.rank()))
-    _load(places, reader, _device(chunks))
+    _load(places, reader, device_of(chunks))
     return shared(dealt, optimizer, [place for _, place in places], kinds, group)
 
 
 def load_weights(folder: CheckpointFolder, chunks: Sequence[nn.Module], *, use_ema: bool) -> str:
     """Load weights alone into model chunks; return which kind was loaded. All ranks must call."""
-    device = _device(chunks)
+    device = device_of(chunks)
     kind = _kind(folder, device, use_ema=use_ema)
     places = list(places_of_weights(chunks, kind))
     _load(places, _opened(folder, device), device)
@@ -112,7 +112,7 @@ def load_first_weights(
 
     The masters get them in float32, whatever the model's format, and the average starts there too.
     """
-    device = _device(chunks)
+    device = device_of(chunks)
     kind = _kind(folder, device, use_ema=True)
     places = _loaded(_opened(folder, device), chunks, optimizer, average, (kind,), group)
     first = (replace(place, tensors={WEIGHTS: place.tensors[kind]}) for place in places)
@@ -152,8 +152,3 @@ def _load(places: list[tuple[Any, Place]], reader: TorchDistReader, device: torc
     """Fill the tensors of this rank's places, which may be none; all ranks must call."""
     wanted = sharded_places(places)
     together(lambda: fill(reader, wanted), device, CheckpointError)
-
-
-def _device(chunks: Iterable[nn.Module]) -> torch.device:
-    """Return the device of the ranks' agreements."""
-    return next(parameter.device for chunk in chunks for parameter in chunk.parameters())

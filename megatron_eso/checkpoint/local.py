@@ -15,6 +15,7 @@ import logging
 import pickle
 import secrets
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ from megatron_eso.checkpoint.state import MOMENTS
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import CheckpointError
 from megatron_eso.files import write_json, write_whole
-from megatron_eso.parallel.exchange import together
+from megatron_eso.parallel.exchange import any_rank, together
 from megatron_eso.parallel.fp8_state import get_state, set_state, stateful_modules
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.optimizer import write_fp8_weights
 from megatron_eso.parallel.parameters import (
+    device_of,
     gather_full,
     own_memory,
     set_moments,
@@ -91,7 +93,9 @@ class LocalCopies:
         optimizer: Any,
         average: MovingAverage | None,
     ) -> None:
-        """Begin a copy, beside training; one that is still being written goes first.
+        """Begin a copy, beside training, unless some rank still writes one.
+
+        A rank that alone left one out would soon hold no step in common with the others.
 
         Args:
             step: steps done.
@@ -100,8 +104,10 @@ class LocalCopies:
             optimizer: Megatron's optimizer.
             average: moving average, if the run keeps one.
         """
-        if self.is_busy():
-            log.warning("the node-local copy of step %d is still being written", self._step)
+        is_busy = self.is_busy()
+        if any_rank([is_busy], device_of(chunks))[0]:
+            if is_busy:
+                log.warning("the node-local copy of step %d is still being written", self._step)
             return
         tensors = {
             "shards": [
@@ -124,7 +130,8 @@ class LocalCopies:
             return True
         if self._child.failure:
             log.warning("NODE-LOCAL COPY FAILED: step %d: %s", self._step, self._child.failure)
-            self._file(self._step).unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that is gone, say: the next copy tells
+                self._file(self._step).unlink(missing_ok=True)
         else:
             self.kept_step = self._step
         self._child = None
@@ -146,9 +153,8 @@ class LocalCopies:
         group: dist.ProcessGroup,
     ) -> dict[str, Any] | None:
         """Load a copy; return the state that was given with it, None if a rank cannot read its copy."""
-        device = next(parameter.device for chunk in chunks for parameter in chunk.parameters())
         try:
-            header, stored = together(lambda: self._read(step), device, CheckpointError)
+            header, stored = together(lambda: self._read(step), device_of(chunks), CheckpointError)
         except CheckpointError as error:
             log.warning("node-local copies of step %d are passed over: %s", step, error)
             return None
@@ -157,6 +163,7 @@ class LocalCopies:
             for (parameter, shard), tensors in zip(owned.items(), stored["shards"], strict=True):
                 shard.master.copy_(tensors[0])
                 if tensors[1] is not None:
+                    device = shard.master.device
                     exp_avg, exp_avg_sq = (t.to(device, copy=True) for t in tensors[1:3])
                     set_moments(optimizer, shard, exp_avg, exp_avg_sq, header["num_updates"])
                 if average is not None:

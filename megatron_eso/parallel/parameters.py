@@ -55,6 +55,11 @@ class Shard:
     """The optimizer's state of the range; flat tensors and the step count."""
 
 
+def device_of(chunks: Iterable[nn.Module]) -> torch.device:
+    """Return the device of a model's parameters, and so of the exchanges between its ranks."""
+    return next(parameter.device for chunk in chunks for parameter in chunk.parameters())
+
+
 def sharded_parameters(chunks: Iterable[nn.Module]) -> Iterator[Any]:
     """Yield Megatron's sharding description (tensor or factory) of every parameter."""
     for chunk in chunks:

@@ -297,7 +297,10 @@ class Keeper:
         needed = self._stored_bytes * _ROOM
 
         def look() -> str:
-            free = shutil.disk_usage(folder).free
+            try:
+                free = shutil.disk_usage(folder).free
+            except OSError as error:
+                return f"no checkpoint of step {step}: {folder} cannot be asked for room: {error}"
             if free >= needed:
                 return ""
             return (

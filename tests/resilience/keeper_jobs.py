@@ -16,8 +16,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_eso.checkpoint.folder import list_folders
+from megatron_eso.checkpoint.local import LocalCopies
 from megatron_eso.checkpoint.state import collect
 from megatron_eso.errors import CheckpointError
 from megatron_eso.launch.heartbeat import Heart
@@ -115,6 +117,50 @@ def start_without(
         return start(folder, overrides, 2, [])
     finally:
         left = math.inf
+
+
+def saved_without_an_answer(folder: str) -> list[bool]:
+    """Try to save while the file system says nothing of its room, and then again; return what was."""
+    session = make_empty_session([])
+    keeper = _open(session, folder, "its hash")
+    keeper.resume_or_start()
+    session.state.step = 1
+
+    def silent(path: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    with replaced(((keeper_module, "shutil", SimpleNamespace(disk_usage=silent)),)):
+        saved = [keeper.save() is not None]
+    saved.append(keeper.save() is not None)
+    return [*saved, keeper.finish()]
+
+
+def copied_by_a_slow_rank(folder: str, overrides: list[str]) -> int:
+    """Copy four steps while the last rank writes the first; return the newest copy that all have then."""
+    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    may_write, original = Path(folder) / "may_write", LocalCopies._write
+
+    def write(copies: LocalCopies, *arguments: Any) -> None:
+        while rank == num_ranks - 1 and not may_write.exists():
+            time.sleep(0.01)
+        original(copies, *arguments)
+
+    with replaced(((LocalCopies, "_write", write),)):
+        session = make_empty_session(overrides)
+        keeper = _open(session, folder, "its hash")
+        keeper.resume_or_start()
+        copies = keeper._local
+        assert copies is not None
+        while session.state.step < 4:
+            train_step(session, read_rows)
+            keeper.copy_locally()
+            while rank == 0 and copies.is_busy():
+                time.sleep(0.01)
+        torch.distributed.barrier()
+        may_write.touch()
+        while copies.is_busy():
+            time.sleep(0.01)
+        return copies.newest()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from megatron_eso.checkpoint.folder import folder_of_step
 from megatron_eso.errors import CheckpointError
 from megatron_eso.launch import lease
 from megatron_eso.launch.heartbeat import VARIABLE, Board, Heart
+from megatron_eso.launch.processes import STOPPING
 from tests.resilience.conftest import SETTINGS
 
 
@@ -109,6 +111,46 @@ def test_a_child_hands_over_its_result(text):
     while child.is_running:
         time.sleep(0.01)
     assert child.result == text and child.failure == ""
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_stop_of_all_processes_lets_a_child_finish(number, tmp_path):
+    """Slurm sends SIGTERM to every process of a step, writers too."""
+    may_end = tmp_path / "may_end"
+
+    def write():
+        while not may_end.exists():
+            time.sleep(0.01)
+        return "written"
+
+    child = Child(write)
+    assert child._process.pid is not None
+    os.kill(child._process.pid, number)
+    time.sleep(0.2)
+    may_end.touch()
+    deadline = time.monotonic() + 30
+    while child.is_running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (child.result, child.failure) == ("written", "")
+
+
+def test_a_process_that_ends_waits_for_no_child():
+    program = """
+import os, time
+from megatron_eso.checkpoint.child import Child
+child = Child(lambda: time.sleep(100))
+print(child._process.pid, flush=True)
+"""
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begin < 50
+    status = Path(
+        f"/proc/{done.stdout.strip()}/status"
+    )  # of one that no one has asked after, perhaps
+    assert not status.exists() or "State:\tZ" in status.read_text()
 
 
 def test_a_child_that_dies_or_raises_is_a_failure_not_a_wait():

@@ -133,6 +133,17 @@ def test_new_local_copies_last_after_one_rank_lost_its_own(two_ranks, run, tmp_p
     assert two_ranks.run(START, str(run), settings, 3, [])[0]["first"] == 2
 
 
+def test_training_goes_on_where_the_file_system_cannot_be_asked_for_room(two_ranks, run):
+    found = two_ranks.run("resilience.keeper_jobs.saved_without_an_answer", str(run))
+    assert found == [[False, True, True]] * 2
+
+
+def test_ranks_keep_copies_of_the_same_steps_when_one_writes_slowly(two_ranks, run, tmp_path):
+    settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
+    job = "resilience.keeper_jobs.copied_by_a_slow_rank"
+    assert two_ranks.run(job, str(run), settings, timeout=100) == [1, 1]
+
+
 @pytest.mark.parametrize("average", [0.9, 0.0], ids=["average", "no average"])
 @pytest.mark.parametrize(
     "layout",
