@@ -104,3 +104,11 @@ def test_a_local_copy_that_one_rank_cannot_read_is_used_by_none(two_ranks, saved
     # It is whole when the ranks agree on it: the second opening fails.
     for found in two_ranks.run(job, 1, "000003.pt", str(saved), settings, 1, timeout=60):
         assert found["first"] == 2
+
+
+def test_ranks_that_evaluate_a_running_run_load_the_same_checkpoint(two_ranks, saved):
+    """One more may be committed while they look: of two checkpoints' halves no model is made."""
+    found = two_ranks.run(
+        "resilience.keeper_jobs.loaded_for_evaluation", str(saved), 1, timeout=100
+    )
+    assert found == [checkpoint(saved).path.name] * 2

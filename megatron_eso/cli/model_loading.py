@@ -110,7 +110,7 @@ def load(
     Raises:
         CheckpointError: if it cannot be read, or a tokenizer is wanted and there is none.
     """
-    from megatron_eso.checkpoint.find import find_checkpoint
+    from megatron_eso.checkpoint.find import find_checkpoint_together
     from megatron_eso.config.schema import ParallelConfig
 
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, context=context, sequence=False)
@@ -125,7 +125,10 @@ def load(
             tokenizer_file=None if kept is None else path / kept.name,
         )  # fmt: skip
     else:
-        loaded = _load(find_checkpoint(path), parallel, dtype=dtype, use_ema=use_ema)
+        # A run that goes on may commit one while the ranks look: the first one's choice is all ranks'.
+        device = _join()[1].torch_device
+        folder = find_checkpoint_together(path, hashes=False, device=device)
+        loaded = _load(folder, parallel, dtype=dtype, use_ema=use_ema)
     if not with_tokenizer:
         return loaded
     config = loaded.replica.config
@@ -191,11 +194,13 @@ def _load(folder: Any, parallel: Any, *, dtype: str, use_ema: bool) -> Loaded:
     from megatron_eso.checkpoint.folder import tokenizer_path
     from megatron_eso.checkpoint.replica import load_replica, run_config_of
     from megatron_eso.config.check import check_layout
+    from megatron_eso.errors import CheckpointError
     from megatron_eso.model.build import resolve_precision
+    from megatron_eso.parallel.exchange import together
     from megatron_eso.parallel.groups import build_groups
 
-    config = run_config_of(folder, parallel)
     ranks, device = _join()
+    config = together(lambda: run_config_of(folder, parallel), device.torch_device, CheckpointError)
     check_layout(config, ranks.world_size)
     config = replace(config, precision=replace(config.precision, dtype=dtype))
     config = resolve_precision(config, dtype)

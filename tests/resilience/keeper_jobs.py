@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_eso.checkpoint import find as find_module
 from megatron_eso.checkpoint.folder import list_folders
 from megatron_eso.checkpoint.local import LocalCopies
 from megatron_eso.checkpoint.state import collect
+from megatron_eso.cli.model_loading import load
 from megatron_eso.errors import CheckpointError
 from megatron_eso.launch.heartbeat import Heart
 from megatron_eso.train import keeper as keeper_module
@@ -117,6 +119,19 @@ def start_without(
         return start(folder, overrides, 2, [])
     finally:
         left = math.inf
+
+
+def loaded_for_evaluation(run: str, num_unseen: int) -> str:
+    """Load a run's newest checkpoint at tensor 2, the last rank not seeing the newest ones yet."""
+    original = find_module.list_folders
+
+    def late(root: Path) -> list[Any]:
+        found = original(root)
+        return found[: len(found) - num_unseen] if int(os.environ["RANK"]) else found
+
+    with replaced(((find_module, "list_folders", late),)):
+        loaded = load(Path(run), use_ema=True, dtype="fp32", tensor=2, with_tokenizer=False)
+    return loaded.path.name
 
 
 def saved_without_an_answer(folder: str) -> list[bool]:
