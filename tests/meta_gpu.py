@@ -21,7 +21,11 @@ from megatron_eso.model import eso_model
 from megatron_eso.model.attention import kernels
 from megatron_eso.parallel import device as device_module
 from megatron_eso.parallel import exchange
-from megatron_eso.parallel.megatron_patches import NoStream, importing_megatron
+from megatron_eso.parallel.megatron_patches import (
+    NoStream,
+    importing_megatron,
+    silence_megatron_messages,
+)
 from megatron_eso.train import session as session_module
 from megatron_eso.train import step as step_module
 from tests import rank_jobs
@@ -160,6 +164,7 @@ def _tolist(real: Any) -> Any:
 @contextlib.contextmanager
 def instead_of_a_gpu(*, num_ranks: int, cudnn: int) -> Iterator[Watch]:
     """Within it sessions are of rank 0 of ``num_ranks`` on an H100 with this cuDNN."""
+    silence_megatron_messages()
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)

@@ -732,7 +732,7 @@ def load_exported(folder: str, tensor: int) -> tuple[int, float]:
     finally:
         module.import_hf = whole
     weights = loaded.replica.chunks[0].parameters()
-    return len(calls), float(sum(weight.double().sum() for weight in weights))
+    return len(calls), float(sum(weight.detach().double().sum() for weight in weights))
 
 
 def attention_of_layers(attention: str) -> set[str]:

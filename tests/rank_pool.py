@@ -6,12 +6,15 @@ keeps three threads per group that wake a hundred times a second, and groups of 
 all later ones down.
 """
 
+import contextlib
 import gc
 import importlib
 import multiprocessing
 import os
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_eso.garbage import look_at_new_objects, look_rarely
@@ -100,6 +103,17 @@ def _serve(
     _serve_rank(pipes, 0)
 
 
+@contextlib.contextmanager
+def _warnings_are_errors() -> Iterator[None]:
+    """What a user would read, once a rank, fails a job; Python does not show others' deprecations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("error", category=DeprecationWarning, module="megatron_eso")
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
+        yield
+
+
 def _stay_on_one_core() -> None:
     """Keep a pool on one core where each worker of pytest-xdist has one.
 
@@ -125,7 +139,8 @@ def _serve_rank(pipes: list[Any], rank: int, first: int | None = None) -> None:
         module, name, args, port = pipe.recv()
         os.environ["MASTER_PORT"] = str(port)
         try:
-            reply = True, getattr(importlib.import_module(module), name)(*args)
+            with _warnings_are_errors():
+                reply = True, getattr(importlib.import_module(module), name)(*args)
         except BaseException:
             reply = False, traceback.format_exc()
         finish()

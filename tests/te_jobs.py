@@ -112,7 +112,7 @@ def with_buffers(overrides: list[str]) -> dict[str, Any]:
     base.destroy_ub()
     return {
         "losses": losses,
-        "log_probability": float(one_row),
+        "log_probability": float(one_row.detach()),
         "refusal": refusal,
         "scores": [score.nats_per_token for score in scores],
         "shapes": shapes,

@@ -5,7 +5,7 @@ from typing import Any
 from megatron_eso.config import load_config
 from megatron_eso.model.build import resolve_precision
 from megatron_eso.model.megatron_config import transformer_config
-from megatron_eso.parallel.megatron_patches import importing_megatron
+from megatron_eso.parallel.megatron_patches import importing_megatron, silence_megatron_messages
 from megatron_eso.parallel.optimizer import buffer_settings, optimizer_settings
 
 with importing_megatron():
@@ -36,6 +36,7 @@ FIELDS = (
 
 def megatron_settings() -> dict[str, Any]:
     """Return Megatron-Core's version and, by recipe, what its own configuration classes hold."""
+    silence_megatron_messages()
     found: dict[str, Any] = {"version": megatron.core.__version__}
     for name, overrides in RECIPES.items():
         config = load_config(None, [*SHAPE, *overrides])

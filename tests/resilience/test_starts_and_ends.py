@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import threading
 import time
 from contextlib import contextmanager
 
@@ -70,6 +71,7 @@ def points_on_board(folder, tag):
 def test_the_board_goes_on_after_a_full_disk_and_each_failure_is_told_once(
     tmp_path, monkeypatch, caplog
 ):
+    others = set(threading.enumerate())
     board, output = Board(tmp_path), SpareOutput("tensorboard")
 
     def add(step):
@@ -93,6 +95,8 @@ def test_the_board_goes_on_after_a_full_disk_and_each_failure_is_told_once(
         assert len(list(tmp_path.iterdir())) == number
     add(3)
     board.close()
+    for thread in set(threading.enumerate()) - others:
+        thread.join()  # one that has not ended yet would end as the next test's failure
     assert points_on_board(tmp_path, "loss") == [1, 2, 3]
 
 
