@@ -157,7 +157,13 @@ def prepare_for_graphs(environ: MutableMapping[str, str]) -> None:
 
 
 def start_process_group(ranks: Ranks, device: Device, *, timeout_seconds: float = 600.0) -> None:
-    """Join the process group, also for a single rank (Megatron wants one)."""
+    """Join the process group, also for a single rank (Megatron wants one).
+
+    Args:
+        ranks: this process's place.
+        device: gives the backend.
+        timeout_seconds: limit of the ranks' meeting, and of every collective of the whole group.
+    """
     if dist.is_initialized():
         return
     timeout = timedelta(seconds=timeout_seconds)

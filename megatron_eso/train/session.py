@@ -115,7 +115,8 @@ def start_ranks(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, Device, Lay
     machine = describe_machine()
     require_machine(config, machine)
     require_fused_attention(config)
-    start_process_group(ranks, device)
+    waiting = derive.waiting_seconds(config)
+    start_process_group(ranks, device, timeout_seconds=waiting)
     config = resolve_precision(config, _dtype(config, device), machine)
     if config.precision.attention == "flex" and not device.is_cuda:
         raise ConfigError(
@@ -123,7 +124,7 @@ def start_ranks(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, Device, Lay
             "(or auto), or dense"
         )
     attention_kernel(config, device)
-    layout = build_groups(config.parallel, seed=config.train.seed)
+    layout = build_groups(config.parallel, seed=config.train.seed, timeout_seconds=waiting)
     return config, device, layout
 
 
