@@ -12,6 +12,8 @@ from torch.nn.functional import silu
 
 from megatron_eso.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_eso.errors import ConfigError
+from megatron_eso.launch import starter
+from megatron_eso.launch.starter import can_be_warm
 from megatron_eso.model.megatron_config import transformer_config
 from megatron_eso.parallel.device import gpu_of_rank, require_no_gpu_was_asked_for
 from megatron_eso.parallel.optimizer import buffer_settings
@@ -40,11 +42,28 @@ def test_more_ranks_than_gpus_are_refused_with_the_numbers():
         gpu_of_rank(4, 4, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
 
 
+def test_ranks_that_one_task_of_slurm_has_started_do_not_share_its_only_gpu():
+    """Two ranks on one GPU are refused by NCCL alone, in words that name no setting."""
+    for local_rank in (1, 3):
+        with pytest.raises(ConfigError, match=rf"rank {local_rank} .* 1 can be seen"):
+            gpu_of_rank(local_rank, 1, {"SLURM_LOCALID": "0"})
+
+
 def test_a_job_that_asked_for_gpus_does_not_train_on_the_cpu():
     with pytest.raises(ConfigError, match=r"asked for 8 GPUs a node .* sees none"):
         require_no_gpu_was_asked_for({"MEGATRON_ESO_GPUS": "8"})
     require_no_gpu_was_asked_for({"MEGATRON_ESO_GPUS": "0"})
     require_no_gpu_was_asked_for({})
+
+
+@pytest.mark.parametrize("name", ["nvidia0", "dxg"], ids=["linux", "windows-subsystem-for-linux"])
+def test_ranks_are_not_forked_where_there_is_a_gpu(tmp_path, monkeypatch, name):
+    """CUDA does not work in a process forked from one that has asked it for devices."""
+    monkeypatch.setattr(starter, "_DEVICES", tmp_path)
+    (tmp_path / "nvidiactl").touch()
+    assert can_be_warm()
+    (tmp_path / name).touch()
+    assert not can_be_warm()
 
 
 @pytest.mark.parametrize("given", ["1", "32"])

@@ -100,8 +100,8 @@ def gpu_of_rank(local_rank: int, num_gpus: int, environ: Mapping[str, str]) -> i
     Raises:
         ConfigError: if there are fewer GPUs than ranks on this node.
     """
-    if num_gpus == 1 and "SLURM_LOCALID" in environ:
-        return 0  # srun --gpus-per-task=1: each task sees its own alone
+    if num_gpus == 1 and environ.get("SLURM_LOCALID") == str(local_rank):
+        return 0  # a task of srun --gpus-per-task=1: it sees its own alone
     if local_rank >= num_gpus:
         raise ConfigError(
             f"rank {local_rank} of this node (LOCAL_RANK) has no GPU: {num_gpus} can be seen "
