@@ -8,6 +8,7 @@ threads' list at that moment, and the child waits for it before its first line. 
 sign of life, while memory stays as it is, and forks again if none comes.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -85,6 +86,8 @@ class Child:
 
 
 def _run(answer: Any, other_end: Any, function: Callable[[], Any], parent: int) -> None:
+    # What it finds unused may be a CUDA event or memory of the parent: freeing them ends a forked process.
+    gc.disable()
     for number in STOPPING:  # a stop of the run lets the save under way finish
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
