@@ -111,6 +111,15 @@ def gpu_of_rank(local_rank: int, num_gpus: int, environ: Mapping[str, str]) -> i
     return local_rank
 
 
+def idle_gpus(device: Device, num_ranks: int) -> list[str]:
+    """Return a line if fewer ranks were started than this process sees GPUs, else nothing."""
+    seen = torch.cuda.device_count() if device.is_cuda else 0
+    if num_ranks >= seen:
+        return []
+    used = f"{num_ranks} of the {seen} GPUs seen here {'is' if num_ranks == 1 else 'are'} used"
+    return [f"{used}; all are with --ranks {seen}"]
+
+
 # Results of NCCL, cuBLAS and Transformer Engine do not depend on timing with these (Megatron-LM asks for
 # the same); each name with the values that are right, of which the first is set if there is none.
 _DETERMINISTIC = {
@@ -158,6 +167,9 @@ def prepare_for_graphs(environ: MutableMapping[str, str]) -> None:
 
 def start_process_group(ranks: Ranks, device: Device, *, timeout_seconds: float = 600.0) -> None:
     """Join the process group, also for a single rank (Megatron wants one).
+
+    NCCL is not told the device, which is the current one: each group would then have one communicator for
+    all, in which the exchanges between two stages wait for every other one.
 
     Args:
         ranks: this process's place.

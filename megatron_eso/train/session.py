@@ -29,6 +29,7 @@ from megatron_eso.parallel.device import (
     Ranks,
     be_deterministic,
     choose_device,
+    idle_gpus,
     prepare_for_graphs,
     start_process_group,
 )
@@ -185,7 +186,8 @@ def choices(session: Session) -> list[str]:
     precision, parallel = config.precision, config.parallel
     lines = [
         f"precision.dtype = {precision.dtype}, attention {attention_kernel(config, device)}, device "
-        f"{session.torch_device}"
+        f"{session.torch_device}",
+        *idle_gpus(device, session.ranks.world_size),
     ]
     if precision.backend == "te":
         version = ".".join(map(str, describe_machine().te or ()))
