@@ -786,3 +786,18 @@ def builds_with(name: str, value: str) -> bool:
         return make_session([]) is not None
     finally:
         os.environ.pop(name, None)
+
+
+def seconds_that_groups_wait(overrides: list[str]) -> dict[str, float]:
+    """Return after how many seconds a collective of each group gives up."""
+    layout, device = make_session(overrides).layout, torch.device("cpu")
+    groups: dict[str, Any] = {
+        "all": torch.distributed.group.WORLD,
+        "weights": layout.weights_group,
+        "context": layout.context_group,
+        "replica": layout.replica_group,
+    }
+    return {
+        name: group._get_backend(device).options._timeout.total_seconds()
+        for name, group in groups.items()
+    }

@@ -1,8 +1,10 @@
 """What the configuration becomes for Megatron on a GPU; no GPU needed to build it."""
 
+import inspect
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +14,16 @@ from torch.nn.functional import silu
 
 from megatron_eso.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_eso.errors import ConfigError
+from megatron_eso.launch import starter
+from megatron_eso.launch.starter import can_be_warm
 from megatron_eso.model.megatron_config import transformer_config
-from megatron_eso.parallel.device import gpu_of_rank, require_no_gpu_was_asked_for
+from megatron_eso.parallel.device import (
+    Device,
+    gpu_of_rank,
+    idle_gpus,
+    require_no_gpu_was_asked_for,
+)
+from megatron_eso.parallel.megatron_patches import silence_megatron_messages
 from megatron_eso.parallel.optimizer import buffer_settings
 
 # Megatron says this about its own default.
@@ -40,11 +50,54 @@ def test_more_ranks_than_gpus_are_refused_with_the_numbers():
         gpu_of_rank(4, 4, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
 
 
+def test_ranks_that_one_task_of_slurm_has_started_do_not_share_its_only_gpu():
+    """Two ranks on one GPU are refused by NCCL alone, in words that name no setting."""
+    for local_rank in (1, 3):
+        with pytest.raises(ConfigError, match=rf"rank {local_rank} .* 1 can be seen"):
+            gpu_of_rank(local_rank, 1, {"SLURM_LOCALID": "0"})
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_gpus", "said"),
+    [
+        (1, 8, ["1 of the 8 GPUs seen here is used; all are with --ranks 8"]),
+        (8, 8, []),
+        (16, 8, []),
+    ],
+)
+def test_gpus_that_stay_idle_are_told_of(monkeypatch, num_ranks, num_gpus, said):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    assert idle_gpus(Device(torch.device("cuda", 0), "nccl"), num_ranks) == said
+    assert idle_gpus(Device(torch.device("cpu"), "gloo"), num_ranks) == []
+
+
+def test_a_barrier_over_nccl_does_not_advise_what_would_line_up_the_exchanges_of_stages():
+    """PyTorch advises to name the GPU when groups are made; a group then has one communicator for all."""
+    source = inspect.getsource(torch.distributed.barrier)
+    words = "barrier(): using the device under current context. "
+    assert f'"{words}"' in source  # else PyTorch says something else now
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        silence_megatron_messages()
+        warnings.warn(f"{words}You can specify `device_id`", stacklevel=1)
+    assert not said
+
+
 def test_a_job_that_asked_for_gpus_does_not_train_on_the_cpu():
     with pytest.raises(ConfigError, match=r"asked for 8 GPUs a node .* sees none"):
         require_no_gpu_was_asked_for({"MEGATRON_ESO_GPUS": "8"})
     require_no_gpu_was_asked_for({"MEGATRON_ESO_GPUS": "0"})
     require_no_gpu_was_asked_for({})
+
+
+@pytest.mark.parametrize("name", ["nvidia0", "dxg"], ids=["linux", "windows-subsystem-for-linux"])
+def test_ranks_are_not_forked_where_there_is_a_gpu(tmp_path, monkeypatch, name):
+    """CUDA does not work in a process forked from one that has asked it for devices."""
+    monkeypatch.setattr(starter, "_DEVICES", tmp_path)
+    (tmp_path / "nvidiactl").touch()
+    assert can_be_warm()
+    (tmp_path / name).touch()
+    assert not can_be_warm()
 
 
 @pytest.mark.parametrize("given", ["1", "32"])

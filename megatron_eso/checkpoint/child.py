@@ -9,6 +9,7 @@ sign of life, while memory stays as it is, and forks again if none comes.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import signal
@@ -89,6 +90,8 @@ class Child:
 
 
 def _run(answer: Any, other_end: Any, function: Callable[[], Any], parent: int) -> None:
+    # What it finds unused may be a CUDA event or memory of the parent: freeing them ends a forked process.
+    gc.disable()
     for number in STOPPING:  # a stop of the run lets the save under way finish
         signal.signal(number, signal.SIG_IGN)
     release_signals()

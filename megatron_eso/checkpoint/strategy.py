@@ -39,7 +39,11 @@ class Plan:
 
     def __init__(self, writer: FileSystemWriterAsync, metadata: Any) -> None:
         self._writer, self._metadata = writer, metadata
-        self._buckets = FileSystemWriterAsync.preload_tensors(writer.write_buckets or [])
+        # Copies from a GPU that are not waited for lie in pinned memory: a forked writer may crash there
+        # (Megatron-LM issue 1861), and PyTorch keeps up to twice as much of it for ever.
+        self._buckets = FileSystemWriterAsync.preload_tensors(
+            writer.write_buckets or [], non_blocking=False
+        )
 
     def write(self) -> tuple[list[Any], Files]:
         """Write this rank's files; return Megatron's write results and what was written."""

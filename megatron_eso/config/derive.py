@@ -162,3 +162,16 @@ def total_steps(config: RunConfig) -> int:
         return config.train.steps
     tokens = config.train.tokens or 0
     return tokens // (config.train.global_batch_rows * config.train.sequence_length)
+
+
+def waiting_seconds(config: RunConfig) -> float:
+    """Return how long a rank waits for others in a collective before it gives up.
+
+    That must be longer than one of them may take alone, else NCCL's watchdog (gloo likewise) ends a run
+    that the settings let go on; and longer than the launcher waits, which shows where every rank stands.
+    """
+    resilience, checkpoint = config.resilience, config.checkpoint
+    allowed = [600.0, resilience.setup_timeout_seconds, resilience.min_timeout_seconds]
+    if not checkpoint.asynchronous:
+        allowed.append(checkpoint.timeout_seconds)  # the first to have written wait for the last
+    return max(allowed) + 60.0

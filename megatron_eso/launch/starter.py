@@ -11,6 +11,7 @@ from megatron_eso.launch.processes import kill_session, spawn
 
 # What training imports; PyTorch's optimizers import torch._dynamo when they are made.
 _PRELOAD = ("megatron_eso.train.loop", "megatron_eso.cli.train", "torch._dynamo")
+_DEVICES = Path("/dev")
 
 
 class Starter:
@@ -101,4 +102,5 @@ def can_be_warm() -> bool:
 
 def has_gpu() -> bool:
     """Return whether this machine has an NVIDIA GPU, without asking its driver."""
-    return any(Path("/dev").glob("nvidia[0-9]*"))
+    names = ("nvidia[0-9]*", "dxg")  # the latter in Windows' subsystem for Linux
+    return any(found for name in names for found in _DEVICES.glob(name))

@@ -100,8 +100,8 @@ def gpu_of_rank(local_rank: int, num_gpus: int, environ: Mapping[str, str]) -> i
     Raises:
         ConfigError: if there are fewer GPUs than ranks on this node.
     """
-    if num_gpus == 1 and "SLURM_LOCALID" in environ:
-        return 0  # srun --gpus-per-task=1: each task sees its own alone
+    if num_gpus == 1 and environ.get("SLURM_LOCALID") == str(local_rank):
+        return 0  # a task of srun --gpus-per-task=1: it sees its own alone
     if local_rank >= num_gpus:
         raise ConfigError(
             f"rank {local_rank} of this node (LOCAL_RANK) has no GPU: {num_gpus} can be seen "
@@ -109,6 +109,15 @@ def gpu_of_rank(local_rank: int, num_gpus: int, environ: Mapping[str, str]) -> i
             "a GPU (--ranks, parallel.local_ranks, the job's tasks on a node)"
         )
     return local_rank
+
+
+def idle_gpus(device: Device, num_ranks: int) -> list[str]:
+    """Return a line if fewer ranks were started than this process sees GPUs, else nothing."""
+    seen = torch.cuda.device_count() if device.is_cuda else 0
+    if num_ranks >= seen:
+        return []
+    used = f"{num_ranks} of the {seen} GPUs seen here {'is' if num_ranks == 1 else 'are'} used"
+    return [f"{used}; all are with --ranks {seen}"]
 
 
 # Results of NCCL, cuBLAS and Transformer Engine do not depend on timing with these (Megatron-LM asks for
@@ -157,7 +166,16 @@ def prepare_for_graphs(environ: MutableMapping[str, str]) -> None:
 
 
 def start_process_group(ranks: Ranks, device: Device, *, timeout_seconds: float = 600.0) -> None:
-    """Join the process group, also for a single rank (Megatron wants one)."""
+    """Join the process group, also for a single rank (Megatron wants one).
+
+    NCCL is not told the device, which is the current one: each group would then have one communicator for
+    all, in which the exchanges between two stages wait for every other one.
+
+    Args:
+        ranks: this process's place.
+        device: gives the backend.
+        timeout_seconds: limit of the ranks' meeting, and of every collective of the whole group.
+    """
     if dist.is_initialized():
         return
     timeout = timedelta(seconds=timeout_seconds)

@@ -1,6 +1,8 @@
 """Process groups of the layout, built and held by Megatron's parallel_state."""
 
+import math
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -51,21 +53,24 @@ class Layout:
         return self.pipeline_rank == 0
 
 
-def build_groups(parallel: ParallelConfig, *, seed: int) -> Layout:
+def build_groups(parallel: ParallelConfig, *, seed: int, timeout_seconds: float = 600.0) -> Layout:
     """Create the groups for a layout; the process group must be up.
 
     Args:
         parallel: sizes of the axes.
         seed: seed of Megatron's random states (dropout); tensor ranks get different ones.
+        timeout_seconds: limit of the groups' collectives.
     """
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     chunks = parallel.virtual_pipeline
+    minutes = math.ceil(timeout_seconds / 60)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         context_parallel_size=parallel.context,
+        distributed_timeout_minutes=minutes,
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -85,11 +90,11 @@ def build_groups(parallel: ParallelConfig, *, seed: int) -> Layout:
         context_group=groups.get_context_parallel_group(),
         tensor_group=groups.get_tensor_model_parallel_group(),
         pipeline_group=groups.get_pipeline_model_parallel_group(),
-        replica_group=_replica_group(parallel, groups),
+        replica_group=_replica_group(parallel, groups, timedelta(minutes=minutes)),
     )
 
 
-def _replica_group(parallel: ParallelConfig, groups: Any) -> dist.ProcessGroup:
+def _replica_group(parallel: ParallelConfig, groups: Any, timeout: timedelta) -> dist.ProcessGroup:
     """Return the group of this rank's replica; Megatron has one without the context ranks alone."""
     if parallel.context == 1:
         return groups.get_model_parallel_group()
@@ -98,7 +103,7 @@ def _replica_group(parallel: ParallelConfig, groups: Any) -> dist.ProcessGroup:
     mine: Any = None
     for replica in sorted(set(data_ranks)):  # every rank must create every group
         members = [rank for rank, data_rank in enumerate(data_ranks) if data_rank == replica]
-        group = dist.new_group(members)
+        group = dist.new_group(members, timeout=timeout)
         if dist.get_rank() in members:
             mine = group
     return mine

@@ -35,7 +35,8 @@ _IMPORT_MESSAGES = (
     ".*multi_tensor_applier.*",
 )
 
-# Messages of every training step about calls that Megatron makes and we cannot change.
+# Messages of every training step about calls that Megatron makes and we cannot change; and PyTorch's about
+# a barrier over NCCL, whose device is the right one (device.py sets it, and says why groups are not told).
 _RUN_MESSAGES = (
     (".*full scope is deprecated.*", UserWarning),
     (".*grad attribute of a Tensor that is not a leaf.*", UserWarning),
@@ -46,6 +47,7 @@ _RUN_MESSAGES = (
     (".*Apex is not installed.*", UserWarning),
     (".*no need to set 'core_attn' to recompute.*", UserWarning),  # it was asked for
     (".*MimoModelConfig is experimental.*", UserWarning),  # 0.19 imports it for every optimizer
+    (".*barrier.*: using the device under current context.*", UserWarning),
     (
         ".*it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS.*",
         UserWarning,

@@ -29,6 +29,7 @@ from megatron_eso.parallel.device import (
     Ranks,
     be_deterministic,
     choose_device,
+    idle_gpus,
     prepare_for_graphs,
     start_process_group,
 )
@@ -115,7 +116,8 @@ def start_ranks(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, Device, Lay
     machine = describe_machine()
     require_machine(config, machine)
     require_fused_attention(config)
-    start_process_group(ranks, device)
+    waiting = derive.waiting_seconds(config)
+    start_process_group(ranks, device, timeout_seconds=waiting)
     config = resolve_precision(config, _dtype(config, device), machine)
     if config.precision.attention == "flex" and not device.is_cuda:
         raise ConfigError(
@@ -123,7 +125,7 @@ def start_ranks(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, Device, Lay
             "(or auto), or dense"
         )
     attention_kernel(config, device)
-    layout = build_groups(config.parallel, seed=config.train.seed)
+    layout = build_groups(config.parallel, seed=config.train.seed, timeout_seconds=waiting)
     return config, device, layout
 
 
@@ -184,7 +186,8 @@ def choices(session: Session) -> list[str]:
     precision, parallel = config.precision, config.parallel
     lines = [
         f"precision.dtype = {precision.dtype}, attention {attention_kernel(config, device)}, device "
-        f"{session.torch_device}"
+        f"{session.torch_device}",
+        *idle_gpus(device, session.ranks.world_size),
     ]
     if precision.backend == "te":
         version = ".".join(map(str, describe_machine().te or ()))

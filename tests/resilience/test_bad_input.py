@@ -1,5 +1,6 @@
 """What a person gets wrong about folders and checkpoints, and small parts without ranks."""
 
+import gc
 import json
 import os
 import platform
@@ -7,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_eso.checkpoint.child import Child
 from megatron_eso.checkpoint.folder import folder_of_step
+from megatron_eso.checkpoint.strategy import Plan
 from megatron_eso.errors import CheckpointError
 from megatron_eso.launch import lease
 from megatron_eso.launch.heartbeat import VARIABLE, Board, Heart
@@ -195,3 +198,26 @@ def test_a_child_that_never_runs_is_forked_again(stuck):
         assert "OSError: 3 forked processes gave no sign of life" in done.stderr
     else:
         assert done.stdout.split() == ["written", str(stuck + 1)], done.stderr
+
+
+def test_a_child_never_looks_for_unused_objects():
+    """It would destroy events and tensors of the parent's GPU, whose calls fail in a forked process."""
+    child = Child(gc.isenabled)
+    while child.is_running:
+        time.sleep(0.01)
+    assert child.result is False and gc.isenabled()
+
+
+def test_tensors_of_a_gpu_are_written_from_memory_that_a_child_has_too():
+    """Copies that are not waited for lie in pinned memory, where a forked writer may crash (Megatron-LM
+    issue 1861).
+    """
+    asked = []
+
+    class OfGpu:
+        def to(self, device, non_blocking=False):
+            asked.append((device, non_blocking))
+            return self
+
+    Plan(SimpleNamespace(write_buckets=[("file", "key", ([], [(None, OfGpu())]))]), None)
+    assert asked == [("cpu", False)]
