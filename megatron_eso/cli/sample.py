@@ -67,6 +67,7 @@ def sample(
         megatron-eso sample runs/quickstart --num-samples 1000 --tokens-per-step 8 --out samples.jsonl
     """
     from megatron_eso.errors import ConfigError
+    from megatron_eso.launch.environment import Ranks
     from megatron_eso.sample.settings import PlanSettings, check_settings
 
     settings = PlanSettings(cast("Any", plan), alpha_0, num_steps, tokens_per_step)
@@ -84,7 +85,7 @@ def sample(
         )
     for name, texts in (("prompt", prompt or []), ("infill", [infill or ""])):
         _require_text(name, texts)
-    given = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else ranks
+    given = Ranks.from_environment(os.environ).world_size if "RANK" in os.environ else ranks
     if tensor * pipeline != given:
         raise ConfigError(
             f"--tensor {tensor} x --pipeline {pipeline} = {tensor * pipeline} ranks are needed; set "

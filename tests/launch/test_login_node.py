@@ -344,3 +344,9 @@ def test_a_number_of_samples_or_tokens_below_one_is_refused(tmp_path, option, nu
 def test_wrong_numbers_are_refused_before_torch_is_imported(node, words, message):
     """Its import takes seconds, and the ranks import it for themselves."""
     assert message in node.run(*words, code=2)
+
+
+def test_a_world_size_that_is_no_number_is_a_message_of_sample_too(node):
+    node.environment |= {"RANK": "0", "WORLD_SIZE": "x"}
+    said = node.run("sample", "r", code=2)
+    assert "WORLD_SIZE=x in the environment is not a number" in said
