@@ -32,7 +32,13 @@ from megatron_eso.data.output import describe_write_error
 from megatron_eso.data.partition import Preparation, PrepareOptions, split_of
 from megatron_eso.data.progress import Progress
 from megatron_eso.data.publish import Destination
-from megatron_eso.data.sources import Piece, find_files, partitions_of
+from megatron_eso.data.sources import (
+    TEXT_KEY,
+    Piece,
+    find_files,
+    partitions_of,
+    require_records,
+)
 from megatron_eso.data.tokenizer import (
     Tokenizer,
     resolve_tokenizer,
@@ -86,6 +92,7 @@ def prepare(
     """
     check_options(options)
     pieces = find_files(sources)
+    require_records(pieces, None if options.text_key == TEXT_KEY else options.text_key)
     _require_both_splits(pieces, options)
     request = _request(sources, pieces, options, tokenizer, tokenizer_bytes)
     destination = Destination(str(out)) if is_remote(str(out)) else None

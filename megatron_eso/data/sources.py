@@ -19,6 +19,8 @@ from megatron_eso.errors import DataError
 STDLIB = "stdlib"
 HUB_PREFIX = "hf:"
 HUB_FORM = "hf:NAME[@CONFIGURATION][:SPLIT]"
+TEXT_KEY = "text"
+"""Key or column of a record's text, if no other is named."""
 # What Hugging Face datasets writes beside the arrow files of a saved data set.
 ARROW_SIDE_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
 # Tests and tables of characters: text of little use for learning to write Python.
@@ -79,6 +81,23 @@ def find_files(sources: list[str]) -> list[Piece]:
     if not sum(piece.num_bytes for piece in pieces):
         raise DataError(f"the sources {', '.join(sources)} hold no text (0 bytes)")
     return pieces
+
+
+def require_records(pieces: list[Piece], text_key: str | None) -> None:
+    """Refuse a key of the text where no file has keys.
+
+    Args:
+        pieces: the files.
+        text_key: as it was given; None: it was not.
+
+    Raises:
+        DataError: naming the option.
+    """
+    if text_key is not None and all(piece.kind == "text" for piece in pieces):
+        raise DataError(
+            f"--text-key {text_key} names a key or column of records, and the sources are text files, "
+            "each one document: leave it out (records are .jsonl, .parquet and .arrow files)"
+        )
 
 
 def partitions_of(pieces: list[Piece], partition_bytes: int | None = None) -> list[Partition]:

@@ -306,6 +306,16 @@ def test_a_wrong_column_names_those_there_are(tmp_path):
         texts_of(tmp_path / "a.parquet", text_key="body")
 
 
+def test_a_text_key_beside_text_files_alone_is_refused(tmp_path):
+    for name in "abcdefgh":
+        (tmp_path / f"{name}.txt").write_text("words")
+    with pytest.raises(DataError, match="--text-key body names a key or column"):
+        prepare([str(tmp_path)], tmp_path / "set", options(text_key="body"))
+    (tmp_path / "i.jsonl").write_text('{"text": "a record"}\n')
+    with pytest.raises(DataError, match="no text under the key 'body'"):
+        prepare([str(tmp_path)], tmp_path / "set", options(text_key="body"), num_processes=1)
+
+
 def test_a_long_document_is_encoded_in_pieces_to_the_same_tokens(prepared):
     text = "".join(f"{number} {'abcdefghij'[number % 10]}\n" for number in range(200_000))
     pieces = list(pieces_of(text))
