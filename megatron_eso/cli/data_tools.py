@@ -100,8 +100,12 @@ def mix_command(
         if steps is None
         else steps * run.train.global_batch_rows
     )
+    uses = mixture_use(
+        run.data, rows, sequence_length=run.train.sequence_length, vocab_size=run.model.vocab_size,
+        seed=run.train.seed,
+    )  # fmt: skip
     typer.echo(f"{rows:,} rows, {rows * run.train.sequence_length:,} tokens")
-    for use in mixture_use(run.data, rows, seed=run.train.seed):
+    for use in uses:
         typer.echo(
             f"{use.share:8.3%}  {use.num_samples:>12,} rows  {use.epochs:8.2f} epochs  {use.path}"
         )

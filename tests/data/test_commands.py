@@ -2,15 +2,24 @@
 
 import shutil
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from megatron_eso.cli.data import app
-from megatron_eso.config.schema import DataConfig, DataSourceConfig
+from megatron_eso.config.schema import (
+    DataConfig,
+    DataSourceConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megatron_eso.data.fits import unseen_data
 from megatron_eso.data.manifest import load_manifest
 from megatron_eso.data.megatron_indexed import open_indexed
+from megatron_eso.data.open_split import require_data
 from megatron_eso.data.reader import RowReader, ValidationReader
 from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import DataError
@@ -105,7 +114,8 @@ def test_mix_counts_exactly_what_the_reader_reads(prepared, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
         f"data:\n  sources:\n    - {{path: {prepared}/train, weight: 3}}\n"
-        f"    - {{path: {prepared}/validation, weight: 1}}\ntrain: {{global_batch_rows: 8}}\n"
+        f"    - {{path: {prepared}/validation, weight: 1}}\n"
+        "train: {global_batch_rows: 8, sequence_length: 16}\nmodel: {vocab_size: 300}\n"
     )
     output = run("mix", config, "train.steps=100").splitlines()
     sources = [DataSourceConfig(f"{prepared}/{split}", weight)
@@ -117,6 +127,58 @@ def test_mix_counts_exactly_what_the_reader_reads(prepared, tmp_path):
     for number in (0, 1):
         count = sum(source == number for source, _ in pairs)
         assert f" {count:,} rows" in output[1 + number]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.sequence_length=32"], r"data\.sources\[0\]\.path: .* rows of 16 .*_length=32"),
+        (["model.vocab_size=400"], "vocabulary of 300 .* model.vocab_size=400"),
+        (["data.sources=[]"], "data.sources is empty"),
+    ],
+)
+def test_mix_refuses_what_the_run_would(prepared, tmp_path, words, message):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"data: {{sources: [{{path: {prepared}/train}}]}}\n"
+        "train: {sequence_length: 16, steps: 5}\nmodel: {vocab_size: 300}\n"
+    )
+    run("mix", config)
+    with pytest.raises(DataError, match=message):
+        run("mix", config, *words)
+
+
+def test_what_cannot_be_seen_from_here_is_said_and_the_rest_compared(prepared, tmp_path):
+    data = DataConfig(
+        sources=[DataSourceConfig(path) for path in (f"{prepared}/train", "/nowhere/train")],
+        validation={"far": "s3://bucket/v", "near": f"{prepared}/validation"},
+    )
+    config = RunConfig(data=data, train=TrainConfig(sequence_length=16),
+                       model=ModelConfig(vocab_size=300))  # fmt: skip
+    assert unseen_data([config, config]) == [
+        "data.sources[1].path=/nowhere/train (not on this machine)",
+        "data.validation.far=s3://bucket/v (in an object store)",
+    ]
+    other = replace(config, train=TrainConfig(sequence_length=32))
+    with pytest.raises(DataError, match=r"data\.sources\[0\]\.path: .*train\.sequence_length=32"):
+        unseen_data([config, other])
+    other = replace(config, data=replace(data, sources=data.sources[1:]),
+                    model=ModelConfig(vocab_size=400))  # fmt: skip
+    with pytest.raises(DataError, match=r"data\.validation\.near: .*model\.vocab_size=400"):
+        unseen_data([other])
+    with pytest.raises(DataError, match="name one split"):
+        unseen_data([replace(config, data=DataConfig([DataSourceConfig(str(prepared))]))])
+
+
+def test_the_tokenizers_of_sets_that_are_seen_are_compared(prepared, corpus, tmp_path):
+    run("prepare", corpus, "--out", tmp_path / "set", "--sequence-length", 16, "--vocab-size", 300,
+        "--processes", 1, "--tokenizer-mib", 1, "--validation-fraction", 0.5)  # fmt: skip
+    here, there = DataSourceConfig(f"{prepared}/train"), DataSourceConfig(f"{tmp_path}/set/train")
+    config = RunConfig(train=TrainConfig(sequence_length=16), model=ModelConfig(vocab_size=300))
+    for data in (DataConfig([here, there]), DataConfig([here], {"other": there.path})):
+        for look in (unseen_data, require_data):
+            with pytest.raises(DataError, match="another tokenizer"):
+                look([replace(config, data=data)])
 
 
 def write_indexed(prefix, documents: list[np.ndarray], bounds: list[int] | None = None) -> None:

@@ -9,10 +9,12 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 
+from megatron_eso.data.manifest import Manifest
 from megatron_eso.launch.records import Records
 
 ROOT = Path(__file__).parents[2]
@@ -350,3 +352,27 @@ def test_a_world_size_that_is_no_number_is_a_message_of_sample_too(node):
     node.environment |= {"RANK": "0", "WORLD_SIZE": "x"}
     said = node.run("sample", "r", code=2)
     assert "WORLD_SIZE=x in the environment is not a number" in said
+
+
+def split(folder, **facts):
+    """Write what a prepared split says of itself, without rows."""
+    known = {field.name: 1 for field in fields(Manifest) if field.default is MISSING}
+    known |= {"split": "train", "dtype": "uint16", "tokenizer_sha256": "a", "index_sha256": "b"}
+    folder.mkdir(parents=True)
+    Manifest(**{**known, "tokenizer_file": "t.json", **facts}).save(folder)
+    return f"data.sources=[{{path: {folder}}}]"
+
+
+def test_submit_compares_the_data_it_sees_with_the_run(node, tmp_path):
+    fitting = split(tmp_path / "fits", sequence_length=128, vocab_size=2048)
+    said = node.submit(fitting, "data.validation={v: /no/such}", "--dry-run")
+    assert "not looked at: data.validation.v=/no/such (not on this machine)" in said
+    assert "data.sources[0].path" not in said
+    other = split(tmp_path / "other", sequence_length=256, vocab_size=2048)
+    said = node.submit(other, code=3)
+    assert "rows of 256 tokens, the run asks for train.sequence_length=128" in said
+    said = node.submit(
+        fitting, "--sweep", "train.seed=1", "--sweep", "model.vocab_size=4096", code=3
+    )
+    assert "model.vocab_size=4096" in said
+    assert node.asked() == [] and not (tmp_path / "r").exists()
