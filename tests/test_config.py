@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from megatron_eso.cli import config as show
@@ -19,6 +20,7 @@ from megatron_eso.config import (
     load_config,
     save_config,
     schema,
+    to_yaml,
     violations,
 )
 from megatron_eso.config.ranges import Range, range_of
@@ -411,3 +413,20 @@ def test_a_number_that_rules_divide_by_is_refused_before_they_are_asked(override
 def test_the_configuration_is_frozen():
     with pytest.raises(AttributeError):
         RunConfig().name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "text", ["a${b}", r"a\${b}", r"a\\${b}", "x${", r"a\b", "$a{b}", "it's ${q}"]
+)
+def test_a_saved_text_is_read_back_as_it_is_whatever_it_holds(tmp_path, text):
+    config = RunConfig(
+        folder=text, data=schema.DataConfig([schema.DataSourceConfig(text)], {"v": text})
+    )
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_saved_configuration_is_what_omegaconf_writes():
+    """Names of folders of sweeps and fingerprints of cells are made of it."""
+    config = load_config(CONFIGS / "run/quickstart.yaml")
+    assert to_yaml(config) == OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -10,7 +10,7 @@ false. Where the schema has text, what was written is the value, null apart.
 import re
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
 from os.path import expanduser
 from pathlib import Path
@@ -58,13 +58,26 @@ def load_config(
 
 
 def to_yaml(config: Any) -> str:
-    """Return the configuration as YAML, every field spelled out."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """Return the configuration as YAML, every field spelled out; reading it gives the same again."""
+    return OmegaConf.to_yaml(OmegaConf.create(_literal(asdict(config))))
+
+
+def as_literal(text: str) -> str:
+    """Return a text in the form that a file or an override has it in: ``${`` in it refers to nothing."""
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
 
 
 def save_config(config: Any, path: Path) -> None:
     """Write the configuration as YAML; see :func:`megatron_eso.files.write_whole`."""
     write_whole(path, to_yaml(config))
+
+
+def _literal(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _literal(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_literal(inner) for inner in value]
+    return as_literal(value) if isinstance(value, str) else value
 
 
 def _with_home(config: RunConfig) -> RunConfig:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_eso.config import check_start
 from megatron_eso.config.derive import total_steps
-from megatron_eso.config.load import load_config, save_config
+from megatron_eso.config.load import as_literal, load_config, save_config
 from megatron_eso.config.schema import CheckpointConfig, RunConfig
 from megatron_eso.errors import ClusterError
 from megatron_eso.files import read_json, write_json, write_whole
@@ -274,4 +274,4 @@ def _git(*words: str) -> str:
 
 def _quoted_value(path: Path) -> str:
     """Return a path as a YAML string for an override: quoted, so that no character has a meaning."""
-    return "'" + str(path).replace("'", "''") + "'"
+    return "'" + as_literal(str(path)).replace("'", "''") + "'"

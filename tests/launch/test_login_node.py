@@ -6,6 +6,7 @@ Slurm is a folder of small programs that answer what was recorded and note that 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eso.config import load_config
 from megatron_eso.data.manifest import Manifest
 from megatron_eso.launch.records import Records
 
@@ -376,3 +378,18 @@ def test_submit_compares_the_data_it_sees_with_the_run(node, tmp_path):
     )
     assert "model.vocab_size=4096" in said
     assert node.asked() == [] and not (tmp_path / "r").exists()
+
+
+def test_the_tasks_of_an_array_are_told_a_folder_that_holds_an_interpolation(node, tmp_path):
+    folder = tmp_path / "a${name}'s"
+    words = [f"folder='{tmp_path}/a\\${{name}}''s'", f"cluster.shared_folders=['{tmp_path}']"]
+    node.answers("sbatch", "7\n")
+    node.run("submit", *RUN, *words, "--sweep", "train.seed=1")
+    script = (folder / "slurm/job.sbatch").read_text()
+    [line] = [line for line in script.splitlines() if "train.seed=1" in line]
+    [task] = shlex.split(
+        line.removeprefix("SWEEP=(").removesuffix(")")
+    )  # as bash reads it, and eval
+    given = next(word for word in shlex.split(task) if word.startswith("folder="))
+    assert load_config(folder / "slurm/config.yaml", [given]).folder == str(folder / "0")
+    assert load_config(folder / "slurm/config.yaml").folder == str(folder)
