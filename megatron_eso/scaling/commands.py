@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.files import write_whole
 from megatron_eso.scaling import collect as collecting
@@ -25,15 +26,38 @@ def run(
     cell: int | None,
     *,
     say: Callable[[str], None],
+    look: Callable[[list[RunConfig]], None] = lambda runs: None,
 ) -> bool:
-    """Run the study's cells; return whether all legal ones are finished."""
+    """Run the study's cells; return whether all legal ones are finished.
+
+    Args:
+        sweep_file: the study.
+        overrides: of its settings.
+        workers: cells at once.
+        max_attempts: failures of a cell, after which it is given up.
+        cell: number of the only cell to run; None: all.
+        say: receives a line for every change.
+        look: looks at the data of the cells that are to start, before any does.
+
+    Raises:
+        DataError: of ``look``, with the file that names the data.
+    """
     _check_at_least_1(workers=workers, max_attempts=max_attempts)
     sweep, cells = make_grid(sweep_file, overrides)
     if cell is not None:
         if not 0 <= cell < len(cells):
             raise ConfigError(f"--cell {cell}: the grid has cells 0 to {len(cells) - 1}")
         cells = [cells[cell]]
-    states = run_cells(_made(sweep), cells, workers=workers, max_attempts=max_attempts, say=say)
+
+    def look_at_base(runs: list[RunConfig]) -> None:
+        try:
+            look(runs)
+        except DataError as error:
+            raise DataError(f"{sweep_file.parent / sweep.base}: {error}") from None
+
+    states = run_cells(
+        _made(sweep), cells, workers=workers, max_attempts=max_attempts, say=say, look=look_at_base
+    )
     say(states_table(states))
     return all(state.state in ("finished", "illegal") for state in states)
 
@@ -45,14 +69,21 @@ def submit_array(
     max_attempts: int,
     throttle: int,
     options: list[str],
+    *,
+    look: Callable[[list[RunConfig]], None] = lambda runs: None,
 ) -> str:
-    """Write the Slurm array and submit it; return what sbatch says."""
+    """Write the Slurm array and submit it; return what sbatch says.
+
+    Raises:
+        DataError: of ``look``, which looks at the data of the legal cells first.
+    """
     _check_at_least_1(workers=workers, max_attempts=max_attempts, throttle=throttle)
     if overrides:
         raise ConfigError(
             "with --slurm put overrides into the sweep file: every task reads it again"
         )
     sweep, cells = make_grid(sweep_file, overrides)
+    look([cell.run for cell in cells if not cell.problems])
     script = _made(sweep) / "array.sbatch"
     write_whole(
         script,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_eso.config.load import save_config
+from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ClusterError, ConfigError
 from megatron_eso.files import read_json, write_whole
 from megatron_eso.scaling import attempts
@@ -36,6 +37,8 @@ class CellState:
     loss: float | None = None
     attempts: int = 0
     eta_seconds: float | None = None
+    reason: tuple[str, ...] = ()
+    """Of a failure: what the trainer said last, and where its log is."""
 
 
 def cell_folder(sweep_folder: Path, cell: Cell) -> Path:
@@ -68,7 +71,11 @@ def read_state(sweep_folder: Path, cell: Cell, *, max_attempts: int = 2) -> Cell
         state = "given-up"
     elif starts:
         state = "failed" if has_failed else "stopped"
-    return CellState(cell, state, step, last.get("loss"), starts, eta)
+    reason = ()
+    if state in ("failed", "given-up"):
+        log = folder / "log.txt"
+        reason = (*attempts.last_words(log), f"log: {log}")
+    return CellState(cell, state, step, last.get("loss"), starts, eta, reason)
 
 
 def run_cells(
@@ -78,6 +85,7 @@ def run_cells(
     workers: int = 1,
     max_attempts: int = 2,
     say: Callable[[str], None] = print,
+    look: Callable[[list[RunConfig]], None] = lambda runs: None,
     trainer: tuple[str, ...] = TRAINER,
 ) -> list[CellState]:
     """Run all cells that are not finished; return the final states.
@@ -88,6 +96,7 @@ def run_cells(
         workers: cells at once.
         max_attempts: failures of a cell over all calls; a start that was interrupted is none.
         say: receives a line for every change.
+        look: looks at the data of the runs that are to start, before any does; may raise.
         trainer: command that takes a configuration file.
 
     Raises:
@@ -101,6 +110,7 @@ def run_cells(
             f"{sweep_folder}/cells/<cell> aside, or set another folder=..."
         )
     todo = [state.cell for state in states if state.state in ("waiting", "stopped", "failed")]
+    look([cell.run for cell in todo])
     say(f"{len(cells)} cells: {_counts(states)}; {len(todo)} to run, {workers} at once")
     running: dict[str, tuple[Cell, subprocess.Popen]] = {}
     try:
@@ -123,6 +133,8 @@ def run_cells(
                 state = read_state(sweep_folder, cell, max_attempts=max_attempts)
                 loss = "" if state.loss is None else f", loss {state.loss:.4f}"
                 say(f"{state.state} {name}{loss} (exit {process.returncode})")
+                for line in state.reason:
+                    say(f"    {line}")
                 if state.state == "failed":
                     todo.append(cell)
     finally:
@@ -144,7 +156,7 @@ def states_table(states: list[CellState]) -> str:
         lines.append(
             f"{state.cell.name:<28}{state.state:<10}{step:>12}{loss:>9}{state.attempts:>6}{left:>8}"
         )
-        lines += [f"    {problem}" for problem in state.cell.problems]
+        lines += [f"    {line}" for line in (*state.cell.problems, *state.reason)]
     return "\n".join(lines)
 
 
@@ -228,6 +240,8 @@ def _start(
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     with open(folder / "log.txt", "a") as log:
+        log.write(f"{attempts.LOG_MARK} {time.strftime('%Y-%m-%dT%H:%M:%S')} ---\n")
+        log.flush()
         process = subprocess.Popen(
             [*trainer, str(folder / "cell.yaml")],  # says folder/run; a path may be no YAML
             stdout=log,

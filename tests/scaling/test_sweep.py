@@ -177,6 +177,70 @@ def test_finished_cells_are_kept_and_failed_ones_retried_to_the_limit(tmp_path):
     assert "given-up" in states_table(states)
 
 
+def test_a_cell_that_failed_says_why_and_where_its_log_is(tmp_path):
+    folder, cells = one_cell(tmp_path)
+    script, said = tmp_path / "failing.py", []
+    endings = [
+        "print('error: all is bad:\\n  - this\\n\\n  - that')",
+        "print('step 1'); print('Killed')",
+    ]
+    for ending in endings:
+        script.write_text(f"{ending}\nraise SystemExit(5)\n")
+        run_cells(
+            folder, cells, trainer=(sys.executable, str(script)), max_attempts=1, say=said.append
+        )
+        [state] = run_cells(folder, cells, max_attempts=1, say=said.append)
+        log = f"log: {folder}/cells/{cells[0].name}/log.txt"
+        words = (
+            ["error: all is bad:", "  - this", "  - that"] if ending == endings[0] else ["Killed"]
+        )
+        assert list(state.reason) == [*words, log]
+        assert [f"    {line}" for line in state.reason] == states_table([state]).splitlines()[2:]
+        assert f"    {words[-1]}" in said and f"    {log}" in said
+        (folder / "cells" / cells[0].name / "attempts").unlink()  # and once more
+
+
+def test_the_data_are_looked_at_once_before_any_cell_starts(tmp_path):
+    """The laptop study's data lie in no temporary folder."""
+    where = f"folder={tmp_path}/sweep"
+    base = tmp_path / "base.yaml"
+    base.write_text(
+        (LAPTOP.parent / "laptop_base.yaml").read_text().replace("runs/data", "nowhere")
+    )
+    one = ["models=['../model/ladder/s1.yaml']", "objectives=[{name: ar}]", "budgets=[5.0e10]"]
+    words = ["sweep", "run", str(LAPTOP), where, f"base={base}", *one, "--max-attempts", "1"]
+    done = CliRunner().invoke(main_app, words)
+    assert isinstance(done.exception, DataError), done.output
+    said = str(done.exception)
+    assert said.startswith(f"{base}: data.sources[0].path: ") and "data prepare" in said
+    assert not list((tmp_path / "sweep").rglob("attempts")) and "start" not in done.output
+
+
+def test_a_folder_whose_name_holds_an_interpolation_is_that_folder(tmp_path):
+    folder, cells = one_cell(tmp_path, "folder=" + str(tmp_path) + r"/a\${name} and b\${")
+    assert folder == tmp_path / "a${name} and b${"
+    [state] = run_cells(folder, cells, trainer=trainer(tmp_path), say=lambda line: None)
+    assert state.state == "finished" and (folder / "cells" / cells[0].name / "run/starts").exists()
+
+
+def test_only_the_data_of_cells_that_are_to_run_are_looked_at(tmp_path):
+    folder, cells = one_cell(tmp_path)
+    looked = []
+    for _ in range(2):
+        run_cells(
+            folder, cells, trainer=trainer(tmp_path), say=lambda line: None, look=looked.append
+        )
+    assert looked == [[cells[0].run], []]
+
+
+def test_an_array_is_submitted_after_a_look_at_its_data(tmp_path):
+    def look(runs):
+        raise DataError(f"{len(runs)} runs have no data")
+
+    with pytest.raises(DataError, match="36 runs have no data"):
+        commands.submit_array(LAPTOP, None, 1, 2, 8, [], look=look)
+
+
 ENDINGS = {
     "Ctrl-C": None,
     "stopped with a checkpoint": "sys.exit(75)",
