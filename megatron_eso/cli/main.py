@@ -24,7 +24,7 @@ COMMANDS = {
     "goodput": ("goodput", "Where a run's time went: effective share, faults, timeline."),
     "submit": ("submit", "Submit a run to Slurm; it requeues itself until it is done."),
     "status": ("status", "Where submitted runs are, and where their time went."),
-    "logs": ("logs", "The output of a submitted run."),
+    "logs": ("logs", "The output of a run, submitted or not."),
     "cancel": ("cancel", "End the job of a run, at once or after a checkpoint."),
     "requeue": ("requeue", "Let a held or failed job try again."),
     "watch": ("watch", "Start requeued jobs without the credential wait."),

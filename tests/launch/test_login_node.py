@@ -393,3 +393,17 @@ def test_the_tasks_of_an_array_are_told_a_folder_that_holds_an_interpolation(nod
     given = next(word for word in shlex.split(task) if word.startswith("folder="))
     assert load_config(folder / "slurm/config.yaml", [given]).folder == str(folder / "0")
     assert load_config(folder / "slurm/config.yaml").folder == str(folder)
+
+
+def test_the_log_of_a_run_that_was_not_submitted_is_its_own(node, tmp_path):
+    run = tmp_path / "run"
+    assert f"{run} is no folder" in node.run("logs", run, code=6)
+    run.mkdir()
+    said = node.run("logs", run, code=6)
+    assert "holds no run" in said and "status" not in said
+    (run / "log.txt").write_text("step 1\nstep 2\n")
+    said = node.run("logs", "-n", "1", run)
+    assert "was not submitted" in said and "step 2" in said and "step 1" not in said
+    (run / "slurm").mkdir()
+    (run / "slurm/job.json").write_text('{"job": "7"}')
+    assert f"`megatron-eso status {run}` says why" in node.run("logs", run, code=6)
