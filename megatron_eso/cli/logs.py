@@ -41,6 +41,8 @@ def _own_log(run: Path) -> Path:
         raise ClusterError(f"{run} has no slurm-JOB.out yet; `megatron-eso status {run}` says why")
     log = run / "log.txt"
     if not log.is_file():
-        raise ClusterError(f"{run} holds no run: neither a job of Slurm (slurm/job.json) nor log.txt")
+        raise ClusterError(
+            f"{run} holds no run: neither a job of Slurm (slurm/job.json) nor log.txt"
+        )
     typer.echo(f"{run} was not submitted to Slurm; this is {log}, of the training", err=True)
     return log
