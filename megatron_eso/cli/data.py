@@ -27,6 +27,14 @@ def prepare_command(
         typer.Argument(help="Files, folders, 'stdlib' or 'hf:NAME[@CONFIGURATION][:SPLIT]'."),
     ],
     out: Annotated[str, typer.Option(help="Folder that receives the data set; s3://, gs://.")],
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Of folders: read only these, as '*.py'; repeat it for several."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Of folders: leave these files and folders out, as '*.csv' or build."),
+    ] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a row, L.")] = 512,
     vocab_size: Annotated[
         int | None, typer.Option(help="Tokens, mask included; needed to train a tokenizer.")
@@ -68,8 +76,11 @@ def prepare_command(
 
       megatron-eso data prepare a.jsonl.gz b/ --out data/mine --sequence-length 1024 --vocab-size 32768
 
+      megatron-eso data prepare repo/ --exclude '*.csv' --exclude build --out data/code --vocab-size 32768
+
       megatron-eso data prepare big/ --out s3://bucket/mine --compress --tokenizer tokenizer.json
     """
+    from megatron_eso.data.file_kinds import FileChoice
     from megatron_eso.data.partition import PrepareOptions
     from megatron_eso.data.prepare import prepare
     from megatron_eso.data.progress import Progress
@@ -83,7 +94,8 @@ def prepare_command(
         bad_documents, shard_mib, compress, partition_mib,
     )  # fmt: skip
     done = prepare(
-        sources, out, options, tokenizer=tokenizer, tokenizer_bytes=tokenizer_mib << 20,
+        sources, out, options, choice=FileChoice(tuple(include or ()), tuple(exclude or ())),
+        tokenizer=tokenizer, tokenizer_bytes=tokenizer_mib << 20,
         num_processes=processes, overwrite=overwrite, staging=staging, progress=Progress(),
     )  # fmt: skip
     state = (

@@ -42,6 +42,26 @@ def test_prepare_says_what_it_made_and_that_there_is_nothing_to_do(tmp_path):
     assert "nothing to do" in run(*arguments)
 
 
+def test_files_that_are_left_out_are_part_of_the_request(prepared, tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(9):
+        write_corpus(tmp_path / f"in/part{number}.jsonl", num_documents=60)
+    (tmp_path / "in/table.csv").write_text("a,b")
+    words = ["prepare", tmp_path / "in", "--out", tmp_path / "set", "--sequence-length", 16,
+             "--tokenizer", prepared / "tokenizer.json", "--processes", 1]  # fmt: skip
+    with pytest.raises(
+        DataError, match=r"table\.csv: \.csv files are not read; .*--exclude '\*\.csv'"
+    ):
+        run(*words)
+    assert "prepared" in run(*words, "--exclude", "*.csv")
+    assert "nothing to do" in run(*words, "--include", "*.jsonl")  # the same files
+    with pytest.raises(DataError, match="prepared from another request"):
+        run(*words, "--exclude", "*.csv", "--exclude", "part3.*")
+    documents = load_manifest(tmp_path / "set/train").num_documents
+    output = run(*words, "--exclude", "*.csv", "--exclude", "part3.*", "--overwrite")
+    assert "prepared" in output and load_manifest(tmp_path / "set/train").num_documents < documents
+
+
 def test_a_given_tokenizer_decides_the_vocabulary(prepared, corpus, tmp_path):
     output = run("prepare", corpus, "--out", tmp_path / "set", "--sequence-length", 16,
                  "--tokenizer", prepared / "tokenizer.json", "--processes", 1)  # fmt: skip
