@@ -60,7 +60,7 @@ def evaluate(
     """
     from dataclasses import replace
 
-    from megatron_eso.config.check import check_evaluation
+    from megatron_eso.config.check import check_ranges
     from megatron_eso.config.schema import EvalConfig, RunConfig
 
     settings = EvalConfig(
@@ -70,7 +70,7 @@ def evaluate(
     # Everything that can be wrong is looked at before weights are read.
     drawn = {"orders": orders, "repeats": repeats, "eps": eps}
     _check_numbers(metric, drawn, rows=rows, batch=batch)
-    check_evaluation(RunConfig(eval=settings))
+    check_ranges(RunConfig(eval=settings), "eval")
     is_prepared = _check_data(data, tokenizer, text_key)
     if json_file is not None and os.environ.get("RANK", "0") == "0":  # who writes it
         _check_writable(json_file)

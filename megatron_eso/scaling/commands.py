@@ -9,6 +9,8 @@ from megatron_eso.files import write_whole
 from megatron_eso.scaling import collect as collecting
 from megatron_eso.scaling.grid import make_grid
 from megatron_eso.scaling.runner import (
+    Look,
+    no_look,
     read_state,
     run_cells,
     slurm_array_script,
@@ -26,7 +28,7 @@ def run(
     cell: int | None,
     *,
     say: Callable[[str], None],
-    look: Callable[[list[RunConfig]], None] = lambda runs: None,
+    look: Look = no_look,
 ) -> bool:
     """Run the study's cells; return whether all legal ones are finished.
 
@@ -48,16 +50,10 @@ def run(
         if not 0 <= cell < len(cells):
             raise ConfigError(f"--cell {cell}: the grid has cells 0 to {len(cells) - 1}")
         cells = [cells[cell]]
-
-    def look_at_base(runs: list[RunConfig]) -> None:
-        try:
-            look(runs)
-        except DataError as error:
-            raise DataError(f"{sweep_file.parent / sweep.base}: {error}") from None
-
     states = run_cells(
-        _made(sweep), cells, workers=workers, max_attempts=max_attempts, say=say, look=look_at_base
-    )
+        _made(sweep), cells, workers=workers, max_attempts=max_attempts, say=say,
+        look=_naming_base(look, sweep_file.parent / sweep.base),
+    )  # fmt: skip
     say(states_table(states))
     return all(state.state in ("finished", "illegal") for state in states)
 
@@ -70,7 +66,7 @@ def submit_array(
     throttle: int,
     options: list[str],
     *,
-    look: Callable[[list[RunConfig]], None] = lambda runs: None,
+    look: Look = no_look,
 ) -> str:
     """Write the Slurm array and submit it; return what sbatch says.
 
@@ -83,6 +79,7 @@ def submit_array(
             "with --slurm put overrides into the sweep file: every task reads it again"
         )
     sweep, cells = make_grid(sweep_file, overrides)
+    look = _naming_base(look, sweep_file.parent / sweep.base)
     look([cell.run for cell in cells if not cell.problems])
     script = _made(sweep) / "array.sbatch"
     write_whole(
@@ -160,6 +157,18 @@ def _check_at_least_1(**options: int) -> None:
     for name, value in options.items():
         if value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
+def _naming_base(look: Look, base: Path) -> Look:
+    """Return a look at the data that names the file which names them."""
+
+    def named(runs: list[RunConfig]) -> None:
+        try:
+            look(runs)
+        except DataError as error:
+            raise DataError(f"{base}: {error}") from None
+
+    return named
 
 
 def _made(sweep: SweepConfig) -> Path:

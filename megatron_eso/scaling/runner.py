@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,12 @@ from megatron_eso.scaling.grid import Cell
 
 # Command that trains one cell; tests replace it.
 TRAINER = (sys.executable, "-m", "megatron_eso", "train")
+Look = Callable[[list[RunConfig]], None]
+"""Looks at the data of runs that are to start; raises a DataError."""
+
+
+def no_look(runs: list[RunConfig]) -> None:
+    """Trust the data."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ def run_cells(
     workers: int = 1,
     max_attempts: int = 2,
     say: Callable[[str], None] = print,
-    look: Callable[[list[RunConfig]], None] = lambda runs: None,
+    look: Look = no_look,
     trainer: tuple[str, ...] = TRAINER,
 ) -> list[CellState]:
     """Run all cells that are not finished; return the final states.
@@ -140,6 +147,9 @@ def run_cells(
     finally:
         for _, process in running.values():
             process.terminate()
+        if running:
+            with suppress(OSError):  # nobody listens any more
+                say(f"interrupted: {len(running)} cell(s) save and end; the same command goes on")
         for cell, process in running.values():
             process.wait()
             attempts.forget_process(cell_folder(sweep_folder, cell))

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_eso.cli.data import app
+from megatron_eso.cli.main import app as main_app
 from megatron_eso.config.schema import (
     DataConfig,
     DataSourceConfig,
@@ -22,7 +23,7 @@ from megatron_eso.data.megatron_indexed import open_indexed
 from megatron_eso.data.open_split import require_data
 from megatron_eso.data.reader import RowReader, ValidationReader
 from megatron_eso.data.tokenizer import Tokenizer
-from megatron_eso.errors import DataError
+from megatron_eso.errors import DataError, UserError
 from tests.data.conftest import write_corpus
 
 
@@ -60,6 +61,46 @@ def test_files_that_are_left_out_are_part_of_the_request(prepared, tmp_path):
     documents = load_manifest(tmp_path / "set/train").num_documents
     output = run(*words, "--exclude", "*.csv", "--exclude", "part3.*", "--overwrite")
     assert "prepared" in output and load_manifest(tmp_path / "set/train").num_documents < documents
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--staging", "there"], "--staging there is for object stores"),
+        (["--tokenizer-mib", 3], "--tokenizer-mib 3 is for a tokenizer that is trained"),
+    ],
+)
+def test_options_of_prepare_that_would_do_nothing_are_refused(
+    prepared, corpus, tmp_path, words, message
+):
+    given = ["--tokenizer", prepared / "tokenizer.json"]
+    with pytest.raises(DataError, match=message):
+        run("prepare", corpus, "--out", tmp_path / "set", *given, *words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max-rows", 3], "--max-rows 3 is of the --picture"),
+        (["--max-rows", 0, "--picture", "p.png"], "--max-rows 0 must be at least 1"),
+        (["--picture", f"{__file__}/p.png"], "cannot write --picture"),
+    ],
+)
+def test_options_of_inspect_that_cannot_be_meant_are_refused_first(tmp_path, words, message):
+    with pytest.raises(DataError, match=message):
+        run("inspect", tmp_path / "no-split", *words)
+
+
+def test_the_examples_of_prepare_can_be_copied():
+    lines = [line.strip() for line in app_help("data", "prepare").splitlines()]
+    examples = [line for line in lines if line.startswith("megatron-eso data prepare")]
+    assert len(examples) == 4 and all("--vocab-size" in e or "--tokenizer" in e for e in examples)
+
+
+def app_help(*words):
+    """Return the help text as a person sees it, which the overall command prepares."""
+    return CliRunner().invoke(main_app, [*words, "--help"]).output
 
 
 def test_a_given_tokenizer_decides_the_vocabulary(prepared, corpus, tmp_path):
@@ -155,6 +196,8 @@ def test_mix_counts_exactly_what_the_reader_reads(prepared, tmp_path):
         (["train.sequence_length=32"], r"data\.sources\[0\]\.path: .* rows of 16 .*_length=32"),
         (["model.vocab_size=400"], "vocabulary of 300 .* model.vocab_size=400"),
         (["data.sources=[]"], "data.sources is empty"),
+        (["train.steps=-1"], "train.steps=-1 must be at least 1"),
+        (["train.global_batch_rows=0"], "train.global_batch_rows=0 must be at least 1"),
     ],
 )
 def test_mix_refuses_what_the_run_would(prepared, tmp_path, words, message):
@@ -164,7 +207,7 @@ def test_mix_refuses_what_the_run_would(prepared, tmp_path, words, message):
         "train: {sequence_length: 16, steps: 5}\nmodel: {vocab_size: 300}\n"
     )
     run("mix", config)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         run("mix", config, *words)
 
 

@@ -237,7 +237,7 @@ def test_an_array_is_submitted_after_a_look_at_its_data(tmp_path):
     def look(runs):
         raise DataError(f"{len(runs)} runs have no data")
 
-    with pytest.raises(DataError, match="36 runs have no data"):
+    with pytest.raises(DataError, match=r"laptop_base\.yaml: 36 runs have no data"):
         commands.submit_array(LAPTOP, None, 1, 2, 8, [], look=look)
 
 
@@ -259,7 +259,10 @@ def test_an_interrupted_cell_goes_on_however_often(tmp_path, ending):
         + (ending or "time.sleep(60)")
     )
 
+    said = []
+
     def interrupt(line):
+        said.append(line)
         if not ending and line.startswith("start"):
             raise KeyboardInterrupt
 
@@ -270,6 +273,7 @@ def test_an_interrupted_cell_goes_on_however_often(tmp_path, ending):
         else:
             with pytest.raises(KeyboardInterrupt):
                 run_cells(folder, cells[:1], **quiet)
+            assert said[-1] == "interrupted: 1 cell(s) save and end; the same command goes on"
         assert read_state(folder, cells[0], max_attempts=1).state == "stopped"
     failing = trainer(tmp_path, fail=cells[0].name)  # a fault of its own still counts
     quiet = dict(max_attempts=1, say=lambda line: None)
@@ -500,6 +504,13 @@ def test_a_sweep_below_a_file_is_a_message(tmp_path):
 def test_a_tag_without_tensorboard_is_refused():
     done = CliRunner().invoke(main_app, ["sweep", "collect", str(LAPTOP), "--tag", "loss"])
     assert isinstance(done.exception, ConfigError) and "--tensorboard" in str(done.exception)
+
+
+def test_a_folder_in_the_place_of_a_table_and_runs_that_are_not_there_are_called_so(tmp_path):
+    with pytest.raises(DataError, match=r"is a folder; give the table in it, .*/cells\.csv"):
+        commands.fit(tmp_path, None)
+    with pytest.raises(DataError, match=r"--tensorboard .*/none is no folder"):
+        commands.collect(LAPTOP, [f"folder={tmp_path}"], tmp_path / "none", "loss")
 
 
 def test_a_note_that_cannot_be_read_is_named(tmp_path):
