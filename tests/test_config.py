@@ -430,3 +430,11 @@ def test_a_saved_configuration_is_what_omegaconf_writes():
     """Names of folders of sweeps and fingerprints of cells are made of it."""
     config = load_config(CONFIGS / "run/quickstart.yaml")
     assert to_yaml(config) == OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def test_a_reference_to_no_setting_says_how_the_characters_are_written():
+    with pytest.raises(
+        ConfigError, match=r"'e' not found.*full_key: folder.*written \\\$\{\.\.\.\}"
+    ):
+        load_config(None, ["folder=w${e}"])
+    assert load_config(None, [r"folder=w\${e}"]).folder == "w${e}"

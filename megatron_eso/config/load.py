@@ -18,7 +18,7 @@ from types import NoneType, UnionType
 from typing import IO, Any, Literal, get_args, get_origin
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from omegaconf.omegaconf import get_yaml_loader  # pyright: ignore[reportPrivateImportUsage]
 from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
 
@@ -52,6 +52,11 @@ def load_config(
             raise ConfigError(f"{source}: {_first_lines(error)}") from None
     try:
         found = OmegaConf.to_object(merged)
+    except InterpolationResolutionError as error:
+        raise ConfigError(
+            f"{path or 'overrides'}: {_first_lines(error)}; ${{...}} stands for another setting; a text "
+            "that holds it is written \\${...}"
+        ) from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path or 'overrides'}: {_first_lines(error)}") from None
     return _with_home(found) if isinstance(found, RunConfig) else found

@@ -5,6 +5,7 @@ import zlib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
+from shlex import join, quote
 from typing import BinaryIO
 
 from megatron_eso.data.zstd import open_zstd
@@ -55,12 +56,12 @@ class FileChoice:
     def __str__(self) -> str:
         """Return the options as they are typed, of every kind that was given."""
         given = (("include", self.include), ("exclude", self.exclude))
-        return " ".join(f"--{name} {pattern}" for name, many in given for pattern in many)
+        return " ".join(f"--{name} {quote(pattern)}" for name, many in given for pattern in many)
 
     def in_words(self) -> str:
         """Return what the files do that are left, as in "files that ..."."""
         words = (("--include", self.include, "takes"), ("--exclude", self.exclude, "leaves"))
-        return " and ".join(f"{name} {' '.join(many)} {does}" for name, many, does in words if many)
+        return " and ".join(f"{name} {join(many)} {does}" for name, many, does in words if many)
 
 
 def _matches(pattern: str, path: PurePath) -> bool:

@@ -238,11 +238,11 @@ def test_a_folder_that_is_left_out_is_not_looked_into(tmp_path, monkeypatch):
 def test_a_choice_that_leaves_nothing_or_is_of_no_folder_is_refused(tmp_path):
     (tmp_path / "a.py").write_text("text")
     with pytest.raises(
-        DataError, match=r"no files that --include \*\.c takes and --exclude b leaves"
+        DataError, match=r"no files that --include '\*\.c' takes and --exclude b leaves"
     ):
         find_files([str(tmp_path)], FileChoice(("*.c",), ("b",)))
     with pytest.raises(
-        DataError, match=r"--exclude \*\.c chooses among the files of folders, and .* none"
+        DataError, match=r"--exclude '\*\.c' chooses among the files of folders, and .* none"
     ):
         find_files([str(tmp_path / "a.py")], FileChoice(exclude=("*.c",)))
     (tmp_path / "c.py").write_text("more")

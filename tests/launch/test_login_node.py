@@ -354,6 +354,8 @@ def test_a_world_size_that_is_no_number_is_a_message_of_sample_too(node):
     node.environment |= {"RANK": "0", "WORLD_SIZE": "x"}
     said = node.run("sample", "r", code=2)
     assert "WORLD_SIZE=x in the environment is not a number" in said
+    node.environment["WORLD_SIZE"] = "2"
+    assert "the launcher started 2 (WORLD_SIZE): let it start 1" in node.run("sample", "r", code=2)
 
 
 def split(folder, **facts):
