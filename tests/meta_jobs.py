@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from megatron_eso.eval import evaluate as evaluate_module
-from megatron_eso.parallel.device import Ranks
+from megatron_eso.launch.environment import Ranks
 from megatron_eso.parallel.optimizer import apply_gradients
 from megatron_eso.sample.generate import plan_for
 from megatron_eso.sample.prompt import rows_with_prompts

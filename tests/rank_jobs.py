@@ -27,9 +27,9 @@ from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import CheckpointError
 from megatron_eso.eval import evaluate as evaluate_module
 from megatron_eso.eval.evaluate import evaluate
+from megatron_eso.launch.environment import Ranks
 from megatron_eso.objective.losses import TokenCounts
 from megatron_eso.objective.rows import StackRows
-from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.exchange import Rows, read_together
 from megatron_eso.parallel.optimizer import whole_weights
 from megatron_eso.parallel.parameters import (
@@ -66,12 +66,12 @@ def small_config(overrides: list[str]) -> RunConfig:
 
 def make_session(overrides: list[str]) -> Session:
     """Return a session of the small model on this process's ranks."""
-    return build_session(small_config(overrides), Ranks.from_environment(dict(os.environ)))
+    return build_session(small_config(overrides), Ranks.from_environment(os.environ))
 
 
 def make_empty_session(overrides: list[str]) -> Session:
     """Return a session whose weights are still to be loaded, not-a-number wherever one is left out."""
-    ranks = Ranks.from_environment(dict(os.environ))
+    ranks = Ranks.from_environment(os.environ)
     session = build_session(small_config(overrides), ranks, draw_weights=False)
     with torch.no_grad(), whole_weights(session.chunks):
         for chunk in session.chunks:
@@ -507,7 +507,7 @@ def _replica_session(overrides: list[str], dtype: str) -> Session:
 
     config = small_config(overrides)
     config = replace(config, precision=replace(config.precision, dtype=dtype))  # type: ignore[arg-type]
-    ranks = Ranks.from_environment(dict(os.environ))
+    ranks = Ranks.from_environment(os.environ)
     return build_session(config, ranks, for_training=False)
 
 
@@ -564,7 +564,7 @@ def verify_official(
     config = run_config_of(found, ParallelConfig(**layout))
     config = replace(config, model=replace(config.model, **model))
     config = resolve_precision(config, "fp32")
-    config, device, parts = start_ranks(config, Ranks.from_environment(dict(os.environ)))
+    config, device, parts = start_ranks(config, Ranks.from_environment(os.environ))
     replica, _ = load_replica(found, config, parts, device, use_ema=True)
     cases = read_expected(Path(expected), config.model.vocab_size)
     return [(d.case, d.largest) for d in verify(replica, cases)]
@@ -741,7 +741,7 @@ def attention_of_layers(attention: str) -> set[str]:
     from megatron_eso.parallel.device import choose_device, start_process_group
     from megatron_eso.parallel.groups import build_groups
 
-    ranks = Ranks.from_environment(dict(os.environ))
+    ranks = Ranks.from_environment(os.environ)
     device = choose_device(ranks.local_rank)
     start_process_group(ranks, device)
     config = resolve_precision(small_config([f"precision.attention={attention}"]), "fp32")

@@ -22,9 +22,11 @@ from megatron_eso.cli import model_loading
 from megatron_eso.cli.evaluate import evaluate
 from megatron_eso.cli.sample import sample
 from megatron_eso.config.schema import ModelConfig, ObjectiveConfig, RunConfig
-from megatron_eso.errors import CheckpointError, ConfigError, UserError
+from megatron_eso.data.text_rows import TextRows
+from megatron_eso.data.tokenizer import Tokenizer
+from megatron_eso.errors import CheckpointError, ConfigError, DataError, UserError
 from megatron_eso.eval import frontier
-from megatron_eso.eval.evaluate import check_request
+from megatron_eso.eval.evaluate import check_request, unused_options
 from megatron_eso.eval.frontier import Point, hugging_face_judge, our_judge, windows
 from tests.forked import run, start
 from tests.replaced import replaced
@@ -213,7 +215,7 @@ def test_eval_says_which_split_and_takes_no_tokenizer_beside_one(place):
     out = run("eval", "runs/first", "data", "--rows", 2, folder=place, code=3)
     assert "name one split, such as data/train" in out
     words = ("data/validation", "--tokenizer", "nowhere.json", "--rows", 2)
-    assert "--tokenizer nowhere.json goes with a text file" in run(
+    assert "--tokenizer nowhere.json goes with raw text" in run(
         "eval", "runs/first", *words, folder=place, code=2
     )
 
@@ -301,15 +303,28 @@ def test_bench_sample_keeps_what_was_measured_before_a_failure(tmp_path):
         ({"rows": -1}, "--rows -1"),
         ({"batch": 0}, "--batch 0"),
         ({"orders": 0, "metric": "likelihood"}, "--orders 0"),
+        ({"orders": 4, "metric": "nelbo"}, "--orders 4 is of the likelihood"),
+        ({"repeats": 4, "metric": "likelihood"}, "--repeats 4 is of the NELBO"),
+        ({"eps": 0.1, "metric": "likelihood"}, "--eps 0.1 is of the NELBO"),
         ({"eps": 2.0}, "noise_eps=2.0"),
         ({"json_file": Path(__file__) / "scores.json"}, "cannot write --json"),
         ({"json_file": ROOT}, "is a folder"),
     ],
-    ids=["rows", "batch", "orders", "eps", "no-folder", "no-file"],
+    ids=[
+        "rows",
+        "batch",
+        "orders",
+        "no-bound",
+        "no-nelbo",
+        "no-times",
+        "eps",
+        "no-folder",
+        "no-file",
+    ],
 )
 def test_eval_refuses_what_is_wrong_before_it_looks_for_a_model(settings, message):
     with pytest.raises(UserError, match=message):
-        evaluate(Path("no-checkpoint"), "no-data", **settings)
+        evaluate(Path("no-checkpoint"), __file__, **settings)
 
 
 @pytest.mark.parametrize(
@@ -325,9 +340,59 @@ def test_sample_refuses_what_is_wrong_before_it_looks_for_a_model(settings, mess
         sample(Path("no/such/run"), **settings)
 
 
+def prepared_split(folder):
+    (folder / "train").mkdir()
+    (folder / "train/manifest.json").write_text("{}")
+    return folder / "train"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"text_key": "body"}, "--text-key body goes with records"),
+        ({"tokenizer": Path("t.json")}, r"--tokenizer t\.json goes with raw text"),
+    ],
+)
+def test_eval_refuses_options_of_raw_text_beside_a_prepared_split(tmp_path, settings, message):
+    """And before it looks for a model."""
+    with pytest.raises(ConfigError, match=message):
+        evaluate(Path("no-checkpoint"), str(prepared_split(tmp_path)), **settings)
+
+
+def test_eval_says_that_data_are_missing_whatever_options_are_given(tmp_path):
+    with pytest.raises(DataError, match="no-data does not exist"):
+        evaluate(tmp_path, str(tmp_path / "no-data"), tokenizer=Path("t.json"))
+
+
+def test_a_text_key_beside_files_that_have_no_keys_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("some words " * 9)
+    given = small_tokenizer(tmp_path / "t.json", 280)
+    shape = {"sequence_length": 8, "vocab_size": Tokenizer(given).vocab_size}
+    TextRows(tmp_path / "a.txt", given, **shape)
+    with pytest.raises(DataError, match="--text-key body names a key or column"):
+        TextRows(tmp_path / "a.txt", given, **shape, text_key="body")
+
+
+@pytest.mark.parametrize(
+    ("objective", "given", "said"),
+    [
+        (ObjectiveConfig(), {"orders": 4, "repeats": 2, "eps": 0.1}, []),
+        (ObjectiveConfig(), {}, []),
+        (ObjectiveConfig(name="mdlm"), {"orders": 4, "repeats": 2, "eps": 0.1}, ["--orders 4"]),
+        (ObjectiveConfig(name="bd3lm"), {"orders": 0}, []),
+        (ObjectiveConfig(name="ar"), {"orders": 4}, ["--orders 4"]),
+        (ObjectiveConfig(alpha_0=0), {"repeats": 2, "eps": 0.1}, ["--repeats 2", "--eps 0.1"]),
+    ],
+    ids=["eso", "nothing given", "mdlm", "no bound asked", "ar", "alpha_0 = 0"],
+)
+def test_eval_says_which_of_its_options_do_nothing_for_a_model(objective, given, said):
+    lines = unused_options(objective, **{"orders": None, "repeats": None, "eps": None, **given})
+    assert [line.partition(" does nothing: ")[0] for line in lines] == said
+
+
 def test_eval_makes_the_folder_of_its_scores_first(tmp_path):
     with pytest.raises(CheckpointError, match="no-checkpoint"):
-        evaluate(Path("no-checkpoint"), "no-data", json_file=tmp_path / "new" / "scores.json")
+        evaluate(Path("no-checkpoint"), __file__, json_file=tmp_path / "new" / "scores.json")
     assert list(tmp_path.rglob("*")) == [tmp_path / "new"]
 
 

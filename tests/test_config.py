@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from megatron_eso.cli import config as show
@@ -20,6 +21,7 @@ from megatron_eso.config import (
     load_config,
     save_config,
     schema,
+    to_yaml,
     violations,
 )
 from megatron_eso.config.paths import Place, mark, path_to, paths, place_of, with_paths
@@ -464,3 +466,28 @@ def test_a_number_that_rules_divide_by_is_refused_before_they_are_asked(override
 def test_the_configuration_is_frozen():
     with pytest.raises(AttributeError):
         RunConfig().name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "text", ["a${b}", r"a\${b}", r"a\\${b}", "x${", r"a\b", "$a{b}", "it's ${q}"]
+)
+def test_a_saved_text_is_read_back_as_it_is_whatever_it_holds(tmp_path, text):
+    config = RunConfig(
+        folder=text, data=schema.DataConfig([schema.DataSourceConfig(text)], {"v": text})
+    )
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_saved_configuration_is_what_omegaconf_writes():
+    """Names of folders of sweeps and fingerprints of cells are made of it."""
+    config = load_config(CONFIGS / "run/quickstart.yaml")
+    assert to_yaml(config) == OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def test_a_reference_to_no_setting_says_how_the_characters_are_written():
+    with pytest.raises(
+        ConfigError, match=r"'e' not found.*full_key: folder.*written \\\$\{\.\.\.\}"
+    ):
+        load_config(None, ["folder=w${e}"])
+    assert load_config(None, [r"folder=w\${e}"]).folder == "w${e}"

@@ -1,11 +1,20 @@
 """The tools say what is wrong with their arguments, and reuse only results of the same settings."""
 
+import errno
 import sys
 from pathlib import Path
 
 import pytest
 
-from tools import bench_data, bench_planner, cpu_profile, numerics
+from tools import (
+    bench_data,
+    bench_launch,
+    bench_planner,
+    config_docs,
+    cpu_profile,
+    numerics,
+    numerics_positions,
+)
 
 
 @pytest.mark.parametrize(
@@ -13,6 +22,9 @@ from tools import bench_data, bench_planner, cpu_profile, numerics
     [
         (cpu_profile.main, ["--ranks", "0"], "--ranks: 0 must be at least 1"),
         (bench_planner.main, ["folder", "--cluster", "nonsense"], "'nonsense' is neither a file"),
+        (bench_launch.main, ["--repeats", "0"], "--repeats: 0 must be at least 1"),
+        (config_docs.main, ["--hlp"], "unrecognized arguments: --hlp"),
+        (numerics_positions.main, ["--text", "/nope"], "/nope cannot be read as text"),
         (numerics.main, ["--text", "/nope"], "/nope cannot be read as text"),
         (numerics.main, ["--text", __file__, "--seeds", "0"], "--seeds: 0 must be at least 1"),
         (numerics.main, ["--text", __file__, "--jobs", "x"], "--jobs: invalid at_least_1 value"),
@@ -55,3 +67,45 @@ def test_another_text_in_the_same_folder_is_refused(tmp_path, monkeypatch):
     numerics.prepare(tmp_path / "one", tmp_path / "out")
     with pytest.raises(SystemExit, match="another text"):
         numerics.prepare(tmp_path / "other", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "name", sorted(p.stem for p in Path(numerics.__file__).parent.glob("*.py"))
+)
+def test_a_tool_that_is_a_command_reads_its_options(name):
+    """Else --help would run it."""
+    text = (Path(numerics.__file__).parent / f"{name}.py").read_text()
+    assert ("__main__" in text) == ("ArgumentParser(" in text)
+
+
+def test_an_interrupted_write_of_a_table_leaves_the_earlier_one(tmp_path, monkeypatch):
+    """A whole earlier table is worth more than a part of the new one."""
+    text, out = tmp_path / "text", tmp_path / "out"
+    text.write_text("some words " * 9)
+    monkeypatch.setattr(numerics, "command", lambda *words: None)
+    monkeypatch.setattr(numerics, "run_cell", lambda *words: [])
+    monkeypatch.setattr(numerics, "collect", lambda *words: [{"objective": "AR", "scores": {}}])
+    monkeypatch.setattr(numerics, "plot", lambda *words: None)
+    monkeypatch.setattr(
+        sys, "argv", ["tool", "--text", str(text), "--out", str(out), "--seeds", "1"]
+    )
+    numerics.main()
+    before = {name: (out / name).read_text() for name in ("numerics.json", "numerics.md")}
+    rename = Path.replace
+
+    def refused(self, target):
+        if Path(target).name in before:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", refused)
+    monkeypatch.setattr(numerics, "collect", lambda *words: [{"objective": "MDLM", "scores": {}}])
+    with pytest.raises(OSError, match=r"No space left.*numerics\.json"):
+        numerics.main()
+    assert {name: (out / name).read_text() for name in before} == before
+
+
+def test_a_folder_that_takes_nothing_is_named(tmp_path):
+    (tmp_path / "file").write_text("some words " * 9)
+    with pytest.raises(SystemExit, match=r"--out .*/file/out cannot be written: Not a directory"):
+        numerics.prepare(tmp_path / "file", tmp_path / "file/out")

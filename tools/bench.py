@@ -97,7 +97,7 @@ def measure_all() -> dict[str, dict[str, float]]:
 
 def _our_step(case: dict) -> Callable[[], object]:
     from megatron_eso.config import load_config
-    from megatron_eso.parallel.device import Ranks
+    from megatron_eso.launch.environment import Ranks
     from megatron_eso.parallel.exchange import Rows
     from megatron_eso.train.session import build_session
     from megatron_eso.train.step import train_step

@@ -27,7 +27,7 @@ from megatron_eso.checkpoint.load import load_training_state
 from megatron_eso.checkpoint.save import Saver
 from megatron_eso.checkpoint.state import collect
 from megatron_eso.config import load_config
-from megatron_eso.parallel.device import Ranks
+from megatron_eso.launch.environment import Ranks
 from megatron_eso.parallel.exchange import Rows
 from megatron_eso.train.session import Session, build_session
 from megatron_eso.train.step import train_step

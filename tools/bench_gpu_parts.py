@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_eso.config import derive, load_config
 from megatron_eso.config.precision_rules import process_environment
+from megatron_eso.launch.environment import Ranks
 from megatron_eso.model.attention.rows import AttentionRows
-from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.exchange import Rows
 from megatron_eso.parallel.megatron_patches import importing_megatron
 from megatron_eso.sample.generate import plan_for

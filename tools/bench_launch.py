@@ -2,10 +2,11 @@
 
     python -m tools.bench_launch
 
-Each is the whole command as a person runs it, Python's start included: the median of five. Slurm's
+Each is the whole command as a person runs it, Python's start included: the median of some. Slurm's
 answers are files, so that only our part is measured.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -15,12 +16,16 @@ import tempfile
 import time
 from pathlib import Path
 
+from tools.arguments import at_least_1
+
 _RUN = ["configs/run/quickstart.yaml", "train.global_batch_rows=64", "train.micro_batch_rows=2"]
-_REPEATS = 5
 
 
 def main() -> None:
     """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=at_least_1, default=5, help="of each command [5]")
+    repeats = parser.parse_args().repeats
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         queue = _make_runs(folder, 100)
@@ -33,7 +38,7 @@ def main() -> None:
             ("status of 100 runs", ["status"], 2.0),
             ("status of one run", ["status", f"{folder}/run0"], None),
         ):
-            seconds = statistics.median(_time(words, environment) for _ in range(_REPEATS))
+            seconds = statistics.median(_time(words, environment) for _ in range(repeats))
             allowed = f"of {limit:g} s allowed" if limit else ""
             print(f"{what:<42}{seconds:6.2f} s  {allowed}")
 

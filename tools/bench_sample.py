@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_eso.config import load_config
+from megatron_eso.launch.environment import Ranks
 from megatron_eso.model.replica import Replica
-from megatron_eso.parallel.device import Ranks
 from megatron_eso.sample.generate import plan_for
 from megatron_eso.sample.plan import DecodingPlan
 from megatron_eso.sample.prompt import rows_with_prompts

@@ -17,6 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from megatron_eso.files import require_room, write_figure, write_json, write_whole
 from tools.arguments import at_least_1, text_file
 
 CONFIG = Path(__file__).parent.parent / "configs" / "run" / "tiny_shakespeare.yaml"
@@ -64,8 +65,8 @@ def main() -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     table = collect(options.out, options.seeds, options.override)
-    (options.out / "numerics.json").write_text(json.dumps(table, indent=1) + "\n")
-    (options.out / "numerics.md").write_text(as_markdown(table))
+    write_json(options.out / "numerics.json", table)
+    write_whole(options.out / "numerics.md", as_markdown(table))
     plot(table, options.out / "numerics.png")
     print(as_markdown(table))
 
@@ -74,14 +75,18 @@ def prepare(text: Path, out: Path) -> None:
     """Write both parts of the text, a tokenizer of its characters, and the training shards."""
     whole = text.read_text()
     cut = int(0.9 * len(whole))
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        require_room(out)
+    except OSError as error:
+        raise SystemExit(f"--out {out} cannot be written: {error.strerror}") from None
     for name, part in (("train", whole[:cut]), ("validation", whole[cut:])):
         file = out / f"{name}.txt"
         if file.is_file() and file.read_text() != part:
             raise SystemExit(
                 f"--out {out} holds runs of another text than --text {text}: give another"
             )
-        file.write_text(part)
+        write_whole(file, part)
     write_character_tokenizer(sorted(set(whole)), out / "tokenizer.json")
     command(
         "data", "prepare", out / "train.txt", "--out", out / "data", "--sequence-length", 64,
@@ -100,7 +105,7 @@ def write_character_tokenizer(characters: list[str], path: Path) -> None:
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
     core.add_special_tokens([END_OF_DOCUMENT])
-    core.save(str(path))
+    write_whole(path, core.to_str(pretty=True))
 
 
 def run_cell(name: str, seed: int, out: Path, overrides: list[str]) -> list[dict]:
@@ -219,7 +224,7 @@ def plot(table: list[dict], path: Path) -> None:
     axes.set_ylabel("held-out nats per character")
     axes.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure, dpi=150)
 
 
 if __name__ == "__main__":

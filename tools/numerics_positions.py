@@ -9,10 +9,11 @@ and with rotary positions; everything else, seeds and crops included, is the sam
 
 import argparse
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from tools.arguments import at_least_1, text_file
 
 WIDTH, LAYERS, HEADS, LENGTH, BATCH, STEPS = 128, 4, 4, 64, 12, 2000
 WARMUP, PEAK, LOWEST = 100, 1e-3, 1e-4
@@ -116,8 +117,8 @@ def _loss(model: Model, rows: Tensor) -> Tensor:
 def main() -> None:
     """Train both kinds for every seed and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--text", type=text_file, required=True, help="tinyshakespeare.txt")
+    parser.add_argument("--seeds", type=at_least_1, default=3)
     arguments = parser.parse_args()
     text = arguments.text.read_text()
     known = {character: number for number, character in enumerate(sorted(set(text)))}

@@ -19,8 +19,9 @@ from megatron_eso.checkpoint.strategy import Planner
 from megatron_eso.config.schema import ParallelConfig, RunConfig
 from megatron_eso.errors import CheckpointError
 from megatron_eso.files import write_json, write_whole
+from megatron_eso.launch.environment import Ranks
 from megatron_eso.model.build import build_chunks, resolve_precision
-from megatron_eso.parallel.device import Ranks, choose_device, start_process_group
+from megatron_eso.parallel.device import choose_device, start_process_group
 from megatron_eso.parallel.groups import build_groups
 from megatron_eso.parallel.parameters import pieces, sharded_parameters
 
@@ -52,7 +53,7 @@ def write_weights(
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{path} is not empty; choose another folder for the checkpoint")
-    ranks = Ranks.from_environment(dict(os.environ))
+    ranks = Ranks.from_environment(os.environ)
     if ranks.world_size > 1:
         raise CheckpointError(
             f"importing runs in one process, not {ranks.world_size}; import first, then load the "

@@ -27,6 +27,14 @@ def prepare_command(
         typer.Argument(help="Files, folders, 'stdlib' or 'hf:NAME[@CONFIGURATION][:SPLIT]'."),
     ],
     out: Annotated[str, typer.Option(help="Folder that receives the data set; s3://, gs://.")],
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Of folders: read only these, as '*.py'; repeat it for several."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Of folders: leave these files and folders out, as '*.csv' or build."),
+    ] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a row, L.")] = 512,
     vocab_size: Annotated[
         int | None, typer.Option(help="Tokens, mask included; needed to train a tokenizer.")
@@ -49,8 +57,8 @@ def prepare_command(
         int | None, typer.Option(min=1, help="Input per unit of work, MiB.")
     ] = None,
     tokenizer_mib: Annotated[
-        int, typer.Option(min=1, help="Text to train the tokenizer on, MiB.")
-    ] = 256,
+        int | None, typer.Option(min=1, help="Text to train the tokenizer on, MiB [256].")
+    ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Worker processes; default: cores.")
     ] = None,
@@ -65,17 +73,29 @@ def prepare_command(
 
     Examples:
       megatron-eso data prepare stdlib --out runs/data/stdlib256 --sequence-length 256 --vocab-size 2048
-
       megatron-eso data prepare a.jsonl.gz b/ --out data/mine --sequence-length 1024 --vocab-size 32768
-
+      megatron-eso data prepare repo/ --exclude '*.csv' --exclude build --out data/code --vocab-size 32768
       megatron-eso data prepare big/ --out s3://bucket/mine --compress --tokenizer tokenizer.json
     """
+    from megatron_eso.data.file_kinds import FileChoice
     from megatron_eso.data.partition import PrepareOptions
     from megatron_eso.data.prepare import prepare
     from megatron_eso.data.progress import Progress
     from megatron_eso.data.summary import summary_line
     from megatron_eso.data.tokenizer import vocabulary_of
+    from megatron_eso.errors import DataError
+    from megatron_eso.files import is_remote
 
+    if staging is not None and not is_remote(out):
+        raise DataError(
+            f"--staging {staging} is for object stores (s3://, gs://); --out {out} holds its work: leave "
+            "--staging out"
+        )
+    if tokenizer is not None and tokenizer_mib is not None:
+        raise DataError(
+            f"--tokenizer-mib {tokenizer_mib} is for a tokenizer that is trained, and --tokenizer "
+            f"{tokenizer} is given: leave one of them out"
+        )
     if vocab_size is None:
         vocab_size = vocabulary_of(tokenizer)
     options = PrepareOptions(
@@ -83,7 +103,8 @@ def prepare_command(
         bad_documents, shard_mib, compress, partition_mib,
     )  # fmt: skip
     done = prepare(
-        sources, out, options, tokenizer=tokenizer, tokenizer_bytes=tokenizer_mib << 20,
+        sources, out, options, choice=FileChoice(tuple(include or ()), tuple(exclude or ())),
+        tokenizer=tokenizer, tokenizer_bytes=(tokenizer_mib or 256) << 20,
         num_processes=processes, overwrite=overwrite, staging=staging, progress=Progress(),
     )  # fmt: skip
     state = (

@@ -15,7 +15,7 @@ def inspect_command(
         Path | None, typer.Option(help="Write a histogram of document lengths (.png).")
     ] = None,
     max_rows: Annotated[
-        int | None, typer.Option(help="Rows to count document lengths in [all].")
+        int | None, typer.Option(help="With --picture: rows to count lengths in [all].")
     ] = None,
 ) -> None:
     """Print a split's counts and the text of some rows; draw its documents' lengths.
@@ -33,7 +33,12 @@ def inspect_command(
         require_picture,
     )
     from megatron_eso.data.open_split import open_split, tokenizer_of
+    from megatron_eso.errors import DataError
 
+    if max_rows is not None and picture is None:
+        raise DataError(f"--max-rows {max_rows} is of the --picture, which is not asked for")
+    if max_rows is not None and max_rows < 1:
+        raise DataError(f"--max-rows {max_rows} must be at least 1")
     if picture is not None:
         require_picture(picture)
     data = DataConfig()
@@ -87,11 +92,13 @@ def mix_command(
     Examples:
       megatron-eso data mix configs/run/quickstart.yaml train.steps=1000
     """
+    from megatron_eso.config.check import check_ranges
     from megatron_eso.config.load import load_config
     from megatron_eso.data.combine import mixture_use
     from megatron_eso.errors import ConfigError
 
     run = load_config(config, overrides or [])
+    check_ranges(run, "train", "data")
     steps, tokens = run.train.steps, run.train.tokens
     if steps is None and tokens is None:
         raise ConfigError("set train.steps or train.tokens to say how long the run is")
@@ -100,8 +107,12 @@ def mix_command(
         if steps is None
         else steps * run.train.global_batch_rows
     )
+    uses = mixture_use(
+        run.data, rows, sequence_length=run.train.sequence_length, vocab_size=run.model.vocab_size,
+        seed=run.train.seed,
+    )  # fmt: skip
     typer.echo(f"{rows:,} rows, {rows * run.train.sequence_length:,} tokens")
-    for use in mixture_use(run.data, rows, seed=run.train.seed):
+    for use in uses:
         typer.echo(
             f"{use.share:8.3%}  {use.num_samples:>12,} rows  {use.epochs:8.2f} epochs  {use.path}"
         )

@@ -20,14 +20,22 @@ def evaluate(
         typer.Argument(help="Prepared split (.../validation), or any text, jsonl or parquet file"),
     ],
     metric: Annotated[str, typer.Option(help="nelbo, likelihood or all")] = "all",
-    orders: Annotated[int, typer.Option(help="Orders K of the likelihood bound")] = 1,
-    repeats: Annotated[int, typer.Option(help="Times and masks drawn per row for the NELBO")] = 1,
-    eps: Annotated[float, typer.Option(help="Lower end of the NELBO's times; 0: unbiased")] = 0.0,
+    orders: Annotated[
+        int | None, typer.Option(help="Orders K of the likelihood bound; 0: none [1]")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(help="Times and masks drawn per row for the NELBO [1]")
+    ] = None,
+    eps: Annotated[
+        float | None, typer.Option(help="Lower end of the NELBO's times [0: unbiased]")
+    ] = None,
     rows: Annotated[int, typer.Option(help="Rows to score; 0: all")] = 0,
     alpha_0: Annotated[
         float | None, typer.Option(help="alpha_0 to score with [as trained]")
     ] = None,
-    text_key: Annotated[str, typer.Option(help="Key or column of raw text")] = "text",
+    text_key: Annotated[
+        str | None, typer.Option(help="Key or column of the text in jsonl, parquet or arrow [text]")
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="tokenizer.json for raw text [the checkpoint's]")
     ] = None,
@@ -52,16 +60,18 @@ def evaluate(
     """
     from dataclasses import replace
 
-    from megatron_eso.config.check import check_evaluation
+    from megatron_eso.config.check import check_ranges
     from megatron_eso.config.schema import EvalConfig, RunConfig
 
     settings = EvalConfig(
-        likelihood_orders=orders, nelbo_repeats=repeats, alpha_0=alpha_0, noise_eps=eps,
-        micro_batch_rows=batch,
+        likelihood_orders=1 if orders is None else orders, alpha_0=alpha_0, micro_batch_rows=batch,
+        nelbo_repeats=1 if repeats is None else repeats, noise_eps=0.0 if eps is None else eps,
     )  # fmt: skip
     # Everything that can be wrong is looked at before weights are read.
-    _check_numbers(metric, orders=orders, rows=rows, batch=batch)
-    check_evaluation(RunConfig(eval=settings))
+    drawn = {"orders": orders, "repeats": repeats, "eps": eps}
+    _check_numbers(metric, drawn, rows=rows, batch=batch)
+    check_ranges(RunConfig(eval=settings), "eval")
+    is_prepared = _check_data(data, tokenizer, text_key)
     if json_file is not None and os.environ.get("RANK", "0") == "0":  # who writes it
         _check_writable(json_file)
     if ranks > 1 and "RANK" not in os.environ:
@@ -82,14 +92,16 @@ def evaluate(
     from megatron_eso.parallel.finish import finish
 
     metrics = METRICS if metric == "all" else [metric]
-    check_request(describe(checkpoint).objective, metrics, alpha_0)
+    objective = describe(checkpoint).objective
+    check_request(objective, metrics, alpha_0)
+    _say_what_is_unused(objective, settings, drawn)
     loaded = load(
         checkpoint, use_ema=not raw_weights, dtype="fp32", tensor=tensor, pipeline=pipeline,
         context=context, with_tokenizer=False,
     )  # fmt: skip
     look_at_new_objects()
     config = replace(loaded.replica.config, eval=settings)
-    reader = _reader(data, loaded, tokenizer, config, text_key, rows)
+    reader = _reader(data, loaded, tokenizer, config, text_key, rows, is_prepared=is_prepared)
 
     def read(numbers: list[int]) -> Rows:
         got = reader.read(numbers)
@@ -107,15 +119,36 @@ def evaluate(
     finish()
 
 
-def _check_numbers(metric: str, *, orders: int, rows: int, batch: int) -> None:
+def _check_numbers(metric: str, drawn: dict[str, Any], *, rows: int, batch: int) -> None:
+    """Refuse numbers without a meaning, and draws of a metric that is not asked for."""
     from megatron_eso.errors import ConfigError
 
     if rows < 0:
         raise ConfigError(f"--rows {rows} must be at least 0; 0 scores all rows")
     if batch < 1:
         raise ConfigError(f"--batch {batch} must be at least 1")
-    if metric == "likelihood" and orders < 1:
-        raise ConfigError(f"--orders {orders} leaves nothing to score with --metric likelihood")
+    for other, names, of in (
+        ("nelbo", ["orders"], "likelihood bound"),
+        ("likelihood", ["repeats", "eps"], "NELBO"),
+    ):
+        for name in names:
+            if metric == other and drawn[name] is not None:
+                raise ConfigError(
+                    f"--{name} {drawn[name]} is of the {of}, which --metric {metric} leaves out; leave "
+                    f"--{name} out, or ask for --metric all"
+                )
+    if metric == "likelihood" and drawn["orders"] is not None and drawn["orders"] < 1:
+        raise ConfigError(
+            f"--orders {drawn['orders']} leaves nothing to score with --metric likelihood"
+        )
+
+
+def _say_what_is_unused(objective: Any, settings: Any, drawn: dict[str, Any]) -> None:
+    from megatron_eso.eval.evaluate import evaluation_objective, unused_options
+
+    if os.environ.get("RANK", "0") == "0":
+        for line in unused_options(evaluation_objective(objective, settings), **drawn):
+            typer.echo(line, err=True)
 
 
 def _check_writable(path: Path) -> None:
@@ -128,32 +161,58 @@ def _check_writable(path: Path) -> None:
         raise DataError(f"--json {path} is a folder; name a file")
 
 
-def _reader(
-    data: str, loaded: Any, tokenizer: Path | None, config: Any, text_key: str, rows: int
-) -> Any:
-    """Return the reader of a prepared split, or of raw text."""
-    from megatron_eso.cli.model_loading import require_tokenizer_of_model
+def _check_data(data: str, tokenizer: Path | None, text_key: str | None) -> bool:
+    """Return whether the data are a prepared split, else raw text; refuse options of the other kind."""
     from megatron_eso.data.manifest import MANIFEST_NAME
-    from megatron_eso.data.reader import ValidationReader
-    from megatron_eso.data.text_rows import TextRows
-    from megatron_eso.errors import CheckpointError, ConfigError, DataError
+    from megatron_eso.errors import ConfigError, DataError
     from megatron_eso.files import is_remote
 
-    shape = {
-        "sequence_length": config.train.sequence_length,
-        "vocab_size": config.model.vocab_size,
-    }
     splits = sorted(Path(data).glob(f"*/{MANIFEST_NAME}"))
     if splits:
         raise DataError(
             f"{data} is a prepared data set; name one split, such as {splits[0].parent}"
         )
-    if is_remote(data) or (Path(data) / MANIFEST_NAME).is_file() or not Path(data).exists():
-        if tokenizer is not None:
-            raise ConfigError(
-                f"--tokenizer {tokenizer} goes with a text file; {data} is read as a prepared split, "
-                "whose tokens are those of its own"
+    if not is_remote(data) and not (Path(data) / MANIFEST_NAME).is_file():
+        if not Path(data).exists():
+            raise DataError(
+                f"{data} does not exist; give a split that `megatron-eso data prepare` made, or a text, "
+                "jsonl or parquet file"
             )
+        return False
+    if tokenizer is not None:
+        raise ConfigError(
+            f"--tokenizer {tokenizer} goes with raw text; {data} is read as a prepared split, whose "
+            "tokens are those of its own: leave it out"
+        )
+    if text_key is not None:
+        raise ConfigError(
+            f"--text-key {text_key} goes with records of raw text; {data} is read as a prepared split, "
+            "which holds tokens: leave it out"
+        )
+    return True
+
+
+def _reader(
+    data: str,
+    loaded: Any,
+    tokenizer: Path | None,
+    config: Any,
+    text_key: str | None,
+    rows: int,
+    *,
+    is_prepared: bool,
+) -> Any:
+    """Return the reader of a prepared split, or of raw text."""
+    from megatron_eso.cli.model_loading import require_tokenizer_of_model
+    from megatron_eso.data.reader import ValidationReader
+    from megatron_eso.data.text_rows import TextRows
+    from megatron_eso.errors import CheckpointError
+
+    shape = {
+        "sequence_length": config.train.sequence_length,
+        "vocab_size": config.model.vocab_size,
+    }
+    if is_prepared:
         return ValidationReader(data, **shape, tokenizer_sha256=_tokenizer_of_training(loaded))
     file = tokenizer or loaded.tokenizer_file
     if file is None:

@@ -1,4 +1,4 @@
-"""``megatron-eso logs``: the output of a submitted run."""
+"""``megatron-eso logs``: the output of a run."""
 
 import os
 from pathlib import Path
@@ -19,15 +19,30 @@ def logs(
 ) -> None:
     """Print the newest job output of a run, all attempts in one file; of an array, its newest task's.
 
+    Of a run that was never submitted to Slurm it is what the training itself wrote (log.txt).
+
     Examples:
         megatron-eso logs runs/quickstart
         megatron-eso logs -f runs/quickstart
     """
-    from megatron_eso.errors import ClusterError
-
     found = [*run.glob("slurm-*.out")] or [*run.glob("[0-9]*/slurm-*.out")]  # an array's tasks
-    files = sorted(found, key=lambda path: path.stat().st_mtime)
-    if not files:
-        raise ClusterError(f"{run} has no slurm-JOB.out yet; `megatron-eso status {run}` says why")
+    files = sorted(found, key=lambda path: path.stat().st_mtime) or [_own_log(run)]
     tail = ["tail", f"--lines={lines}", *(["--follow"] if follow else []), "--", str(files[-1])]
     os.execvp(tail[0], tail)
+
+
+def _own_log(run: Path) -> Path:
+    """Return the log of a run that was not submitted, or say what there is instead."""
+    from megatron_eso.errors import ClusterError
+
+    if not run.is_dir():
+        raise ClusterError(f"{run} is no folder; name a run's folder")
+    if (run / "slurm" / "job.json").is_file():
+        raise ClusterError(f"{run} has no slurm-JOB.out yet; `megatron-eso status {run}` says why")
+    log = run / "log.txt"
+    if not log.is_file():
+        raise ClusterError(
+            f"{run} holds no run: neither a job of Slurm (slurm/job.json) nor log.txt"
+        )
+    typer.echo(f"{run} was not submitted to Slurm; this is {log}, of the training", err=True)
+    return log

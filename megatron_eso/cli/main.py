@@ -5,6 +5,7 @@ never import torch.
 """
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -14,6 +15,7 @@ from typer.core import TyperGroup
 from megatron_eso.cli.application import application
 from megatron_eso.errors import UserError
 from megatron_eso.garbage import look_no_more, look_rarely
+from megatron_eso.launch.said import is_first_to_say
 
 # command -> (module that defines `app` or `command`, one line for the overview)
 COMMANDS = {
@@ -24,7 +26,7 @@ COMMANDS = {
     "goodput": ("goodput", "Where a run's time went: effective share, faults, timeline."),
     "submit": ("submit", "Submit a run to Slurm; it requeues itself until it is done."),
     "status": ("status", "Where submitted runs are, and where their time went."),
-    "logs": ("logs", "The output of a submitted run."),
+    "logs": ("logs", "The output of a run, submitted or not."),
     "cancel": ("cancel", "End the job of a run, at once or after a checkpoint."),
     "requeue": ("requeue", "Let a held or failed job try again."),
     "watch": ("watch", "Start requeued jobs without the credential wait."),
@@ -89,7 +91,8 @@ def main() -> None:
     try:
         app(prog_name="megatron-eso")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if is_first_to_say(str(error), os.environ):  # of ranks that all find it
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     finally:
         look_no_more()

@@ -181,9 +181,10 @@ def _imported(path: Path) -> Iterator[Any]:
 
 def _join() -> tuple[Any, Any]:
     """Return where this process stands and its device, the process group joined."""
-    from megatron_eso.parallel.device import Ranks, choose_device, start_process_group
+    from megatron_eso.launch.environment import Ranks
+    from megatron_eso.parallel.device import choose_device, start_process_group
 
-    ranks = Ranks.from_environment(dict(os.environ))
+    ranks = Ranks.from_environment(os.environ)
     device = choose_device(ranks.local_rank)
     start_process_group(ranks, device)
     return ranks, device

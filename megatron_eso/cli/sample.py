@@ -84,12 +84,7 @@ def sample(
         )
     for name, texts in (("prompt", prompt or []), ("infill", [infill or ""])):
         _require_text(name, texts)
-    given = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else ranks
-    if tensor * pipeline != given:
-        raise ConfigError(
-            f"--tensor {tensor} x --pipeline {pipeline} = {tensor * pipeline} ranks are needed; set "
-            f"--ranks {tensor * pipeline}"
-        )
+    _require_ranks(ranks, tensor, pipeline)
     if ranks > 1 and "RANK" not in os.environ:
         from megatron_eso.launch.local import start_ranks
 
@@ -119,6 +114,25 @@ def sample(
     look_at_new_objects()
     _run(loaded, canvas, settings, choice, batch=1 if live else batch, live=live, out=out)
     finish()
+
+
+def _require_ranks(ranks: int, tensor: int, pipeline: int) -> None:
+    """Refuse a layout that does not use every rank, those of a launcher or those to start here."""
+    from megatron_eso.errors import ConfigError
+    from megatron_eso.launch.environment import Ranks
+
+    needed = tensor * pipeline
+    is_launched = "RANK" in os.environ
+    given = Ranks.from_environment(os.environ).world_size if is_launched else ranks
+    if needed != given:
+        advice = (
+            f"the launcher started {given} (WORLD_SIZE): let it start {needed}, or change the layout"
+            if is_launched
+            else f"set --ranks {needed}"
+        )
+        raise ConfigError(
+            f"--tensor {tensor} x --pipeline {pipeline} = {needed} ranks are needed; {advice}"
+        )
 
 
 def _require_text(option: str, texts: list[str]) -> None:

@@ -39,6 +39,7 @@ def submit(
     """
     import shlex
 
+    from megatron_eso.data.fits import unseen_data
     from megatron_eso.launch import submit as launcher
     from megatron_eso.launch.profile import load_profile
     from megatron_eso.plan.fit import plan_lines, require_time_for_a_checkpoint
@@ -63,6 +64,8 @@ def submit(
         signal_seconds=profile.survival.signal_seconds,
         step_seconds=step_seconds,
     )
+    for line in unseen_data(plan.tasks):
+        typer.echo(f"not looked at: {line}; the job does when it starts", err=True)
     if dry_run:
         typer.echo(plan.script)
         return

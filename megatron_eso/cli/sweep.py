@@ -1,7 +1,7 @@
 """``megatron-eso sweep``: a scaling study from plan to plot."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,6 +49,17 @@ def run(
     from megatron_eso.errors import ConfigError
     from megatron_eso.scaling import commands
 
+    def look_here(runs: list[Any]) -> None:
+        from megatron_eso.data.open_split import require_data
+
+        require_data(runs)
+
+    def look_from_afar(runs: list[Any]) -> None:
+        from megatron_eso.data.fits import unseen_data
+
+        for line in unseen_data(runs):
+            typer.echo(f"not looked at: {line}; the cells do when they start", err=True)
+
     if slurm and cell is not None:
         raise ConfigError("--slurm submits all cells; --cell runs one here: give one of them")
     if sbatch and not slurm:
@@ -60,10 +71,12 @@ def run(
     if slurm:
         throttle = 8 if throttle is None else throttle
         typer.echo(
-            commands.submit_array(sweep, overrides, workers, max_attempts, throttle, sbatch or [])
+            commands.submit_array(
+                sweep, overrides, workers, max_attempts, throttle, sbatch or [], look=look_from_afar
+            )
         )
         return
-    ok = commands.run(sweep, overrides, workers, max_attempts, cell, say=typer.echo)
+    ok = commands.run(sweep, overrides, workers, max_attempts, cell, say=typer.echo, look=look_here)
     raise typer.Exit(0 if ok else 5)
 
 

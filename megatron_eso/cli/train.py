@@ -52,11 +52,11 @@ def train(
             launch(config, overrides, number)
         stop.install()
 
-    from megatron_eso.parallel.device import Ranks
+    from megatron_eso.launch.environment import Ranks
     from megatron_eso.parallel.finish import finish
     from megatron_eso.train.loop import Run
 
-    run = Run(run_config, Ranks.from_environment(dict(os.environ)), stop)
+    run = Run(run_config, Ranks.from_environment(os.environ), stop)
     look_at_new_objects()
     code = run.train()
     ignore_signals()

@@ -51,16 +51,14 @@ def check_layout(config: RunConfig, world_size: int) -> None:
         )
 
 
-def check_evaluation(config: RunConfig) -> None:
-    """Raise a :class:`ConfigError` that lists the ``eval`` settings beyond their ranges.
+def check_ranges(config: RunConfig, *sections: str) -> None:
+    """Raise a :class:`ConfigError` that lists the settings of some sections beyond their ranges.
 
-    For what scores a model without training it: the rules of training batches do not matter there.
+    For what does not train: the rules of training batches and layouts do not matter there.
     """
-    found, _ = _beyond_ranges(config, ("eval",))
+    found, _ = _beyond_ranges(config, sections)
     if found:
-        raise ConfigError(
-            "these evaluation settings do not fit:\n" + "\n".join(f"  - {line}" for line in found)
-        )
+        raise ConfigError("these settings do not fit:\n" + "\n".join(f"  - {f}" for f in found))
 
 
 def violations(config: RunConfig, world_size: int | None = None) -> list[str]:

@@ -10,7 +10,7 @@ false. Where the schema has text, what was written is the value, null apart.
 import re
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
 from os.path import expanduser
 from pathlib import Path
@@ -18,7 +18,7 @@ from types import NoneType, UnionType
 from typing import IO, Any, Literal, get_args, get_origin
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from omegaconf.omegaconf import get_yaml_loader  # pyright: ignore[reportPrivateImportUsage]
 from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
 
@@ -53,19 +53,37 @@ def load_config(
             raise ConfigError(f"{source}: {_first_lines(error)}") from None
     try:
         found = OmegaConf.to_object(merged)
+    except InterpolationResolutionError as error:
+        raise ConfigError(
+            f"{path or 'overrides'}: {_first_lines(error)}; ${{...}} stands for another setting; a text "
+            "that holds it is written \\${...}"
+        ) from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path or 'overrides'}: {_first_lines(error)}") from None
     return with_paths(found, expanduser)  # no shell replaces a ~ in them
 
 
 def to_yaml(config: Any) -> str:
-    """Return the configuration as YAML, every field spelled out."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """Return the configuration as YAML, every field spelled out; reading it gives the same again."""
+    return OmegaConf.to_yaml(OmegaConf.create(_literal(asdict(config))))
+
+
+def as_literal(text: str) -> str:
+    """Return a text in the form that a file or an override has it in: ``${`` in it refers to nothing."""
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
 
 
 def save_config(config: Any, path: Path) -> None:
     """Write the configuration as YAML; see :func:`megatron_eso.files.write_whole`."""
     write_whole(path, to_yaml(config))
+
+
+def _literal(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _literal(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_literal(inner) for inner in value]
+    return as_literal(value) if isinstance(value, str) else value
 
 
 def _layers(

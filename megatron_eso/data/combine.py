@@ -11,7 +11,7 @@ from megatron_eso.config.schema import DataConfig
 from megatron_eso.data.manifest import INDEX_NAME, PREPARE_AGAIN, Manifest, load_manifest, sha256_of
 from megatron_eso.data.merge import renumbered
 from megatron_eso.data.mixture import Mixture
-from megatron_eso.data.open_split import open_split
+from megatron_eso.data.open_split import open_sources
 from megatron_eso.data.output import new_folder
 from megatron_eso.errors import DataError
 from megatron_eso.files import write_whole
@@ -62,15 +62,21 @@ def merge_splits(folders: list[Path], out: Path) -> Manifest:
     return merged
 
 
-def mixture_use(data: DataConfig, num_samples: int, *, seed: int = 0) -> list[SourceUse]:
-    """Return what the first ``num_samples`` rows of a run take from each source."""
+def mixture_use(
+    data: DataConfig, num_samples: int, *, sequence_length: int, vocab_size: int, seed: int = 0
+) -> list[SourceUse]:
+    """Return what the first ``num_samples`` rows of a run take from each source.
+
+    Raises:
+        DataError: for sources that the run would refuse.
+    """
+    splits = open_sources(data, sequence_length=sequence_length, vocab_size=vocab_size)
     mixture = Mixture([source.weight for source in data.sources], seed=seed)
     counts = mixture.consumed(num_samples)
-    sizes = [open_split(source.path, data).num_samples for source in data.sources]
     return [
-        SourceUse(source.path, share / mixture.period, count, count / size)
-        for source, share, count, size in zip(
-            data.sources, mixture.shares, counts, sizes, strict=True
+        SourceUse(source.path, share / mixture.period, count, count / split.num_samples)
+        for source, share, count, split in zip(
+            data.sources, mixture.shares, counts, splits, strict=True
         )
     ]
 

@@ -1,8 +1,11 @@
-"""What an input file holds, by its name, and its bytes without their compression."""
+"""Which files of a folder are read, what one holds by its name, and its bytes without their compression."""
 
 import gzip
 import zlib
-from pathlib import Path
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
+from shlex import join, quote
 from typing import BinaryIO
 
 from megatron_eso.data.zstd import open_zstd
@@ -29,6 +32,43 @@ READ_HERE = (
 )
 
 
+@dataclass(frozen=True)
+class FileChoice:
+    """Patterns as of a shell for the files of a folder, in which ``*`` stands for a / too.
+
+    One without a / is compared with the names of files and folders, else with the path inside the folder.
+    """
+
+    include: tuple[str, ...] = ()
+    """Files to read, or folders to read all of; none: everything."""
+    exclude: tuple[str, ...] = ()
+    """Files and folders to leave out; these win."""
+
+    def leaves_out(self, path: PurePath) -> bool:
+        """Return whether a file or a folder is excluded itself."""
+        return any(_matches(pattern, path) for pattern in self.exclude)
+
+    def takes(self, path: PurePath) -> bool:
+        """Return whether a file, or a folder that it is in, is included."""
+        places = (path, *path.parents[:-1])
+        return not self.include or any(_matches(p, place) for p in self.include for place in places)
+
+    def __str__(self) -> str:
+        """Return the options as they are typed, of every kind that was given."""
+        given = (("include", self.include), ("exclude", self.exclude))
+        return " ".join(f"--{name} {quote(pattern)}" for name, many in given for pattern in many)
+
+    def in_words(self) -> str:
+        """Return what the files do that are left, as in "files that ..."."""
+        words = (("--include", self.include, "takes"), ("--exclude", self.exclude, "leaves"))
+        return " and ".join(f"{name} {join(many)} {does}" for name, many, does in words if many)
+
+
+def _matches(pattern: str, path: PurePath) -> bool:
+    wanted = pattern.removeprefix("./").rstrip("/")
+    return fnmatchcase(path.as_posix() if "/" in wanted else path.name, wanted)
+
+
 def kind_of(path: Path) -> str:
     """Return how a file is read, by its name: text, lines, parquet or arrow.
 
@@ -41,8 +81,8 @@ def kind_of(path: Path) -> str:
     kind = KINDS.get(suffix, "text")
     if suffix in CONTAINERS or (compression and kind in ("parquet", "arrow")):
         raise DataError(
-            f"{path}: {suffix}{compression} files are not read; unpack or convert it, "
-            f"or name the other files as sources. What is read: {READ_HERE}"
+            f"{path}: {suffix}{compression} files are not read; unpack or convert it, or leave such files "
+            f"out (data prepare --exclude '*{suffix}{compression}'). What is read: {READ_HERE}"
         )
     return kind
 
@@ -69,7 +109,8 @@ def require_json_lines(path: Path) -> None:
     if not (line.startswith(b"{") and line.endswith(b"}")):
         raise DataError(
             f"{path} begins with {line[:20].decode(errors='replace')!r}: expected a JSON object per line; "
-            "write it so (jq -c '.[]' does, of an array), or name the other files as sources"
+            "write it so (jq -c '.[]' does, of an array), or leave such files out (data prepare --exclude "
+            f"'{path.name}')"
         )
 
 

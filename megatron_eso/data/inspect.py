@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_eso.data.manifest import Manifest
+from megatron_eso.data.output import require_writable
 from megatron_eso.data.shards import ShardedRows
 from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import DataError
@@ -46,7 +47,7 @@ def require_picture(path: Path) -> None:
     """Refuse a picture that could not be drawn, before rows are read for it.
 
     Raises:
-        DataError: if matplotlib is missing or does not know the format.
+        DataError: if matplotlib is missing or does not know the format, or its folder takes no file.
     """
     try:
         from matplotlib.backend_bases import FigureCanvasBase
@@ -56,6 +57,9 @@ def require_picture(path: Path) -> None:
     ending = path.suffix.removeprefix(".").lower() or "png"
     if ending not in known:
         raise DataError(f"--picture {path}: .{ending} is not one of {', '.join(sorted(known))}")
+    if path.is_dir():
+        raise DataError(f"--picture {path} is a folder; name a file")
+    require_writable(path.parent, f"--picture {path}")
 
 
 def draw_lengths(lengths: NDArray[np.int64], manifest: Manifest, path: Path) -> None:

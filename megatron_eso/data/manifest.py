@@ -124,6 +124,20 @@ def load_manifest(folder: Path) -> Manifest:
     return parse_manifest(path.read_bytes(), str(path))
 
 
+def local_split(folder: Path) -> Manifest:
+    """Return the manifest of a local split and refuse one whose tokenizer was replaced."""
+    manifest = load_manifest(folder)
+    tokenizer = folder / manifest.tokenizer_file
+    if tokenizer.is_file():
+        found = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+        if found != manifest.tokenizer_sha256:
+            raise DataError(
+                f"tokenizer {tokenizer} is not the one that made {folder}/{MANIFEST_NAME} (sha256 "
+                f"{found[:12]}..., not {manifest.tokenizer_sha256[:12]}...)"
+            )
+    return manifest
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal text."""
     with path.open("rb") as file:

@@ -2,14 +2,32 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from megatron_eso.config.schema import DataConfig
+from megatron_eso.config.schema import DataConfig, RunConfig
 from megatron_eso.data.cache import CachedStore, CacheSettings
-from megatron_eso.data.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, parse_manifest
+from megatron_eso.data.fits import (
+    check_alike,
+    check_fits,
+    check_tokenizer,
+    distinct,
+    held_out_of,
+    naming,
+    require_sources,
+    shape_of,
+    sources_of,
+)
+from megatron_eso.data.manifest import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    local_split,
+    parse_manifest,
+)
 from megatron_eso.data.shards import ShardedRows
-from megatron_eso.data.store import LocalStore, local_split
+from megatron_eso.data.store import LocalStore
 from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.data.transports import transport_for
 from megatron_eso.errors import DataError
@@ -46,6 +64,70 @@ def open_split(
         store = _cached_store(str(Path(address).resolve()), data, verify, pass_by_cache)
         return ShardedRows(store, manifest)
     return ShardedRows(LocalStore(Path(address), verify_hashes=verify), manifest)
+
+
+def open_sources(data: DataConfig, *, sequence_length: int, vocab_size: int) -> list[ShardedRows]:
+    """Return the training splits of a run, opened; no shard is read yet.
+
+    Args:
+        data: the run's data section.
+        sequence_length: L of the run; every source must have it.
+        vocab_size: vocabulary of the model, mask token included; every source must have it.
+
+    Raises:
+        DataError: for missing, empty or unfitting sources, naming the setting.
+    """
+    require_sources(data)
+    splits = []
+    for setting, path in sources_of(data).items():
+        with naming(setting):
+            splits.append(open_split(path, data))
+            check_fits(splits[-1].manifest, path, sequence_length, vocab_size)
+    check_alike([source.path for source in data.sources], [split.manifest for split in splits])
+    return splits
+
+
+def open_held_out(
+    path: str,
+    data: DataConfig,
+    *,
+    sequence_length: int,
+    vocab_size: int,
+    tokenizer_sha256: str | None = None,
+) -> ShardedRows:
+    """Return a held-out split, opened.
+
+    Args:
+        path: folder or address.
+        data: cache and retry settings of remote splits.
+        sequence_length: tokens of a row, which must be the split's.
+        vocab_size: of the model, mask token included; likewise.
+        tokenizer_sha256: hash of the model's tokenizer, likewise; None: not known.
+
+    Raises:
+        DataError: if the split does not fit.
+    """
+    split = open_split(path, data)
+    check_fits(split.manifest, path, sequence_length, vocab_size)
+    check_tokenizer(split.manifest, path, tokenizer_sha256)
+    return split
+
+
+def require_data(runs: Iterable[RunConfig]) -> None:
+    """Open all that the runs will read, as they would, and close it; the same data once.
+
+    Raises:
+        DataError: what a run would say when it starts, naming the setting.
+    """
+    for run in distinct(runs):
+        shape = shape_of(run)
+        opened = open_sources(run.data, **shape)
+        tokenizer = opened[0].manifest.tokenizer_sha256
+        for setting, path in held_out_of(run.data).items():
+            with naming(setting):
+                opened.append(open_held_out(path, run.data, **shape, tokenizer_sha256=tokenizer))
+        for split in opened:
+            split.close()
 
 
 def tokenizer_of(address: str, manifest: Manifest, data: DataConfig) -> Tokenizer:

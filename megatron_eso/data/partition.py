@@ -23,7 +23,7 @@ from megatron_eso.data.output import describe_write_error
 from megatron_eso.data.pack import RowPacker
 from megatron_eso.data.publish import Destination
 from megatron_eso.data.row_writer import RowWriter
-from megatron_eso.data.sources import Partition
+from megatron_eso.data.sources import TEXT_KEY, Partition
 from megatron_eso.data.tokenizer import Tokenizer, pieces_of
 from megatron_eso.errors import DataError
 
@@ -41,7 +41,7 @@ class PrepareOptions:
     """L: tokens between the starts of two rows."""
     vocab_size: int
     """Token ids including the mask token."""
-    text_key: str = "text"
+    text_key: str = TEXT_KEY
     """Key or column of the text in jsonl, parquet and arrow files."""
     packing: str = "packed"
     """packed or separate."""

@@ -25,6 +25,7 @@ from megatron_eso.data.claim import (
     remove_prepared,
 )
 from megatron_eso.data.documents import Document, documents_of, refuse
+from megatron_eso.data.file_kinds import FileChoice
 from megatron_eso.data.manifest import Manifest, sha256_of
 from megatron_eso.data.merge import merge_partitions
 from megatron_eso.data.open_split import default_cache
@@ -32,7 +33,14 @@ from megatron_eso.data.output import describe_write_error
 from megatron_eso.data.partition import Preparation, PrepareOptions, split_of
 from megatron_eso.data.progress import Progress
 from megatron_eso.data.publish import Destination
-from megatron_eso.data.sources import Piece, find_files, partitions_of
+from megatron_eso.data.sources import (
+    EVERY_FILE,
+    TEXT_KEY,
+    Piece,
+    find_files,
+    partitions_of,
+    require_records,
+)
 from megatron_eso.data.tokenizer import (
     Tokenizer,
     resolve_tokenizer,
@@ -59,6 +67,7 @@ def prepare(
     out: Path | str,
     options: PrepareOptions,
     *,
+    choice: FileChoice = EVERY_FILE,
     tokenizer: str | None = None,
     tokenizer_bytes: int = 256 << 20,
     num_processes: int | None = None,
@@ -72,6 +81,7 @@ def prepare(
         sources: files, folders, ``stdlib``, ``hf:NAME``.
         out: local folder, or address of an object store (s3://, gs://).
         options: what decides the rows.
+        choice: which files of folders are read.
         tokenizer: file, folder or published name; None: train one on the text.
         tokenizer_bytes: bytes of text to train it on, at most.
         num_processes: worker processes; None: one per core. It does not change the result.
@@ -85,7 +95,8 @@ def prepare(
             documents, no space.
     """
     check_options(options)
-    pieces = find_files(sources)
+    pieces = find_files(sources, choice)
+    require_records(pieces, None if options.text_key == TEXT_KEY else options.text_key)
     _require_both_splits(pieces, options)
     request = _request(sources, pieces, options, tokenizer, tokenizer_bytes)
     destination = Destination(str(out)) if is_remote(str(out)) else None

@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from megatron_eso.config.schema import DataConfig
 from megatron_eso.data.manifest import Manifest
 from megatron_eso.data.mixture import Mixture
-from megatron_eso.data.open_split import open_split, tokenizer_json
+from megatron_eso.data.open_split import open_held_out, open_sources, tokenizer_json
 from megatron_eso.data.order import SampleOrder
 from megatron_eso.data.plan_reads import ReadPlans
 from megatron_eso.data.shards import ShardedRows, row_buffers
-from megatron_eso.errors import DataError
 
 # Places whose shards are fetched ahead are looked up once per this many reads.
 READS_PER_WARMING = 16
@@ -63,13 +62,8 @@ class RowReader:
         Raises:
             DataError: for missing, empty or unfitting sources.
         """
-        if not data.sources:
-            raise DataError("data.sources is empty: name at least one prepared split")
         self._data, self._seed, self._batch_rows = data, seed, global_batch_rows
-        self._splits = [open_split(source.path, data) for source in data.sources]
-        for source, split in zip(data.sources, self._splits, strict=True):
-            check_fits(split.manifest, source.path, sequence_length, vocab_size)
-        _check_alike(data, self.manifests)
+        self._splits = open_sources(data, sequence_length=sequence_length, vocab_size=vocab_size)
         self._mixture = Mixture([source.weight for source in data.sources], seed=seed)
         self._orders = [
             SampleOrder(
@@ -224,14 +218,10 @@ class ValidationReader:
         Raises:
             DataError: if the split does not fit.
         """
-        self._split = open_split(str(path), data or DataConfig())
-        check_fits(self._split.manifest, str(path), sequence_length, vocab_size)
-        if tokenizer_sha256 not in (None, self._split.manifest.tokenizer_sha256):
-            raise DataError(
-                f"{path} was made with another tokenizer than the model's data (sha256 "
-                f"{self._split.manifest.tokenizer_sha256[:12]}, not {tokenizer_sha256[:12]}): its tokens "
-                "mean other text; prepare it with data prepare --tokenizer FILE"
-            )
+        self._split = open_held_out(
+            str(path), data or DataConfig(), sequence_length=sequence_length, vocab_size=vocab_size,
+            tokenizer_sha256=tokenizer_sha256,
+        )  # fmt: skip
 
     @property
     def manifest(self) -> Manifest:
@@ -295,36 +285,3 @@ class _Scratch(threading.local):
             self._stored = np.empty((num_rows, self._row_tokens), self._dtype)
             self._rows = row_buffers(self._stored)
         return self._stored, self._rows
-
-
-def check_fits(manifest: Manifest, path: str, sequence_length: int, vocab_size: int) -> None:
-    """Refuse a split whose rows or vocabulary are not the run's.
-
-    Raises:
-        DataError: naming the split, both numbers and the setting.
-    """
-    if manifest.sequence_length != sequence_length:
-        raise DataError(
-            f"{path} has rows of {manifest.sequence_length} tokens, the run asks for "
-            f"train.sequence_length={sequence_length}; set it to {manifest.sequence_length} or prepare "
-            f"the data with --sequence-length {sequence_length}"
-        )
-    if manifest.vocab_size != vocab_size:
-        raise DataError(
-            f"{path} has a vocabulary of {manifest.vocab_size} (mask token included), the model "
-            f"model.vocab_size={vocab_size}; they must be equal"
-        )
-
-
-def _check_alike(data: DataConfig, manifests: list[Manifest]) -> None:
-    for source, manifest in zip(data.sources, manifests, strict=True):
-        if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256:
-            raise DataError(
-                f"{source.path} was made with another tokenizer than {data.sources[0].path}; a "
-                "mixture needs one (data prepare --tokenizer FILE)"
-            )
-        if manifest.dtype != manifests[0].dtype:
-            raise DataError(
-                f"{source.path} stores tokens as {manifest.dtype}, {data.sources[0].path} as "
-                f"{manifests[0].dtype}; prepare both with the same version"
-            )

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_eso.data.file_kinds import is_compressed, kind_of, require_json_lines
+from megatron_eso.data.file_kinds import FileChoice, is_compressed, kind_of, require_json_lines
 from megatron_eso.data.parquet import row_group_bytes
 from megatron_eso.errors import DataError
 
+EVERY_FILE = FileChoice()
 STDLIB = "stdlib"
 HUB_PREFIX = "hf:"
 HUB_FORM = "hf:NAME[@CONFIGURATION][:SPLIT]"
+TEXT_KEY = "text"
+"""Key or column of a record's text, if no other is named."""
 # What Hugging Face datasets writes beside the arrow files of a saved data set.
 ARROW_SIDE_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
 # Tests and tables of characters: text of little use for learning to write Python.
@@ -65,20 +68,43 @@ class Partition:
         return sum(piece.num_bytes for piece in self.pieces)
 
 
-def find_files(sources: list[str]) -> list[Piece]:
+def find_files(sources: list[str], choice: FileChoice = EVERY_FILE) -> list[Piece]:
     """Return one piece per input file, sorted within each source.
 
     Args:
         sources: files, folders, ``stdlib``, or ``hf:NAME[@CONFIGURATION][:SPLIT]`` for a data set
             of the Hugging Face hub.
+        choice: among the files of folders and of ``stdlib``; a file that is named is read.
 
     Raises:
         DataError: for a source that does not exist or holds nothing.
     """
-    pieces = [piece for source in sources for piece in _files_of(source)]
+    if choice != EVERY_FILE and not any(s == STDLIB or os.path.isdir(s) for s in sources):
+        raise DataError(
+            f"{choice} chooses among the files of folders, and the sources {', '.join(sources)} are none; "
+            "leave it out"
+        )
+    pieces = [piece for source in sources for piece in _files_of(source, choice)]
     if not sum(piece.num_bytes for piece in pieces):
         raise DataError(f"the sources {', '.join(sources)} hold no text (0 bytes)")
     return pieces
+
+
+def require_records(pieces: list[Piece], text_key: str | None) -> None:
+    """Refuse a key of the text where no file has keys.
+
+    Args:
+        pieces: the files.
+        text_key: as it was given; None: it was not.
+
+    Raises:
+        DataError: naming the option.
+    """
+    if text_key is not None and all(piece.kind == "text" for piece in pieces):
+        raise DataError(
+            f"--text-key {text_key} names a key or column of records, and the sources are text files, "
+            "each one document: leave it out (records are .jsonl, .parquet and .arrow files)"
+        )
 
 
 def partitions_of(pieces: list[Piece], partition_bytes: int | None = None) -> list[Partition]:
@@ -103,9 +129,9 @@ def partitions_of(pieces: list[Piece], partition_bytes: int | None = None) -> li
     return [Partition(number, tuple(group)) for number, group in enumerate(groups)]
 
 
-def _files_of(source: str) -> list[Piece]:
+def _files_of(source: str, choice: FileChoice) -> list[Piece]:
     if source == STDLIB:
-        return _stdlib_files(Path(sysconfig.get_paths()["stdlib"]))
+        return _stdlib_files(Path(sysconfig.get_paths()["stdlib"]), choice)
     if source.startswith(HUB_PREFIX):
         return _hub_files(source)
     path = Path(source)
@@ -116,23 +142,27 @@ def _files_of(source: str) -> list[Piece]:
             f"source {source} does not exist (give a file, a folder, '{STDLIB}', or "
             f"'{HUB_FORM}' for a data set of the Hugging Face hub)"
         )
-    files = list(_walk(path))
+    files = list(_walk(path, choice))
     if any(file.suffix.lower() == ".arrow" for file in files):
         files = [file for file in files if file.name not in ARROW_SIDE_FILES]
     if not files:
-        raise DataError(f"source folder {source} holds no files")
+        which = "" if choice == EVERY_FILE else f" that {choice.in_words()}"
+        raise DataError(f"source folder {source} holds no files{which}")
     return [_whole(file, file.relative_to(path).as_posix()) for file in files]
 
 
-def _stdlib_files(root: Path) -> list[Piece]:
+def _stdlib_files(root: Path, choice: FileChoice) -> list[Piece]:
     pieces = []
-    for file in _walk(root):
+    for file in _walk(root, choice):
         relative = file.relative_to(root)
         if file.suffix == ".py" and not STDLIB_LEFT_OUT.intersection(relative.parts):
             pieces.append(_whole(file, relative.as_posix()))
     pieces = [piece for piece in pieces if piece.num_bytes]  # empty __init__.py files
     if not pieces:
-        raise DataError(f"the standard library of this Python has no source files under {root}")
+        which = "" if choice == EVERY_FILE else f" that {choice.in_words()}"
+        raise DataError(
+            f"the standard library of this Python has no source files under {root}{which}"
+        )
     return pieces
 
 
@@ -159,8 +189,8 @@ def _hub_files(source: str) -> list[Piece]:
     return [_whole(Path(entry["filename"]), Path(entry["filename"]).name) for entry in cached]
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Yield the files below a folder; links are followed, but no folder is read twice."""
+def _walk(root: Path, choice: FileChoice) -> Iterator[Path]:
+    """Yield the chosen files below a folder; links are followed, but no folder is read twice."""
     seen: set[tuple[int, int]] = set()
     for folder, folders, names in os.walk(root, onerror=_refuse_folder, followlinks=True):
         status = os.stat(folder)
@@ -169,8 +199,14 @@ def _walk(root: Path) -> Iterator[Path]:
         if is_seen:
             folders.clear()
             continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(folder) / name for name in sorted(names) if not name.startswith("."))
+        inner = Path(folder).relative_to(root)
+        for found in (folders, names):
+            found[:] = sorted(
+                name
+                for name in found
+                if not name.startswith(".") and not choice.leaves_out(inner / name)
+            )
+        yield from (Path(folder) / name for name in names if choice.takes(inner / name))
 
 
 def _refuse_folder(error: OSError) -> NoReturn:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_eso.data import streaming_shim
-from megatron_eso.data.manifest import MANIFEST_NAME, PREPARE_AGAIN, Manifest, load_manifest
+from megatron_eso.data.manifest import PREPARE_AGAIN
 from megatron_eso.errors import DataError
 
 READ_BYTES = 1 << 30
@@ -170,20 +170,6 @@ def problem_of_open(descriptor: int, file: StoredFile, *, check_hash: bool) -> s
 def _state_of(descriptor: int) -> int:
     status = os.fstat(descriptor)
     return hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
-
-
-def local_split(folder: Path) -> Manifest:
-    """Return the manifest of a local split and refuse one whose tokenizer was replaced."""
-    manifest = load_manifest(folder)
-    tokenizer = folder / manifest.tokenizer_file
-    if tokenizer.is_file():
-        found = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
-        if found != manifest.tokenizer_sha256:
-            raise DataError(
-                f"tokenizer {tokenizer} is not the one that made {folder}/{MANIFEST_NAME} (sha256 "
-                f"{found[:12]}..., not {manifest.tokenizer_sha256[:12]}...)"
-            )
-    return manifest
 
 
 def _stored(entry: dict[str, Any]) -> StoredFile:

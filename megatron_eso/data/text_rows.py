@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from megatron_eso.data.documents import Document, documents_of
 from megatron_eso.data.pack import RowPacker
 from megatron_eso.data.reader import TokenRows
-from megatron_eso.data.sources import find_files
+from megatron_eso.data.sources import TEXT_KEY, find_files, require_records
 from megatron_eso.data.tokenizer import Tokenizer, pieces_of
 from megatron_eso.errors import DataError
 
@@ -24,7 +24,7 @@ class TextRows:
         *,
         sequence_length: int,
         vocab_size: int,
-        text_key: str = "text",
+        text_key: str | None = None,
         max_rows: int = 0,
     ) -> None:
         """Read and encode the text; nothing is written.
@@ -34,7 +34,7 @@ class TextRows:
             tokenizer_path: tokenizer.json of the model.
             sequence_length: L; documents are packed one after the other, each with its end token.
             vocab_size: vocabulary of the model, mask token included.
-            text_key: key or column of the text.
+            text_key: key or column of the text; None: text.
             max_rows: stop after this many rows; 0: read all.
 
         Raises:
@@ -84,9 +84,11 @@ class TextRows:
         yield from packer.finish()
 
 
-def _documents(source: str, text_key: str) -> Iterator[Document]:
-    for piece in find_files([source]):
-        for document in documents_of(piece, text_key=text_key):
+def _documents(source: str, text_key: str | None) -> Iterator[Document]:
+    pieces = find_files([source])
+    require_records(pieces, text_key)
+    for piece in pieces:
+        for document in documents_of(piece, text_key=text_key or TEXT_KEY):
             if document.problem is not None:
                 raise DataError(f"{document.where}: the document {document.problem}")
             yield document

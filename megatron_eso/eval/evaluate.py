@@ -105,6 +105,31 @@ def check_request(
         )
 
 
+def unused_options(
+    objective: ObjectiveConfig, *, orders: int | None, repeats: int | None, eps: float | None
+) -> list[str]:
+    """Return a line for each option that was given and changes nothing for an objective.
+
+    Args:
+        objective: as it is evaluated, with the evaluation's alpha_0.
+        orders: of the likelihood bound; None: not given, and so the others.
+        repeats: of the NELBO.
+        eps: lower end of the NELBO's times.
+    """
+    is_exact = is_nelbo_exact(objective)
+    what = f"a model of objective.name={objective.name}"
+    if objective.name == "eso":
+        what += f" at alpha_0={objective.alpha_0:g}"
+    lines = []
+    if orders and (is_exact or objective.name != "eso"):
+        why = "has an exact likelihood, not a bound" if is_exact else "has no likelihood bound"
+        lines.append(f"--orders {orders} does nothing: {what} {why}")
+    for name, value in (("repeats", repeats), ("eps", eps)):
+        if is_exact and value is not None:
+            lines.append(f"--{name} {value} does nothing: {what} draws no times")
+    return lines
+
+
 def evaluation_objective(objective: ObjectiveConfig, settings: EvalConfig) -> ObjectiveConfig:
     """Return the objective with the bound's weight and the evaluation's alpha_0 and times."""
     alpha_0 = objective.alpha_0 if settings.alpha_0 is None else settings.alpha_0

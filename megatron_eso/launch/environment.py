@@ -7,12 +7,39 @@ launcher's environment can be tested without it.
 import platform
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from megatron_eso.errors import ClusterError
+from megatron_eso.errors import ClusterError, ConfigError
 
 GPUS_VARIABLE = "MEGATRON_ESO_GPUS"
 """GPUs of a node that our job script asked for."""
 _PORT_FLOOR, _NUM_PORTS = 20000, 10000
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among all processes of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @staticmethod
+    def from_environment(environ: Mapping[str, str]) -> "Ranks":
+        """Read what torchrun (or our Slurm launcher) put into the environment; alone otherwise.
+
+        Raises:
+            ConfigError: if a variable is not a number.
+        """
+        given = {name: environ.get(name, alone) for name, alone in _ALONE.items()}
+        for name, value in given.items():
+            if not value.isdecimal():
+                raise ConfigError(
+                    f"{name}={value} in the environment is not a number: a launcher sets it (torchrun, "
+                    "srun); unset it to start without one"
+                )
+        return Ranks(*map(int, given.values()))
 
 
 def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:

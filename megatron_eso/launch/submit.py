@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_eso.config import check_start
 from megatron_eso.config.derive import total_steps
-from megatron_eso.config.load import load_config, save_config
+from megatron_eso.config.load import as_literal, load_config, save_config
 from megatron_eso.config.schema import CheckpointConfig, RunConfig
 from megatron_eso.errors import ClusterError
 from megatron_eso.files import read_json, write_json, write_whole
@@ -34,8 +34,8 @@ class Plan:
     profile: ClusterProfile
     job: Job
     script: str
-    total_steps: list[int]
-    """Optimizer steps of the run, or of each task of an array."""
+    tasks: list[RunConfig]
+    """The run, or the run of each task of an array."""
 
 
 def prepare(
@@ -82,7 +82,7 @@ def prepare(
         more = mounts_of(every, container.mounts, [run, Path.cwd()])
         container = replace(container, mounts=[*container.mounts, *more])
         profile = replace(profile, container=container)
-    return Plan(config, profile, job, render(profile, job), [total_steps(one) for one in every])
+    return Plan(config, profile, job, render(profile, job), every)
 
 
 def _to_go_on(config: RunConfig, run: Path) -> CheckpointConfig:
@@ -256,10 +256,10 @@ def _snapshot(plan: Plan) -> None:
     survival = plan.profile.survival
     folders = [plan.job.run / str(i) for i, _ in enumerate(plan.job.sweep or [])] or [plan.job.run]
     (folder / "stop").unlink(missing_ok=True)
-    for run, steps in zip(folders, plan.total_steps, strict=True):
+    for run, task in zip(folders, plan.tasks, strict=True):
         (run / "slurm" / "stop").unlink(missing_ok=True)
         Records(run).set_state(
-            total_steps=steps,
+            total_steps=total_steps(task),
             without_progress=0,
             max_attempts=survival.max_attempts_without_progress,
             bad_node_hours=survival.bad_node_hours,
@@ -274,4 +274,4 @@ def _git(*words: str) -> str:
 
 def _quoted_value(path: Path) -> str:
     """Return a path as a YAML string for an override: quoted, so that no character has a meaning."""
-    return "'" + str(path).replace("'", "''") + "'"
+    return "'" + as_literal(str(path)).replace("'", "''") + "'"

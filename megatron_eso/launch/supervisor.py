@@ -34,6 +34,8 @@ from megatron_eso.launch.processes import (
     state_of,
 )
 from megatron_eso.launch.records import checkpoint_step
+from megatron_eso.launch.said import VARIABLE as SAID_VARIABLE
+from megatron_eso.launch.said import Said
 from megatron_eso.launch.starter import Starter, threads_of_each
 
 _FINAL_CODES = (2, 3, 4, 5, 6)  # errors.py: the same command would fail the same way
@@ -117,21 +119,23 @@ def supervise(settings: Supervision) -> int:
         say(refusal)
         return CheckpointError.exit_code
     adopt_orphans()
-    board = Board(settings.num_ranks)
+    board, said = Board(settings.num_ranks), Said()
     stop = _Stop()
     for number in STOPPING:
         signal.signal(number, stop)
     base = {**os.environ, **threads_of_each(settings.num_ranks)}
-    starter = Starter(settings.arguments, [board.descriptor], base, is_warm=settings.is_warm,
-                      module=settings.module)  # fmt: skip
+    base[SAID_VARIABLE] = said.variable
+    starter = Starter(settings.arguments, [board.descriptor, said.descriptor], base,
+                      is_warm=settings.is_warm, module=settings.module)  # fmt: skip
     _note(settings, "launch", num_ranks=settings.num_ranks)
     code = 1
     try:
-        code = _restart_until_done(settings, starter, board, stop, base)
+        code = _restart_until_done(settings, starter, board, said, stop, base)
     finally:
         starter.close()
         reap(wait_seconds=5.0)
         board.close()
+        said.close()
         ignore_signals()
         _note(settings, "launch_end", code=code)
     return code
@@ -174,10 +178,16 @@ def _place_in_job(settings: Supervision) -> dict[str, str]:
 
 
 def _restart_until_done(
-    settings: Supervision, starter: Starter, board: Board, stop: _Stop, base: dict[str, str]
+    settings: Supervision,
+    starter: Starter,
+    board: Board,
+    said: Said,
+    stop: _Stop,
+    base: dict[str, str],
 ) -> int:
     kept, without_progress = -1, 0
     while True:
+        said.clear()
         ending = _run_once(settings, starter, board, stop, base)
         if not ending.is_fault:
             return ending.code

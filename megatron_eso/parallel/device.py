@@ -12,35 +12,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from megatron_eso.errors import ConfigError
-from megatron_eso.launch.environment import GPUS_VARIABLE
+from megatron_eso.launch.environment import GPUS_VARIABLE, Ranks
 from megatron_eso.parallel.megatron_patches import apply_cpu_patches, silence_megatron_messages
-
-_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Where this process stands among all processes of the run."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-
-    @staticmethod
-    def from_environment(environ: dict[str, str]) -> "Ranks":
-        """Read what torchrun (or our Slurm launcher) put into the environment; alone otherwise.
-
-        Raises:
-            ConfigError: if a variable is not a number.
-        """
-        given = {name: environ.get(name, alone) for name, alone in _ALONE.items()}
-        for name, value in given.items():
-            if not value.isdecimal():
-                raise ConfigError(
-                    f"{name}={value} in the environment is not a number: a launcher sets it (torchrun, "
-                    "srun); unset it to start without one"
-                )
-        return Ranks(*map(int, given.values()))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,10 @@ from megatron_eso.launch.environment import attempt_name
 from megatron_eso.launch.lease import LEASE_FILE, QUIET_SECONDS
 from megatron_eso.launch.processes import STOPPING
 
+LOG_MARK = "--- started"
+"""Begin of the line in log.txt before the words of each start."""
 _FAILED = "failed"
+_MOST_LINES, _MOST_CHARACTERS = 8, 400  # of a reason
 _FROM_OUTSIDE = (*STOPPING, signal.SIGHUP)
 
 
@@ -78,6 +81,19 @@ def count_attempts(folder: Path) -> tuple[int, int, bool]:
     lines = _lines(folder / "attempts")
     failed = [line.startswith(_FAILED) for line in lines]
     return len(lines) - sum(failed), sum(failed), bool(failed) and failed[-1]
+
+
+def last_words(log: Path) -> list[str]:
+    """Return what the newest start in a log said last: its error message, else its last line."""
+    try:
+        said = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    marks = [number for number, line in enumerate(said) if line.startswith(LOG_MARK)]
+    said = [line for line in said[marks[-1] + 1 if marks else 0 :] if line.strip()]
+    errors = [number for number, line in enumerate(said) if line.startswith("error: ")]
+    found = said[errors[-1] :] if errors else said[-1:]
+    return [line[:_MOST_CHARACTERS] for line in found[:_MOST_LINES]]
 
 
 def is_alive(folder: Path, environ: Mapping[str, str] = os.environ) -> bool:

@@ -103,12 +103,14 @@ def tensorboard_steps(folder: Path, tag: str) -> list[Row]:
     """Return the points of one scalar in every TensorBoard folder below ``folder``.
 
     Raises:
-        DataError: if no event file holds the tag, with the tags there are.
+        DataError: if there is no such folder, or no event file holds the tag, with the tags there are.
     """
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError:
         raise UserError("reading TensorBoard files needs: pip install tensorboard") from None
+    if not folder.is_dir():
+        raise DataError(f"--tensorboard {folder} is no folder; give the one that holds the runs")
     rows, known = [], set()
     for run in sorted({path.parent for path in folder.rglob("events.out.tfevents.*")}):
         events = EventAccumulator(str(run), size_guidance={"scalars": 0})
@@ -166,6 +168,8 @@ def read_table(path: Path) -> list[Row]:
     Raises:
         DataError: if it is missing, is no table, has no row, or a row of another length than the head's.
     """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; give the table in it, such as {path / 'cells.csv'}")
     if not path.is_file():
         raise DataError(f"{path} does not exist; write it with `megatron-eso sweep collect`")
     if path.suffix in (".yaml", ".yml"):

@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.files import write_whole
 from megatron_eso.scaling import collect as collecting
 from megatron_eso.scaling.grid import make_grid
 from megatron_eso.scaling.runner import (
+    Look,
+    no_look,
     read_state,
     run_cells,
     slurm_array_script,
@@ -25,15 +28,32 @@ def run(
     cell: int | None,
     *,
     say: Callable[[str], None],
+    look: Look = no_look,
 ) -> bool:
-    """Run the study's cells; return whether all legal ones are finished."""
+    """Run the study's cells; return whether all legal ones are finished.
+
+    Args:
+        sweep_file: the study.
+        overrides: of its settings.
+        workers: cells at once.
+        max_attempts: failures of a cell, after which it is given up.
+        cell: number of the only cell to run; None: all.
+        say: receives a line for every change.
+        look: looks at the data of the cells that are to start, before any does.
+
+    Raises:
+        DataError: of ``look``, with the file that names the data.
+    """
     _check_at_least_1(workers=workers, max_attempts=max_attempts)
     sweep, cells = make_grid(sweep_file, overrides)
     if cell is not None:
         if not 0 <= cell < len(cells):
             raise ConfigError(f"--cell {cell}: the grid has cells 0 to {len(cells) - 1}")
         cells = [cells[cell]]
-    states = run_cells(_made(sweep), cells, workers=workers, max_attempts=max_attempts, say=say)
+    states = run_cells(
+        _made(sweep), cells, workers=workers, max_attempts=max_attempts, say=say,
+        look=_naming_base(look, sweep_file.parent / sweep.base),
+    )  # fmt: skip
     say(states_table(states))
     return all(state.state in ("finished", "illegal") for state in states)
 
@@ -45,14 +65,22 @@ def submit_array(
     max_attempts: int,
     throttle: int,
     options: list[str],
+    *,
+    look: Look = no_look,
 ) -> str:
-    """Write the Slurm array and submit it; return what sbatch says."""
+    """Write the Slurm array and submit it; return what sbatch says.
+
+    Raises:
+        DataError: of ``look``, which looks at the data of the legal cells first.
+    """
     _check_at_least_1(workers=workers, max_attempts=max_attempts, throttle=throttle)
     if overrides:
         raise ConfigError(
             "with --slurm put overrides into the sweep file: every task reads it again"
         )
     sweep, cells = make_grid(sweep_file, overrides)
+    look = _naming_base(look, sweep_file.parent / sweep.base)
+    look([cell.run for cell in cells if not cell.problems])
     script = _made(sweep) / "array.sbatch"
     write_whole(
         script,
@@ -129,6 +157,18 @@ def _check_at_least_1(**options: int) -> None:
     for name, value in options.items():
         if value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
+def _naming_base(look: Look, base: Path) -> Look:
+    """Return a look at the data that names the file which names them."""
+
+    def named(runs: list[RunConfig]) -> None:
+        try:
+            look(runs)
+        except DataError as error:
+            raise DataError(f"{base}: {error}") from None
+
+    return named
 
 
 def _made(sweep: SweepConfig) -> Path:

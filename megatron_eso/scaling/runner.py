@@ -12,10 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_eso.config.load import save_config
+from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ClusterError, ConfigError
 from megatron_eso.files import read_json, write_whole
 from megatron_eso.scaling import attempts
@@ -23,6 +25,12 @@ from megatron_eso.scaling.grid import Cell
 
 # Command that trains one cell; tests replace it.
 TRAINER = (sys.executable, "-m", "megatron_eso", "train")
+Look = Callable[[list[RunConfig]], None]
+"""Looks at the data of runs that are to start; raises a DataError."""
+
+
+def no_look(runs: list[RunConfig]) -> None:
+    """Trust the data."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class CellState:
     loss: float | None = None
     attempts: int = 0
     eta_seconds: float | None = None
+    reason: tuple[str, ...] = ()
+    """Of a failure: what the trainer said last, and where its log is."""
 
 
 def cell_folder(sweep_folder: Path, cell: Cell) -> Path:
@@ -68,7 +78,11 @@ def read_state(sweep_folder: Path, cell: Cell, *, max_attempts: int = 2) -> Cell
         state = "given-up"
     elif starts:
         state = "failed" if has_failed else "stopped"
-    return CellState(cell, state, step, last.get("loss"), starts, eta)
+    reason = ()
+    if state in ("failed", "given-up"):
+        log = folder / "log.txt"
+        reason = (*attempts.last_words(log), f"log: {log}")
+    return CellState(cell, state, step, last.get("loss"), starts, eta, reason)
 
 
 def run_cells(
@@ -78,6 +92,7 @@ def run_cells(
     workers: int = 1,
     max_attempts: int = 2,
     say: Callable[[str], None] = print,
+    look: Look = no_look,
     trainer: tuple[str, ...] = TRAINER,
 ) -> list[CellState]:
     """Run all cells that are not finished; return the final states.
@@ -88,6 +103,7 @@ def run_cells(
         workers: cells at once.
         max_attempts: failures of a cell over all calls; a start that was interrupted is none.
         say: receives a line for every change.
+        look: looks at the data of the runs that are to start, before any does; may raise.
         trainer: command that takes a configuration file.
 
     Raises:
@@ -101,6 +117,7 @@ def run_cells(
             f"{sweep_folder}/cells/<cell> aside, or set another folder=..."
         )
     todo = [state.cell for state in states if state.state in ("waiting", "stopped", "failed")]
+    look([cell.run for cell in todo])
     say(f"{len(cells)} cells: {_counts(states)}; {len(todo)} to run, {workers} at once")
     running: dict[str, tuple[Cell, subprocess.Popen]] = {}
     try:
@@ -123,11 +140,16 @@ def run_cells(
                 state = read_state(sweep_folder, cell, max_attempts=max_attempts)
                 loss = "" if state.loss is None else f", loss {state.loss:.4f}"
                 say(f"{state.state} {name}{loss} (exit {process.returncode})")
+                for line in state.reason:
+                    say(f"    {line}")
                 if state.state == "failed":
                     todo.append(cell)
     finally:
         for _, process in running.values():
             process.terminate()
+        if running:
+            with suppress(OSError):  # nobody listens any more
+                say(f"interrupted: {len(running)} cell(s) save and end; the same command goes on")
         for cell, process in running.values():
             process.wait()
             attempts.forget_process(cell_folder(sweep_folder, cell))
@@ -144,7 +166,7 @@ def states_table(states: list[CellState]) -> str:
         lines.append(
             f"{state.cell.name:<28}{state.state:<10}{step:>12}{loss:>9}{state.attempts:>6}{left:>8}"
         )
-        lines += [f"    {problem}" for problem in state.cell.problems]
+        lines += [f"    {line}" for line in (*state.cell.problems, *state.reason)]
     return "\n".join(lines)
 
 
@@ -228,6 +250,8 @@ def _start(
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     with open(folder / "log.txt", "a") as log:
+        log.write(f"{attempts.LOG_MARK} {time.strftime('%Y-%m-%dT%H:%M:%S')} ---\n")
+        log.flush()
         process = subprocess.Popen(
             [*trainer, str(folder / "cell.yaml")],  # says folder/run; a path may be no YAML
             stdout=log,

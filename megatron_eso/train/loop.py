@@ -23,9 +23,8 @@ from megatron_eso.errors import (
 )
 from megatron_eso.files import write_json
 from megatron_eso.launch import events
-from megatron_eso.launch.environment import is_of_job_script
+from megatron_eso.launch.environment import Ranks, is_of_job_script
 from megatron_eso.launch.heartbeat import Heart
-from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.exchange import Rows, any_rank, gather_messages, together
 from megatron_eso.parallel.phases import phase
 from megatron_eso.resilience.signals import StopRequest

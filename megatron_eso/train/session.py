@@ -18,6 +18,7 @@ from megatron_eso.config.check import check
 from megatron_eso.config.precision_table import require_machine
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
+from megatron_eso.launch.environment import Ranks
 from megatron_eso.model.attention.kernels import choose_kernel, facts_of
 from megatron_eso.model.build import build_chunks, resolve_precision
 from megatron_eso.model.initial_weights import initialize
@@ -26,7 +27,6 @@ from megatron_eso.model.megatron_config import DTYPES
 from megatron_eso.model.replica import Replica
 from megatron_eso.parallel.device import (
     Device,
-    Ranks,
     be_deterministic,
     choose_device,
     idle_gpus,

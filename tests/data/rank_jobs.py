@@ -11,8 +11,8 @@ from megatron_eso.config.derive import derive
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.data.reader import RowReader
 from megatron_eso.errors import DataError
+from megatron_eso.launch.environment import Ranks
 from megatron_eso.objective.deal import deal
-from megatron_eso.parallel.device import Ranks
 from megatron_eso.parallel.exchange import Rows, read_together, together
 from megatron_eso.train.loop import Run
 from megatron_eso.train.session import start_ranks
@@ -29,7 +29,7 @@ SMALL = [
 
 def config_of(overrides: list[str], own: dict[int, list[str]]) -> tuple[RunConfig, Ranks]:
     """Return this rank's configuration: ``own`` holds what single ranks have otherwise."""
-    ranks = Ranks.from_environment(dict(os.environ))
+    ranks = Ranks.from_environment(os.environ)
     return load_config(None, [*SMALL, *overrides, *own.get(ranks.rank, [])]), ranks
 
 

@@ -2,18 +2,28 @@
 
 import shutil
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from megatron_eso.cli.data import app
-from megatron_eso.config.schema import DataConfig, DataSourceConfig
+from megatron_eso.cli.main import app as main_app
+from megatron_eso.config.schema import (
+    DataConfig,
+    DataSourceConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megatron_eso.data.fits import unseen_data
 from megatron_eso.data.manifest import load_manifest
 from megatron_eso.data.megatron_indexed import open_indexed
+from megatron_eso.data.open_split import require_data
 from megatron_eso.data.reader import RowReader, ValidationReader
 from megatron_eso.data.tokenizer import Tokenizer
-from megatron_eso.errors import DataError
+from megatron_eso.errors import DataError, UserError
 from tests.data.conftest import write_corpus
 
 
@@ -31,6 +41,66 @@ def test_prepare_says_what_it_made_and_that_there_is_nothing_to_do(tmp_path):
                  "--sequence-length", 16, "--vocab-size", 300, "--processes", 1]  # fmt: skip
     assert "prepared" in run(*arguments)
     assert "nothing to do" in run(*arguments)
+
+
+def test_files_that_are_left_out_are_part_of_the_request(prepared, tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(9):
+        write_corpus(tmp_path / f"in/part{number}.jsonl", num_documents=60)
+    (tmp_path / "in/table.csv").write_text("a,b")
+    words = ["prepare", tmp_path / "in", "--out", tmp_path / "set", "--sequence-length", 16,
+             "--tokenizer", prepared / "tokenizer.json", "--processes", 1]  # fmt: skip
+    with pytest.raises(
+        DataError, match=r"table\.csv: \.csv files are not read; .*--exclude '\*\.csv'"
+    ):
+        run(*words)
+    assert "prepared" in run(*words, "--exclude", "*.csv")
+    assert "nothing to do" in run(*words, "--include", "*.jsonl")  # the same files
+    with pytest.raises(DataError, match="prepared from another request"):
+        run(*words, "--exclude", "*.csv", "--exclude", "part3.*")
+    documents = load_manifest(tmp_path / "set/train").num_documents
+    output = run(*words, "--exclude", "*.csv", "--exclude", "part3.*", "--overwrite")
+    assert "prepared" in output and load_manifest(tmp_path / "set/train").num_documents < documents
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--staging", "there"], "--staging there is for object stores"),
+        (["--tokenizer-mib", 3], "--tokenizer-mib 3 is for a tokenizer that is trained"),
+    ],
+)
+def test_options_of_prepare_that_would_do_nothing_are_refused(
+    prepared, corpus, tmp_path, words, message
+):
+    given = ["--tokenizer", prepared / "tokenizer.json"]
+    with pytest.raises(DataError, match=message):
+        run("prepare", corpus, "--out", tmp_path / "set", *given, *words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max-rows", 3], "--max-rows 3 is of the --picture"),
+        (["--max-rows", 0, "--picture", "p.png"], "--max-rows 0 must be at least 1"),
+        (["--picture", f"{__file__}/p.png"], "cannot write --picture"),
+    ],
+)
+def test_options_of_inspect_that_cannot_be_meant_are_refused_first(tmp_path, words, message):
+    with pytest.raises(DataError, match=message):
+        run("inspect", tmp_path / "no-split", *words)
+
+
+def test_the_examples_of_prepare_can_be_copied():
+    lines = [line.strip() for line in app_help("data", "prepare").splitlines()]
+    examples = [line for line in lines if line.startswith("megatron-eso data prepare")]
+    assert len(examples) == 4 and all("--vocab-size" in e or "--tokenizer" in e for e in examples)
+
+
+def app_help(*words):
+    """Return the help text as a person sees it, which the overall command prepares."""
+    return CliRunner().invoke(main_app, [*words, "--help"]).output
 
 
 def test_a_given_tokenizer_decides_the_vocabulary(prepared, corpus, tmp_path):
@@ -105,7 +175,8 @@ def test_mix_counts_exactly_what_the_reader_reads(prepared, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
         f"data:\n  sources:\n    - {{path: {prepared}/train, weight: 3}}\n"
-        f"    - {{path: {prepared}/validation, weight: 1}}\ntrain: {{global_batch_rows: 8}}\n"
+        f"    - {{path: {prepared}/validation, weight: 1}}\n"
+        "train: {global_batch_rows: 8, sequence_length: 16}\nmodel: {vocab_size: 300}\n"
     )
     output = run("mix", config, "train.steps=100").splitlines()
     sources = [DataSourceConfig(f"{prepared}/{split}", weight)
@@ -117,6 +188,60 @@ def test_mix_counts_exactly_what_the_reader_reads(prepared, tmp_path):
     for number in (0, 1):
         count = sum(source == number for source, _ in pairs)
         assert f" {count:,} rows" in output[1 + number]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.sequence_length=32"], r"data\.sources\[0\]\.path: .* rows of 16 .*_length=32"),
+        (["model.vocab_size=400"], "vocabulary of 300 .* model.vocab_size=400"),
+        (["data.sources=[]"], "data.sources is empty"),
+        (["train.steps=-1"], "train.steps=-1 must be at least 1"),
+        (["train.global_batch_rows=0"], "train.global_batch_rows=0 must be at least 1"),
+    ],
+)
+def test_mix_refuses_what_the_run_would(prepared, tmp_path, words, message):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"data: {{sources: [{{path: {prepared}/train}}]}}\n"
+        "train: {sequence_length: 16, steps: 5}\nmodel: {vocab_size: 300}\n"
+    )
+    run("mix", config)
+    with pytest.raises(UserError, match=message):
+        run("mix", config, *words)
+
+
+def test_what_cannot_be_seen_from_here_is_said_and_the_rest_compared(prepared, tmp_path):
+    data = DataConfig(
+        sources=[DataSourceConfig(path) for path in (f"{prepared}/train", "/nowhere/train")],
+        validation={"far": "s3://bucket/v", "near": f"{prepared}/validation"},
+    )
+    config = RunConfig(data=data, train=TrainConfig(sequence_length=16),
+                       model=ModelConfig(vocab_size=300))  # fmt: skip
+    assert unseen_data([config, config]) == [
+        "data.sources[1].path=/nowhere/train (not on this machine)",
+        "data.validation.far=s3://bucket/v (in an object store)",
+    ]
+    other = replace(config, train=TrainConfig(sequence_length=32))
+    with pytest.raises(DataError, match=r"data\.sources\[0\]\.path: .*train\.sequence_length=32"):
+        unseen_data([config, other])
+    other = replace(config, data=replace(data, sources=data.sources[1:]),
+                    model=ModelConfig(vocab_size=400))  # fmt: skip
+    with pytest.raises(DataError, match=r"data\.validation\.near: .*model\.vocab_size=400"):
+        unseen_data([other])
+    with pytest.raises(DataError, match="name one split"):
+        unseen_data([replace(config, data=DataConfig([DataSourceConfig(str(prepared))]))])
+
+
+def test_the_tokenizers_of_sets_that_are_seen_are_compared(prepared, corpus, tmp_path):
+    run("prepare", corpus, "--out", tmp_path / "set", "--sequence-length", 16, "--vocab-size", 300,
+        "--processes", 1, "--tokenizer-mib", 1, "--validation-fraction", 0.5)  # fmt: skip
+    here, there = DataSourceConfig(f"{prepared}/train"), DataSourceConfig(f"{tmp_path}/set/train")
+    config = RunConfig(train=TrainConfig(sequence_length=16), model=ModelConfig(vocab_size=300))
+    for data in (DataConfig([here, there]), DataConfig([here], {"other": there.path})):
+        for look in (unseen_data, require_data):
+            with pytest.raises(DataError, match="another tokenizer"):
+                look([replace(config, data=data)])
 
 
 def write_indexed(prefix, documents: list[np.ndarray], bounds: list[int] | None = None) -> None:

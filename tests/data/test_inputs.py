@@ -19,6 +19,7 @@ from tokenizers import models
 
 from megatron_eso.data import partition, workers
 from megatron_eso.data.documents import documents_of
+from megatron_eso.data.file_kinds import FileChoice
 from megatron_eso.data.manifest import load_manifest
 from megatron_eso.data.prepare import check_options, prepare
 from megatron_eso.data.progress import Progress
@@ -99,7 +100,9 @@ def test_a_json_file_that_is_not_lines_is_refused_with_what_is_expected(tmp_path
 )
 def test_a_container_that_is_not_read_is_refused_and_not_taken_for_text(tmp_path, name):
     (tmp_path / name).write_text("text, even if it could be read as such")
-    with pytest.raises(DataError, match=rf"{name}: \.[a-z.0-9]+ files are not read; .*\.jsonl"):
+    with pytest.raises(
+        DataError, match=rf"{name}: \.[a-z.0-9]+ files are not read; .*--exclude .*\.jsonl"
+    ):
         find_files([str(tmp_path)])
 
 
@@ -185,6 +188,73 @@ def test_a_folder_that_cannot_be_read_is_an_error_that_names_it(tmp_path, monkey
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(DataError, match=r"cannot read the folder .*/closed \(Permission denied\)"):
         find_files([str(tmp_path)])
+
+
+CODE = {
+    "a.py": "a", "B.PY": "b", "data.csv": "no", "docs/guide.pdf": "no", "docs/guide.md": "guide",
+    "lib/build/gen.py": "gen", "lib/x.py": "x", "settings.json": "{\n}", "build/out.py": "out",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "left"),
+    [
+        (
+            [],
+            ["*.csv", "*.pdf", "*.json"],
+            "B.PY a.py build/out.py docs/guide.md lib/build/gen.py lib/x.py",
+        ),
+        (["*.py"], [], "a.py build/out.py lib/build/gen.py lib/x.py"),
+        (["*.py", "*.md"], ["build"], "a.py docs/guide.md lib/x.py"),
+        (["*.py"], ["build/"], "a.py lib/x.py"),
+        (["*.py"], ["build/*", "x.py"], "a.py lib/build/gen.py"),
+        (["*.py"], ["./build/*", "*/build/*"], "a.py lib/x.py"),
+        (["lib/*"], [], "lib/build/gen.py lib/x.py"),
+        (["lib/", "[ab].py"], [], "a.py lib/build/gen.py lib/x.py"),
+        (["*"], ["docs", "*.csv", "*.json", "lib/*.py"], "B.PY a.py build/out.py"),
+    ],
+)
+def test_patterns_choose_the_files_of_a_folder(tmp_path, include, exclude, left):
+    for name, text in CODE.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    choice = FileChoice(tuple(include), tuple(exclude))
+    assert sorted(piece.key for piece in find_files([str(tmp_path)], choice)) == left.split()
+
+
+def test_a_folder_that_is_left_out_is_not_looked_into(tmp_path, monkeypatch):
+    for name in ("a.txt", "closed/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+
+    def refused(path, scan=os.scandir):
+        assert not str(path).endswith("closed")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert len(find_files([str(tmp_path)], FileChoice(exclude=("closed",)))) == 1
+
+
+def test_a_choice_that_leaves_nothing_or_is_of_no_folder_is_refused(tmp_path):
+    (tmp_path / "a.py").write_text("text")
+    with pytest.raises(
+        DataError, match=r"no files that --include '\*\.c' takes and --exclude b leaves"
+    ):
+        find_files([str(tmp_path)], FileChoice(("*.c",), ("b",)))
+    with pytest.raises(
+        DataError, match=r"--exclude '\*\.c' chooses among the files of folders, and .* none"
+    ):
+        find_files([str(tmp_path / "a.py")], FileChoice(exclude=("*.c",)))
+    (tmp_path / "c.py").write_text("more")
+    named = str(tmp_path / "a.py")
+    pieces = find_files([named, str(tmp_path)], FileChoice(exclude=("a.*", "b")))
+    assert [piece.key for piece in pieces] == ["a.py", "c.py"]  # what is named is read
+
+
+def test_files_of_the_standard_library_can_be_left_out():
+    every = {piece.key for piece in find_files(["stdlib"])}
+    left = {piece.key for piece in find_files(["stdlib"], FileChoice(exclude=("json", "ast.py")))}
+    assert every - left == {name for name in every if name.startswith("json/")} | {"ast.py"}
 
 
 def test_an_arrow_file_hides_no_other_texts_but_what_datasets_saves_beside_it(tmp_path):
@@ -304,6 +374,16 @@ def test_a_wrong_column_names_those_there_are(tmp_path):
     save_parquet(tmp_path / "a.parquet", ["x"])
     with pytest.raises(DataError, match="no column 'body', only text"):
         texts_of(tmp_path / "a.parquet", text_key="body")
+
+
+def test_a_text_key_beside_text_files_alone_is_refused(tmp_path):
+    for name in "abcdefgh":
+        (tmp_path / f"{name}.txt").write_text("words")
+    with pytest.raises(DataError, match="--text-key body names a key or column"):
+        prepare([str(tmp_path)], tmp_path / "set", options(text_key="body"))
+    (tmp_path / "i.jsonl").write_text('{"text": "a record"}\n')
+    with pytest.raises(DataError, match="no text under the key 'body'"):
+        prepare([str(tmp_path)], tmp_path / "set", options(text_key="body"), num_processes=1)
 
 
 def test_a_long_document_is_encoded_in_pieces_to_the_same_tokens(prepared):

@@ -162,14 +162,14 @@ def test_a_source_that_one_rank_cannot_open_is_an_error_on_all(eight_ranks, spli
         "data.rank_jobs.read_steps", source(split), [0], {5: source(tmp_path / "gone")},
         timeout=120.0,
     )  # fmt: skip
-    message = f"rank 5: data folder {tmp_path}/gone does not exist"
+    message = f"rank 5: data.sources[0].path: data folder {tmp_path}/gone does not exist"
     assert all(reply["error"].startswith(message) for reply in replies)
 
 
 def test_a_source_that_no_rank_can_open_is_said_once(eight_ranks, tmp_path):
     replies = eight_ranks.run("data.rank_jobs.read_steps", source(tmp_path / "gone"), [0])
     assert all(reply["error"].count("does not exist") == 1 for reply in replies)
-    assert all(reply["error"].startswith("data folder") for reply in replies)
+    assert all(reply["error"].startswith("data.sources[0].path: data folder") for reply in replies)
 
 
 def test_a_training_run_ends_on_all_ranks_with_the_name_of_the_shard(

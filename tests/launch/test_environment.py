@@ -3,8 +3,7 @@
 import pytest
 
 from megatron_eso.errors import ClusterError, ConfigError
-from megatron_eso.launch.environment import first_host, master_port, rank_environment
-from megatron_eso.parallel.device import Ranks
+from megatron_eso.launch.environment import Ranks, first_host, master_port, rank_environment
 
 SRUN = {
     "SLURM_JOB_ID": "12", "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1",

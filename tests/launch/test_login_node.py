@@ -6,13 +6,17 @@ Slurm is a folder of small programs that answer what was recorded and note that 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 
+from megatron_eso.config import load_config
+from megatron_eso.data.manifest import Manifest
 from megatron_eso.launch.records import Records
 
 ROOT = Path(__file__).parents[2]
@@ -356,3 +360,64 @@ def test_a_number_of_samples_or_tokens_below_one_is_refused(tmp_path, option, nu
 def test_wrong_numbers_are_refused_before_torch_is_imported(node, words, message):
     """Its import takes seconds, and the ranks import it for themselves."""
     assert message in node.run(*words, code=2)
+
+
+def test_a_world_size_that_is_no_number_is_a_message_of_sample_too(node):
+    node.environment |= {"RANK": "0", "WORLD_SIZE": "x"}
+    said = node.run("sample", "r", code=2)
+    assert "WORLD_SIZE=x in the environment is not a number" in said
+    node.environment["WORLD_SIZE"] = "2"
+    assert "the launcher started 2 (WORLD_SIZE): let it start 1" in node.run("sample", "r", code=2)
+
+
+def split(folder, **facts):
+    """Write what a prepared split says of itself, without rows."""
+    known = {field.name: 1 for field in fields(Manifest) if field.default is MISSING}
+    known |= {"split": "train", "dtype": "uint16", "tokenizer_sha256": "a", "index_sha256": "b"}
+    folder.mkdir(parents=True)
+    Manifest(**{**known, "tokenizer_file": "t.json", **facts}).save(folder)
+    return f"data.sources=[{{path: {folder}}}]"
+
+
+def test_submit_compares_the_data_it_sees_with_the_run(node, tmp_path):
+    fitting = split(tmp_path / "fits", sequence_length=128, vocab_size=2048)
+    said = node.submit(fitting, "data.validation={v: /no/such}", "--dry-run")
+    assert "not looked at: data.validation.v=/no/such (not on this machine)" in said
+    assert "data.sources[0].path" not in said
+    other = split(tmp_path / "other", sequence_length=256, vocab_size=2048)
+    said = node.submit(other, code=3)
+    assert "rows of 256 tokens, the run asks for train.sequence_length=128" in said
+    said = node.submit(
+        fitting, "--sweep", "train.seed=1", "--sweep", "model.vocab_size=4096", code=3
+    )
+    assert "model.vocab_size=4096" in said
+    assert node.asked() == [] and not (tmp_path / "r").exists()
+
+
+def test_the_tasks_of_an_array_are_told_a_folder_that_holds_an_interpolation(node, tmp_path):
+    folder = tmp_path / "a${name}'s"
+    words = [f"folder='{tmp_path}/a\\${{name}}''s'", f"cluster.shared_folders=['{tmp_path}']"]
+    node.answers("sbatch", "7\n")
+    node.run("submit", *RUN, *words, "--sweep", "train.seed=1")
+    script = (folder / "slurm/job.sbatch").read_text()
+    [line] = [line for line in script.splitlines() if "train.seed=1" in line]
+    [task] = shlex.split(
+        line.removeprefix("SWEEP=(").removesuffix(")")
+    )  # as bash reads it, and eval
+    given = next(word for word in shlex.split(task) if word.startswith("folder="))
+    assert load_config(folder / "slurm/config.yaml", [given]).folder == str(folder / "0")
+    assert load_config(folder / "slurm/config.yaml").folder == str(folder)
+
+
+def test_the_log_of_a_run_that_was_not_submitted_is_its_own(node, tmp_path):
+    run = tmp_path / "run"
+    assert f"{run} is no folder" in node.run("logs", run, code=6)
+    run.mkdir()
+    said = node.run("logs", run, code=6)
+    assert "holds no run" in said and "status" not in said
+    (run / "log.txt").write_text("step 1\nstep 2\n")
+    said = node.run("logs", "-n", "1", run)
+    assert "was not submitted" in said and "step 2" in said and "step 1" not in said
+    (run / "slurm").mkdir()
+    (run / "slurm/job.json").write_text('{"job": "7"}')
+    assert f"`megatron-eso status {run}` says why" in node.run("logs", run, code=6)

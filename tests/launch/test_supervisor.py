@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from megatron_eso.launch import lease
+from megatron_eso.launch.said import VARIABLE, Said, is_first_to_say
 from megatron_eso.launch.supervisor import Supervision, supervise
 
 SUPERVISED = (
@@ -85,3 +86,44 @@ def test_a_restart_gets_what_lets_it_go_on_once_there_is_a_checkpoint_of_its_own
     )  # fmt: skip
     assert done.returncode == 7, done.stderr
     assert (tmp_path / "arguments").read_text().splitlines() == ["a", "a", "a b", "a b"]
+
+
+REFUSED = """
+import os
+from megatron_eso.cli import main
+from megatron_eso.errors import ConfigError
+
+def app(**settings):
+    raise ConfigError("no such data" if os.environ["RANK"] != "1" else "my disk is full")
+
+main.app = app
+main.main()
+"""
+
+
+def test_an_error_that_several_ranks_find_is_said_once(tmp_path):
+    (tmp_path / "refused.py").write_text(REFUSED)
+    done = subprocess.run(
+        [sys.executable, "-c", SUPERVISED.replace("'crash'", "'refused'").replace("=1,", "=3,")],
+        cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert sorted(done.stderr.splitlines()) == ["error: my disk is full", "error: no such data"]
+
+
+def test_what_was_said_is_remembered_for_one_start(tmp_path):
+    said = Said()
+    environ = {VARIABLE: said.variable}
+    assert [is_first_to_say(text, environ) for text in ("a", "b", "a", "ab")] == [1, 1, 0, 1]
+    said.clear()
+    assert is_first_to_say("a", environ)
+    with open(
+        tmp_path / "file", "w+"
+    ) as other:  # the descriptor of another file, as of a nested command
+        wrong = {VARIABLE: f"{other.fileno()}:{said.variable.split(':')[1]}"}
+        assert is_first_to_say("a", wrong) and is_first_to_say("a", wrong)
+        assert not Path(tmp_path / "file").read_text()
+    said.close()
+    for unset in ({}, {VARIABLE: "x"}, environ):
+        assert is_first_to_say("a", unset)

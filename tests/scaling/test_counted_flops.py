@@ -18,7 +18,7 @@ import json, os, sys
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from megatron_eso.config import load_config
-from megatron_eso.parallel.device import Ranks
+from megatron_eso.launch.environment import Ranks
 from megatron_eso.parallel.exchange import Rows
 from megatron_eso.plan.flops import model_flops_per_step
 from megatron_eso.train.session import build_session
@@ -32,7 +32,7 @@ attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: pairs}
 found = []
 for settings in json.loads(sys.argv[1]):
     config = load_config(None, settings)
-    session = build_session(config, Ranks.from_environment(dict(os.environ)))
+    session = build_session(config, Ranks.from_environment(os.environ))
     length, number = config.train.sequence_length, config.train.global_batch_rows
     tokens = torch.randint(0, config.model.vocab_size - 1, (number, length + 1))
     batches = micro_batches_of_rank(session)

@@ -177,6 +177,70 @@ def test_finished_cells_are_kept_and_failed_ones_retried_to_the_limit(tmp_path):
     assert "given-up" in states_table(states)
 
 
+def test_a_cell_that_failed_says_why_and_where_its_log_is(tmp_path):
+    folder, cells = one_cell(tmp_path)
+    script, said = tmp_path / "failing.py", []
+    endings = [
+        "print('error: all is bad:\\n  - this\\n\\n  - that')",
+        "print('step 1'); print('Killed')",
+    ]
+    for ending in endings:
+        script.write_text(f"{ending}\nraise SystemExit(5)\n")
+        run_cells(
+            folder, cells, trainer=(sys.executable, str(script)), max_attempts=1, say=said.append
+        )
+        [state] = run_cells(folder, cells, max_attempts=1, say=said.append)
+        log = f"log: {folder}/cells/{cells[0].name}/log.txt"
+        words = (
+            ["error: all is bad:", "  - this", "  - that"] if ending == endings[0] else ["Killed"]
+        )
+        assert list(state.reason) == [*words, log]
+        assert [f"    {line}" for line in state.reason] == states_table([state]).splitlines()[2:]
+        assert f"    {words[-1]}" in said and f"    {log}" in said
+        (folder / "cells" / cells[0].name / "attempts").unlink()  # and once more
+
+
+def test_the_data_are_looked_at_once_before_any_cell_starts(tmp_path):
+    """The laptop study's data lie in no temporary folder."""
+    where = f"folder={tmp_path}/sweep"
+    base = tmp_path / "base.yaml"
+    base.write_text(
+        (LAPTOP.parent / "laptop_base.yaml").read_text().replace("runs/data", "nowhere")
+    )
+    one = ["models=['../model/ladder/s1.yaml']", "objectives=[{name: ar}]", "budgets=[5.0e10]"]
+    words = ["sweep", "run", str(LAPTOP), where, f"base={base}", *one, "--max-attempts", "1"]
+    done = CliRunner().invoke(main_app, words)
+    assert isinstance(done.exception, DataError), done.output
+    said = str(done.exception)
+    assert said.startswith(f"{base}: data.sources[0].path: ") and "data prepare" in said
+    assert not list((tmp_path / "sweep").rglob("attempts")) and "start" not in done.output
+
+
+def test_a_folder_whose_name_holds_an_interpolation_is_that_folder(tmp_path):
+    folder, cells = one_cell(tmp_path, "folder=" + str(tmp_path) + r"/a\${name} and b\${")
+    assert folder == tmp_path / "a${name} and b${"
+    [state] = run_cells(folder, cells, trainer=trainer(tmp_path), say=lambda line: None)
+    assert state.state == "finished" and (folder / "cells" / cells[0].name / "run/starts").exists()
+
+
+def test_only_the_data_of_cells_that_are_to_run_are_looked_at(tmp_path):
+    folder, cells = one_cell(tmp_path)
+    looked = []
+    for _ in range(2):
+        run_cells(
+            folder, cells, trainer=trainer(tmp_path), say=lambda line: None, look=looked.append
+        )
+    assert looked == [[cells[0].run], []]
+
+
+def test_an_array_is_submitted_after_a_look_at_its_data(tmp_path):
+    def look(runs):
+        raise DataError(f"{len(runs)} runs have no data")
+
+    with pytest.raises(DataError, match=r"laptop_base\.yaml: 36 runs have no data"):
+        commands.submit_array(LAPTOP, None, 1, 2, 8, [], look=look)
+
+
 ENDINGS = {
     "Ctrl-C": None,
     "stopped with a checkpoint": "sys.exit(75)",
@@ -195,7 +259,10 @@ def test_an_interrupted_cell_goes_on_however_often(tmp_path, ending):
         + (ending or "time.sleep(60)")
     )
 
+    said = []
+
     def interrupt(line):
+        said.append(line)
         if not ending and line.startswith("start"):
             raise KeyboardInterrupt
 
@@ -206,6 +273,7 @@ def test_an_interrupted_cell_goes_on_however_often(tmp_path, ending):
         else:
             with pytest.raises(KeyboardInterrupt):
                 run_cells(folder, cells[:1], **quiet)
+            assert said[-1] == "interrupted: 1 cell(s) save and end; the same command goes on"
         assert read_state(folder, cells[0], max_attempts=1).state == "stopped"
     failing = trainer(tmp_path, fail=cells[0].name)  # a fault of its own still counts
     quiet = dict(max_attempts=1, say=lambda line: None)
@@ -436,6 +504,13 @@ def test_a_sweep_below_a_file_is_a_message(tmp_path):
 def test_a_tag_without_tensorboard_is_refused():
     done = CliRunner().invoke(main_app, ["sweep", "collect", str(LAPTOP), "--tag", "loss"])
     assert isinstance(done.exception, ConfigError) and "--tensorboard" in str(done.exception)
+
+
+def test_a_folder_in_the_place_of_a_table_and_runs_that_are_not_there_are_called_so(tmp_path):
+    with pytest.raises(DataError, match=r"is a folder; give the table in it, .*/cells\.csv"):
+        commands.fit(tmp_path, None)
+    with pytest.raises(DataError, match=r"--tensorboard .*/none is no folder"):
+        commands.collect(LAPTOP, [f"folder={tmp_path}"], tmp_path / "none", "loss")
 
 
 def test_a_note_that_cannot_be_read_is_named(tmp_path):

@@ -1,0 +1,53 @@
+"""What the ranks of one launcher have said: an error that all of them find is printed once.
+
+The launcher opens an unnamed file and every rank inherits it, so nothing is left behind whoever is killed.
+"""
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Mapping
+
+VARIABLE = "MEGATRON_ESO_SAID"
+_END = b"\0"
+
+
+class Said:
+    """The launcher's side."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()
+        self.descriptor = self._file.fileno()
+        self.variable = f"{self.descriptor}:{os.fstat(self.descriptor).st_ino}"
+        """What ranks must find in their environment."""
+
+    def clear(self) -> None:
+        """Forget what was said."""
+        os.ftruncate(self.descriptor, 0)
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._file.close()
+
+
+def is_first_to_say(text: str, environ: Mapping[str, str]) -> bool:
+    """Return whether no other rank of the same start has asked this of the same text.
+
+    Without a launcher that listens the answer is always yes, so that no error is kept quiet.
+    """
+    try:
+        descriptor, number = map(int, environ.get(VARIABLE, "").split(":"))
+        if os.fstat(descriptor).st_ino != number:  # not ours: a process in between has closed it
+            return True
+        fcntl.lockf(descriptor, fcntl.LOCK_EX)
+    except (ValueError, OSError):
+        return True
+    try:
+        said = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+        own = text.encode(errors="surrogateescape") + _END
+        if own in [part + _END for part in said.split(_END)[:-1]]:
+            return False
+        os.pwrite(descriptor, own, len(said))
+        return True
+    finally:
+        fcntl.lockf(descriptor, fcntl.LOCK_UN)
