@@ -5,6 +5,7 @@ Gloo has mostly done by then, and would hide it. Here a gathering leaves nonsens
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -97,6 +98,9 @@ def train(overrides: list[str], is_late: bool) -> dict[str, Any]:
     )
     Late.num_waited = 0
     with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # A layer registers its projection before what comes first: seen in buckets smaller than a layer.
+        warnings.filterwarnings("ignore", "The next bucket's parameter all-gather", UserWarning)
         stack.enter_context(replaced(stand_ins))
         stack.enter_context(cpu_graphs.instead_of_cuda_graphs())
         session = rank_jobs.make_session(overrides)
