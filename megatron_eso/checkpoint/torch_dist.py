@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eso.checkpoint.inert_pickle import Inert
+from megatron_eso.checkpoint.inert_pickle import STORAGE_DTYPES, Inert
 from megatron_eso.errors import CheckpointError
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -45,12 +45,6 @@ _DTYPES = {
     "bfloat16": torch.bfloat16, "int64": torch.int64, "int32": torch.int32, "int16": torch.int16,
     "int8": torch.int8,
     "uint8": torch.uint8, "bool": torch.bool,
-}  # fmt: skip
-_STORAGES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
 }  # fmt: skip
 
 
@@ -303,8 +297,8 @@ class _ChunkUnpickler(pickle.Unpickler):
             return lambda storage, offset, size, stride, *rest: torch.as_strided(
                 storage, size, stride, offset
             )
-        if module_name == "torch" and global_name in _STORAGES:
-            return _STORAGES[global_name]
+        if module_name == "torch" and global_name in STORAGE_DTYPES:
+            return STORAGE_DTYPES[global_name]
         raise CheckpointError(
             f"its pickle names {module_name}.{global_name}, which no tensor needs; it was not run"
         )
