@@ -4,6 +4,7 @@ Each rank reads for itself, by the checkpoint's index: nothing is exchanged, so 
 still tell the others, and nothing that a file names is run (torch_dist.py). Megatron's own loading would
 unpickle what it finds. Of a part the rows that are wanted are read. Where they are wanted whole, as on the
 layout that wrote them, they go from the file straight into the memory where they stay; else block by block.
+Of columns, as of an output matrix at another tensor size, whole rows are read.
 """
 
 import math
