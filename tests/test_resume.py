@@ -6,13 +6,9 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-import torch
-from torch.distributed.checkpoint import FileSystemWriter, save
 from typer.testing import CliRunner
 
-from megatron_eso.checkpoint import fill as fill_module
 from megatron_eso.checkpoint.compare import compare
-from megatron_eso.checkpoint.fill import ShardedTensor, fill
 from megatron_eso.checkpoint.find import find_checkpoint, newest_valid
 from megatron_eso.checkpoint.folder import (
     CheckpointFolder,
@@ -22,7 +18,6 @@ from megatron_eso.checkpoint.folder import (
     set_aside_beyond,
 )
 from megatron_eso.checkpoint.load import require_same_model
-from megatron_eso.checkpoint.torch_dist import TorchDistReader
 from megatron_eso.cli.checkpoint import app
 from megatron_eso.config.derive import ffn_size
 from megatron_eso.config.schema import ModelConfig
@@ -262,52 +257,6 @@ def test_compare_finds_what_differs_across_layouts(two_ranks, tmp_path):
     two_ranks.run("train", ["model.num_layers=6"], 2, str(tmp_path / "deep"), 2)
     with pytest.raises(CheckpointError, match="different models"):
         compare(one, list_folders(tmp_path / "deep")[0])
-
-
-@pytest.mark.filterwarnings("ignore:.*assuming the intent is to:UserWarning")
-def test_tensors_wanted_whole_are_read_straight_into_their_memory(tmp_path, monkeypatch):
-    stored = {name: torch.arange(12.0).view(3, 4) + n for n, name in enumerate("abc")}
-    stored["turned"] = stored["c"].T
-    save(stored, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
-    read, into = [], fill_module._read_into
-    monkeypatch.setattr(fill_module, "_read_into", lambda *one: (read.append(one), into(*one)))
-    found = {
-        "a": torch.zeros(3, 4),
-        "b": torch.zeros(3, 4, dtype=torch.float64),
-        "c": torch.zeros(4, 3).T,
-        "turned": torch.zeros(4, 3),
-    }
-    wanted = [ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in found.items()]
-    fill(TorchDistReader(tmp_path), wanted)
-    assert all(torch.equal(found[name], stored[name].to(found[name].dtype)) for name in stored)
-    mine = {tensor.data_ptr() for tensor in found.values()}
-    places = [(first, target.data_ptr()) for _, first, target in read]
-    assert [place for _, place in places if place in mine] == [found["a"].data_ptr()]
-    data = next(tmp_path.glob("*.distcp"))
-    data.write_bytes(data.read_bytes()[: places[0][0] + 20])
-    with pytest.raises(CheckpointError, match="ends before its tensors do"):
-        into(*read[0])
-    with pytest.raises(CheckpointError, match="incomplete"):
-        fill(TorchDistReader(tmp_path), wanted)
-
-
-@pytest.mark.filterwarnings("ignore:.*assuming the intent is to:UserWarning")
-def test_tensors_that_are_not_the_checkpoints_are_refused_by_name(tmp_path):
-    save({"a": torch.ones(4, 2)}, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
-    reader = TorchDistReader(tmp_path)
-    for name, shape, words in (
-        ("b", (4, 2), "does not hold b"),
-        ("a", (5, 2), "holds a with the shape"),
-    ):
-        with pytest.raises(CheckpointError, match=words):
-            fill(reader, [ShardedTensor.from_rank_offsets(name, torch.zeros(shape))])
-    padded = torch.full((5, 2), 7.0)
-    fill(reader, [ShardedTensor.from_rank_offsets("a", padded, allow_shape_mismatch=True)])
-    assert padded.tolist() == [[1.0, 1.0]] * 4 + [[0.0, 0.0]]
-    (part,) = reader.tensors["a"].chunks
-    reader.tensors["a"] = replace(reader.tensors["a"], chunks=(replace(part, sizes=(3, 2)),))
-    with pytest.raises(CheckpointError, match="do not make the tensor"):
-        fill(reader, [ShardedTensor.from_rank_offsets("a", torch.zeros(4, 2))])
 
 
 def test_a_fresh_run_in_bf16_starts_from_masters_that_are_not_rounded(one_rank):

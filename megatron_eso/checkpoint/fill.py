@@ -2,8 +2,9 @@
 
 Each rank reads for itself, by the checkpoint's index: nothing is exchanged, so a rank that cannot read can
 still tell the others, and nothing that a file names is run (torch_dist.py). Megatron's own loading would
-unpickle what it finds. A part that is wanted as it is stored, as on the layout that wrote it, goes from the
-file straight into the memory where it stays.
+unpickle what it finds. Of a part the rows that are wanted are read. Where they are wanted whole, as on the
+layout that wrote them, they go from the file straight into the memory where they stay; else block by block.
+Of columns, as of an output matrix at another tensor size, whole rows are read.
 """
 
 import math
@@ -25,6 +26,8 @@ with importing_megatron():
     from megatron.core.dist_checkpointing import ShardedTensor
 
 THREADS = 4
+BLOCK_BYTES = 64 << 20
+"""What a thread reads at once, rather than a part of any size, where memory of its own is needed for it."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,15 @@ def _reads_of(reader: TorchDistReader, entry: ShardedTensor) -> list[_Read]:
 
 
 def _is_near(chunk: Chunk, offsets: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Return whether a chunk may have something in common with a target; of most layers none has."""
-    for first, size, offset, length in zip(chunk.offsets, chunk.sizes, offsets, shape, strict=True):
-        return first < offset + length and offset < first + size  # by the first axis alone
-    return True
+    """Return whether a chunk may have something in common with a target, quickly: by the first axis alone.
+
+    Of most layers' chunks none has.
+    """
+    if not shape:
+        return True
+    return (
+        chunk.offsets[0] < offsets[0] + shape[0] and offsets[0] < chunk.offsets[0] + chunk.sizes[0]
+    )
 
 
 def _common(
@@ -106,25 +114,56 @@ def _common(
 
 def _perform(reader: TorchDistReader, read: _Read) -> None:
     """Copy what a target and a stored part have in common."""
-    chunk, target = read.chunk, read.target
-    part, first_byte = reader.mapped(read.stored, chunk)
-    common = _common(chunk, read.offsets, target.shape)
-    place = tuple(
-        slice(at - o, at - o + n) for (at, n), o in zip(common, read.offsets, strict=True)
+    part, first_byte = reader.mapped(read.stored, read.chunk)
+    common = _common(read.chunk, read.offsets, read.target.shape)
+    into = read.target[_within(common, read.offsets)]
+    inside = _within(common, read.chunk.offsets)
+    if not part.is_contiguous():  # such as transposed; no part of this trainer's is
+        into.copy_(part[inside])
+        return
+    # The axes before this one are of one entry each, so what is wanted along it are rows in one piece.
+    axis = next((i for i, size in enumerate(into.shape) if size > 1), max(into.dim() - 1, 0))
+    rows = part[inside[: axis + 1]]
+    first_byte += rows.data_ptr() - part.data_ptr()
+    _read_rows(
+        reader.folder / read.chunk.file,
+        first_byte,
+        rows.view(-1, *rows.shape[axis + 1 :]),
+        into.view(-1, *into.shape[axis + 1 :]),
+        inside[axis + 1 :],
     )
-    inside = tuple(
-        slice(at - o, at - o + n) for (at, n), o in zip(common, chunk.offsets, strict=True)
-    )
-    into = target[place]
-    is_plain = into.device.type == "cpu" and into.is_contiguous() and into.dtype == part.dtype
-    if part.is_contiguous():
-        # Not through the mapping: a page that cannot be read there ends the process.
-        whole = into if is_plain and into.shape == part.shape else torch.empty_like(part)
-        _read_into(reader.folder / chunk.file, first_byte, whole)
-        if whole is into:
-            return
-        part = whole
-    into.copy_(part[inside])
+
+
+def _within(common: list[tuple[int, int]], offsets: tuple[int, ...]) -> tuple[slice, ...]:
+    """Return where a common part is in what begins at these offsets."""
+    return tuple(slice(at - o, at - o + n) for (at, n), o in zip(common, offsets, strict=True))
+
+
+def _read_rows(
+    path: Path, first_byte: int, rows: Tensor, into: Tensor, columns: tuple[slice, ...]
+) -> None:
+    """Read rows that lie one after the other in a file, and copy the wanted columns of each.
+
+    Args:
+        path: the file.
+        first_byte: of the first row.
+        rows: in the mapping, for their shape and format alone: a page that cannot be read there would end
+            the process.
+        into: the same number of rows, of the wanted columns.
+        columns: what is wanted of a row, along its axes.
+    """
+    is_plain = into.device.type == "cpu" and into.is_contiguous() and into.dtype == rows.dtype
+    if is_plain and into.shape == rows.shape:
+        _read_into(path, first_byte, into)
+        return
+    row_bytes = rows[0].nbytes
+    num_rows = max(BLOCK_BYTES // row_bytes, 1)
+    block = torch.empty_like(rows[:num_rows])
+    for first in range(0, len(rows), num_rows):
+        target = into[first : first + num_rows]
+        read = block[: len(target)]
+        _read_into(path, first_byte + first * row_bytes, read)
+        target.copy_(read[:, *columns])
 
 
 def _read_into(path: Path, first_byte: int, target: Tensor) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_eso.errors import CheckpointError
 
-_DTYPES = {
+STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -33,6 +33,7 @@ _DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+"""By the names that torch files give their storages."""
 _LOCAL_HEADER_BYTES = 30  # of a zip member, before its name
 
 
@@ -123,7 +124,7 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Tensor:
         """Return a storage as a flat tensor that shares the file's pages."""
         _, kind, key, _, numel = pid
-        dtype = _DTYPES.get(kind.origin.removeprefix("torch."))
+        dtype = STORAGE_DTYPES.get(kind.origin.removeprefix("torch."))
         if dtype is None:
             raise CheckpointError(f"a tensor's storage is a {kind.origin}, which is not read")
         if key not in self._storages:

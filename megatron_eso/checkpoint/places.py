@@ -3,7 +3,8 @@
 A rank that shares its weights with no other loads every tensor, where it can into the optimizer's own
 memory. Ranks of one data-parallel group share the work as they do for a save: each reads its share of the
 parameters from the disk, and sends them to the others, one parameter at a time. So a start reads each
-byte once per replica of the model, and a GPU needs room for one parameter's tensors beside the state.
+byte once per replica of the model (fill.py says what more at another layout), and a GPU needs room for one
+parameter's tensors beside the state.
 """
 
 from collections.abc import Iterable, Iterator

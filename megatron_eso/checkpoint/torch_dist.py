@@ -7,7 +7,9 @@ the names below are known, each means a stand-in that keeps its content, and any
 
 import io
 import mmap
+import os
 import pickle
+import struct
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eso.checkpoint.inert_pickle import Inert
+from megatron_eso.checkpoint.inert_pickle import STORAGE_DTYPES, Inert
 from megatron_eso.errors import CheckpointError
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -43,12 +45,6 @@ _DTYPES = {
     "bfloat16": torch.bfloat16, "int64": torch.int64, "int32": torch.int32, "int16": torch.int16,
     "int8": torch.int8,
     "uint8": torch.uint8, "bool": torch.bool,
-}  # fmt: skip
-_STORAGES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
 }  # fmt: skip
 
 
@@ -212,12 +208,16 @@ def _read_index(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, Stored
 
 
 def _stored(name: str, entry: dict[str, Any], where: dict[Any, Any]) -> StoredTensor:
-    chunks = []
+    chunks, shape = [], _sizes(entry["size"])
     for chunk in entry["chunks"]:
         offsets, sizes = _sizes(chunk.state["offsets"]), _sizes(chunk.state["sizes"])
+        if not len(offsets) == len(sizes) == len(shape):
+            raise CheckpointError(
+                f"{name} has parts of {len(sizes)} dimensions at {offsets}, and is one of {len(shape)}"
+            )
         chunks.append(Chunk(offsets, sizes, *_place(name, where[(name, offsets)])))
     dtype = _dtype_of(entry["properties"])
-    return StoredTensor(name, _sizes(entry["size"]), dtype, tuple(chunks))
+    return StoredTensor(name, shape, dtype, tuple(chunks))
 
 
 def _place(name: str, info: Inert) -> tuple[str, int, int]:
@@ -297,8 +297,8 @@ class _ChunkUnpickler(pickle.Unpickler):
             return lambda storage, offset, size, stride, *rest: torch.as_strided(
                 storage, size, stride, offset
             )
-        if module_name == "torch" and global_name in _STORAGES:
-            return _STORAGES[global_name]
+        if module_name == "torch" and global_name in STORAGE_DTYPES:
+            return STORAGE_DTYPES[global_name]
         raise CheckpointError(
             f"its pickle names {module_name}.{global_name}, which no tensor needs; it was not run"
         )
@@ -310,14 +310,14 @@ class _ChunkUnpickler(pickle.Unpickler):
 
 
 def _content_of_range(file: Any, first_byte: int, num_bytes: int) -> tuple[Any, int]:
-    """Return what a byte range of a file holds; its tensors' pages are mapped, not copied.
+    """Return what a byte range of a file holds; its tensors' pages are mapped, not read.
 
     Also returns the address that the first byte of the file would have.
     """
     first = first_byte - first_byte % mmap.ALLOCATIONGRANULARITY
     skip = first_byte - first
     mapped = mmap.mmap(file.fileno(), num_bytes + skip, access=mmap.ACCESS_COPY, offset=first)
-    view = _Range(mapped, skip, num_bytes)
+    view = _Range(file.fileno(), first_byte, num_bytes)
     with zipfile.ZipFile(view) as archive:  # type: ignore[arg-type]
         names = [n for n in archive.namelist() if n.endswith("/data.pkl")]
         if len(names) != 1:
@@ -333,23 +333,23 @@ def _content_of_range(file: Any, first_byte: int, num_bytes: int) -> tuple[Any, 
                 raise CheckpointError(f"storage {key} is too short or compressed")
             if numel == 0:
                 return torch.empty(0, dtype=dtype)  # a buffer must not be empty
-            header = skip + info.header_offset
-            name, extra = (
-                int.from_bytes(mapped[header + at : header + at + 2], "little") for at in (26, 28)
-            )
-            return torch.frombuffer(
-                mapped, dtype=dtype, count=numel, offset=header + 30 + name + extra
-            )
+            view.seek(info.header_offset + 26)
+            name, extra = struct.unpack("<HH", view.read(4))
+            data = info.header_offset + 30 + name + extra
+            return torch.frombuffer(mapped, dtype=dtype, count=numel, offset=skip + data)
 
         found = _ChunkUnpickler(archive.read(names[0]), {"storage": storage}).load()
     return found, torch.frombuffer(mapped, dtype=torch.uint8, count=1).data_ptr() - first
 
 
 class _Range(io.RawIOBase):
-    """A part of a mapped file as a file of its own."""
+    """A part of a file as a file of its own.
 
-    def __init__(self, mapped: mmap.mmap, first: int, size: int) -> None:
-        self._mapped, self._first, self._size, self._at = mapped, first, size, 0
+    It is read, not mapped: a page of a mapping that cannot be read ends the process.
+    """
+
+    def __init__(self, descriptor: int, first: int, size: int) -> None:
+        self._descriptor, self._first, self._size, self._at = descriptor, first, size, 0
 
     def readable(self) -> bool:
         """Return True."""
@@ -369,8 +369,16 @@ class _Range(io.RawIOBase):
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes."""
-        end = self._size if size is None or size < 0 else min(self._at + size, self._size)
-        data = self._mapped[self._first + self._at : self._first + end]
-        self._at = max(end, self._at)
+        """Return the next bytes.
+
+        Raises:
+            CheckpointError: if they cannot be read; of an OSError zipfile would say that it is no zip.
+        """
+        left = max(self._size - self._at, 0)
+        size = left if size is None or size < 0 else min(size, left)
+        try:
+            data = os.pread(self._descriptor, size, self._first + self._at)
+        except OSError as error:
+            raise CheckpointError(f"it cannot be read: {error}") from None
+        self._at += len(data)
         return data

@@ -32,8 +32,10 @@ def unseen_data(runs: Iterable[RunConfig]) -> list[str]:
         sources, held_out = sources_of(run.data), held_out_of(run.data)
         seen: dict[str, Manifest] = {}
         for setting, path in {**sources, **held_out}.items():
+            with naming(setting):
+                require_path(path)
             why = "in an object store" if is_remote(path) else "not on this machine"
-            if is_remote(path) or not os.path.isdir(path):
+            if is_remote(path) or not os.path.exists(path):
                 unseen[f"{setting}={path} ({why})"] = None
                 continue
             with naming(setting):
@@ -104,6 +106,12 @@ def require_sources(data: DataConfig) -> None:
     """Refuse a run without training data."""
     if not data.sources:
         raise DataError("data.sources is empty: name at least one prepared split")
+
+
+def require_path(path: str) -> None:
+    """Refuse a data set without an address."""
+    if not path:
+        raise DataError("the path is empty; name a prepared split")
 
 
 def sources_of(data: DataConfig) -> dict[str, str]:

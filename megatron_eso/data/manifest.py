@@ -109,6 +109,8 @@ def load_manifest(folder: Path) -> Manifest:
     Raises:
         DataError: if the folder or the manifest is missing or damaged.
     """
+    if folder.is_file():
+        raise DataError(f"{folder} is a file; name the folder of a prepared split")
     if not folder.is_dir():
         raise DataError(
             f"data folder {folder} does not exist; make it with `megatron-eso data prepare`"

@@ -15,6 +15,7 @@ from megatron_eso.data.fits import (
     distinct,
     held_out_of,
     naming,
+    require_path,
     require_sources,
     shape_of,
     sources_of,
@@ -30,7 +31,6 @@ from megatron_eso.data.shards import ShardedRows
 from megatron_eso.data.store import LocalStore
 from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.data.transports import transport_for
-from megatron_eso.errors import DataError
 from megatron_eso.files import is_remote
 
 
@@ -52,8 +52,7 @@ def open_split(
     Raises:
         DataError: if the split is missing, empty, damaged, or its tokenizer was replaced.
     """
-    if not address:
-        raise DataError("a data source has no path: set data.sources[].path")
+    require_path(address)
     verify = data.verify_hashes if verify_hashes is None else verify_hashes
     if is_remote(address):
         store = _cached_store(address, data, verify, pass_by_cache)

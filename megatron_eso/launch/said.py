@@ -44,7 +44,7 @@ def is_first_to_say(text: str, environ: Mapping[str, str]) -> bool:
         return True
     try:
         said = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-        own = text.encode(errors="surrogateescape") + _END
+        own = text.encode(errors="backslashreplace") + _END
         if own in [part + _END for part in said.split(_END)[:-1]]:
             return False
         os.pwrite(descriptor, own, len(said))

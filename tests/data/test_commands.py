@@ -233,6 +233,21 @@ def test_what_cannot_be_seen_from_here_is_said_and_the_rest_compared(prepared, t
         unseen_data([replace(config, data=DataConfig([DataSourceConfig(str(prepared))]))])
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("", "the path is empty"), (__file__, r"test_commands\.py is a file; name the folder")],
+    ids=["empty", "a-file"],
+)
+@pytest.mark.parametrize("look", [unseen_data, require_data])
+def test_what_is_no_split_anywhere_is_refused_before_it_is_looked_for_elsewhere(
+    look, path, message
+):
+    """Said of the settings: it is no data set that the job alone could see."""
+    data = DataConfig(sources=[DataSourceConfig(path)])
+    with pytest.raises(DataError, match=rf"data\.sources\[0\]\.path: .*{message}"):
+        look([RunConfig(data=data)])
+
+
 def test_the_tokenizers_of_sets_that_are_seen_are_compared(prepared, corpus, tmp_path):
     run("prepare", corpus, "--out", tmp_path / "set", "--sequence-length", 16, "--vocab-size", 300,
         "--processes", 1, "--tokenizer-mib", 1, "--validation-fraction", 0.5)  # fmt: skip

@@ -118,6 +118,8 @@ def test_what_was_said_is_remembered_for_one_start(tmp_path):
     assert [is_first_to_say(text, environ) for text in ("a", "b", "a", "ab")] == [1, 1, 0, 1]
     said.clear()
     assert is_first_to_say("a", environ)
+    damaged = "a name \ud800 of a file of JSON"  # no text in UTF-8
+    assert [is_first_to_say(damaged, environ) for _ in range(2)] == [1, 0]
     with open(
         tmp_path / "file", "w+"
     ) as other:  # the descriptor of another file, as of a nested command
