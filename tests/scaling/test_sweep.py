@@ -149,6 +149,15 @@ def test_a_base_that_contradicts_num_gpus_is_refused(tmp_path):
         one_cell(tmp_path, base, "num_gpus=4")
 
 
+def test_a_base_without_held_out_rows_is_refused_before_anything_trains(tmp_path):
+    text = (LAPTOP.parent / "laptop_base.yaml").read_text()
+    (tmp_path / "base.yaml").write_text(
+        text.replace("  validation:\n    stdlib: runs/data/stdlib256/validation\n", "")
+    )
+    with pytest.raises(ConfigError, match=r"base\.yaml: data\.validation"):
+        one_cell(tmp_path, f"base={tmp_path}/base.yaml")
+
+
 def test_objectives_that_differ_in_a_detail_are_named_by_it(tmp_path):
     listed = (
         "objectives=[{name: ar}, {name: eso, alpha_0: 0.5}, {name: eso, alpha_0: 0.25},"
