@@ -443,6 +443,15 @@ def test_padding_without_a_mask_is_remarked(warnings_of):
     assert not warnings_of(batch[:1], pad_token_id=3)
 
 
+def test_a_tuple_is_returned_where_one_is_asked_for(model):
+    """Unpacked, an output object gives the names of its fields."""
+    canvas, tokens = rows(), rows()
+    canvas[:, 3] = MASK
+    loss, logits = model(canvas, labels=tokens, return_dict=False)
+    whole = model(canvas, labels=tokens)
+    assert torch.equal(loss, whole.loss) and torch.equal(logits, whole.logits)
+
+
 def test_a_canvas_without_masks_is_refused(model):
     """A next-token harness would take the logits for those of the next token, in silence."""
     with pytest.raises(ValueError, match=f"no mask token .*{MASK}.*log_likelihood"):

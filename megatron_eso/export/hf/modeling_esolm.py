@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_esolm import EsoLMConfig, EsoLMDiTConfig
 from .decoding_esolm import likelihood_orders, pad_lists
@@ -186,6 +186,7 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
         """Replace the head."""
         self.lm_head = value
 
+    @can_return_tuple
     def forward(
         self, input_ids=None, attention_mask=None, labels=None, order=None, generator=None, **kwargs
     ):
