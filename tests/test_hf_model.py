@@ -4,6 +4,7 @@ import importlib.util
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -226,10 +227,27 @@ def test_a_generation_config_counts_like_the_call(model):
     assert torch.equal(
         filled, model.generate(canvas, max_new_tokens=3, alpha_0=1.0, seed=1, eos_token_id=None)
     )
+    filled = model.generate(canvas, generation_config=GenerationConfig(max_length=8), seed=1)
+    assert filled.shape == (1, 8)
     with pytest.raises(ValueError, match="max_time"):
         model.generate(canvas, generation_config=GenerationConfig(max_time=2.5, max_new_tokens=3))
     with pytest.raises(ValueError, match="num_beams=4"):
         model.generate(canvas, generation_config=GenerationConfig(num_beams=4, max_new_tokens=3))
+
+
+def test_what_a_generation_config_leaves_open_is_the_models(model, monkeypatch):
+    """transformers fills it up from generation_config.json: the end token, the number of tokens."""
+    free = model.generate(rows(1, 4), max_new_tokens=10, alpha_0=0.0, eos_token_id=None)
+    end = int(free[0, 6])
+    for name, value in {"eos_token_id": end, "pad_token_id": 3, "max_new_tokens": 10}.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    ended = model.generate(rows(1, 4), alpha_0=0.0)
+    assert (ended[0, 4:] == end).any() and (ended[0, 7:] == 3).all()
+    for asked in (GenerationConfig(do_sample=False), GenerationConfig(max_new_tokens=10)):
+        assert torch.equal(model.generate(rows(1, 4), generation_config=asked, alpha_0=0.0), ended)
+    monkeypatch.setattr(model.generation_config, "max_time", 2.5)
+    with pytest.raises(ValueError, match="max_time"):
+        model.generate(rows(1, 4))
 
 
 PREFIX, GAPS = (0, 1, 2, 3), (0, 2, 3, 11)
@@ -240,7 +258,7 @@ SAME_TEXT = {
     "one-token-a-step": ({"alpha_0": 1.0}, (), NUCLEUS),
     "fixed": ({"method": "fixed", "alpha_0": 0.7, "num_steps": 3}, PREFIX, NUCLEUS),
     "strided": ({"method": "strided", "alpha_0": 1.0, "num_steps": 5}, GAPS, NUCLEUS),
-    "left-to-right": ({"method": "left-to-right", "alpha_0": 1.0}, PREFIX, NUCLEUS),
+    "left-to-right": ({"method": "left-to-right", "alpha_0": 0.0}, PREFIX, NUCLEUS),
     "greedy": ({"alpha_0": 0.5, "num_steps": 4}, PREFIX, {"temperature": 0.0}),
 }
 
@@ -302,6 +320,11 @@ def test_rows_end_at_the_end_token(model):
     assert torch.equal(cut.sequences[0, : first + 1], free[0, : first + 1])
     assert (cut.sequences[0, first + 1 :] == 3).all()
     assert cut.num_evaluations == first - 3
+    several = torch.tensor([end, MASK])  # as transformers' own settings hold them
+    again = model.generate(
+        rows(1, 4), max_new_tokens=10, alpha_0=0.0, eos_token_id=several, pad_token_id=3
+    )
+    assert torch.equal(again, cut.sequences)
 
 
 def test_a_streamer_shows_the_text_once_and_in_order(model, folder):
@@ -360,11 +383,93 @@ def test_a_streamer_ends_where_the_text_does(model, folder):
         ({"plan": "strided", "alpha_0": 0.5, "max_new_tokens": 4}, "strided.*alpha_0=0.5"),
         ({"do_sample": True, "temperature": 0.0, "max_new_tokens": 4}, "temperature"),
         ({"top_p": 0.0, "max_new_tokens": 4}, r"top_p=0\.0 in \(0, 1\]"),
+        ({"top_k": 50, "do_sample": True, "max_new_tokens": 4}, "top_k=50 .use top_p"),
+        (
+            {"stopping_criteria": [len], "max_new_tokens": 4},
+            "stopping_criteria=.* .use eos_token_id",
+        ),
+        ({"output_scores": True, "max_new_tokens": 4}, "output_scores=True .use .*log_probs"),
+        (
+            {"num_return_sequences": 0, "max_new_tokens": 4},
+            "num_return_sequences=0 must be at least 1",
+        ),
+        (
+            {"plan": "left-to-right", "num_steps": 2, "max_new_tokens": 4},
+            "left-to-right.*num_steps=2 do not",
+        ),
+        ({"alpha_0": 0.0, "num_steps": 2, "max_new_tokens": 4}, r"num_steps=2.*alpha_0=0\b"),
     ],
 )
 def test_a_setting_without_effect_is_refused(model, settings, message):
     with pytest.raises(ValueError, match=message):
         model.generate(rows(1, 4), **settings)
+
+
+def test_flags_that_are_off_are_no_settings(model):
+    off = {"output_scores": False, "output_attentions": False, "max_new_tokens": 2}
+    assert model.generate(rows(1, 4), **off).shape == (1, 6)
+
+
+@pytest.fixture
+def warnings_of(model, monkeypatch):
+    """Return what says which warnings a call of generate() gives."""
+
+    def call(*arguments, **settings):
+        said = []
+        log = SimpleNamespace(warning_once=said.append)
+        monkeypatch.setattr("megatron_eso.export.hf.generation_esolm.log", log)
+        model.generate(*arguments, max_new_tokens=2, **settings)
+        return said
+
+    return call
+
+
+def test_a_temperature_without_sampling_is_remarked(warnings_of):
+    said = warnings_of(rows(1, 4), temperature=0.7, top_p=0.9)
+    assert (
+        len(said) == 1 and "temperature=0.7, top_p=0.9" in said[0] and "do_sample=True" in said[0]
+    )
+    assert not warnings_of(rows(1, 4), temperature=0.7, do_sample=True)
+    assert not warnings_of(rows(1, 4), temperature=1.0, do_sample=False)
+
+
+def test_padding_without_a_mask_is_remarked(warnings_of):
+    """The padding's token is text elsewhere: nothing but the mask can tell."""
+    batch = rows(2, 5)
+    batch[1, :2] = 3
+    said = warnings_of(batch, pad_token_id=3)
+    assert len(said) == 1 and "attention_mask" in said[0] and "pad_token_id=3" in said[0]
+    assert not warnings_of(batch, pad_token_id=3, attention_mask=(batch != 3).long())
+    assert not warnings_of(batch[:1], pad_token_id=3)
+
+
+def test_a_tuple_is_returned_where_one_is_asked_for(model):
+    """Unpacked, an output object gives the names of its fields."""
+    canvas, tokens = rows(), rows()
+    canvas[:, 3] = MASK
+    loss, logits = model(canvas, labels=tokens, return_dict=False)
+    whole = model(canvas, labels=tokens)
+    assert torch.equal(loss, whole.loss) and torch.equal(logits, whole.logits)
+
+
+def test_a_canvas_without_masks_is_refused(model):
+    """A next-token harness would take the logits for those of the next token, in silence."""
+    with pytest.raises(ValueError, match=f"no mask token .*{MASK}.*log_likelihood"):
+        model(input_ids=rows())
+
+
+def test_rows_without_a_prompt_are_generated_and_the_message_says_how(model):
+    with pytest.raises(ValueError, match=r"torch\.empty\(1, 0"):
+        model.generate(max_new_tokens=4)
+    text = model.generate(torch.empty(2, 0, dtype=torch.long), max_new_tokens=4, seed=1)
+    assert text.shape == (2, 4) and not (text == MASK).any()
+
+
+def test_prompts_of_one_dimension_are_called_so(model):
+    with pytest.raises(ValueError, match=r"\[rows, tokens\].*\(4,\)"):
+        model.generate(rows(1, 4)[0], max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"attention_mask.*\(1, 3\).*\(1, 4\)"):
+        model.generate(rows(1, 4), attention_mask=torch.ones(1, 3), max_new_tokens=4)
 
 
 def test_positions_and_caches_are_refused(model):

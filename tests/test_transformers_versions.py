@@ -23,7 +23,7 @@ VERSIONS = {
 }  # fmt: skip
 SCRIPT = """
 import json, sys, torch, transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 kind, folder, out = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder)
 own = kind == "esolm"
@@ -37,6 +37,11 @@ with torch.no_grad():
         mask = torch.ones_like(ids)
         logits = model(input_ids=canvas, attention_mask=mask).logits[..., :-1]
         text = model.generate(ids, max_new_tokens=8, alpha_0=0.5, seed=1, do_sample=False)
+        asked = GenerationConfig(max_length=ids.shape[1] + 8)  # 4.57 writes defaults into the rest
+        same = model.generate(ids, generation_config=asked, alpha_0=0.5, seed=1)
+        assert torch.equal(same, text)
+        asked = model.generate(ids, generation_config=GenerationConfig(), alpha_0=0.5, seed=1)
+        assert asked.shape[1] == ids.shape[1] + model.generation_config.max_new_tokens
         found["text"] = tokenizer.decode(text[0])
         found["likelihood"] = float(model.log_likelihood(ids[:, :3], ids[:, 3:]).log_likelihood)
         model.train()

@@ -217,7 +217,9 @@ def _read_csv(path: Path) -> list[Row]:
 def _value(text: str) -> Any:
     if text == "":
         return None
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -154,6 +154,11 @@ def _base_run(
             f"{sweep.base} asks for parallel.local_ranks={ranks}, the sweep for num_gpus="
             f"{sweep.num_gpus}, which is what a cell trains on; set num_gpus={ranks} or leave out the other"
         )
+    if not base.data.validation:
+        raise ConfigError(
+            f"{sweep.base or 'base'}: data.validation names no set, so a cell would end without the loss "
+            "that is fitted; name the held-out rows there, as configs/sweep/laptop_base.yaml does"
+        )
     rows = sweep.batch_rows or base.train.global_batch_rows
     return replace(
         base,

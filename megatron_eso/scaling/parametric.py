@@ -33,6 +33,15 @@ class Parametric:
     """log(measured) - log(fitted)."""
     intervals: dict[str, tuple[float, float]]
 
+    @property
+    def is_determined(self) -> bool:
+        """False where the fit ended at a bound: the runs do not say what the law is."""
+        return self.E >= 1e-3 and all(0.02 < x < 2.9 for x in (self.a, self.b))
+
+    def at(self, parameters: float, tokens: float) -> float:
+        """Return the loss of a size after so many tokens."""
+        return self.E + self.A / parameters**self.a + self.B / tokens**self.b
+
 
 def fit_parametric(
     parameters: Sequence[float],

@@ -123,8 +123,8 @@ def _draw_law(axis: Any, study: Study, law_name: str, value: str, label: str) ->
     if axis.get_legend_handles_labels()[0]:
         axis.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=label)
         axis.legend(fontsize=8)
-    else:  # an empty axis cannot be logarithmic
-        axis.set(xlabel="training FLOPs", ylabel=label)
+    else:  # an empty axis cannot be logarithmic, and has no numbers
+        axis.set(xlabel="training FLOPs", ylabel=label, xticks=[], yticks=[])
         axis.text(0.5, 0.5, "no interior minimum", ha="center", transform=axis.transAxes)
 
 

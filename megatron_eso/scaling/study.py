@@ -21,6 +21,7 @@ from megatron_eso.scaling.parametric import Parametric, fit_parametric
 
 Row = dict[str, Any]
 NUM_BOOTSTRAP = 400
+FAR = 10.0  # times the largest budget: further than that an extrapolation says so
 MUST_AGREE = ("data", "vocab_size", "sequence_length")
 NUMBERS = ("parameters", "tokens", "flops", "loss")
 NEEDED = ("objective", "state", *NUMBERS)
@@ -93,7 +94,11 @@ def fit_study(rows: Sequence[Row], *, budget: float | None = None) -> Study:
 
 
 def recommendation(fit: ObjectiveFit, budget: float) -> str:
-    """Return the recommended size and tokens at a budget, with intervals, in one line."""
+    """Return the recommended size and tokens at a budget, with intervals, in one line.
+
+    L* has a power law without the floor E, so far from the measured budgets it is too low, whatever its
+    interval says; the parametric law stands beside it.
+    """
     if fit.size_law is None or fit.token_law is None or fit.loss_law is None:
         return f"{fit.objective}: no recommendation: {'; '.join(fit.provisional)}"
     parts = []
@@ -101,8 +106,13 @@ def recommendation(fit: ObjectiveFit, budget: float) -> str:
         interval = law.interval_at(budget)
         shown = f" ({interval[0]:.3g} to {interval[1]:.3g})" if interval else " (no interval)"
         parts.append(f"{name} {law.at(budget):.3g}{shown}")
+    if fit.parametric and fit.parametric.is_determined:
+        loss = fit.parametric.at(fit.size_law.at(budget), fit.token_law.at(budget))
+        parts[-1] += f" by a power law without a floor, {loss:.3g} by E + A/N^a + B/D^b"
+    beyond = budget / max(m.budget for m in fit.minima)
+    far = f", {beyond:.3g} times the largest budget measured" if beyond > FAR else ""
     mark = " PROVISIONAL" if fit.provisional else ""
-    return f"{fit.objective} at {budget:.3g} FLOPs: {', '.join(parts)}{mark}"
+    return f"{fit.objective} at {budget:.3g} FLOPs{far}: {', '.join(parts)}{mark}"
 
 
 def study_text(study: Study) -> str:
@@ -238,9 +248,7 @@ def _fit_objective(
         reasons.append("a token ladder has no IsoFLOP curves; the parametric law alone is fitted")
     elif len(good) < 3:
         reasons.append(f"{len(good)} interior minima; intervals need 3")
-    if parametric and (
-        parametric.E < 1e-3 or not all(0.02 < x < 2.9 for x in (parametric.a, parametric.b))
-    ):
+    if parametric and not parametric.is_determined:
         reasons.append("the parametric law is at its bounds: these runs do not determine it")
     if num_left_out:
         reasons.append(f"{num_left_out} cells diverged or are unfinished")

@@ -149,6 +149,15 @@ def test_a_base_that_contradicts_num_gpus_is_refused(tmp_path):
         one_cell(tmp_path, base, "num_gpus=4")
 
 
+def test_a_base_without_held_out_rows_is_refused_before_anything_trains(tmp_path):
+    text = (LAPTOP.parent / "laptop_base.yaml").read_text()
+    (tmp_path / "base.yaml").write_text(
+        text.replace("  validation:\n    stdlib: runs/data/stdlib256/validation\n", "")
+    )
+    with pytest.raises(ConfigError, match=r"base\.yaml: data\.validation"):
+        one_cell(tmp_path, f"base={tmp_path}/base.yaml")
+
+
 def test_objectives_that_differ_in_a_detail_are_named_by_it(tmp_path):
     listed = (
         "objectives=[{name: ar}, {name: eso, alpha_0: 0.5}, {name: eso, alpha_0: 0.25},"
@@ -429,6 +438,48 @@ def test_unfinished_and_diverged_cells_are_left_out_and_make_it_provisional():
     assert len(study.left_out) == 2
     assert any("2 cells" in reason for reason in study.objectives[0].provisional)
     assert "PROVISIONAL" in recommendation(study.objectives[0], 1e10)
+
+
+def law_rows(budgets):
+    """Return cells that obey a law with a floor, around each budget's best size."""
+    rows = []
+    for budget in budgets:
+        for share in (0.25, 0.5, 1.0, 2.0, 4.0):
+            size = share * 0.1 * budget**0.5
+            tokens = budget / (6 * size)
+            loss = 1.7 + 400 / size**0.34 + 410 / tokens**0.28
+            rows.append(
+                row(1, budget, cell=f"{budget}{share}", parameters=size, tokens=tokens, loss=loss)
+            )
+    return rows
+
+
+def test_a_far_extrapolation_stands_beside_the_law_with_a_floor():
+    """The power law of the loss has none: its narrow interval leaves the truth out."""
+    [fit] = fit_study(law_rows((1e17, 1e18, 1e19))).objectives
+    assert fit.parametric and fit.parametric.is_determined and fit.size_law and fit.token_law
+    size, tokens = fit.size_law.at(1e22), fit.token_law.at(1e22)
+    truth = 1.7 + 400 / size**0.34 + 410 / tokens**0.28
+    assert fit.loss_law and fit.loss_law.at(1e22) < truth - 0.2
+    assert fit.parametric.at(size, tokens) == pytest.approx(truth, abs=0.02)
+    said = recommendation(fit, 1e22)
+    assert "1e+03 times the largest budget measured" in said
+    assert f"without a floor, {fit.parametric.at(size, tokens):.3g} by E + A/N^a" in said
+    assert "largest budget" not in recommendation(fit, 4e19)
+
+
+def test_an_axis_without_data_has_no_numbers():
+    study = fit_study([row(s, 1e9, loss=2.0 + s) for s in (1, 2, 3)])
+    empty = [
+        a for a in study_figure(study).axes if any("no interior" in t.get_text() for t in a.texts)
+    ]
+    assert len(empty) == 2 and not any(len(a.get_xticks()) + len(a.get_yticks()) for a in empty)
+
+
+def test_whole_numbers_of_a_table_stay_whole(tmp_path):
+    write_table([row(1, 1e9, state="failed", steps_done=7, steps=53)], tmp_path / "cells")
+    with pytest.raises(DataError, match=r"state failed at step 7 of 53$"):
+        fit_study(read_table(tmp_path / "cells.csv"))
 
 
 def test_a_table_whose_rows_do_not_fit_its_head_is_refused_with_the_line(tmp_path):

@@ -1,9 +1,9 @@
-"""Which positions in which step, and which token: the pure part of sampling.
+"""Which positions in which step or order, and which token: the pure part of sampling and scoring.
 
 ``megatron_eso.sample`` and the exported model run this very file; it goes beside the weights, so it knows
 neither. Every random number is a function of (seed, row, position): a row's text depends on no batch.
 
-Letters: N = entries, V = vocabulary.
+Letters: B = rows, L = tokens of a row, N = entries, V = vocabulary.
 """
 
 from itertools import pairwise
@@ -95,6 +95,58 @@ def row_order(is_open, *, method, num_diffusion, num_steps, seed, row):
     early = sorted(places, key=key.__getitem__)[:num_diffusion]
     chosen = set(early)
     return early + [place for place in places if place not in chosen]
+
+
+def pad_lists(context, continuation, device):
+    """Return [B, L] tokens, which of them are the continuation, and which are not padding."""
+    context, continuation = (
+        [[int(i) for i in row] for row in rows] for rows in (context, continuation)
+    )
+    if len(context) != len(continuation):
+        raise ValueError(f"{len(context)} contexts for {len(continuation)} continuations")
+    length = max(len(a) + len(b) for a, b in zip(context, continuation, strict=True))
+    tokens = torch.zeros(len(context), length, dtype=torch.int64)
+    predicted, valid = torch.zeros_like(tokens).bool(), torch.zeros_like(tokens).bool()
+    for row, (first, then) in enumerate(zip(context, continuation, strict=True)):
+        tokens[row, : len(first) + len(then)] = torch.tensor(first + then, dtype=torch.int64)
+        predicted[row, len(first) : len(first) + len(then)] = True
+        valid[row, : len(first) + len(then)] = True
+    return tokens.to(device), predicted.to(device), valid.to(device)
+
+
+def likelihood_orders(predicted, valid, order, alpha_0, seed, row_numbers):
+    """Return a list of [B, L] prediction orders and their name; see ``log_likelihood``."""
+    if (isinstance(order, str) and order != "left-to-right") or order is None:
+        raise ValueError(f"order={order!r}: give 'left-to-right', a number of orders, or a tensor")
+    if isinstance(order, bool) or (isinstance(order, int) and order < 1):
+        raise ValueError(f"order={order}: the number of random orders must be at least 1")
+    num_draws = order if isinstance(order, int) else 1
+    drawn = []
+    for draw in range(num_draws):
+        rows = []
+        for row in range(len(predicted)):
+            places = predicted[row].nonzero()[:, 0].tolist()
+            if isinstance(order, int):
+                key = uniform(seed, 0, row_numbers[row], EVAL_ORDER, 2 * len(places), draw)
+                early = [i for i in range(len(places)) if key[i] < alpha_0]
+                early.sort(key=lambda i: key[len(places) + i])
+                is_early = set(early)
+                local = early + [i for i in range(len(places)) if i not in is_early]
+            elif isinstance(order, str):
+                local = list(range(len(places)))
+            else:
+                local = [int(i) for i in order[row]][: len(places)]
+                if sorted(local) != list(range(len(places))):
+                    raise ValueError(
+                        f"order of row {row} is no permutation of {len(places)} tokens"
+                    )
+            given = (valid[row] & ~predicted[row]).nonzero()[:, 0].tolist()
+            padding = (~valid[row]).nonzero()[:, 0].tolist()
+            rows.append(given + [places[i] for i in local] + padding)
+        drawn.append(torch.tensor(rows, device=predicted.device))
+    if isinstance(order, int):
+        return drawn, f"{order} random order(s) of the family alpha_0={alpha_0:g}, seed {seed}"
+    return drawn, order if isinstance(order, str) else "given by the caller"
 
 
 def choose(logits, u, *, temperature, top_p):

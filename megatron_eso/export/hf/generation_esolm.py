@@ -12,20 +12,26 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers.utils import ModelOutput
+from transformers import GenerationConfig
+from transformers.utils import ModelOutput, logging
 
-from .decoding_esolm import EVAL_ORDER, METHODS, TOKEN, choose, diffusion_counts, row_order, uniform
+from .decoding_esolm import METHODS, TOKEN, choose, diffusion_counts, row_order, uniform
+
+log = logging.get_logger(__name__)
 
 _SETTINGS = {"max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "eos_token_id",
              "pad_token_id", "num_return_sequences", "use_cache", "return_dict_in_generate"}  # fmt: skip
 # Settings of other samplers: their neutral values are accepted, anything else is refused.
-_NEUTRAL = {"num_beams": (None, 1), "repetition_penalty": (None, 1.0), "top_k": (None, 0, 50),
+_NEUTRAL = {"num_beams": (None, 1), "repetition_penalty": (None, 1.0), "top_k": (None, 0),
             "typical_p": (None, 1.0), "min_length": (None, 0), "no_repeat_ngram_size": (None, 0),
             "bad_words_ids": (None,), "num_beam_groups": (None, 1), "penalty_alpha": (None,),
             "min_new_tokens": (None,), "length_penalty": (None, 1.0), "min_p": (None,)}  # fmt: skip
 _UNUSED = {"tokenizer", "assistant_model", "synced_gpus", "bos_token_id", "token_type_ids"}
 # What a GenerationConfig says of itself.
 _ABOUT = {"transformers_version", "_from_model_config"}
+_INSTEAD = {"top_k": "top_p", "min_p": "top_p", "stopping_criteria": "eos_token_id",
+            "stop_strings": "eos_token_id", "output_scores": "return_dict_in_generate and its log_probs",
+            "output_logits": "return_dict_in_generate and its log_probs"}  # fmt: skip
 
 
 @dataclass
@@ -63,95 +69,63 @@ class SegmentCache:
         self.kept = {i: (k[:, :, :number], v[:, :, :number]) for i, (k, v) in self.segments.items()}
 
 
-def pad_lists(context, continuation, device):
-    """Return [B, L] tokens, which of them are the continuation, and which are not padding."""
-    context, continuation = (
-        [[int(i) for i in row] for row in rows] for rows in (context, continuation)
-    )
-    if len(context) != len(continuation):
-        raise ValueError(f"{len(context)} contexts for {len(continuation)} continuations")
-    length = max(len(a) + len(b) for a, b in zip(context, continuation, strict=True))
-    tokens = torch.zeros(len(context), length, dtype=torch.int64)
-    predicted, valid = torch.zeros_like(tokens).bool(), torch.zeros_like(tokens).bool()
-    for row, (first, then) in enumerate(zip(context, continuation, strict=True)):
-        tokens[row, : len(first) + len(then)] = torch.tensor(first + then, dtype=torch.int64)
-        predicted[row, len(first) : len(first) + len(then)] = True
-        valid[row, : len(first) + len(then)] = True
-    return tokens.to(device), predicted.to(device), valid.to(device)
-
-
-def likelihood_orders(predicted, valid, order, alpha_0, seed, row_numbers):
-    """Return a list of [B, L] prediction orders and their name; see ``log_likelihood``."""
-    if (isinstance(order, str) and order != "left-to-right") or order is None:
-        raise ValueError(f"order={order!r}: give 'left-to-right', a number of orders, or a tensor")
-    if isinstance(order, bool) or (isinstance(order, int) and order < 1):
-        raise ValueError(f"order={order}: the number of random orders must be at least 1")
-    num_draws = order if isinstance(order, int) else 1
-    drawn = []
-    for draw in range(num_draws):
-        rows = []
-        for row in range(len(predicted)):
-            places = predicted[row].nonzero()[:, 0].tolist()
-            if isinstance(order, int):
-                key = uniform(seed, 0, row_numbers[row], EVAL_ORDER, 2 * len(places), draw)
-                early = [i for i in range(len(places)) if key[i] < alpha_0]
-                early.sort(key=lambda i: key[len(places) + i])
-                is_early = set(early)
-                local = early + [i for i in range(len(places)) if i not in is_early]
-            elif isinstance(order, str):
-                local = list(range(len(places)))
-            else:
-                local = [int(i) for i in order[row]][: len(places)]
-                if sorted(local) != list(range(len(places))):
-                    raise ValueError(
-                        f"order of row {row} is no permutation of {len(places)} tokens"
-                    )
-            given = (valid[row] & ~predicted[row]).nonzero()[:, 0].tolist()
-            padding = (~valid[row]).nonzero()[:, 0].tolist()
-            rows.append(given + [places[i] for i in local] + padding)
-        drawn.append(torch.tensor(rows, device=predicted.device))
-    if isinstance(order, int):
-        return drawn, f"{order} random order(s) of the family alpha_0={alpha_0:g}, seed {seed}"
-    return drawn, order if isinstance(order, str) else "given by the caller"
-
-
-def _settings(model, generation_config, kwargs):
-    """Return the settings: the call's, else the generation config's; refuse what has no effect."""
-    config = generation_config or model.generation_config
-    found = {name: getattr(config, name, None) for name in _SETTINGS}
-    refused = []
-    for name, neutral in _NEUTRAL.items():
-        value = kwargs.pop(name, getattr(config, name, None))
-        if value not in neutral:
-            refused.append(f"{name}={value}")
-    if generation_config is not None:
-        known = _SETTINGS | _NEUTRAL.keys() | _UNUSED | _ABOUT
-        given = generation_config.to_diff_dict().items()
-        refused += [f"{n}={v}" for n, v in given if n not in known and v not in (None, False)]
-    for name in ("logits_processor", "stopping_criteria"):
-        if kwargs.pop(name, None):
-            refused.append(name)
-    if kwargs.get("max_new_tokens") is not None:
-        found["max_length"] = None
-    elif kwargs.get("max_length") is not None:
-        found["max_new_tokens"] = None
-    for name in list(kwargs):
-        if name in _SETTINGS:
-            value = kwargs.pop(name)
-            # None asks for the configuration's value, but for the end token: rows do not end then.
-            is_default = value is None and name != "eos_token_id"
-            found[name] = found[name] if is_default else value
-        elif name in _UNUSED:
-            kwargs.pop(name)
-    refused += [f"{name}={value}" for name, value in kwargs.items() if value is not None]
-    if refused:
-        raise ValueError(
-            "Eso-LM's generate() does not know "
-            + ", ".join(refused)
-            + "; it takes alpha_0, num_steps, "
-            "plan, seed, first_row and " + ", ".join(sorted(_SETTINGS))
+def _settings(model, given, kwargs):
+    """Return the settings: the call's, else those of ``given``, else the model's generation config's."""
+    configs = [c for c in (given, model.generation_config) if c is not None]
+    _refuse_unknown(configs, kwargs)
+    found = dict.fromkeys(_SETTINGS)
+    for config in reversed(configs):
+        found |= {n: v for n in _SETTINGS if (v := getattr(config, n, None)) is not None}
+    # None asks for the configuration's value, but for the end token: rows do not end then.
+    call = {n: v for n, v in kwargs.items() if n in _SETTINGS}
+    found |= {n: v for n, v in call.items() if v is not None or n == "eos_token_id"}
+    if isinstance(found["eos_token_id"], torch.Tensor):
+        found["eos_token_id"] = found["eos_token_id"].flatten().tolist()
+    lengths = _lengths(given, kwargs)
+    found |= lengths | {"asks_length": bool(lengths)}
+    idle = [f"{n}={call[n]}" for n in ("temperature", "top_p") if call.get(n) not in (None, 0, 1)]
+    if idle and not found["do_sample"]:
+        log.warning_once(
+            f"{', '.join(idle)}: no effect without do_sample=True, the likeliest tokens are taken"
         )
     return found
+
+
+def _lengths(given, kwargs):
+    """Return max_new_tokens and max_length if the call or its configuration asks for one of them."""
+    asked = [(kwargs.get("max_new_tokens"), kwargs.get("max_length"))]
+    if given is not None:
+        # transformers 4 writes 20 into every configuration: nobody asked for it.
+        length = None if given.max_length == GenerationConfig().max_length else given.max_length
+        asked.append((given.max_new_tokens, length))
+    for new, length in asked:
+        if new is not None or length is not None:
+            return {"max_new_tokens": new, "max_length": length if new is None else None}
+    return {}
+
+
+def _refuse_unknown(configs, kwargs):
+    """Raise for settings of other samplers, of the call or a configuration, unless they are off."""
+    asked = {}
+    for config in reversed(configs):
+        asked |= {n: v for n, v in config.to_diff_dict().items() if n not in _ABOUT}
+    asked |= kwargs
+    wrong = {
+        n: v
+        for n, v in asked.items()
+        if n not in _SETTINGS | _UNUSED
+        and not (v is None or v is False or (isinstance(v, list) and not v))
+        and v not in _NEUTRAL.get(n, ())
+    }
+    if wrong:
+        told = [
+            f"{n}={v}" + (f" (use {_INSTEAD[n]})" if n in _INSTEAD else "")
+            for n, v in wrong.items()
+        ]
+        raise ValueError(
+            f"Eso-LM's generate() does not know {', '.join(told)}; it takes alpha_0, num_steps, "
+            f"plan, seed, first_row and {', '.join(sorted(_SETTINGS))}"
+        )
 
 
 def _canvas(model, tokens, valid, found):
@@ -160,7 +134,7 @@ def _canvas(model, tokens, valid, found):
     has_masks = bool((tokens == model.config.mask_token_id).any())
     if new is None and found["max_length"] is not None:
         new = found["max_length"] - tokens.shape[1]
-    if has_masks and found["asked_new"] is None:
+    if has_masks and not found["asks_length"]:
         new = 0  # infilling
     if new is None or new < 0 or (new == 0 and not has_masks):
         raise ValueError(
@@ -200,18 +174,20 @@ def generate_rows(
     """
     tokens = inputs if input_ids is None else input_ids
     if tokens is None:
-        raise ValueError("give input_ids")
-    asked_new = kwargs.get("max_new_tokens", kwargs.get("max_length"))
-    if asked_new is None and generation_config is not None:
-        asked_new = generation_config.max_new_tokens
-    found = _settings(model, generation_config, dict(kwargs)) | {"asked_new": asked_new}
+        raise ValueError(
+            "give input_ids; torch.empty(1, 0, dtype=torch.long) where there is no prompt"
+        )
+    found = _settings(model, generation_config, kwargs)
+    _check_prompts(tokens, attention_mask, found["pad_token_id"])
     heat = 1.0 if found["temperature"] is None else found["temperature"]
     top_p = 1.0 if found["top_p"] is None else found["top_p"]
     if (found["do_sample"] and not heat > 0) or not 0 < top_p <= 1:
         raise ValueError(
             f"temperature={found['temperature']} must be above 0 and top_p={found['top_p']} in (0, 1]"
         )
-    copies = found["num_return_sequences"] or 1
+    copies = 1 if found["num_return_sequences"] is None else found["num_return_sequences"]
+    if copies < 1:
+        raise ValueError(f"num_return_sequences={copies} must be at least 1")
     tokens = tokens.repeat_interleave(copies, 0)
     if attention_mask is None:
         valid = torch.ones_like(tokens, dtype=torch.bool)
@@ -222,7 +198,7 @@ def generate_rows(
     prompt = tokens.shape[1]
     canvas, valid = _canvas(model, tokens, valid, found)
     seed = int(torch.randint(2**31, (1,))) if seed is None else seed
-    share = _share(model, plan, alpha_0)
+    share = _share(model, plan, alpha_0, num_steps)
     steps = _steps(model, canvas, valid, share, num_steps, plan, seed, first_row)
     was_training = model.training
     model.eval()
@@ -233,7 +209,25 @@ def generate_rows(
     return result if found["return_dict_in_generate"] else result.sequences
 
 
-def _share(model, plan, alpha_0):
+def _check_prompts(tokens, attention_mask, pad):
+    """Refuse shapes that are no prompts; remark what looks like padding that no mask tells from text."""
+    if tokens.dim() != 2:
+        raise ValueError(f"input_ids are [rows, tokens], not of shape {tuple(tokens.shape)}")
+    if attention_mask is not None:
+        if attention_mask.shape != tokens.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(tokens.shape)}"
+            )
+    elif pad is not None and tokens.numel():
+        is_padded = (tokens[:, [0, -1]] == pad).any(1)  # the longest row has no padding
+        if bool(is_padded.any()) and not bool(is_padded.all()):
+            log.warning_once(
+                f"rows begin or end with pad_token_id={pad} and no attention_mask is given: it is read "
+                "as text; give the tokenizer's attention_mask if it is padding"
+            )
+
+
+def _share(model, plan, alpha_0, num_steps):
     """Return the share of tokens decided by diffusion; refuse what the plan cannot do."""
     if plan not in METHODS:
         raise ValueError(f"plan={plan!r} is not one of {', '.join(METHODS)}")
@@ -247,6 +241,16 @@ def _share(model, plan, alpha_0):
     share = model.config.alpha_0 if alpha_0 is None else alpha_0
     if not 0 <= share <= 1:
         raise ValueError(f"alpha_0={share} must be in [0, 1]")
+    if plan == "left-to-right" and (alpha_0 or num_steps):
+        raise ValueError(
+            f"plan='left-to-right' decides one token at a time: alpha_0={alpha_0} and "
+            f"num_steps={num_steps} do not apply; leave them out or take another plan"
+        )
+    if num_steps and share == 0:
+        raise ValueError(
+            f"num_steps={num_steps} does not apply: with alpha_0=0 every token is decided alone; leave it "
+            "out or raise alpha_0"
+        )
     return share
 
 

@@ -20,13 +20,11 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_esolm import EsoLMConfig, EsoLMDiTConfig
-
-# For transformers up to 5.0, which copies only the files that this one names beside it.
-from .decoding_esolm import METHODS  # noqa: F401
-from .generation_esolm import generate_rows, likelihood_orders, pad_lists
+from .decoding_esolm import likelihood_orders, pad_lists
+from .generation_esolm import generate_rows
 
 # What callers of other models pass to forward() and what changes nothing here.
 _IGNORED = {"use_cache", "return_dict"}
@@ -188,6 +186,7 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
         """Replace the head."""
         self.lm_head = value
 
+    @can_return_tuple
     def forward(
         self, input_ids=None, attention_mask=None, labels=None, order=None, generator=None, **kwargs
     ):
@@ -215,11 +214,15 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
                 f"Eso-LM's forward takes input_ids, attention_mask, labels, order; not {wrong}. It "
                 "permutes rows itself, so positions, caches and embeddings cannot be given"
             )
-        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        valid = valid.bool()
+        valid = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
         is_mask = input_ids == self.config.mask_token_id
-        if labels is not None and not bool(is_mask.any()):
-            return CausalLMOutput(loss=self._loss(input_ids, valid, labels, generator))
+        if not bool(is_mask.any()):
+            if labels is not None:
+                return CausalLMOutput(loss=self._loss(input_ids, valid, labels, generator))
+            raise ValueError(
+                f"input_ids hold no mask token (id {self.config.mask_token_id}), so nothing is predicted: "
+                "logits stand AT masks and are no next tokens'; see generate() and log_likelihood()"
+            )
         order = sort_order(is_mask, valid) if order is None else order
         positions = (valid.long().cumsum(1) - 1).clamp(min=0)
         hidden = self.model(input_ids.gather(1, order), positions.gather(1, order))
