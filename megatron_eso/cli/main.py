@@ -92,7 +92,7 @@ def main() -> None:
         app(prog_name="megatron-eso")
     except UserError as error:
         if is_first_to_say(str(error), os.environ):  # of ranks that all find it
-            print(f"error: {error}", file=sys.stderr)
+            sys.stderr.write(f"error: {error}\n")  # at once: print writes a line's end by itself
         raise SystemExit(error.exit_code) from None
     finally:
         look_no_more()
