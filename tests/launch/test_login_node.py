@@ -27,7 +27,11 @@ NO_TORCH = (
     "sys.argv = ['megatron-eso', *sys.argv[1:]]\n"
     "main()\n"
 )
-RUN = ["configs/run/quickstart.yaml", "train.global_batch_rows=64", "train.micro_batch_rows=2"]
+RUN = [
+    "configs/run/quickstart.yaml", "train.global_batch_rows=64", "train.micro_batch_rows=2",
+    # Not what `make pretrain` may have left in this folder.
+    "data.sources=[{path: runs/none/train}]", "data.validation.stdlib=runs/none/validation",
+]  # fmt: skip
 
 
 class LoginNode:
