@@ -10,6 +10,8 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from typing import Any
 
+from megatron_eso.config.leaves import leaves
+
 
 class Place(Enum):
     """Where a path leads to."""
@@ -44,17 +46,11 @@ def place_of(setting: Field) -> Place | None:
     return setting.metadata.get("path")
 
 
-def paths(settings: Any, prefix: str = "") -> Iterator[NamedPath]:
+def paths(settings: Any) -> Iterator[NamedPath]:
     """Yield the paths that a configuration gives, also those of its sections and lists of sections."""
-    for item in fields(settings):
-        name, value, place = prefix + item.name, getattr(settings, item.name), place_of(item)
-        if is_dataclass(value):
-            yield from paths(value, f"{name}.")
-        elif isinstance(value, list):
-            for i, entry in enumerate(value):
-                if is_dataclass(entry):
-                    yield from paths(entry, f"{name}[{i}].")
-        elif place and isinstance(value, dict):
+    for name, item, value in leaves(settings):
+        place = place_of(item)
+        if place and isinstance(value, dict):
             yield from (NamedPath(f"{name}.{key}", place, entry) for key, entry in value.items())
         elif place and value:
             yield NamedPath(name, place, value)

@@ -7,8 +7,10 @@ and docs/config.md shows it. null, where a setting allows it, is within every ra
 
 import math
 from collections.abc import Iterator
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field
 from typing import Any
+
+from megatron_eso.config.leaves import leaves
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,7 @@ def out_of_range(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         settings: a configuration's dataclass; sections and lists of sections within it are looked at too.
         prefix: put before the names, such as ``cluster.``.
     """
-    for item in fields(settings):
-        name, value = prefix + item.name, getattr(settings, item.name)
-        if is_dataclass(value):
-            yield from out_of_range(value, f"{name}.")
-        elif isinstance(value, list):
-            for i, entry in enumerate(value):
-                if is_dataclass(entry):
-                    yield from out_of_range(entry, f"{name}[{i}].")
-        elif (allowed := range_of(item)) and value is not None and not allowed.holds(value):
+    for name, item, value in leaves(settings, prefix):
+        if (allowed := range_of(item)) and value is not None and not allowed.holds(value):
             hint = f"; {allowed.hint}" if allowed.hint else ""
             yield name, f"{name}={value} must be {allowed}{hint}"
