@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_eso.parallel.parameters import gather_full, shards
+from megatron_eso.parallel.parameters import Shard, gather_full, shards
 
 
 class MovingAverage:
@@ -34,24 +34,55 @@ class MovingAverage:
         The decay warms up as min(decay, (1 + n) / (10 + n)), as in the official code.
         """
         decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
+        ranges = shards(self._optimizer)
+        if not ranges:  # a rank may hold no part of any parameter
+            return
         with torch.no_grad():
-            for parameter, shard in shards(self._optimizer).items():
-                self.parts[parameter].lerp_(shard.master.float(), 1 - decay)
+            # All at once: one by one they would be a launch each on a GPU.
+            torch._foreach_lerp_(  # type: ignore[attr-defined]
+                [self.parts[parameter] for parameter in ranges],
+                [shard.master for shard in ranges.values()],
+                1 - decay,
+            )
 
     @contextlib.contextmanager
     def applied(self, chunks: list[nn.Module]) -> Iterator[None]:
-        """Within the context the model's weights are the averaged ones; all ranks must enter."""
+        """Within the context the model's weights are the averaged ones; all ranks must enter.
+
+        Afterwards they are made of the masters again, as an update makes them: no copy is kept. After an
+        error, which may be this rank's alone, they stay averaged, for no rank may wait for others then.
+        """
         ranges = shards(self._optimizer)
-        kept = {}
-        with torch.no_grad():
-            for parameter in (p for chunk in chunks for p in chunk.parameters()):
-                kept[parameter] = parameter.detach().clone()
-                start = ranges[parameter].start if parameter in ranges else 0
-                full = gather_full(parameter, start, self.parts.get(parameter), self._group)
-                parameter.copy_(full)
+        # In fp32 the masters lie in the weights, and would be overwritten with them.
+        kept = {
+            parameter: shard.master.clone()
+            for parameter, shard in ranges.items()
+            if _share_memory(shard.master, parameter)
+        }
+        self._write(chunks, ranges, self.parts)
         try:
             yield
         finally:
             with torch.no_grad():
-                for parameter, value in kept.items():
-                    parameter.copy_(value)
+                for parameter, own in kept.items():
+                    ranges[parameter].master.copy_(own)
+        kept.clear()
+        masters = {parameter: shard.master for parameter, shard in ranges.items()}
+        self._write(chunks, ranges, masters)
+
+    def _write(
+        self,
+        chunks: list[nn.Module],
+        ranges: dict[nn.Parameter, Shard],
+        parts: dict[nn.Parameter, Tensor],
+    ) -> None:
+        """Make the weights of what the data-parallel ranks hold of them."""
+        with torch.no_grad():
+            for parameter in (p for chunk in chunks for p in chunk.parameters()):
+                start = ranges[parameter].start if parameter in ranges else 0
+                full = gather_full(parameter, start, parts.get(parameter), self._group)
+                parameter.copy_(full)
+
+
+def _share_memory(some: Tensor, other: Tensor) -> bool:
+    return some.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

@@ -1,0 +1,51 @@
+"""Evaluations see the averaged weights; training goes on with its own, of which no second copy is kept."""
+
+import numpy as np
+import pytest
+
+LAYOUTS = [
+    pytest.param([], id="data 2"),
+    pytest.param(["parallel.tensor=2"], id="tensor 2"),
+    pytest.param(["parallel.pipeline=2"], id="pipeline 2"),
+    pytest.param(["parallel.overlap=true"], id="overlapped"),
+]
+DTYPES = ["fp32", "bf16"]
+
+
+def held(two_ranks, layout, dtype, *, fails=False):
+    overrides = [*layout, f"precision.dtype={dtype}"]
+    return two_ranks.run("average_jobs.used_and_put_back", overrides, fails)
+
+
+def differ(some, others):
+    return any(not np.array_equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_and_masters_are_as_before_bit_for_bit(two_ranks, layout, dtype):
+    for found in held(two_ranks, layout, dtype):
+        assert differ(found["within"]["weights"], found["before"]["weights"])
+        for kind in ("weights", "masters"):
+            assert not differ(found["after"][kind], found["before"][kind])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_training_goes_on_as_if_nothing_had_been_evaluated(two_ranks, dtype):
+    straight = two_ranks.run("train", [f"precision.dtype={dtype}"], 4)[0]
+    assert held(two_ranks, [], dtype)[0]["losses"] == straight["losses"][2:]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_run_that_is_stopped_within_saves_its_own_masters(two_ranks, dtype):
+    """Weights may stay averaged then: nothing trains on, and no rank may wait for others after an error."""
+    for found in held(two_ranks, [], dtype, fails=True):
+        assert not differ(found["after"]["masters"], found["before"]["masters"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_second_copy_of_the_weights_is_kept(two_ranks, dtype):
+    """In fp32 a rank's masters lie in the weights themselves: its own share of them is kept."""
+    for found in held(two_ranks, [], dtype):
+        own = sum(x.nbytes for x in found["before"]["masters"]) if dtype == "fp32" else 0
+        assert found["bytes kept"] == own
