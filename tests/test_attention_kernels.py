@@ -98,6 +98,32 @@ def test_split_attention_fits_the_operators_of_this_torch(
     assert sorted(seen.given) == sorted(seen.returned)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "length", "computed_in"),
+    [
+        pytest.param(BF16, 128, FP32, id="short rows in bf16"),
+        pytest.param(BF16, 512, BF16, id="long rows in bf16"),
+        pytest.param(torch.float64, 128, torch.float64, id="float64"),
+    ],
+)
+def test_short_rows_of_bf16_have_float32_gradients_on_a_cpu(dtype, length, computed_in):
+    """PyTorch's backward kernel takes longer in bf16 there (docs/performance.md)."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad = (
+        torch.randn(2, 3, length, 32, generator=generator, dtype=torch.float64).to(dtype)
+        for _ in range(4)
+    )
+    forward = kernels.causal_forward(query, key, value, 0.2)
+    ours = kernels.causal_backward(grad, query, key, value, forward, 0.2)
+    expected = kernels.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(x.to(computed_in) for x in (grad, query, key, value, forward.out)),
+        forward.lse, 0.0, True, scale=0.2,
+    )  # fmt: skip
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert mine.dtype is dtype
+        assert torch.equal(mine, theirs.to(dtype))
+
+
 @pytest.fixture
 def cases():
     """Let a CPU compile what a GPU would; counts the cases that were compiled."""

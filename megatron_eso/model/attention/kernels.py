@@ -20,6 +20,8 @@ from megatron_eso.errors import ConfigError
 aten = torch.ops.aten
 Gradients = tuple[Tensor, Tensor, Tensor]
 
+# L x d up to which a CPU's backward kernel is faster in float32 than in bf16 (docs/performance.md).
+_SMALL = 8192
 _TILE = 32  # queries whose log-sum-exp the memory-efficient kernel stores together
 
 
@@ -182,9 +184,13 @@ def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> For
 def _cpu_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, forward: Forward, scale: float
 ) -> Gradients:
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, query, key, value, forward.out, forward.lse, 0.0, True, scale=scale
+    given = grad_out, query, key, value, forward.out
+    if query.dtype is torch.bfloat16 and query.shape[2] * query.shape[3] <= _SMALL:
+        given = tuple(x.float() for x in given)
+    gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *given, forward.lse, 0.0, True, scale=scale
     )
+    return tuple(x.to(query.dtype) for x in gradients)
 
 
 def _cudnn_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Forward:
