@@ -66,8 +66,8 @@ def test_files_that_are_left_out_are_part_of_the_request(prepared, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--staging", "there"], "--staging there is for object stores"),
-        (["--tokenizer-mib", 3], "--tokenizer-mib 3 is for a tokenizer that is trained"),
+        (["--staging", "there"], "--staging there applies only to object stores"),
+        (["--tokenizer-mib", 3], "--tokenizer-mib 3 applies only when a tokenizer is trained"),
     ],
 )
 def test_options_of_prepare_that_would_do_nothing_are_refused(
@@ -82,7 +82,7 @@ def test_options_of_prepare_that_would_do_nothing_are_refused(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--max-rows", 3], "--max-rows 3 is of the --picture"),
+        (["--max-rows", 3], "--max-rows 3 applies only to --picture"),
         (["--max-rows", 0, "--picture", "p.png"], "--max-rows 0 must be at least 1"),
         (["--picture", f"{__file__}/p.png"], "cannot write --picture"),
     ],

@@ -144,11 +144,11 @@ def test_fp8_on_gpus_without_it_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["RUN", "--search", "--chart", "x.png"], "--chart changes nothing with --search"),
-        (["RUN", "--goodput", "--chart", "x.png"], "--chart changes nothing with --goodput"),
-        (["RUN", "--fp8"], "--fp8 changes nothing"),
-        (["RUN", "--max-context", "2", "--goodput"], "--max-context changes nothing"),
-        (["RUN", "--sampling", "64", "--gpus", "2"], "--gpus changes nothing"),
+        (["RUN", "--search", "--chart", "x.png"], "--chart has no effect with --search"),
+        (["RUN", "--goodput", "--chart", "x.png"], "--chart has no effect with --goodput"),
+        (["RUN", "--fp8"], "--fp8 has no effect"),
+        (["RUN", "--max-context", "2", "--goodput"], "--max-context has no effect"),
+        (["RUN", "--sampling", "64", "--gpus", "2"], "--gpus has no effect"),
         (["RUN", "--search", "--goodput"], "two questions"),
         (["RUN", "--calibrate", "folder"], "repeat --calibrate"),
         (["RUN", "--sampling", "0"], "--sampling 0"),
