@@ -200,7 +200,9 @@ def test_sample_fills_gaps_and_writes_the_same_rows_at_any_batch_and_layout(plac
     assert all(text.startswith("document") and text.endswith(" is 3") for text in samples[0])
     assert len(set(samples[0])) > 1
     assert "exists" in run(*arguments, "--out", "one.jsonl", folder=place, code=3)
-    assert "needed; set --ranks 2" in run(*arguments, "--tensor", 2, folder=place, code=2)
+    assert "needed, but --ranks is 1: set --ranks 2" in run(
+        *arguments, "--tensor", 2, folder=place, code=2
+    )
 
 
 def test_a_run_that_was_moved_has_its_tokenizer_with_it(place, tmp_path):

@@ -86,7 +86,7 @@ def ask(*arguments: str) -> str:
         ("model.num_heads=7", r"not divisible by model\.num_heads"),
         ("parallel.tensor=0", r"parallel\.tensor=0"),
         ("train.micro_batch_rows=0", r"train\.micro_batch_rows=0"),
-        ("train.steps=null", "set exactly one of"),
+        ("train.steps=null", "set train.steps or train.tokens"),
     ],
 )
 def test_what_the_trainer_refuses_is_not_planned(override, message):
