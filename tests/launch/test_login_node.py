@@ -392,7 +392,7 @@ def test_submit_compares_the_data_it_sees_with_the_run(node, tmp_path):
     assert "data.sources[0].path" not in said
     other = split(tmp_path / "other", sequence_length=256, vocab_size=2048)
     said = node.submit(other, code=3)
-    assert "rows of 256 tokens, the run asks for train.sequence_length=128" in said
+    assert "rows of 256 tokens, but the run asks for train.sequence_length=128" in said
     said = node.submit(
         fitting, "--sweep", "train.seed=1", "--sweep", "model.vocab_size=4096", code=3
     )
