@@ -182,7 +182,7 @@ def test_a_sidecar_that_is_no_object_is_damaged(tmp_path):
 
 def test_a_file_is_no_checkpoint(tmp_path):
     (tmp_path / "c.yaml").touch()
-    with pytest.raises(CheckpointError, match=r"c.yaml is a file; give a checkpoint's folder"):
+    with pytest.raises(CheckpointError, match=r"c.yaml is a file; give a checkpoint folder"):
         find_checkpoint(tmp_path / "c.yaml")
 
 
