@@ -200,7 +200,9 @@ def test_sample_fills_gaps_and_writes_the_same_rows_at_any_batch_and_layout(plac
     assert all(text.startswith("document") and text.endswith(" is 3") for text in samples[0])
     assert len(set(samples[0])) > 1
     assert "exists" in run(*arguments, "--out", "one.jsonl", folder=place, code=3)
-    assert "needed; set --ranks 2" in run(*arguments, "--tensor", 2, folder=place, code=2)
+    assert "needed, but --ranks is 1: set --ranks 2" in run(
+        *arguments, "--tensor", 2, folder=place, code=2
+    )
 
 
 def test_a_run_that_was_moved_has_its_tokenizer_with_it(place, tmp_path):
@@ -215,7 +217,7 @@ def test_eval_says_which_split_and_takes_no_tokenizer_beside_one(place):
     out = run("eval", "runs/first", "data", "--rows", 2, folder=place, code=3)
     assert "name one split, such as data/train" in out
     words = ("data/validation", "--tokenizer", "nowhere.json", "--rows", 2)
-    assert "--tokenizer nowhere.json goes with raw text" in run(
+    assert "--tokenizer nowhere.json applies only to raw text" in run(
         "eval", "runs/first", *words, folder=place, code=2
     )
 
@@ -225,7 +227,8 @@ def test_eval_says_what_to_do_about_a_tokenizer_of_another_size(place, tmp_path)
     words = ("runs/first", place / "text", "--tokenizer", given, "--rows", 2)
     out = run("eval", *words, folder=place, code=4)
     assert (
-        "has 280 ids, the model of" in out and "Use the tokenizer the model was trained with" in out
+        "has 280 ids, but the model of" in out
+        and "Use the tokenizer the model was trained with" in out
     )
     assert "set model.vocab_size" not in out
 
@@ -303,9 +306,9 @@ def test_bench_sample_keeps_what_was_measured_before_a_failure(tmp_path):
         ({"rows": -1}, "--rows -1"),
         ({"batch": 0}, "--batch 0"),
         ({"orders": 0, "metric": "likelihood"}, "--orders 0"),
-        ({"orders": 4, "metric": "nelbo"}, "--orders 4 is of the likelihood"),
-        ({"repeats": 4, "metric": "likelihood"}, "--repeats 4 is of the NELBO"),
-        ({"eps": 0.1, "metric": "likelihood"}, "--eps 0.1 is of the NELBO"),
+        ({"orders": 4, "metric": "nelbo"}, "--orders 4 applies to the likelihood"),
+        ({"repeats": 4, "metric": "likelihood"}, "--repeats 4 applies to the NELBO"),
+        ({"eps": 0.1, "metric": "likelihood"}, "--eps 0.1 applies to the NELBO"),
         ({"eps": 2.0}, "noise_eps=2.0"),
         ({"json_file": Path(__file__) / "scores.json"}, "cannot write --json"),
         ({"json_file": ROOT}, "is a folder"),
@@ -349,8 +352,8 @@ def prepared_split(folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"text_key": "body"}, "--text-key body goes with records"),
-        ({"tokenizer": Path("t.json")}, r"--tokenizer t\.json goes with raw text"),
+        ({"text_key": "body"}, "--text-key body applies only to records"),
+        ({"tokenizer": Path("t.json")}, r"--tokenizer t\.json applies only to raw text"),
     ],
 )
 def test_eval_refuses_options_of_raw_text_beside_a_prepared_split(tmp_path, settings, message):

@@ -143,11 +143,11 @@ def test_megatrons_own_graphs_give_wrong_gradients(one_rank):
     ("settings", "says"),
     [
         (["model.dropout=0.1"], r"model\.dropout=0\.1 draws new numbers"),
-        (["parallel.recompute=full"], r"parallel\.recompute=full runs passes again"),
-        (["parallel.recompute=attention"], r"parallel\.recompute=attention runs passes again"),
+        (["parallel.recompute=full"], r"parallel\.recompute=full repeats passes"),
+        (["parallel.recompute=attention"], r"parallel\.recompute=attention repeats passes"),
         (
             ["precision.fp8=tensorwise", "precision.dtype=bf16"],
-            r"precision\.fp8=tensorwise keeps its scales",
+            r"precision\.fp8=tensorwise updates its scales",
         ),
         (["objective.name=mdlm"], r"objective\.name=mdlm has another mask"),
         (["objective.name=bd3lm"], r"objective\.name=bd3lm has another mask"),

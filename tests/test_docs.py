@@ -3,6 +3,10 @@
 import re
 from pathlib import Path
 
+import pytest
+from typer.testing import CliRunner
+
+from megatron_eso.cli.main import app
 from tools.config_docs import OUT, render
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +23,13 @@ def test_links_to_files_exist():
             if "://" not in target and not (page.parent / target).exists():
                 broken.append(f"{page.name}: {target}")
     assert not broken, broken
+
+
+@pytest.mark.parametrize("group", ["", "data", "checkpoint", "sweep", "config"])
+def test_no_line_of_a_list_of_commands_is_cut_short(group):
+    shown = CliRunner().invoke(app, [*group.split(), "--help"])
+    _, head, commands = shown.output.partition("Commands:")
+    assert head and "..." not in commands, commands
 
 
 def test_no_page_or_file_says_todo():

@@ -58,8 +58,8 @@ def test_tensors_wanted_whole_are_read_straight_into_their_memory(tmp_path, read
 def test_tensors_that_are_not_the_checkpoints_are_refused_by_name(tmp_path):
     reader = written(tmp_path, a=torch.ones(4, 2))
     for name, shape, words in (
-        ("b", (4, 2), "does not hold b"),
-        ("a", (5, 2), "holds a with the shape"),
+        ("b", (4, 2), "does not hold the tensor b"),
+        ("a", (5, 2), "holds a with shape"),
     ):
         with pytest.raises(CheckpointError, match=words):
             fill(reader, [ShardedTensor.from_rank_offsets(name, torch.zeros(shape))])
@@ -68,7 +68,7 @@ def test_tensors_that_are_not_the_checkpoints_are_refused_by_name(tmp_path):
     assert padded.tolist() == [[1.0, 1.0]] * 4 + [[0.0, 0.0]]
     (part,) = reader.tensors["a"].chunks
     reader.tensors["a"] = replace(reader.tensors["a"], chunks=(replace(part, sizes=(3, 2)),))
-    with pytest.raises(CheckpointError, match="do not make the tensor"):
+    with pytest.raises(CheckpointError, match="do not make up the whole tensor"):
         fill(reader, [ShardedTensor.from_rank_offsets("a", torch.zeros(4, 2))])
 
 
@@ -127,5 +127,5 @@ def test_an_index_with_parts_of_other_dimensions_is_damaged(tmp_path):
     (chunk,) = content.state_dict_metadata["a"].chunks
     chunk.sizes = torch.Size((4, 2, 1))
     path.write_bytes(pickle.dumps(content))
-    with pytest.raises(CheckpointError, match=r"\.metadata: a has parts of 3 dimensions .* of 2"):
+    with pytest.raises(CheckpointError, match=r"\.metadata: a has 2 dimensions, but .* has 3"):
         TorchDistReader(tmp_path)

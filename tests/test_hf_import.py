@@ -437,7 +437,7 @@ def test_verify_names_the_option_that_is_missing_or_has_no_effect(stock, tmp_pat
     for words, message in (
         (["out"], r"ours, which is not there any more; .*--against"),
         (["moved"], "--expected"),
-        (["out", "--tensor", "2"], "go with --expected"),
+        (["out", "--tensor", "2"], "apply only to --expected"),
         (["out", "--against", "moved", "--expected", "e.safetensors"], "give one of them"),
     ):
         paths = [str(tmp_path / w) if w in ("out", "moved") else w for w in words]

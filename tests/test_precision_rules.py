@@ -227,3 +227,16 @@ def test_the_environment_forbids_silent_fallbacks_before_the_import():
 def test_nonsense_elsewhere_does_not_stop_the_rules_from_reporting():
     found = violations(config_of([*TENSORWISE, "parallel.tensor=0"]))
     assert any("parallel.tensor=0" in line for line in found)
+
+
+def test_a_message_begins_with_a_setting_that_asks_for_it():
+    """FP8 attention alone asks for FP8 and for Transformer Engine's attention."""
+    odd = ["train.sequence_length=1020", "model.ffn_size=1000", "model.head_size=100"]
+    asked = load_config(None, [*BASE, *odd, "precision.fp8_attention=true", "precision.dtype=fp32"])
+    old = replace(H100, gpu="V100", capability=(7, 0), cudnn=(9, 10, 0))
+    for rules in (SETTINGS_RULES, MACHINE_RULES):
+        said = [line.split(":")[0] for line in broken(rules, asked, old)]
+        unasked = [
+            s for s in said if "fp8=off" in s or "attention=te" in s or "attention=auto" in s
+        ]
+        assert len(said) > 2 and all("fp8_attention=true" in s for s in unasked), said

@@ -1,6 +1,7 @@
 """Checkpoints: bitwise on the same layout, equal at any other, and damage is noticed."""
 
 import json
+import shutil
 import sys
 from dataclasses import asdict, replace
 
@@ -181,7 +182,7 @@ def test_a_sidecar_that_is_no_object_is_damaged(tmp_path):
 
 def test_a_file_is_no_checkpoint(tmp_path):
     (tmp_path / "c.yaml").touch()
-    with pytest.raises(CheckpointError, match=r"c.yaml is a file; give a checkpoint's folder"):
+    with pytest.raises(CheckpointError, match=r"c.yaml is a file; give a checkpoint folder"):
         find_checkpoint(tmp_path / "c.yaml")
 
 
@@ -224,6 +225,15 @@ def test_pruning_by_hand_keeps_what_is_whole_by_its_hashes(tmp_path, hashes, mon
     monkeypatch.setitem(sys.modules, "xxhash", None)  # as on a login node
     asked = CliRunner().invoke(app, words)
     assert ("--no-hashes" in str(asked.exception)) is hashes
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_not_said_to_be(tmp_path, monkeypatch):
+    for step in (10, 20):
+        make(tmp_path, step)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as of another user's files
+    asked = CliRunner().invoke(app, ["prune", str(tmp_path), "--keep-last", "1"])
+    assert isinstance(asked.exception, CheckpointError) and "removed" not in asked.output
+    assert "step_0000000010 cannot be removed" in str(asked.exception)
 
 
 def test_a_checkpoint_that_was_set_aside_counts_again_under_its_old_name(tmp_path):

@@ -115,7 +115,7 @@ def test_the_doctor_looks_at_the_cudnn_that_a_run_would_load(monkeypatch):
 
 
 def test_overrides_without_a_run_are_refused():
-    with pytest.raises(ConfigError, match="give --run FILE, or --check"):
+    with pytest.raises(ConfigError, match="give either --run FILE or --check"):
         doctor(["precision.fp8=tensorwise"])
 
 

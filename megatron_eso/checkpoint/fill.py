@@ -57,12 +57,12 @@ def _reads_of(reader: TorchDistReader, entry: ShardedTensor) -> list[_Read]:
     """Return the parts that a sharded tensor is made of."""
     stored, shape = reader.tensors.get(entry.key), tuple(entry.global_shape)
     if stored is None:
-        raise CheckpointError(f"{reader.folder} does not hold {entry.key}")
+        raise CheckpointError(f"{reader.folder} does not hold the tensor {entry.key}")
     # Megatron allows it where rows pad a vocabulary, more or fewer by the layout: those are zeros.
     may_differ = entry.allow_shape_mismatch and len(shape) == len(stored.shape)
     if stored.shape != shape and not may_differ:
         raise CheckpointError(
-            f"{reader.folder} holds {entry.key} with the shape {stored.shape}; the model's is {shape}"
+            f"{reader.folder} holds {entry.key} with shape {stored.shape}, but the model's is {shape}"
         )
     assert entry.data is not None
     target = entry.data.detach()[(None,) * entry.prepend_axis_num]
@@ -83,8 +83,8 @@ def _reads_of(reader: TorchDistReader, entry: ShardedTensor) -> list[_Read]:
             found += num_common
     if found != count:
         raise CheckpointError(
-            f"{reader.folder}: the stored parts of {entry.key} do not make the tensor; the checkpoint is "
-            "damaged"
+            f"{reader.folder}: the stored parts of {entry.key} do not make up the whole tensor; the "
+            "checkpoint is damaged"
         )
     return reads
 

@@ -92,7 +92,7 @@ def _meant(path: Path) -> list[CheckpointFolder]:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     if not path.is_dir():
-        raise CheckpointError(f"{path} is a file; give a checkpoint's folder, or a run's")
+        raise CheckpointError(f"{path} is a file; give a checkpoint folder or a run folder")
     folder = CheckpointFolder(path)
     folder.sidecar()
     return [folder]

@@ -72,7 +72,7 @@ class CheckpointFolder:
         if not self.is_committed and self.is_set_aside:
             return (
                 "it was set aside when a run found it damaged and went on from an older one; to use it "
-                f"nevertheless rename its {SET_ASIDE} to {MARKER}"
+                f"anyway, rename its {SET_ASIDE} to {MARKER}"
             )
         if not self.is_committed:
             return "it was never committed (the save did not finish)"
@@ -135,7 +135,7 @@ class CheckpointFolder:
         entries = dict(known or {})
         for name, entry in entries.items():
             if (self.path / name).stat().st_size != entry["bytes"]:
-                raise OSError(f"{name} is not as long as it was written")
+                raise OSError(f"{name} is not as long as when it was written")
         for p in files:
             if p.name not in entries:
                 entries[p.name] = {"bytes": p.stat().st_size, "xxh3_128": hash_file(p)}
@@ -273,7 +273,7 @@ def hash_file(path: Path) -> str:
     except ImportError:
         raise CheckpointError(
             "hashes cannot be compared without the package xxhash: `pip install xxhash`, or give "
-            "--no-hashes, which trusts the sizes of files"
+            "--no-hashes to check the sizes of files only"
         ) from None
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:

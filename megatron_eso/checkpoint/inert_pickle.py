@@ -83,7 +83,9 @@ def read_torch_file(path: Path) -> Any:
             if prefix + "byteorder" in archive.namelist():
                 order = archive.read(prefix + "byteorder")
                 if order != b"little":
-                    raise CheckpointError(f"{path} is {order.decode()}-endian; only little is read")
+                    raise CheckpointError(
+                        f"{path} is {order.decode()}-endian; only little-endian files are read"
+                    )
             return _Unpickler(path, archive, prefix).load()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
@@ -139,7 +141,7 @@ class _Unpickler(pickle.Unpickler):
     def _member(self, name: str) -> np.ndarray:
         info = self._archive.getinfo(name)
         if info.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(f"{name} is compressed; torch never writes it so")
+            raise CheckpointError(f"{name} is compressed, as torch never writes it")
         first = info.header_offset
         header = self._bytes[first : first + _LOCAL_HEADER_BYTES].tobytes()
         lengths = struct.unpack("<HH", header[26:30])

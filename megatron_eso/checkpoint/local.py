@@ -107,7 +107,10 @@ class LocalCopies:
         is_busy = self.is_busy()
         if any_rank([is_busy], device_of(chunks))[0]:
             if is_busy:
-                log.warning("the node-local copy of step %d is still being written", self._step)
+                log.warning(
+                    "no node-local copy of step %d: that of step %d is still being written",
+                    step, self._step,
+                )  # fmt: skip
             return
         tensors = {
             "shards": [
@@ -238,7 +241,7 @@ class LocalCopies:
         try:
             header = json.loads(self._header(step).read_text())
             if header["fits"] != self._fits:
-                damage = "it is of another run, layout, model or data"
+                damage = "it belongs to another run, layout, model or data set"
             elif file.stat().st_size != header["bytes"]:
                 damage = f"it has {file.stat().st_size} bytes instead of {header['bytes']}"
             elif hash_file(file) != header["xxh3_128"]:

@@ -157,7 +157,7 @@ class TorchDistReader:
                 size, end = file.seek(0, 2), place.first_byte + place.num_bytes
                 if place.first_byte < 0 or end > size:
                     raise CheckpointError(
-                        f"it has {size} bytes, and this ends at {end}: the checkpoint is incomplete"
+                        f"the file has {size} bytes, but this ends at {end}: the checkpoint is incomplete"
                     )
                 return _content_of_range(file, place.first_byte, place.num_bytes)
         except OSError as error:
@@ -199,7 +199,7 @@ def _read_index(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, Stored
         return tensors, objects
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error}): no torch_dist checkpoint"
+            f"{path} cannot be read ({error}): it is not a whole torch_dist checkpoint"
         ) from None
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -213,7 +213,7 @@ def _stored(name: str, entry: dict[str, Any], where: dict[Any, Any]) -> StoredTe
         offsets, sizes = _sizes(chunk.state["offsets"]), _sizes(chunk.state["sizes"])
         if not len(offsets) == len(sizes) == len(shape):
             raise CheckpointError(
-                f"{name} has parts of {len(sizes)} dimensions at {offsets}, and is one of {len(shape)}"
+                f"{name} has {len(shape)} dimensions, but its part at {offsets} has {len(sizes)}"
             )
         chunks.append(Chunk(offsets, sizes, *_place(name, where[(name, offsets)])))
     dtype = _dtype_of(entry["properties"])

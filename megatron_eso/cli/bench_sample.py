@@ -14,28 +14,33 @@ app = application()
 def bench_sample(
     checkpoints: Annotated[list[Path], typer.Argument(help="Run or checkpoint folders to compare")],
     judge: Annotated[
-        Path | None, typer.Option(help="AR checkpoint of ours, or a local Hugging Face model")
+        Path | None,
+        typer.Option(help="Score samples with this AR checkpoint or local Hugging Face model"),
     ] = None,
     steps: Annotated[
-        list[int] | None, typer.Option(help="Diffusion steps; repeat it [L, L/4, L/16]")
+        list[int] | None,
+        typer.Option(help="Diffusion steps per row of L tokens; repeatable [L, L/4, L/16]"),
     ] = None,
     alpha_0: Annotated[
-        list[float] | None, typer.Option(help="For Eso-LM; repeat it [as trained]")
+        list[float] | None,
+        typer.Option(help="Eso-LM: share of tokens decided by diffusion; repeatable [as trained]"),
     ] = None,
-    rows: Annotated[int, typer.Option(help="Rows per point")] = 16,
-    batch: Annotated[int, typer.Option(help="Rows at once")] = 16,
-    length: Annotated[int | None, typer.Option(help="Tokens of a row [as trained]")] = None,
-    temperature: Annotated[float, typer.Option(help="0: the most likely token")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus; 1: all tokens")] = 0.9,
+    rows: Annotated[int, typer.Option(help="Rows to sample for each point")] = 16,
+    batch: Annotated[int, typer.Option(help="Rows to sample at once")] = 16,
+    length: Annotated[int | None, typer.Option(help="Tokens per row [as trained]")] = None,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 takes the most likely token")
+    ] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus probability; 1 allows every token")] = 0.9,
     seed: Annotated[int, typer.Option(help="Seed of all samples")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for frontier.json, .md and .png")] = Path(
         "runs/bench-sample"
     ),
 ) -> None:
-    """Print passes, seconds, tokens/s, entropy and judge perplexity of every method; plot them.
+    """Compare samplers: passes, seconds, tokens/s, entropy and, with --judge, perplexity and a plot.
 
-    Points are measured one after the other on one process. Diffusion methods take each number of
-    steps, AR one token at a time; Eso-LM each alpha_0 too.
+    One process measures the points one after the other. Diffusion methods run with each number of
+    steps, Eso-LM also with each alpha_0; AR decides one token at a time.
 
     Examples:
         megatron-eso bench-sample runs/eso runs/ar runs/mdlm --judge runs/ar --steps 128 --steps 32
@@ -158,7 +163,7 @@ def _judge(path: Path, samplers: list[Any], longest: int) -> Any:
         if _hash(known) != shared:
             raise ConfigError(
                 f"{known.path} and the judge {path} have different tokenizers, so the judge cannot "
-                "read its samples; train them on one data set"
+                "read the samples; train both on the same data set"
             )
     return our_judge(load(path, use_ema=True, dtype="fp32").replica, longest=longest)
 
@@ -172,7 +177,10 @@ def _hash(known: Any) -> str:
     from megatron_eso.errors import CheckpointError
 
     if known.tokenizer_file is None:
-        raise CheckpointError(f"{known.path} has no tokenizer to compare with the samples'")
+        raise CheckpointError(
+            f"{known.path} has no tokenizer, so it cannot be compared with the others; import it again "
+            "with --tokenizer tokenizer.json"
+        )
     parts = json.loads(load_tokenizer(known.tokenizer_file).to_str())
     parts.pop("post_processor", None)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

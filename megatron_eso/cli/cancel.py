@@ -14,10 +14,10 @@ app = application()
 def cancel(
     run: Annotated[Path, typer.Argument(help="Run folder")],
     after_checkpoint: Annotated[
-        bool, typer.Option("--after-checkpoint", help="Save first, then end without a requeue")
+        bool, typer.Option("--after-checkpoint", help="Save a checkpoint first")
     ] = False,
 ) -> None:
-    """Cancel the job of a run; submitting it again continues from the last checkpoint.
+    """Cancel the job of a run; submitting the run again continues from its last checkpoint.
 
     Examples:
         megatron-eso cancel runs/quickstart

@@ -18,15 +18,15 @@ app = application(
     no_args_is_help=True,
     help="List, inspect, verify, prune and compare checkpoints.",
 )
-_Run = Annotated[Path, typer.Argument(help="Run folder, or its folder of checkpoints")]
-_Which = Annotated[Path, typer.Argument(help="Checkpoint folder, or a run folder (its newest)")]
+_Run = Annotated[Path, typer.Argument(help="Run folder, or its checkpoints folder")]
+_Which = Annotated[Path, typer.Argument(help="Checkpoint folder, or a run folder (its newest one)")]
 
 
 @app.command("list")
 def list_(run: _Run) -> None:
-    """Show every checkpoint of a run: step, size, age, layout, and what is wrong with it.
+    """List the checkpoints of a run: step, size, age, layout, damage.
 
-    Sizes are checked, hashes are not (`verify` reads everything).
+    Checks the sizes of files, not their hashes (`verify` does).
 
     Examples:
         megatron-eso checkpoint list runs/quickstart
@@ -74,9 +74,11 @@ def inspect(
 def verify(
     checkpoint: _Which,
     every: Annotated[bool, typer.Option(help="Verify all checkpoints of the run")] = False,
-    hashes: Annotated[bool, typer.Option(help="Read everything and compare hashes")] = True,
+    hashes: Annotated[bool, typer.Option(help="Read every file and compare hashes")] = True,
 ) -> None:
-    """Compare files with the manifest; exit code 4 if something is damaged.
+    """Compare a checkpoint's files with its manifest.
+
+    Exit code 0: whole; 4: damaged.
 
     Examples:
         megatron-eso checkpoint verify runs/quickstart --every
@@ -96,16 +98,16 @@ def prune(
     run: _Run,
     keep_last: Annotated[int, typer.Option(min=1, help="Newest checkpoints to keep")] = 2,
     keep_every: Annotated[
-        int | None, typer.Option(min=1, help="Keep steps that are multiples of this")
+        int | None, typer.Option(min=1, help="Also keep checkpoints at multiples of this step")
     ] = None,
     hashes: Annotated[
-        bool, typer.Option(help="Read all of those to keep and compare hashes")
+        bool, typer.Option(help="Read the checkpoints to keep and compare hashes")
     ] = True,
     dry_run: Annotated[bool, typer.Option(help="Only say what would be removed")] = False,
 ) -> None:
     """Remove old checkpoints, and unfinished ones older than the newest.
 
-    Whole checkpoints alone are counted, so a damaged one is never kept in place of a whole one.
+    Only whole checkpoints count as kept, so a damaged one never takes the place of a whole one.
 
     Examples:
         megatron-eso checkpoint prune runs/quickstart --keep-last 1 --dry-run
@@ -116,9 +118,9 @@ def prune(
     root = _folders(run)[0].path.parent
     unwanted = files.unwanted(root, keep_last=keep_last, keep_every_steps=keep_every, hashes=hashes)
     for folder in unwanted:
-        typer.echo(f"{'would remove' if dry_run else 'removed'} {folder.path}")
         if not dry_run:
-            files.remove(folder)
+            _remove(folder)
+        typer.echo(f"{'would remove' if dry_run else 'removed'} {folder.path}")
     if not unwanted:
         typer.echo("nothing to remove")
 
@@ -128,9 +130,10 @@ def compare(
     first: Annotated[Path, typer.Argument(help="Checkpoint folder or run folder")],
     second: Annotated[Path, typer.Argument(help="Checkpoint folder or run folder")],
 ) -> None:
-    """Show the largest difference of every group of tensors, also across layouts.
+    """Show the largest difference in each group of tensors.
 
-    Exit code 0: bitwise equal; 1: different; 4: not comparable.
+    The checkpoints may have different layouts. Exit code 0: bitwise equal; 1: different; 4: not
+    comparable.
 
     Examples:
         megatron-eso checkpoint compare runs/first runs/second
@@ -145,6 +148,19 @@ def compare(
         raise typer.Exit(1)
 
 
+def _remove(folder: "CheckpointFolder") -> None:
+    from megatron_eso.checkpoint.folder import remove
+    from megatron_eso.errors import CheckpointError
+
+    reason = "some of its files stay; look at their permissions"
+    try:
+        remove(folder)
+    except OSError as error:
+        reason = error.strerror
+    if folder.path.exists():
+        raise CheckpointError(f"{folder.path} cannot be removed: {reason}")
+
+
 def _folders(run: Path) -> "list[CheckpointFolder]":
     from megatron_eso.checkpoint.folder import list_folders
     from megatron_eso.errors import CheckpointError
@@ -153,7 +169,7 @@ def _folders(run: Path) -> "list[CheckpointFolder]":
         folders = list_folders(root)
         if folders:
             return folders
-    raise CheckpointError(f"{run} holds no checkpoints; give a run folder, as runs/NAME")
+    raise CheckpointError(f"{run} holds no checkpoints; give a run folder, such as runs/NAME")
 
 
 def _one(path: Path) -> "CheckpointFolder":
@@ -164,12 +180,14 @@ def _one(path: Path) -> "CheckpointFolder":
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     if not path.is_dir():
-        raise CheckpointError(f"{path} is a file; give a checkpoint's folder, or a run's")
+        raise CheckpointError(f"{path} is a file; give a checkpoint folder or a run folder")
     if path.name.startswith("step_") or (path / SIDECAR).exists():
         return CheckpointFolder(path)
     committed = [folder for folder in _folders(path) if folder.is_committed]
     if not committed:
-        raise CheckpointError(f"{path} holds no checkpoint with a {MARKER} marker")
+        raise CheckpointError(
+            f"none of the {len(_folders(path))} checkpoints of {path} is complete (holds a file {MARKER})"
+        )
     return committed[-1]
 
 

@@ -26,7 +26,9 @@ def show(
         int | None, typer.Option(min=1, help="Number of ranks [parallel.local_ranks]")
     ] = None,
 ) -> None:
-    """Print every setting after includes and overrides, check them, and print what follows.
+    """Print every setting of a run, check them, and print derived numbers.
+
+    Includes and overrides are applied first.
 
     Examples:
         megatron-eso config show configs/run/quickstart.yaml parallel.tensor=2

@@ -16,7 +16,7 @@ from megatron_eso.cli.data_tools import (
 
 app = application(
     no_args_is_help=True,
-    help="Prepare, inspect and verify data sets.",
+    help="Prepare, inspect, verify and combine data sets.",
 )
 
 
@@ -26,50 +26,56 @@ def prepare_command(
         list[str],
         typer.Argument(help="Files, folders, 'stdlib' or 'hf:NAME[@CONFIGURATION][:SPLIT]'."),
     ],
-    out: Annotated[str, typer.Option(help="Folder that receives the data set; s3://, gs://.")],
+    out: Annotated[str, typer.Option(help="Folder for the data set; also s3:// or gs://.")],
     include: Annotated[
         list[str] | None,
-        typer.Option(help="Of folders: read only these, as '*.py'; repeat it for several."),
+        typer.Option(help="In folders, read only matching files, such as '*.py'; repeatable."),
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(help="Of folders: leave these files and folders out, as '*.csv' or build."),
+        typer.Option(help="In folders, skip these, such as '*.csv' or build; repeatable."),
     ] = None,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a row, L.")] = 512,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per row, L.")] = 512,
     vocab_size: Annotated[
-        int | None, typer.Option(help="Tokens, mask included; needed to train a tokenizer.")
+        int | None,
+        typer.Option(help="Number of tokens, mask included; required to train a tokenizer."),
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="tokenizer.json, its folder or a hub name; default: train one."),
+        typer.Option(help="tokenizer.json, its folder or a hub name [train one]."),
     ] = None,
-    text_key: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
+    text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
     packing: Annotated[
-        str, typer.Option(help="packed, or separate: a row per document.")
+        str, typer.Option(help="packed, or separate: start each document in a new row.")
     ] = "packed",
     validation_fraction: Annotated[
-        float, typer.Option(help="Share of documents held out; 0: no validation split.")
+        float, typer.Option(help="Share of documents to hold out; 0: no validation split.")
     ] = 0.05,
-    bad_documents: Annotated[str, typer.Option(help="error, or skip and count them.")] = "error",
-    shard_mib: Annotated[int, typer.Option(help="Largest shard, in MiB.")] = 64,
-    compress: Annotated[bool, typer.Option(help="zstd shards, for object stores.")] = False,
+    bad_documents: Annotated[
+        str, typer.Option(help="At a bad document: error, or skip and count it.")
+    ] = "error",
+    shard_mib: Annotated[int, typer.Option(help="Largest size of a shard, MiB.")] = 64,
+    compress: Annotated[
+        bool, typer.Option(help="Compress shards with zstd, for object stores.")
+    ] = False,
     partition_mib: Annotated[
-        int | None, typer.Option(min=1, help="Input per unit of work, MiB.")
+        int | None, typer.Option(min=1, help="Input per unit of work, MiB [2 to 512, by size].")
     ] = None,
     tokenizer_mib: Annotated[
         int | None, typer.Option(min=1, help="Text to train the tokenizer on, MiB [256].")
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes; default: cores.")
+        int | None, typer.Option(min=1, help="Worker processes [one per core].")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Remove what is there and start afresh.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Remove what is there and start over.")] = False,
     staging: Annotated[
-        Path | None, typer.Option(help="With s3://, gs://: folder for work in progress [cache].")
+        Path | None,
+        typer.Option(help="With s3:// or gs://: folder for work in progress [in the cache]."),
     ] = None,
 ) -> None:
-    """Turn raw text into a tokenizer and train and validation shards.
+    """Turn raw text into a tokenizer, a training and a validation split.
 
-    Interrupted, it continues; complete, it does nothing.
+    The same command continues an interrupted preparation, and does nothing once it is complete.
 
     Examples:
       megatron-eso data prepare stdlib --out runs/data/stdlib256 --sequence-length 256 --vocab-size 2048
@@ -88,12 +94,12 @@ def prepare_command(
 
     if staging is not None and not is_remote(out):
         raise DataError(
-            f"--staging {staging} is for object stores (s3://, gs://); --out {out} holds its work: leave "
-            "--staging out"
+            f"--staging {staging} applies only to object stores (s3://, gs://); the local --out {out} "
+            "holds the work in progress itself: leave --staging out"
         )
     if tokenizer is not None and tokenizer_mib is not None:
         raise DataError(
-            f"--tokenizer-mib {tokenizer_mib} is for a tokenizer that is trained, and --tokenizer "
+            f"--tokenizer-mib {tokenizer_mib} applies only when a tokenizer is trained, but --tokenizer "
             f"{tokenizer} is given: leave one of them out"
         )
     if vocab_size is None:
@@ -108,7 +114,7 @@ def prepare_command(
         num_processes=processes, overwrite=overwrite, staging=staging, progress=Progress(),
     )  # fmt: skip
     state = (
-        "already prepared, nothing to do (--overwrite does it afresh)"
+        "already prepared, nothing to do (--overwrite prepares it again)"
         if done.was_complete
         else "prepared"
     )

@@ -5,20 +5,24 @@ from typing import Annotated
 
 import typer
 
-Split = Annotated[str, typer.Argument(help="A split: .../train or .../validation.")]
+Split = Annotated[str, typer.Argument(help="Prepared split: .../train or .../validation.")]
 
 
 def inspect_command(
     split: Split,
-    rows: Annotated[list[int] | None, typer.Option("--row", help="Rows to print [0].")] = None,
+    rows: Annotated[
+        list[int] | None, typer.Option("--row", help="Row to print; repeatable [0].")
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option(help="Write a histogram of document lengths (.png).")
     ] = None,
     max_rows: Annotated[
-        int | None, typer.Option(help="With --picture: rows to count lengths in [all].")
+        int | None, typer.Option(help="With --picture: number of rows to read lengths from [all].")
     ] = None,
 ) -> None:
-    """Print a split's counts and the text of some rows; draw its documents' lengths.
+    """Print a split's counts and the text of some rows.
+
+    With --picture, also draw a histogram of its documents' lengths.
 
     Examples:
       megatron-eso data inspect runs/data/stdlib/train --row 0 --row 7 --picture lengths.png
@@ -36,7 +40,9 @@ def inspect_command(
     from megatron_eso.errors import DataError
 
     if max_rows is not None and picture is None:
-        raise DataError(f"--max-rows {max_rows} is of the --picture, which is not asked for")
+        raise DataError(
+            f"--max-rows {max_rows} applies only to --picture: add --picture FILE, or leave it out"
+        )
     if max_rows is not None and max_rows < 1:
         raise DataError(f"--max-rows {max_rows} must be at least 1")
     if picture is not None:
@@ -54,7 +60,7 @@ def inspect_command(
         typer.echo(f"\n{picture}: lengths of documents")
 
 
-def verify_command(splits: Annotated[list[str], typer.Argument(help="Splits to read.")]) -> None:
+def verify_command(splits: Annotated[list[str], typer.Argument(help="Splits to check.")]) -> None:
     """Read every shard and compare sizes, hashes, token ids and counts.
 
     Examples:
@@ -69,10 +75,14 @@ def verify_command(splits: Annotated[list[str], typer.Argument(help="Splits to r
 
 
 def merge_command(
-    splits: Annotated[list[Path], typer.Argument(help="Local splits of one tokenizer.")],
+    splits: Annotated[
+        list[Path], typer.Argument(help="Local splits made with the same tokenizer.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the new split.")],
 ) -> None:
-    """Join splits into one; their shards are hard-linked, or copied to another file system.
+    """Join splits into one.
+
+    Shards are hard-linked, or copied if --out is on another file system.
 
     Examples:
       megatron-eso data merge data/a/train data/b/train --out data/both/train
@@ -87,7 +97,9 @@ def mix_command(
     config: Annotated[Path, typer.Argument(help="Run configuration.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
 ) -> None:
-    """Print what a run will take from each of its sources, without reading any row.
+    """Print how much a run will take from each of its data sources.
+
+    Reads no rows.
 
     Examples:
       megatron-eso data mix configs/run/quickstart.yaml train.steps=1000
@@ -119,12 +131,14 @@ def mix_command(
 
 
 def convert_command(
-    source: Annotated[Path, typer.Argument(help="Common name of the .bin and .idx files.")],
+    source: Annotated[
+        Path, typer.Argument(help="Path of the .bin and .idx files, without these endings.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the new split.")],
-    tokenizer: Annotated[Path, typer.Option(help="tokenizer.json that made the tokens.")],
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a row, L.")] = 512,
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer.json that encoded the tokens.")],
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per row, L.")] = 512,
     format_name: Annotated[
-        str, typer.Option("--from", help="megatron-indexed")
+        str, typer.Option("--from", help="Format of the files; there is one so far.")
     ] = "megatron-indexed",
 ) -> None:
     """Turn another framework's token files into a split.

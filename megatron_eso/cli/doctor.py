@@ -14,19 +14,21 @@ app = application()
 @app.command()
 def doctor(
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="section.key=value ... of --run")
+        list[str] | None, typer.Argument(help="section.key=value ... for --run or --check")
     ] = None,
     check: Annotated[
-        str | None, typer.Option("--check", help="te, fp8 or fp8-attention: is it there?")
+        str | None,
+        typer.Option("--check", help="Check that this works here: te, fp8 or fp8-attention"),
     ] = None,
     run: Annotated[
-        Path | None, typer.Option("--run", help="Run configuration: do its precision settings fit?")
+        Path | None,
+        typer.Option("--run", help="Check that this configuration's precision settings work here"),
     ] = None,
 ) -> None:
-    """Print devices, versions, matmul speed, the backends `auto` would choose and why others lose.
+    """Print devices, versions, matmul speed, and which backends `auto` would choose and why.
 
-    With --check or --run it prints only whether what is asked for runs on this machine (a rank's GPU), and
-    exits with code 2 if it does not, naming every rule that forbids it.
+    With --check or --run, only print whether this machine (a rank's GPU) can run what is asked for; if
+    not, name every rule that forbids it and exit with code 2.
 
     Examples:
         megatron-eso doctor
@@ -57,8 +59,10 @@ def _require(asked: str | None, run: Path | None, overrides: list[str]) -> None:
     from megatron_eso.config.precision_rules import ASKED, process_environment
     from megatron_eso.errors import ConfigError
 
-    if (asked is None) == (run is None) or (asked is not None and asked not in ASKED):
-        raise ConfigError(f"give --run FILE, or --check with one of {', '.join(ASKED)}")
+    if (asked is None) == (run is None):
+        raise ConfigError(f"give either --run FILE or --check with one of {', '.join(ASKED)}")
+    if asked is not None and asked not in ASKED:
+        raise ConfigError(f"--check {asked} is not one of {', '.join(ASKED)}")
     config = load_config(run, [*ASKED.get(asked or "", ()), *overrides])
     check(config)
     os.environ.update(process_environment(config))

@@ -19,15 +19,15 @@ def evaluate(
         str,
         typer.Argument(help="Prepared split (.../validation), or any text, jsonl or parquet file"),
     ],
-    metric: Annotated[str, typer.Option(help="nelbo, likelihood or all")] = "all",
+    metric: Annotated[str, typer.Option(help="What to compute: nelbo, likelihood or all")] = "all",
     orders: Annotated[
-        int | None, typer.Option(help="Orders K of the likelihood bound; 0: none [1]")
+        int | None, typer.Option(help="Orders K of the likelihood bound; 0 leaves it out [1]")
     ] = None,
     repeats: Annotated[
-        int | None, typer.Option(help="Times and masks drawn per row for the NELBO [1]")
+        int | None, typer.Option(help="Draws of times and masks per row for the NELBO [1]")
     ] = None,
     eps: Annotated[
-        float | None, typer.Option(help="Lower end of the NELBO's times [0: unbiased]")
+        float | None, typer.Option(help="Lowest time of the NELBO [0: unbiased]")
     ] = None,
     rows: Annotated[int, typer.Option(help="Rows to score; 0: all")] = 0,
     alpha_0: Annotated[
@@ -39,15 +39,19 @@ def evaluate(
     tokenizer: Annotated[
         Path | None, typer.Option(help="tokenizer.json for raw text [the checkpoint's]")
     ] = None,
-    raw_weights: Annotated[bool, typer.Option(help="Not the moving average")] = False,
-    batch: Annotated[int, typer.Option(help="Stack rows scored at once")] = 16,
+    raw_weights: Annotated[
+        bool, typer.Option(help="Score the raw weights, not their average")
+    ] = False,
+    batch: Annotated[int, typer.Option(help="Stack rows to score at once")] = 16,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine")] = 1,
-    tensor: Annotated[int, typer.Option(min=1, help="Tensor ranks")] = 1,
-    pipeline: Annotated[int, typer.Option(min=1, help="Pipeline ranks")] = 1,
+    tensor: Annotated[int, typer.Option(min=1, help="Ranks that share each layer")] = 1,
+    pipeline: Annotated[int, typer.Option(min=1, help="Ranks that hold consecutive layers")] = 1,
     context: Annotated[
-        int, typer.Option(min=1, help="Ranks that share long rows; the rest is data-parallel")
+        int, typer.Option(min=1, help="Ranks that share each row; other ranks are data-parallel")
     ] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write JSON here")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the scores to this JSON file")
+    ] = None,
 ) -> None:
     """Print the NELBO and the exact-likelihood bound of held-out rows.
 
@@ -134,12 +138,12 @@ def _check_numbers(metric: str, drawn: dict[str, Any], *, rows: int, batch: int)
         for name in names:
             if metric == other and drawn[name] is not None:
                 raise ConfigError(
-                    f"--{name} {drawn[name]} is of the {of}, which --metric {metric} leaves out; leave "
-                    f"--{name} out, or ask for --metric all"
+                    f"--{name} {drawn[name]} applies to the {of}, which --metric {metric} does not "
+                    f"compute; leave --{name} out, or use --metric all"
                 )
     if metric == "likelihood" and drawn["orders"] is not None and drawn["orders"] < 1:
         raise ConfigError(
-            f"--orders {drawn['orders']} leaves nothing to score with --metric likelihood"
+            f"--orders {drawn['orders']} leaves nothing to score with --metric likelihood; use 1 or more"
         )
 
 
@@ -181,13 +185,13 @@ def _check_data(data: str, tokenizer: Path | None, text_key: str | None) -> bool
         return False
     if tokenizer is not None:
         raise ConfigError(
-            f"--tokenizer {tokenizer} goes with raw text; {data} is read as a prepared split, whose "
-            "tokens are those of its own: leave it out"
+            f"--tokenizer {tokenizer} applies only to raw text; {data} is a prepared split, which was "
+            "encoded with its own tokenizer: leave --tokenizer out"
         )
     if text_key is not None:
         raise ConfigError(
-            f"--text-key {text_key} goes with records of raw text; {data} is read as a prepared split, "
-            "which holds tokens: leave it out"
+            f"--text-key {text_key} applies only to records of raw text; {data} is a prepared split, "
+            "which holds tokens: leave --text-key out"
         )
     return True
 

@@ -27,17 +27,27 @@ class Dtype(StrEnum):
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or a run (its newest one)")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint folder, or a run folder (its newest one)")
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write; absent or empty")],
-    dtype: Annotated[Dtype, typer.Option(help="Stored numbers; fp32 are the masters")] = Dtype.FP32,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Number format of the weights; fp32 loses nothing")
+    ] = Dtype.FP32,
     format: Annotated[
         Format,
-        typer.Option(help="esolm: own class; backbone: stock Llama/Qwen3, see its model card"),
+        typer.Option(
+            help="esolm: a model class of its own; backbone: stock Llama or Qwen3 (see the model card)"
+        ),
     ] = Format.ESOLM,
-    raw_weights: Annotated[bool, typer.Option(help="Not the moving average")] = False,
-    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json [the run's]")] = None,
+    raw_weights: Annotated[
+        bool, typer.Option(help="Export the raw weights, not their average")
+    ] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json to include [the run's]")
+    ] = None,
     verify: Annotated[
-        bool, typer.Option(help="Compare with an independent forward pass in float32")
+        bool, typer.Option(help="Compare the result with an independent forward pass in float32")
     ] = True,
     watch: Annotated[
         bool, typer.Option(help="Export each new checkpoint of a run to OUT/step_N until stopped")
@@ -46,7 +56,10 @@ def export(
         str | None, typer.Option(help="Also upload to this Hugging Face repository (OWNER/NAME)")
     ] = None,
 ) -> None:
-    """Write safetensors, configs, tokenizer, model files and a model card; no GPU, no process group.
+    """Write a checkpoint as a Hugging Face folder that transformers loads.
+
+    The folder holds safetensors, configs, tokenizer, model files and a model card. Needs no GPU and no
+    process group.
 
     Examples:
         megatron-eso export runs/quickstart --out exported

@@ -16,9 +16,9 @@ app = application()
 def goodput(
     run: Annotated[Path, typer.Argument(help="Run folder")],
     plot: Annotated[Path | None, typer.Option(help="Write a timeline (.png, .svg, .pdf)")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the account as JSON")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON")] = False,
 ) -> None:
-    """Show the effective share of training time, time lost by cause, and faults.
+    """Show the effective training time of a run, the time lost to each cause, and the faults.
 
     Examples:
         megatron-eso goodput runs/quickstart

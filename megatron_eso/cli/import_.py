@@ -38,13 +38,13 @@ def import_(
     ] = Source.OFFICIAL,
     weights: Annotated[
         Weights | None,
-        typer.Option(help="official: averaged or raw weights of the file [ema]"),
+        typer.Option(help="official: take the file's averaged (ema) or raw weights [ema]"),
     ] = None,
     num_heads: Annotated[
-        int | None, typer.Option(help="official: heads [as the file says]", min=1)
+        int | None, typer.Option(help="official: number of heads [as the file says]", min=1)
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens of a row [as the file says]", min=1)
+        int | None, typer.Option(help="Tokens per row [as the file says]", min=1)
     ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="tokenizer.json to keep [the file's or folder's]")
@@ -53,9 +53,10 @@ def import_(
         bool, typer.Option(help="hf: drop embedding rows beyond the tokenizer's ids")
     ] = False,
 ) -> None:
-    """Write a checkpoint that eval, sample and training (checkpoint.init_from) load at any layout.
+    """Turn other weights into a checkpoint for eval, sample and training (checkpoint.init_from).
 
-    Nothing that the file's pickle names is run: only tensors and plain settings are read.
+    The checkpoint loads at any layout. No code of the file is run: only tensors and plain settings are
+    read from its pickle.
 
     Examples:
         megatron-eso import --from official official.ckpt --out runs/official
@@ -68,8 +69,8 @@ def import_(
     _require_of_format(source, [name for name, value in given.items() if value])
     if source is Source.OFFICIAL and checkpoint.is_dir():
         raise ConfigError(
-            f"{checkpoint} is a folder, --from official reads a Lightning file; a Hugging Face folder is "
-            "read with --from hf"
+            f"{checkpoint} is a folder, but --from official reads a Lightning file; read a Hugging Face "
+            "folder with --from hf"
         )
     if source is Source.HF:
         _from_hf(checkpoint, out, cut_vocabulary, sequence_length, tokenizer)
@@ -110,8 +111,8 @@ def _from_hf(
         tokenizer=tokenizer,
     )  # fmt: skip
     typer.echo(
-        f"{found.folder.path}: {found.num_parameters:,} numbers; the mask token, id "
-        f"{found.model.vocab_size - 1}, " + ("was there" if found.has_mask else "is new")
+        f"{found.folder.path}: {found.num_parameters:,} parameters; the mask token, id "
+        f"{found.model.vocab_size - 1}, " + ("was there already" if found.has_mask else "is new")
     )
     for remark in found.remarks:
         typer.echo(remark)
@@ -149,7 +150,7 @@ def _print_settings(folder: Any, sequence_length: int, model: Any) -> None:
     objective = folder.sidecar().get("objective") or {}
     usual = asdict(ObjectiveConfig())
     changed = {k: v for k, v in objective.items() if k == "name" or v != usual.get(k)}
-    typer.echo("to train on, give megatron-eso train these settings:")
+    typer.echo("to continue training, give megatron-eso train these settings:")
     typer.echo(f"  checkpoint.init_from={folder.path} train.sequence_length={sequence_length}")
     typer.echo("  " + " ".join(f"model.{name}={value}" for name, value in shape.items()))
     if changed:

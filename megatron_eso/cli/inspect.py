@@ -13,9 +13,9 @@ app = application()
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Checkpoint, run, or exported folder")],
-    optimizer: Annotated[bool, typer.Option(help="List the optimizer's tensors as well")] = False,
+    optimizer: Annotated[bool, typer.Option(help="Also list the optimizer's tensors")] = False,
 ) -> None:
-    """Print the tensors of a checkpoint or an exported folder; nothing is loaded.
+    """List the tensors of a checkpoint or an exported folder, without loading them.
 
     Examples:
         megatron-eso inspect runs/quickstart
@@ -25,7 +25,7 @@ def inspect(
     from megatron_eso.export.inspect_tensors import inspect as look
 
     if not path.is_dir():
-        raise CheckpointError(f"{path} is no folder")
+        raise CheckpointError(f"{path} is not a folder; give a checkpoint, a run or an export")
     found = look(path)
     for line in found.lines:
         if optimizer or not line.name.startswith("exp_avg"):

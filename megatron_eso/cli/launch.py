@@ -21,18 +21,21 @@ def launch(
     ] = None,
     warm: Annotated[
         bool | None,
-        typer.Option(help="Fork ranks from a process that has imported everything [without a GPU]"),
+        typer.Option(
+            help="Fork ranks from a process that has imported everything [if there is no GPU]"
+        ),
     ] = None,
     agent: Annotated[
-        str, typer.Option(help="Who supervises: own, torchrun (sees no hangs), ft_launcher")
+        str, typer.Option(help="Who supervises: own, torchrun (misses hangs) or ft_launcher")
     ] = "own",
 ) -> None:
     """Train on this machine's ranks and restart them from the newest checkpoint after a fault.
 
-    A rank that dies, hangs, or is stopped is noticed; all ranks end and start again. Under srun (RANK
-    is set) this supervises one rank, and the job script restarts all of them.
-    Exit codes: 0 finished, 2 to 6 errors that a restart would not cure, 7 given up after faults in a row
-    without a newer checkpoint, 8 no progress (one rank under srun), 75 stopped by a signal.
+    When a rank dies, hangs or is stopped, all ranks are ended and started again. Under srun (RANK is
+    set) this supervises one rank, and the job script restarts all of them.
+
+    Exit codes: 0 finished, 2 to 6 an error that a restart would not cure, 7 given up after faults in a
+    row without a newer checkpoint, 8 no progress (one rank under srun), 75 stopped by a signal.
 
     Examples:
         megatron-eso launch configs/run/quickstart.yaml --ranks 2
@@ -56,7 +59,8 @@ def launch(
     if agent != "own":
         if place:
             raise ClusterError(
-                f"--agent {agent} starts the ranks itself, but RANK is set: one too many"
+                f"--agent {agent} starts the ranks itself, but RANK is set, so another launcher did: leave "
+                "--agent out, or unset RANK"
             )
         command = agent_command(
             agent, arguments, num_ranks=number,

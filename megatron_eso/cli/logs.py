@@ -14,12 +14,15 @@ app = application()
 @app.command()
 def logs(
     run: Annotated[Path, typer.Argument(help="Run folder")],
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as it grows")] = False,
-    lines: Annotated[int, typer.Option("-n", help="Lines from the end")] = 50,
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="Print new lines as they come")
+    ] = False,
+    lines: Annotated[int, typer.Option("-n", help="Number of lines from the end")] = 50,
 ) -> None:
-    """Print the newest job output of a run, all attempts in one file; of an array, its newest task's.
+    """Print the end of a run's newest job output.
 
-    Of a run that was never submitted to Slurm it is what the training itself wrote (log.txt).
+    One file holds all attempts; of an array, the newest task's file is shown. Of a run that was never
+    submitted to Slurm, log.txt is shown, which the training itself writes.
 
     Examples:
         megatron-eso logs runs/quickstart
@@ -36,13 +39,13 @@ def _own_log(run: Path) -> Path:
     from megatron_eso.errors import ClusterError
 
     if not run.is_dir():
-        raise ClusterError(f"{run} is no folder; name a run's folder")
+        raise ClusterError(f"{run} is not a folder; give a run folder")
     if (run / "slurm" / "job.json").is_file():
         raise ClusterError(f"{run} has no slurm-JOB.out yet; `megatron-eso status {run}` says why")
     log = run / "log.txt"
     if not log.is_file():
         raise ClusterError(
-            f"{run} holds no run: neither a job of Slurm (slurm/job.json) nor log.txt"
+            f"{run} holds no run: it has neither a Slurm job (slurm/job.json) nor a log.txt"
         )
-    typer.echo(f"{run} was not submitted to Slurm; this is {log}, of the training", err=True)
+    typer.echo(f"{run} was not submitted to Slurm; this is the training's own {log}", err=True)
     return log

@@ -19,31 +19,31 @@ from megatron_eso.launch.said import is_first_to_say
 
 # command -> (module that defines `app` or `command`, one line for the overview)
 COMMANDS = {
-    "data": ("data", "Prepare, inspect and verify data sets."),
+    "data": ("data", "Prepare, inspect, verify and combine data sets."),
     "train": ("train", "Train a model from a run configuration."),
     "launch": ("launch", "Train under supervision: restart after crashes and hangs."),
     "checkpoint": ("checkpoint", "List, inspect, verify, prune and compare checkpoints."),
-    "goodput": ("goodput", "Where a run's time went: effective share, faults, timeline."),
+    "goodput": ("goodput", "Show where a run's time went: effective share, faults, timeline."),
     "submit": ("submit", "Submit a run to Slurm; it requeues itself until it is done."),
-    "status": ("status", "Where submitted runs are, and where their time went."),
-    "logs": ("logs", "The output of a run, submitted or not."),
+    "status": ("status", "Show where submitted runs are and where their time went."),
+    "logs": ("logs", "Print the output of a run, submitted or not."),
     "cancel": ("cancel", "End the job of a run, at once or after a checkpoint."),
     "requeue": ("requeue", "Let a held or failed job try again."),
     "watch": ("watch", "Start requeued jobs without the credential wait."),
     "eval": ("evaluate", "Score held-out data: NELBO, likelihood bound, perplexity."),
     "sample": ("sample", "Generate text from a checkpoint."),
-    "bench-sample": ("bench_sample", "Speed against quality of samplers, with a plot."),
+    "bench-sample": ("bench_sample", "Compare the speed and quality of samplers, with a plot."),
     "export": ("export", "Write a checkpoint as a verified Hugging Face folder."),
     "import": ("import_", "Turn Hugging Face or official Eso-LM weights into a checkpoint."),
     "verify": (
         "verify",
         "Compare an export with its source, or a checkpoint with the official code.",
     ),
-    "inspect": ("inspect", "Tensors and parameter counts of a checkpoint or an exported folder."),
-    "plan": ("plan", "Memory, speed, best layout, cost and goodput before booking a GPU."),
-    "sweep": ("sweep", "Scaling studies: plan, run, collect, fit, report."),
+    "inspect": ("inspect", "List the tensors and count the parameters of a checkpoint or export."),
+    "plan": ("plan", "Estimate memory, speed, best layout, cost and goodput without a GPU."),
+    "sweep": ("sweep", "Plan, run, collect, fit and report a scaling study."),
     "config": ("config", "Show a resolved configuration."),
-    "doctor": ("doctor", "What this machine can do and which backends would be chosen."),
+    "doctor": ("doctor", "Show what this machine can do and which backends would be chosen."),
 }
 
 

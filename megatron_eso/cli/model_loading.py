@@ -70,7 +70,7 @@ def tokenizer_of(known: Described) -> Any:
 
     if known.tokenizer_file is None:
         raise CheckpointError(
-            f"{known.path} has no tokenizer; import it again with --tokenizer tokenizer.json"
+            f"{known.path} has no tokenizer; import or export it again with --tokenizer tokenizer.json"
         )
     require_tokenizer_of_model(known.tokenizer_file, known.path, known.model)
     return load_tokenizer(known.tokenizer_file)
@@ -88,10 +88,10 @@ def require_tokenizer_of_model(file: Path, path: Path, model: Any) -> None:
     found = Tokenizer(file, requires_end=False)
     if found.vocab_size != model.vocab_size:
         raise CheckpointError(
-            f"tokenizer {file} has {found.vocab_size - 1} ids, the model of {path} "
+            f"tokenizer {file} has {found.vocab_size - 1} ids, but the model of {path} has "
             f"{model.vocab_size - 1} besides the mask token: text would be encoded or decoded "
-            "wrongly. Use the tokenizer the model was trained with; a Hugging Face model whose embedding "
-            "has spare rows is imported with --cut-vocabulary"
+            "wrongly. Use the tokenizer the model was trained with; import a Hugging Face model whose "
+            "embedding has spare rows with --cut-vocabulary"
         )
 
 

@@ -28,25 +28,27 @@ def plan(
     context: typer.Context,
     config: Annotated[Path | None, typer.Argument(help="Run configuration (YAML)")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
-    cluster: Annotated[str, typer.Option(help="Hardware profile: name or YAML")] = "h100",
+    cluster: Annotated[str, typer.Option(help="Hardware profile: name or YAML file")] = "h100",
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs")] = 8,
-    search: Annotated[bool, typer.Option("--search", help="Rank all layouts")] = False,
+    search: Annotated[bool, typer.Option("--search", help="Rank all legal layouts")] = False,
     by: Annotated[
         str, typer.Option(help="With --search: time or cost (GPU counts up to --gpus)")
     ] = "time",
     fp8: Annotated[bool, typer.Option("--fp8", help="With --search: try FP8 products too")] = False,
     max_context: Annotated[
-        int, typer.Option(min=1, help="With --search: most context ranks to try")
+        int, typer.Option(min=1, help="With --search: try up to this many context ranks")
     ] = 1,
     goodput: Annotated[
-        bool, typer.Option("--goodput", help="Training time under failures")
+        bool, typer.Option("--goodput", help="Estimate the effective training time under failures")
     ] = False,
-    sampling: Annotated[int | None, typer.Option(help="Sampling cost at this length")] = None,
+    sampling: Annotated[
+        int | None, typer.Option(help="Estimate the cost of sampling a row of this length")
+    ] = None,
     calibrate: Annotated[
         list[Path] | None,
         typer.Option(help="Fit the constants to run folders or tables; repeatable"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON")] = False,
     chart: Annotated[
         Path | None, typer.Option(help="Write a chart of the plan: .png, .svg or .html")
     ] = None,
@@ -95,19 +97,21 @@ def _question(context: typer.Context) -> str:
     ]
     asked = [name for name in given if name in APPLY]
     if len(asked) > 1:
-        raise UserError(f"{_flag(asked[0])} and {_flag(asked[1])} are two questions: ask one")
+        raise UserError(
+            f"{_flag(asked[0])} and {_flag(asked[1])} ask two questions: give one of them"
+        )
     question = asked[0] if asked else "plan"
     if question == "calibrate" and context.params["config"]:
         raise UserError(
-            f"--calibrate reads measured runs, no run configuration ({context.params['config']}); repeat "
-            "--calibrate for each run folder or table"
+            f"--calibrate reads measured runs, not a run configuration ({context.params['config']}); "
+            "repeat --calibrate for each run folder or table"
         )
     for name in given:
         if name not in (*ALWAYS, question, *APPLY[question]):
             others = [_flag(other) for other, options in APPLY.items() if name in options]
-            at = "without options" if question == "plan" else f"with {_flag(question)}"
+            at = "in the plain plan" if question == "plan" else f"with {_flag(question)}"
             raise UserError(
-                f"{_flag(name)} changes nothing {at}; it goes with {' or '.join(others)}"
+                f"{_flag(name)} has no effect {at}; it applies to {' or '.join(others)}"
             )
     return question
 

@@ -12,7 +12,7 @@ app = application()
 
 @app.command()
 def requeue(run: Annotated[Path, typer.Argument(help="Run folder")]) -> None:
-    """Release the held job of a run, or requeue a failed one; failures are forgotten.
+    """Release the held job of a run, or requeue a failed one; its count of failures starts over.
 
     Examples:
         megatron-eso requeue runs/quickstart

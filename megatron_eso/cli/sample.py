@@ -15,50 +15,56 @@ app = application()
 @app.command()
 def sample(
     checkpoint: Annotated[Path, typer.Argument(help="Run, checkpoint or exported folder")],
-    num_samples: Annotated[int, typer.Option(help="Rows to generate (per prompt)")] = 2,
+    num_samples: Annotated[int, typer.Option(help="Rows to generate for each prompt")] = 2,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Text a row starts with; repeat it for several rows")
+        list[str] | None, typer.Option(help="Text that rows start with; repeatable")
     ] = None,
     infill: Annotated[
         str | None, typer.Option(help="Text with gaps: [[N]] stands for N tokens")
     ] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a row [as trained]")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per row [as trained]")] = None,
     plan: Annotated[
-        str, typer.Option(help="auto, binomial, fixed, strided or left-to-right")
+        str, typer.Option(help="Decoding plan: auto, binomial, fixed, strided or left-to-right")
     ] = "auto",
     alpha_0: Annotated[
-        float | None, typer.Option(help="Share of tokens by diffusion [as trained]")
+        float | None, typer.Option(help="Share of tokens decided by diffusion [as trained]")
     ] = None,
     num_steps: Annotated[
-        int | None, typer.Option(help="Diffusion steps [as many as tokens]")
+        int | None, typer.Option(help="Number of diffusion steps [as many as tokens]")
     ] = None,
     tokens_per_step: Annotated[
-        int | None, typer.Option(help="Instead of --num-steps; of the diffusion share only")
+        int | None, typer.Option(help="Tokens per diffusion step, instead of --num-steps")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0: the most likely token")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus; 1: all tokens")] = 0.9,
-    seed: Annotated[int, typer.Option(help="Same seed, same text, whatever the batch")] = 0,
-    batch: Annotated[int, typer.Option(help="Rows at once")] = 16,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 takes the most likely token")
+    ] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus probability; 1 allows every token")] = 0.9,
+    seed: Annotated[
+        int, typer.Option(help="Seed; the same seed gives the same text at any --batch")
+    ] = 0,
+    batch: Annotated[int, typer.Option(help="Rows to generate at once")] = 16,
     stop_at_end: Annotated[
-        bool, typer.Option(help="End at the end-of-document token, do not go on behind it")
+        bool, typer.Option(help="End a row at its end-of-document token")
     ] = False,
-    live: Annotated[bool, typer.Option(help="Watch the first row fill, coloured by step")] = False,
+    live: Annotated[bool, typer.Option(help="Show each row as it fills, colored by step")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the samples to this jsonl file")] = None,
-    raw_weights: Annotated[bool, typer.Option(help="Not the moving average")] = False,
+    raw_weights: Annotated[
+        bool, typer.Option(help="Sample from the raw weights, not their average")
+    ] = False,
     dtype: Annotated[
         Literal["fp32", "bf16"],
-        typer.Option(help="Of the model's numbers; bf16 is faster on a GPU"),
+        typer.Option(help="Number format of the model; bf16 is faster on a GPU"),
     ] = "fp32",
     cuda_graphs: Annotated[
-        bool, typer.Option(help="On a GPU, launch a step's kernels as one piece of work")
+        bool, typer.Option(help="On a GPU, launch the kernels of a step as one CUDA graph")
     ] = True,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine")] = 1,
-    tensor: Annotated[int, typer.Option(min=1, help="Tensor ranks")] = 1,
-    pipeline: Annotated[int, typer.Option(min=1, help="Pipeline ranks")] = 1,
+    tensor: Annotated[int, typer.Option(min=1, help="Ranks that share each layer")] = 1,
+    pipeline: Annotated[int, typer.Option(min=1, help="Ranks that hold consecutive layers")] = 1,
 ) -> None:
     """Generate rows and print them, or write them to a file.
 
-    Eso-LM, AR, MDLM and BD3-LM checkpoints alike, each with the cache its objective allows.
+    Takes Eso-LM, AR, MDLM and BD3-LM checkpoints, each with the cache its objective allows.
 
     Examples:
         megatron-eso sample runs/quickstart
@@ -77,10 +83,10 @@ def sample(
         if number is not None and number < 1:
             raise ConfigError(f"--{name} {number} must be at least 1")
     if out is not None and live:
-        raise ConfigError("--live draws in the terminal; leave it out together with --out")
+        raise ConfigError("--live draws in the terminal, --out writes a file: give one of them")
     if live and "RANK" not in os.environ and not sys.stdout.isatty():
         raise ConfigError(
-            "--live draws in a terminal, and the output goes to none; leave --live out"
+            "--live draws in a terminal, but the output does not go to one; leave --live out"
         )
     for name, texts in (("prompt", prompt or []), ("infill", [infill or ""])):
         _require_text(name, texts)
@@ -128,10 +134,10 @@ def _require_ranks(ranks: int, tensor: int, pipeline: int) -> None:
         advice = (
             f"the launcher started {given} (WORLD_SIZE): let it start {needed}, or change the layout"
             if is_launched
-            else f"set --ranks {needed}"
+            else f"--ranks is {given}: set --ranks {needed}"
         )
         raise ConfigError(
-            f"--tensor {tensor} x --pipeline {pipeline} = {needed} ranks are needed; {advice}"
+            f"--tensor {tensor} x --pipeline {pipeline} = {needed} ranks are needed, but {advice}"
         )
 
 
@@ -144,7 +150,8 @@ def _require_text(option: str, texts: list[str]) -> None:
             text.encode()
         except UnicodeEncodeError:
             raise ConfigError(
-                f"--{option} {text!r} holds bytes that are not UTF-8; convert the text, say with iconv"
+                f"--{option} {text!r} holds bytes that are not UTF-8; convert the text, for example with "
+                "iconv"
             ) from None
 
 
@@ -243,5 +250,7 @@ def _end_token(tokenizer: Any) -> int:
     known = (tokenizer.token_to_id(name) for name in END_NAMES)
     end = next((token for token in known if token is not None), None)
     if end is None:
-        raise ConfigError("--stop-at-end: the tokenizer has no end-of-document token")
+        raise ConfigError(
+            "--stop-at-end: the tokenizer has no end-of-document token; leave --stop-at-end out"
+        )
     return end

@@ -15,7 +15,7 @@ app = application()
 @app.command()
 def status(
     runs: Annotated[
-        list[Path] | None, typer.Argument(help="Run folders; none: all of your jobs in the queue")
+        list[Path] | None, typer.Argument(help="Run folders [all of your jobs in the queue]")
     ] = None,
 ) -> None:
     """Show job, step, loss, speed, last checkpoint, bad nodes and where the time went.
@@ -32,7 +32,7 @@ def status(
     folders = runs or [Path(job.folder) for job in jobs if job.run]
     missing = [str(folder) for folder in folders if not folder.is_dir()]
     if missing:
-        raise ClusterError(f"no run folder {', '.join(missing)}")
+        raise ClusterError(f"no such run folder: {', '.join(missing)}")
     folders = [task for folder in folders for task in records.tasks_of(folder) or [folder]]
     found = [
         (f, by_folder.get(Path(os.path.realpath(f))) or report.job_of_task(f, jobs))
@@ -45,4 +45,4 @@ def status(
     for folder, job in found:
         typer.echo(report.one_line(folder, job, now))
     if not folders:
-        typer.echo("no jobs of yours in the queue; `megatron-eso status RUN` shows a run folder")
+        typer.echo("you have no jobs in the queue; `megatron-eso status RUN` shows a run folder")

@@ -16,16 +16,19 @@ def submit(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value, cluster.key=value ...")
     ] = None,
-    cluster: Annotated[str, typer.Option(help="Profile in configs/cluster, or a file")] = "generic",
+    cluster: Annotated[str, typer.Option(help="Cluster profile: name or YAML file")] = "generic",
     nodes: Annotated[int | None, typer.Option(help="Nodes that train [cluster.nodes]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script only")] = False,
     test_only: Annotated[
-        bool, typer.Option("--test-only", help="Ask Slurm whether and when it could start")
+        bool, typer.Option("--test-only", help="Ask Slurm whether and when the job could start")
     ] = False,
     sweep: Annotated[
-        list[str] | None, typer.Option(help="One array task: 'key=value key=value'; repeat")
+        list[str] | None,
+        typer.Option(help="Overrides of one array task, 'key=value key=value'; repeatable"),
     ] = None,
-    throttle: Annotated[int, typer.Option(help="Array tasks at a time; 0: no limit")] = 0,
+    throttle: Annotated[
+        int, typer.Option(help="With --sweep: tasks to run at once; 0: no limit")
+    ] = 0,
 ) -> None:
     """Submit a run to Slurm; submitting the same run again continues it.
 
@@ -50,7 +53,7 @@ def submit(
     rest = [o for o in given if not o.startswith("cluster.")]
     tasks = [_words(task) for task in sweep] if sweep else None
     profile = load_profile(cluster, own)
-    _check_throttle(throttle, profile.survival.requeue)
+    _check_throttle(throttle, profile.survival.requeue, is_array=tasks is not None)
     plan = launcher.prepare(config, rest, profile, tasks)
     step_seconds, said = 0.0, []
     if profile.hardware:
@@ -65,7 +68,7 @@ def submit(
         step_seconds=step_seconds,
     )
     for line in unseen_data(plan.tasks):
-        typer.echo(f"not looked at: {line}; the job does when it starts", err=True)
+        typer.echo(f"not checked: {line}; the job checks it when it starts", err=True)
     if dry_run:
         typer.echo(plan.script)
         return
@@ -88,18 +91,22 @@ def _words(task: str) -> list[str]:
         return shlex.split(task)
     except ValueError as error:
         raise ConfigError(
-            f"--sweep {task}: {error}; it is split as a shell would: write a quote of a value as \\' or "
-            'inside "..."'
+            f"--sweep {task}: {error}; it is split as a shell would: write a quote in a value as \\' or "
+            'within "..."'
         ) from None
 
 
-def _check_throttle(throttle: int, requeue: str) -> None:
+def _check_throttle(throttle: int, requeue: str, *, is_array: bool) -> None:
     from megatron_eso.errors import ClusterError
 
     if throttle < 0:
-        raise ClusterError(f"--throttle {throttle} must not be negative; 0: no limit")
+        raise ClusterError(f"--throttle {throttle} must not be negative; 0 sets no limit")
+    if throttle and not is_array:
+        raise ClusterError(
+            f"--throttle {throttle} limits the tasks of an array, and there is no --sweep: leave it out"
+        )
     if throttle and requeue == "chain":
         raise ClusterError(
-            f"--throttle {throttle} limits one array, but with survival.requeue=chain each task goes on as "
-            "an array of its own; leave --throttle out or set cluster.survival.requeue=requeue"
+            f"--throttle {throttle} limits one array, but with cluster.survival.requeue=chain each task "
+            "continues as an array of its own; leave --throttle out or set cluster.survival.requeue=requeue"
         )

@@ -17,7 +17,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ...")]
 
 @app.command()
 def plan(sweep: SweepFile, overrides: Overrides = None) -> None:
-    """Print the grid: sizes, steps, FLOPs in both conventions, cost, and what is not legal.
+    """Print the grid: sizes, steps, FLOPs, cost, and illegal cells.
 
     Examples:
         megatron-eso sweep plan configs/sweep/laptop.yaml
@@ -31,16 +31,24 @@ def plan(sweep: SweepFile, overrides: Overrides = None) -> None:
 def run(
     sweep: SweepFile,
     overrides: Overrides = None,
-    workers: Annotated[int, typer.Option(help="Cells at once on this machine")] = 1,
-    max_attempts: Annotated[int, typer.Option(help="Failures until a cell is given up")] = 2,
-    cell: Annotated[int | None, typer.Option(help="Run this cell only (Slurm arrays)")] = None,
-    slurm: Annotated[bool, typer.Option("--slurm", help="Submit as an array")] = False,
-    throttle: Annotated[int | None, typer.Option(help="With --slurm: tasks at once [8]")] = None,
-    sbatch: Annotated[list[str] | None, typer.Option(help="With --slurm: #SBATCH option")] = None,
+    workers: Annotated[int, typer.Option(help="Cells to run at once on this machine")] = 1,
+    max_attempts: Annotated[int, typer.Option(help="Give a cell up after this many failures")] = 2,
+    cell: Annotated[
+        int | None, typer.Option(help="Run only the cell of this number (for Slurm arrays)")
+    ] = None,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="Submit the cells as a Slurm array")
+    ] = False,
+    throttle: Annotated[
+        int | None, typer.Option(help="With --slurm: array tasks to run at once [8]")
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="With --slurm: another sbatch option; repeatable")
+    ] = None,
 ) -> None:
-    """Run the cells that are not finished; the same command goes on after a kill.
+    """Run the cells that are not finished yet.
 
-    An interrupted start is not counted as a failure.
+    The same command continues after an interruption, which does not count as a failure of a cell.
 
     Examples:
         megatron-eso sweep run configs/sweep/laptop.yaml --workers 2
@@ -58,15 +66,15 @@ def run(
         from megatron_eso.data.fits import unseen_data
 
         for line in unseen_data(runs):
-            typer.echo(f"not looked at: {line}; the cells do when they start", err=True)
+            typer.echo(f"not checked: {line}; the cells check it when they start", err=True)
 
     if slurm and cell is not None:
-        raise ConfigError("--slurm submits all cells; --cell runs one here: give one of them")
+        raise ConfigError("--slurm submits all cells, --cell runs one here: give one of them")
     if sbatch and not slurm:
-        raise ConfigError("--sbatch is for --slurm: without it cells run on this machine")
+        raise ConfigError("--sbatch applies only to --slurm: without it cells run on this machine")
     if throttle is not None and not slurm:
         raise ConfigError(
-            "--throttle is for --slurm: without it --workers says how many cells run at once"
+            "--throttle applies only to --slurm: without it --workers sets how many cells run at once"
         )
     if slurm:
         throttle = 8 if throttle is None else throttle
@@ -101,13 +109,18 @@ def collect(
     sweep: SweepFile,
     overrides: Overrides = None,
     tensorboard: Annotated[
-        Path | None, typer.Option(help="Folder of another trainer's runs")
+        Path | None,
+        typer.Option(
+            help="Instead, tabulate the TensorBoard runs of another trainer in this folder"
+        ),
     ] = None,
     tag: Annotated[
         str | None, typer.Option(help="With --tensorboard: scalar to read [lm loss]")
     ] = None,
 ) -> None:
-    """Write cells.csv/.parquet (one row a cell) and steps.csv/.parquet (one row a logged step).
+    """Write tables of cells and of logged steps.
+
+    They are cells.csv and steps.csv, one row for each, and .parquet files beside them.
 
     Examples:
         megatron-eso sweep collect configs/sweep/laptop.yaml
@@ -116,16 +129,18 @@ def collect(
     from megatron_eso.scaling import commands
 
     if tag is not None and tensorboard is None:
-        raise ConfigError("--tag names a scalar of --tensorboard: give its folder too")
+        raise ConfigError("--tag applies only to --tensorboard: give that folder too")
     typer.echo(commands.collect(sweep, overrides, tensorboard, "lm loss" if tag is None else tag))
 
 
 @app.command()
 def fit(
     table: Annotated[Path, typer.Argument(help="cells.csv or cells.parquet")],
-    budget: Annotated[float | None, typer.Option(help="Extrapolate to these FLOPs")] = None,
+    budget: Annotated[float | None, typer.Option(help="Extrapolate to this many FLOPs")] = None,
 ) -> None:
-    """Fit IsoFLOP parabolas, power laws and L = E + A/N^a + B/D^b; print them with intervals.
+    """Fit scaling laws to a table of cells and print them.
+
+    These are IsoFLOP parabolas, power laws and L = E + A/N^a + B/D^b, with intervals.
 
     Examples:
         megatron-eso sweep fit runs/sweep-laptop/cells.csv --budget 1e13
@@ -139,10 +154,12 @@ def fit(
 def report(
     table: Annotated[Path, typer.Argument(help="cells.csv or cells.parquet")],
     out: Annotated[Path, typer.Option(help="HTML page; a PNG is written beside it")],
-    budget: Annotated[float | None, typer.Option(help="Extrapolate to these FLOPs")] = None,
-    note: Annotated[Path | None, typer.Option(help="Text to print on top")] = None,
+    budget: Annotated[float | None, typer.Option(help="Extrapolate to this many FLOPs")] = None,
+    note: Annotated[Path | None, typer.Option(help="Text file to show at the top")] = None,
 ) -> None:
-    """Write one self-contained page: IsoFLOP curves, fits, residuals, frontier, tables.
+    """Write a self-contained HTML page of a study.
+
+    It shows IsoFLOP curves, fits, residuals, the frontier and tables.
 
     Examples:
         megatron-eso sweep report runs/sweep-laptop/cells.csv --out report.html

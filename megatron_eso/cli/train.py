@@ -23,9 +23,9 @@ def train(
 ) -> None:
     """Train a model; the same command continues a run that was stopped.
 
-    Under torchrun or Slurm (RANK is set) this process is one rank of the run; else several ranks are
-    started and supervised as by `megatron-eso launch`. Exit codes: 0 finished, 75 stopped by a signal
-    with a checkpoint, others are errors (docs/resilience.md).
+    Under torchrun or Slurm (RANK is set) this process is one rank of the run; otherwise several ranks
+    are started and supervised, as `megatron-eso launch` does. Exit codes: 0 finished, 75 stopped by a
+    signal with a checkpoint, others are errors (docs/resilience.md).
 
     Examples:
         megatron-eso train configs/run/quickstart.yaml

@@ -20,16 +20,19 @@ def verify(
         Path | None, typer.Option(help="safetensors file of the official code's log-probabilities")
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(help="Checkpoint an exported folder was made from [as it says]")
+        Path | None,
+        typer.Option(help="Checkpoint that an exported folder was made from [as recorded in it]"),
     ] = None,
-    tensor: Annotated[int, typer.Option(help="Tensor ranks, under a launcher")] = 1,
-    pipeline: Annotated[int, typer.Option(help="Pipeline ranks, under a launcher")] = 1,
+    tensor: Annotated[int, typer.Option(help="Ranks that share each layer; needs a launcher")] = 1,
+    pipeline: Annotated[
+        int, typer.Option(help="Ranks that hold consecutive layers; needs a launcher")
+    ] = 1,
 ) -> None:
-    """Print the differences; exit code 1 if one is above its limit.
+    """Compare an export with its source, or a checkpoint with the official code.
 
-    An exported folder is compared in float32 with its source; with --expected a checkpoint is compared
+    An exported folder is compared with its source in float32. With --expected a checkpoint is compared
     with the official code (diffusion pass, sequential pass, exact likelihood, cached sampler; limit 1e-4
-    nats).
+    nats). Prints the differences; exit code 1 if one is above its limit.
 
     Examples:
         megatron-eso verify exported
@@ -50,12 +53,12 @@ def _require_effect(has_expected: bool, has_against: bool, has_layout: bool) -> 
 
     if has_expected and has_against:
         raise ConfigError(
-            "--against is the source of an exported folder, --expected the official code's numbers: give "
-            "one of them"
+            "--against names the source of an exported folder, --expected the official code's numbers: "
+            "give one of them"
         )
     if has_layout and not has_expected:
         raise ConfigError(
-            "--tensor and --pipeline go with --expected; an exported folder is read by one process"
+            "--tensor and --pipeline apply only to --expected; one process reads an exported folder"
         )
 
 

@@ -12,9 +12,9 @@ app = application()
 
 @app.command()
 def watch(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders; none: all")] = None,
-    every: Annotated[float, typer.Option(help="Seconds between looks")] = 5.0,
-    once: Annotated[bool, typer.Option("--once", help="Look once")] = False,
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders [all]")] = None,
+    every: Annotated[float, typer.Option(help="Seconds between looks at the queue")] = 5.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once, then end")] = False,
 ) -> None:
     """Start requeued jobs at once instead of after Slurm's credential wait (2-10 minutes).
 

@@ -42,8 +42,8 @@ def check_layout(config: RunConfig, world_size: int) -> None:
         replica = parallel.tensor * parallel.pipeline * parallel.context
         if world_size % replica:
             found.append(
-                f"{world_size} rank(s) are no multiple of tensor x pipeline x context = "
-                f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} = {replica} (--ranks)"
+                f"{world_size} rank(s) are not a multiple of tensor x pipeline x context = "
+                f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} = {replica}; change --ranks"
             )
     if found:
         raise ConfigError(
@@ -104,14 +104,16 @@ def _model(config: RunConfig) -> Iterator[str]:
         )
     if derive.head_size(model) % 2:
         yield (
-            f"the head size {derive.head_size(model)} is odd; rotary positions need an even one "
-            "(model.head_size or model.num_heads)"
+            f"the head size {derive.head_size(model)} is odd, but rotary positions need an even one; "
+            "change model.head_size or model.num_heads"
         )
     kv_heads = derive.num_kv_heads(model)
     if model.num_heads % kv_heads:
         yield f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={kv_heads}"
     if model.head_bias and model.tie_embeddings:
-        yield "model.head_bias and model.tie_embeddings exclude each other"
+        yield (
+            "model.head_bias=true and model.tie_embeddings=true exclude each other; set one to false"
+        )
 
 
 def _eso(config: RunConfig) -> Iterator[str]:
@@ -127,21 +129,24 @@ def _eso(config: RunConfig) -> Iterator[str]:
     if objective.alpha_0 in (0.0, 1.0) and fraction != objective.alpha_0:
         yield (
             f"objective.diffusion_fraction={fraction} with objective.alpha_0={objective.alpha_0}: "
-            f"at this end every row takes one pass, so it must be {objective.alpha_0:g} (or null)"
+            f"with this alpha_0 all rows take the same pass, so it must be {objective.alpha_0:g} (or null)"
         )
     elif 0 < objective.alpha_0 < 1 and fraction in (0.0, 1.0):
-        yield f"objective.diffusion_fraction={fraction} must be strictly between 0 and 1"
+        yield (
+            f"objective.diffusion_fraction={fraction} with objective.alpha_0={objective.alpha_0}: both "
+            "passes need rows, so it must be strictly between 0 and 1"
+        )
     exact = rows * fraction
     if abs(exact - round(exact)) > 1e-9:
         yield (
-            f"objective.diffusion_fraction={fraction} splits train.global_batch_rows={rows} at "
-            f"{exact:g} rows; choose numbers that give a whole row count"
+            f"objective.diffusion_fraction={fraction} of train.global_batch_rows={rows} is {exact:g} rows; "
+            "choose numbers that give a whole number of rows"
         )
     elif 0 < fraction < 1 and round(exact) % 2:
         yield (
-            f"{round(exact)} diffusion rows in a global batch of {rows}: must be even, because a slot "
-            "holds two diffusion rows or one sequential row with its mask copies "
-            "(train.global_batch_rows)"
+            f"{round(exact)} diffusion rows in a global batch of {rows} rows: their number must be even, "
+            "as a slot holds two diffusion rows, or one sequential row with its mask copies; change "
+            "train.global_batch_rows"
         )
     if fraction < 1 and config.train.micro_batch_rows % 2:
         yield (
@@ -157,19 +162,23 @@ def _length(config: RunConfig) -> Iterator[str]:
             f"train.sequence_length={train.sequence_length} is longer than the rotary table "
             f"(model.max_length={model.max_length}); raise model.max_length"
         )
-    if (train.steps is None) == (train.tokens is None):
-        yield f"set exactly one of train.steps={train.steps} and train.tokens={train.tokens}"
+    if train.steps is None and train.tokens is None:
+        yield "set train.steps or train.tokens; both are null"
+    elif train.steps is not None and train.tokens is not None:
+        yield (
+            f"train.steps={train.steps} and train.tokens={train.tokens} are both set; set one to null"
+        )
     batch_tokens = train.global_batch_rows * train.sequence_length
     if train.steps is None and train.tokens is not None and train.tokens % batch_tokens:
         below = train.tokens // batch_tokens * batch_tokens
         yield (
             f"train.tokens={train.tokens} is not a multiple of one global batch ({batch_tokens} tokens); "
-            + (f"the nearest below is {below}" if below else "that is the least")
+            + (f"the nearest below is {below}" if below else "that is the smallest value")
         )
 
 
 def _profile(config: RunConfig) -> Iterator[str]:
-    """Steps and ranks that a run does not have would be profiled never, and silently."""
+    """Steps and ranks that a run does not have would never be profiled, and silently."""
     steps = derive.total_steps(config)
     beyond = [step for step in config.train.profile_steps if not 1 <= step <= steps]
     if beyond and steps:
@@ -191,7 +200,7 @@ def _layout(config: RunConfig) -> Iterator[str]:
     }
     for what, number in divisions.items():
         if number % parallel.tensor:
-            yield f"{what} = {number} is not divisible by parallel.tensor={parallel.tensor}"
+            yield f"{what} = {number} is not divisible by parallel.tensor={parallel.tensor}; change one"
     if train.sequence_length % parallel.context:
         yield (
             f"train.sequence_length={train.sequence_length} is not divisible by parallel.context="
@@ -206,11 +215,15 @@ def _layout(config: RunConfig) -> Iterator[str]:
     chunks = parallel.pipeline * parallel.virtual_pipeline
     if model.num_layers % chunks:
         yield (
-            f"model.num_layers={model.num_layers} is not divisible by pipeline x virtual_pipeline = "
-            f"{parallel.pipeline} x {parallel.virtual_pipeline}"
+            f"model.num_layers={model.num_layers} is not divisible by parallel.pipeline x "
+            f"parallel.virtual_pipeline = {parallel.pipeline} x {parallel.virtual_pipeline}; change one of "
+            "them"
         )
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-        yield "parallel.virtual_pipeline > 1 needs parallel.pipeline > 1"
+        yield (
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} with parallel.pipeline=1: interleaved "
+            "chunks need more than one pipeline rank; raise parallel.pipeline or set virtual_pipeline to 1"
+        )
     yield from _heads_of_context_ranks(config)
 
 
@@ -219,13 +232,13 @@ def _cuda_graphs(config: RunConfig) -> Iterator[str]:
     if not config.parallel.cuda_graphs:
         return
     unfit = {
-        f"model.dropout={config.model.dropout} draws new numbers in every pass; set it to 0": (
+        f"model.dropout={config.model.dropout} draws new numbers in each pass; set it to 0": (
             config.model.dropout > 0
         ),
-        f"parallel.recompute={config.parallel.recompute} runs passes again that a graph has fixed; set it "
-        "to none": config.parallel.recompute != "none",
-        f"precision.fp8={config.precision.fp8} keeps its scales by code that a graph leaves out; set it to "
-        "off": config.precision.fp8 != "off",
+        f"parallel.recompute={config.parallel.recompute} repeats passes that a graph has fixed; set it to "
+        "none": config.parallel.recompute != "none",
+        f"precision.fp8={config.precision.fp8} updates its scales in code that a graph leaves out; set it "
+        "to off": config.precision.fp8 != "off",
         f"objective.name={config.objective.name} has another mask in rows with padding; use eso or ar": (
             config.objective.name in ("mdlm", "bd3lm")
         ),
@@ -263,8 +276,8 @@ def _world(config: RunConfig, world_size: int) -> Iterator[str]:
     replica = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % replica:
         yield (
-            f"{world_size} rank(s) cannot hold copies of the model on tensor x pipeline x context = "
-            f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} = {replica} ranks; start a "
+            f"{world_size} rank(s) cannot hold copies of the model that take tensor x pipeline x context = "
+            f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} = {replica} ranks each; start a "
             "multiple of that (--ranks, parallel.local_ranks, nodes) or change the layout"
         )
         return
@@ -275,13 +288,13 @@ def _world(config: RunConfig, world_size: int) -> Iterator[str]:
             f"{numbers.num_stack_rows} stack rows (train.global_batch_rows={train.global_batch_rows}, "
             f"objective {config.objective.name}) do not divide into micro-batches of "
             f"train.micro_batch_rows={train.micro_batch_rows} on {numbers.data_parallel} data-parallel "
-            f"rank(s): must be a multiple of {per_round}"
+            f"rank(s): their number must be a multiple of {per_round}"
         )
     elif parallel.virtual_pipeline > 1 and numbers.num_micro_batches % parallel.pipeline:
         yield (
             f"{numbers.num_micro_batches} micro-batches are not a multiple of parallel.pipeline="
-            f"{parallel.pipeline}, which the interleaved schedule needs; change "
-            "train.micro_batch_rows or train.global_batch_rows"
+            f"{parallel.pipeline}, as the interleaved schedule needs; change train.micro_batch_rows or "
+            "train.global_batch_rows"
         )
 
 
@@ -290,17 +303,19 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
     if optimizer.min_learning_rate > optimizer.learning_rate:
         yield (
             f"optimizer.min_learning_rate={optimizer.min_learning_rate} is above "
-            f"optimizer.learning_rate={optimizer.learning_rate}"
+            f"optimizer.learning_rate={optimizer.learning_rate}; lower it"
         )
     steps = derive.total_steps(config)
     decay, how = optimizer.decay_steps or 0, ""
-    if optimizer.schedule == "wsd" and optimizer.decay_steps is None:
+    if optimizer.decay_steps is not None:
+        how = f" and optimizer.decay_steps={decay}"
+    elif optimizer.schedule == "wsd":
         decay = wsd_decay_steps(optimizer, steps)
-        how = f" (wsd: a tenth, {decay})"
+        how = f" and optimizer.decay_steps=null (wsd: a tenth of the steps, {decay})"
     if optimizer.warmup_steps + decay > steps > 0:
         yield (
-            f"optimizer.warmup_steps={optimizer.warmup_steps} and optimizer.decay_steps="
-            f"{optimizer.decay_steps}{how} are more than the run's {steps} steps"
+            f"optimizer.warmup_steps={optimizer.warmup_steps}{how} take more than the run's {steps} steps; "
+            "lower them or train longer"
         )
 
 
@@ -308,8 +323,8 @@ def _precision(config: RunConfig) -> Iterator[str]:
     precision = config.precision
     if precision.deterministic and precision.attention == "flex":
         yield (
-            "precision.deterministic=true with precision.attention=flex: PyTorch does not say that "
-            "FlexAttention's gradients are repeatable; use split (or auto)"
+            "precision.deterministic=true with precision.attention=flex: PyTorch does not promise that "
+            "FlexAttention's gradients are repeatable; set precision.attention=split (or auto)"
         )
     yield from broken(SETTINGS_RULES, config)
 
@@ -331,19 +346,22 @@ def _baselines(config: RunConfig) -> Iterator[str]:
     if train.sequence_length % objective.block_size:
         yield (
             f"objective.block_size={objective.block_size} does not divide train.sequence_length="
-            f"{train.sequence_length}"
+            f"{train.sequence_length}; change one of them"
         )
     if train.micro_batch_rows % 2:
-        yield "train.micro_batch_rows must be even for bd3lm: a row runs as two stack rows"
+        yield (
+            f"train.micro_batch_rows={train.micro_batch_rows} must be even with objective.name=bd3lm: a "
+            "row runs as two stack rows"
+        )
 
 
 def _resilience(config: RunConfig) -> Iterator[str]:
-    settings = config.resilience
-    if (
-        "rollback" in (settings.on_nonfinite, settings.on_spike)
-        and not config.train.save_every_steps
-    ):
-        yield "resilience.on_...=rollback goes back to a checkpoint: set train.save_every_steps"
+    for name in ("on_nonfinite", "on_spike"):
+        if getattr(config.resilience, name) == "rollback" and not config.train.save_every_steps:
+            yield (
+                f"resilience.{name}=rollback goes back to a checkpoint, but train.save_every_steps=null "
+                "writes none before the end; set train.save_every_steps"
+            )
 
 
 _RULES: dict[Callable[[RunConfig], Iterator[str]], tuple[str, ...]] = {

@@ -120,7 +120,7 @@ def _file_layers(
         raise ConfigError(f"configuration files include each other in a circle: {chain}")
     if path.is_dir():
         raise ConfigError(
-            f"{path} is a folder; give a configuration file, such as a run's config.yaml"
+            f"{path} is a folder; give a configuration file, such as the config.yaml of a run"
         )
     if not path.is_file():
         by = f" (included by {including[-1]})" if including else ""
@@ -147,7 +147,7 @@ def _includes(content: DictConfig, path: Path) -> list[str]:
     paths = list(found) if isinstance(found, list | ListConfig) else [found]
     if not all(isinstance(item, str) for item in paths):
         raise ConfigError(
-            f"{path}: {INCLUDE_KEY} is {found}, neither a path nor a list of paths; write "
+            f"{path}: {INCLUDE_KEY} is {found}, which is neither a path nor a list of paths; write "
             f"{INCLUDE_KEY}: [FILE.yaml], or leave {INCLUDE_KEY} out"
         )
     return paths
@@ -223,7 +223,7 @@ def _wrong_keys(content: Any, schema: Any, prefix: str, root: Any) -> Iterator[s
         if value is None or OmegaConf.is_interpolation(content, str(key)):
             continue
         if get_origin(kind) is list and isinstance(value, DictConfig):
-            yield f"'{full}' is a list, which is replaced whole: write {full}={_form(kind)}"
+            yield f"'{full}' is a list, which can only be replaced whole: write {full}={_form(kind)}"
         elif get_origin(kind) is dict and isinstance(value, ListConfig):
             yield f"'{full}' holds named values, not a list: write {full}={_form(kind)}"
         # In lists of sections omegaconf itself names the wrong key.

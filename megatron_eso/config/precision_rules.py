@@ -68,6 +68,17 @@ def wants_te_attention(config: RunConfig) -> bool:
     return config.precision.attention == "te" or config.precision.fp8_attention
 
 
+def asks_for_fp8(config: RunConfig) -> str:
+    """Return the setting by which a part computes in FP8."""
+    fp8 = config.precision.fp8
+    return f"precision.fp8={fp8}" if fp8 != "off" else "precision.fp8_attention=true"
+
+
+def asks_for_te_attention(config: RunConfig) -> str:
+    """Return the setting by which rows go through Transformer Engine's attention."""
+    return f"precision.{'fp8_attention=true' if config.precision.fp8_attention else 'attention=te'}"
+
+
 def wants_te(config: RunConfig) -> bool:
     """Return whether the settings cannot do without Transformer Engine."""
     return config.precision.backend == "te" or wants_fp8(config) or wants_te_attention(config)

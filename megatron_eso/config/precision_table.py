@@ -16,6 +16,8 @@ from megatron_eso.config.precision_rules import (
     Machine,
     Rule,
     Version,
+    asks_for_fp8,
+    asks_for_te_attention,
     broken,
     wants_fp8,
     wants_te,
@@ -91,7 +93,7 @@ SETTINGS_RULES = (
         _wants_buffers,
         lambda c, m: c.precision.backend != "torch",
         lambda c, m: (
-            "parallel.tensor_overlap=true with precision.backend=torch: the buffers are Transformer "
+            "parallel.tensor_overlap=true with precision.backend=torch: its buffers are Transformer "
             "Engine's; set precision.backend=te (or auto), or parallel.tensor_overlap=false"
         ),
     ),
@@ -101,8 +103,8 @@ SETTINGS_RULES = (
         lambda c, m: c.parallel.tensor > 1 and c.parallel.sequence,
         lambda c, m: (
             f"parallel.tensor_overlap=true with parallel.tensor={c.parallel.tensor}, sequence="
-            f"{str(c.parallel.sequence).lower()}: what it overlaps is the exchange of sequence parallelism "
-            "between tensor ranks; set parallel.tensor > 1 and parallel.sequence=true"
+            f"{str(c.parallel.sequence).lower()}: it overlaps the exchange of sequence parallelism between "
+            "tensor ranks; set parallel.tensor > 1 and parallel.sequence=true"
         ),
     ),
     Rule(
@@ -130,8 +132,8 @@ SETTINGS_RULES = (
         lambda c, m: not wants_fp8(c) and not wants_te_attention(c),
         lambda c, m: (
             f"precision.backend=torch with precision.fp8={c.precision.fp8}, fp8_attention="
-            f"{c.precision.fp8_attention}, attention={c.precision.attention}: FP8 and attention=te are "
-            "Transformer Engine's; set precision.backend=te (or auto)"
+            f"{str(c.precision.fp8_attention).lower()}, attention={c.precision.attention}: FP8 and "
+            "attention=te need Transformer Engine; set precision.backend=te (or auto)"
         ),
     ),
     Rule(
@@ -139,7 +141,7 @@ SETTINGS_RULES = (
         wants_fp8,
         lambda c, m: c.precision.dtype != "fp32",
         lambda c, m: (
-            f"precision.fp8={c.precision.fp8} with precision.dtype=fp32: FP8 layers take bf16 inputs; set "
+            f"{asks_for_fp8(c)} with precision.dtype=fp32: FP8 takes bf16 inputs; set "
             "precision.dtype=bf16 (or auto)"
         ),
     ),
@@ -157,8 +159,8 @@ SETTINGS_RULES = (
         lambda c: c.precision.fp8_attention,
         lambda c, m: derive.head_size(c.model) == 128,
         lambda c, m: (
-            f"precision.fp8_attention needs a head size of exactly 128, not {derive.head_size(c.model)} "
-            "(model.head_size)"
+            "precision.fp8_attention=true needs a head size of exactly 128, not "
+            f"{derive.head_size(c.model)}; change model.head_size or set precision.fp8_attention=false"
         ),
     ),
     Rule(
@@ -194,8 +196,8 @@ SETTINGS_RULES = (
         wants_te_attention,
         lambda c, m: c.precision.dtype != "fp32",
         lambda c, m: (
-            "precision.attention=te with precision.dtype=fp32: its fused kernels take bf16; set "
-            "precision.dtype=bf16 (or auto) or precision.attention=split"
+            f"{asks_for_te_attention(c)} with precision.dtype=fp32: its fused kernels take bf16; set "
+            "precision.dtype=bf16 (or auto), or precision.attention=split and precision.fp8_attention=false"
         ),
     ),
     Rule(
@@ -212,8 +214,8 @@ SETTINGS_RULES = (
         wants_fp8,
         lambda c, m: c.train.sequence_length % _token_multiple(c) == 0,
         lambda c, m: (
-            f"train.sequence_length={c.train.sequence_length} with precision.fp8={c.precision.fp8}: every "
-            f"rank's part of a row must be a multiple of 8 tokens, so the row one of {_token_multiple(c)}"
+            f"train.sequence_length={c.train.sequence_length} with {asks_for_fp8(c)}: each rank's part of "
+            f"a row must be a multiple of 8 tokens; use a multiple of {_token_multiple(c)}"
         ),
     ),
     Rule(
@@ -223,8 +225,8 @@ SETTINGS_RULES = (
         lambda c, m: (
             f"train.sequence_length={c.train.sequence_length} / parallel.context={c.parallel.context} x "
             f"train.micro_batch_rows={c.train.micro_batch_rows} = {_micro_batch_tokens(c)} tokens with "
-            f"precision.fp8={c.precision.fp8}: the weight gradients' product needs a multiple of 16 "
-            "(Transformer Engine: leading dimension % 16 == 0)"
+            f"{asks_for_fp8(c)}: the product that gives weight gradients needs a multiple of 16 "
+            "(Transformer Engine: leading dimension % 16 == 0); change one of the three"
         ),
     ),
     Rule(
@@ -232,7 +234,7 @@ SETTINGS_RULES = (
         wants_fp8,
         lambda c, m: not _odd_features(c),
         lambda c, m: (
-            f"precision.fp8={c.precision.fp8} needs matrices whose sides are multiples of 16 on each "
+            f"{asks_for_fp8(c)} needs matrices whose sides are multiples of 16 on each "
             f"tensor rank (parallel.tensor={c.parallel.tensor}); these are not: "
             + ", ".join(f"{name} = {width}" for name, width in _odd_features(c).items())
         ),
@@ -272,8 +274,8 @@ SETTINGS_RULES = (
         lambda c: c.precision.fp8_params and c.optimizer.ema_decay > 0,
         lambda c, m: not c.eval.use_ema,
         lambda c, m: (
-            "precision.fp8_params=true with optimizer.ema_decay > 0 and eval.use_ema=true: putting the "
-            "average in place for an evaluation and the weights back would round them again; set "
+            "precision.fp8_params=true with optimizer.ema_decay > 0 and eval.use_ema=true: swapping in the "
+            "average for an evaluation, and the weights back in, would round them again; set "
             "eval.use_ema=false or precision.fp8_params=false"
         ),
     ),
@@ -294,7 +296,7 @@ MACHINE_RULES = (
         wants_te,
         lambda c, m: bool(m.gpu),
         lambda c, m: (
-            "Transformer Engine was asked for (precision.backend, fp8, fp8_attention or attention) and "
+            "Transformer Engine was asked for (precision.backend, fp8, fp8_attention or attention), but "
             "there is no GPU; set precision.backend=auto, fp8=off, fp8_attention=false, attention=auto"
         ),
     ),
@@ -303,8 +305,8 @@ MACHINE_RULES = (
         wants_te,
         lambda c, m: m.te is not None,
         lambda c, m: (
-            f"Transformer Engine was asked for and cannot be imported: {m.te_failure}; docs/gpu.md says "
-            "how to install it, or set precision.backend=auto, fp8=off, attention=auto"
+            f"Transformer Engine was asked for, but cannot be imported: {m.te_failure}; install it "
+            "(docs/gpu.md), or set precision.backend=auto, fp8=off, fp8_attention=false, attention=auto"
         ),
     ),
     Rule(
@@ -312,7 +314,8 @@ MACHINE_RULES = (
         wants_te,
         lambda c, m: m.te is None or m.te >= OLDEST_TE,
         lambda c, m: (
-            f"Transformer Engine {_dots(m.te or ())} is too old: {_dots(OLDEST_TE)} or newer is needed"
+            f"Transformer Engine {_dots(m.te or ())} is too old: {_dots(OLDEST_TE)} or newer is needed "
+            "(docs/gpu.md)"
         ),
     ),
     Rule(
@@ -320,8 +323,8 @@ MACHINE_RULES = (
         wants_fp8,
         lambda c, m: not m.gpu or m.capability >= (9, 0),
         lambda c, m: (
-            f"precision.fp8={c.precision.fp8}: {m.gpu} has compute capability {_dots(m.capability)}; FP8 "
-            "needs 9.0 (Hopper) or newer; set precision.fp8=off"
+            f"{asks_for_fp8(c)}: {m.gpu} has compute capability {_dots(m.capability)}; FP8 needs 9.0 "
+            "(Hopper) or newer; set precision.fp8=off and precision.fp8_attention=false"
         ),
     ),
     Rule(
@@ -329,8 +332,8 @@ MACHINE_RULES = (
         wants_te_attention,
         lambda c, m: not m.gpu or m.capability >= (8, 0),
         lambda c, m: (
-            f"precision.attention=te: {m.gpu} has compute capability {_dots(m.capability)}; fused "
-            "attention needs 8.0 or newer; set precision.attention=split"
+            f"{asks_for_te_attention(c)}: {m.gpu} has compute capability {_dots(m.capability)}; fused "
+            "attention needs 8.0 or newer; set precision.attention=split and precision.fp8_attention=false"
         ),
     ),
     Rule(
@@ -338,7 +341,7 @@ MACHINE_RULES = (
         wants_te_attention,
         lambda c, m: m.te is None or m.cudnn not in BROKEN_CUDNN,
         lambda c, m: (
-            f"precision.attention=te: Transformer Engine refuses the bf16 attention of cuDNN "
+            f"{asks_for_te_attention(c)}: Transformer Engine refuses the bf16 attention of cuDNN "
             f"{_dots(m.cudnn)}; install another cuDNN, or set precision.attention=split and "
             "precision.fp8_attention=false"
         ),
@@ -348,8 +351,8 @@ MACHINE_RULES = (
         lambda c: c.precision.fp8_attention,
         lambda c, m: m.capability < (9, 0) or m.capability[0] in (9, 10),
         lambda c, m: (
-            f"precision.fp8_attention: {m.gpu} has compute capability {_dots(m.capability)}; cuDNN "
-            "computes FP8 attention on 9.x and 10.x; set precision.fp8_attention=false"
+            f"precision.fp8_attention=true: {m.gpu} has compute capability {_dots(m.capability)}; cuDNN "
+            "computes FP8 attention only on 9.x and 10.x; set precision.fp8_attention=false"
         ),
     ),
     Rule(
@@ -357,9 +360,9 @@ MACHINE_RULES = (
         lambda c: c.precision.fp8_attention,
         lambda c, m: m.te is None or _cudnn_runs_fp8(c, m),
         lambda c, m: (
-            f"precision.fp8_attention at train.sequence_length={c.train.sequence_length}: cuDNN "
+            f"precision.fp8_attention=true with train.sequence_length={c.train.sequence_length}: cuDNN "
             f"{_dots(m.cudnn)} does not compute it on compute capability {_dots(m.capability)}; it needs "
-            "9.7 (on Hopper 9.2.1 where the row is a multiple of 128)"
+            "9.7 (on Hopper 9.2.1 if the row is a multiple of 128)"
         ),
     ),
     Rule(
@@ -367,9 +370,9 @@ MACHINE_RULES = (
         lambda c: c.precision.fp8_attention and c.precision.deterministic,
         lambda c, m: m.te is None or (m.te >= (2, 13) and m.cudnn >= (9, 19, 0)),
         lambda c, m: (
-            "precision.deterministic=true with precision.fp8_attention: Transformer Engine "
+            "precision.deterministic=true with precision.fp8_attention=true: Transformer Engine "
             f"{_dots(m.te or ())} with cuDNN {_dots(m.cudnn)} has no deterministic FP8 backward pass; it "
-            "needs 2.13 with 9.19, or one of the two set to false"
+            "needs 2.13 with 9.19; otherwise set one of the two to false"
         ),
     ),
     Rule(
@@ -381,9 +384,9 @@ MACHINE_RULES = (
             or (c.precision.fp8 == "delayed" and not m.dpa_recipe)
         ),
         lambda c, m: (
-            f"precision.fp8_attention with precision.fp8={c.precision.fp8}: attention has delayed scaling "
-            f"alone, and Transformer Engine was imported with {DPA_RECIPE}={m.dpa_recipe!r}; start with "
-            f"`{DPA_RECIPE}=DelayedScaling` (the commands of megatron-eso do)"
+            f"precision.fp8_attention=true with precision.fp8={c.precision.fp8}: attention has only "
+            f"delayed scaling, but Transformer Engine was imported with {DPA_RECIPE}={m.dpa_recipe!r}; "
+            f"start with `{DPA_RECIPE}=DelayedScaling` (the commands of megatron-eso do)"
         ),
     ),
 )

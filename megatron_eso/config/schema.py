@@ -30,8 +30,8 @@ class ModelConfig:
     head_size: int | None = within(None, at_least=1)
     """Width of one head; null: hidden_size / num_heads, which must divide exactly."""
     ffn_size: int | None = within(None, at_least=1)
-    """Inner width of the MLP; null: 8/3 hidden_size rounded up to a multiple of 64 for swiglu (so that
-    three matrices cost what two of 4 x do), 4 hidden_size for gelu."""
+    """Inner width of the MLP; null: for swiglu 8/3 hidden_size rounded up to a multiple of 64 (its three
+    matrices then cost what two of width 4 hidden_size do), for gelu 4 hidden_size."""
     vocab_size: int = within(8192, at_least=3, hint="two tokens and the mask token")
     """Number of token ids including the mask token, whose id is vocab_size - 1. Must equal the
     vocabulary of the data set's manifest."""
@@ -41,9 +41,9 @@ class ModelConfig:
     max_length: int = within(1024, at_least=1)
     """Longest row the rotary table covers, in tokens."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """Normalisation before attention, before the MLP and before the head."""
+    """Normalization before attention, before the MLP and before the head."""
     norm_eps: float = within(1e-5, above=0, below=math.inf)
-    """Added to the variance inside the normalisation."""
+    """Added to the variance inside the normalization."""
     activation: Literal["swiglu", "gelu"] = "swiglu"
     """MLP: gated SiLU (Llama) or GELU in its tanh form (the official Eso-LM code)."""
     attention_bias: bool = False
@@ -53,7 +53,7 @@ class ModelConfig:
     head_bias: bool = False
     """A bias per vocabulary entry in the output head."""
     qk_norm: bool = False
-    """Normalise queries and keys per head before the rotary rotation (Qwen3)."""
+    """Normalize queries and keys per head before the rotary rotation (Qwen3)."""
     rotary_base: float = within(10000.0, above=0, below=math.inf)
     """Base of the rotary position frequencies."""
     tie_embeddings: bool = False
@@ -76,7 +76,7 @@ class ObjectiveConfig:
     0 pure left to right. The other objectives do not use it."""
     diffusion_fraction: float | None = within(None, at_least=0, at_most=1)
     """Eso-LM: share of rows that take the diffusion pass (kappa); null: 0.5 for 0 < alpha_0 < 1, 1 for
-    alpha_0 = 1, 0 for alpha_0 = 0. At or below 0.25 training diverged in the paper."""
+    alpha_0 = 1, 0 for alpha_0 = 0. In the paper training diverged at or below 0.25."""
     loss_weight: Literal["elbo", "constant"] = "elbo"
     """Weight of the diffusion loss: alpha_0 / (1 - alpha_t), a bound on the likelihood, or 1 (lower
     variance; only for alpha_0 = 1, mdlm and bd3lm). Evaluation always uses the bound."""
@@ -86,8 +86,8 @@ class ObjectiveConfig:
     block_size: int = within(16, at_least=1)
     """bd3lm: tokens per block, which must divide train.sequence_length."""
     leading_mask: bool = True
-    """ar: feed a mask token first, so that all tokens of the row are predicted, as the other
-    objectives do; false: the first token is given and the row's last target is the next row's first
+    """ar: feed a mask token first, so that every token of the row is predicted, as in the other
+    objectives; false: the first token is given and the row's last target is the next row's first
     token."""
 
 
@@ -112,22 +112,23 @@ class DataConfig:
     cache_dir: str | None = path_to(Place.NODE, None)
     """Local folder for shards of remote data sets; null: a folder under the system's cache folder."""
     cache_limit_gib: float | None = within(None, above=0, hint="null sets no bound")
-    """Bound on that folder, in GiB; null: none. The shards used longest ago are dropped first."""
+    """Largest size of data.cache_dir, in GiB; null: no limit. The least recently used shards are removed
+    first."""
     shuffle: bool = True
     """Permute the samples of every epoch; false: the order in which they were written."""
     shuffle_block_size: int = within(262144, at_least=1)
-    """Samples of neighbouring shards that are shuffled together."""
+    """Number of samples of neighboring shards that are shuffled together."""
     shuffle_canonical_nodes: int = within(1, at_least=1)
-    """Number of independent shard sequences the epoch's order is cut into; fixed for a run, whatever
-    the number of nodes it runs on."""
+    """Number of independent sequences of shards that an epoch's order is cut into; fixed for a run, on
+    any number of nodes."""
     prefetch_shards: int = within(2, at_least=0)
-    """Shards fetched ahead of the current place."""
+    """Number of shards to fetch ahead of the one that is read."""
     num_workers: int = within(1, at_least=0)
-    """Reader threads ahead of the training loop; 0: read in the loop."""
+    """Threads that read ahead of the training loop; 0: read in the loop."""
     verify_hashes: bool = True
     """Check each shard's hash when a process first opens it; its size is always checked."""
     retries: int = within(5, at_least=1)
-    """Attempts for one remote shard before the run stops with an error that names it."""
+    """Attempts to fetch one remote shard before the run stops with an error that names it."""
     timeout_seconds: float = within(60.0, above=0)
     """Limit for one attempt to fetch a shard, in seconds."""
 
@@ -137,11 +138,11 @@ class TrainConfig:
     """Length and batch of the run."""
 
     sequence_length: int = within(512, at_least=1)
-    """Tokens of a row; the data set's manifest must have the same."""
+    """Tokens per row; must be that of the data set's manifest."""
     steps: int | None = within(None, at_least=1)
-    """Optimizer steps; null: from train.tokens."""
+    """Optimizer steps; null: as many as train.tokens gives. Set this or train.tokens."""
     tokens: int | None = within(None, at_least=1)
-    """Token budget of the run, in data tokens; null: from train.steps. It must be a whole number of
+    """Token budget of the run, in data tokens; null: train.steps sets it. It must be a whole number of
     global batches."""
     global_batch_rows: int = within(32, at_least=1)
     """Rows of one optimizer step over all ranks."""
@@ -155,7 +156,8 @@ class TrainConfig:
     eval_every_steps: int | None = within(None, at_least=1, hint="null evaluates only at the end")
     """Steps between evaluations; null: only at the end."""
     profile_steps: list[int] = field(default_factory=list)
-    """Steps, numbered as in the log, of which a trace and a table of phases go to the run's folder."""
+    """Steps to profile, numbered as in the log; the run's folder gets a trace and a table of phases of
+    each."""
     profile_ranks: list[int] = field(default_factory=lambda: [0])
     """Ranks on which these steps are profiled. A profiled step is slower."""
     save_every_steps: int | None = within(
@@ -180,7 +182,8 @@ class OptimizerConfig:
     decay_steps: int | None = within(
         None, at_least=1, hint="null takes the default, schedule=constant has no decay"
     )
-    """Length of the decay: cosine, null: from the warm-up to the end; wsd, null: a tenth of the steps."""
+    """Length of the decay, in steps; null: cosine decays from the warm-up to the end, wsd over the last
+    tenth of the steps."""
     beta1: float = within(0.9, at_least=0, below=1)
     """Decay of the first moment."""
     beta2: float = within(0.95, at_least=0, below=1)
@@ -190,7 +193,7 @@ class OptimizerConfig:
     weight_decay: float = within(0.1, at_least=0, below=math.inf)
     """Decoupled weight decay of matrices and embeddings; norms and biases get none."""
     clip_grad_norm: float = within(1.0, at_least=0, hint="0 sets no bound")
-    """Bound on the global gradient norm; 0: none."""
+    """Upper bound on the global gradient norm; 0: none."""
     ema_decay: float = within(0.0, at_least=0, below=1)
     """Decay of the moving average of the weights used for evaluation and sampling, with warm-up
     min(ema_decay, (1 + step) / (10 + step)); 0: no average."""
@@ -211,20 +214,20 @@ class ParallelConfig:
     for heads, so tensor x context must divide model.num_heads. For rows too long for one rank's memory."""
     sequence: bool = True
     """Split activations between tensor ranks along the row where matrices are not split (sequence
-    parallelism); without effect at tensor = 1."""
+    parallelism); no effect at tensor = 1."""
     recompute: Literal["none", "attention", "full"] = "none"
-    """Activations computed again in the backward pass instead of kept: none, those of the attention
-    kernel, or whole layers."""
+    """Activations to recompute in the backward pass instead of keeping them: none, those of the attention
+    kernel, or those of whole layers."""
     overlap: bool | None = None
     """Overlap gradient reduction, parameter gathering and, in the interleaved schedule, the exchange
     between pipeline stages with computation; null: on GPUs. On CPUs there is nothing to hide it behind."""
     tensor_overlap: bool = False
-    """Overlap what tensor ranks exchange with the matrix products beside it, through Transformer Engine's
-    user buffers: with its layers, tensor > 1, sequence parallelism, and NVLink between the tensor ranks.
-    Without effect where precision.backend=auto takes plain layers."""
+    """Overlap the exchange between tensor ranks with the matrix products beside it, through Transformer
+    Engine's user buffers. Needs its layers, tensor > 1, sequence parallelism, and NVLink between the
+    tensor ranks. No effect where precision.backend=auto takes plain layers."""
     cuda_graphs: bool = False
-    """Launch each layer's forward and backward pass as one CUDA graph: for small layers, which wait for
-    their kernels to be launched. Without effect on a CPU. Costs memory: docs/gpu.md."""
+    """Launch each layer's forward and backward pass as one CUDA graph: speeds up small layers, which wait
+    for their kernels to be launched. No effect on a CPU. Costs memory: docs/gpu.md."""
     local_ranks: int = within(1, at_least=1)
     """Ranks that ``megatron-eso train`` starts on this machine when no launcher (torchrun, Slurm) did."""
 
@@ -234,8 +237,8 @@ class PrecisionConfig:
     """Number formats and kernels."""
 
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Format of weights and activations; auto: bf16 on a GPU, on a CPU the faster one by a matmul
-    measured at start. Master weights, gradients, moments and losses are fp32 always."""
+    """Format of weights and activations; auto: bf16 on a GPU, on a CPU the one that is faster in a matmul
+    measured at start. Master weights, gradients, moments and losses are always fp32."""
     backend: Literal["auto", "te", "torch"] = "auto"
     """Layers of Transformer Engine or of plain Megatron-Core; auto: Transformer Engine where it works,
     but not in fp32, whose products it computes in TF32."""
@@ -247,32 +250,32 @@ class PrecisionConfig:
     fp8_attention: bool = False
     """FP8 attention for diffusion and true-token rows (Transformer Engine, head size 128)."""
     fp8_params: bool = False
-    """Keep the weights of FP8 layers in FP8 alone and gather them so; master weights stay fp32."""
+    """Keep and gather the weights of FP8 layers in FP8 only; master weights stay fp32."""
     bf16_first_layers: int = within(0, at_least=0)
-    """tensorwise: this many first layers compute in bf16."""
+    """tensorwise: number of first layers that compute in bf16."""
     bf16_last_layers: int = within(0, at_least=0)
-    """tensorwise: this many last layers compute in bf16."""
+    """tensorwise: number of last layers that compute in bf16."""
     attention: Literal["auto", "split", "dense", "flex", "te"] = "auto"
     """Attention kernel: split (fused causal call and analytic self term), dense (mask, the oracle),
     flex (FlexAttention, CUDA), te (Transformer Engine's cuDNN kernel for diffusion and true-token rows,
     split for mask copies; CUDA); auto: te with fp8_attention, else split."""
     deterministic: bool = False
-    """CUDA: the same run on the same GPUs gives the same numbers, bit by bit. Slower: the attention kernel
-    is another one, and NCCL sums in rings or trees. CPUs always do."""
+    """On GPUs: the same run on the same GPUs gives the same numbers, bit by bit. Slower: attention takes
+    another kernel, and NCCL sums in rings or trees. Runs on CPUs always repeat bit by bit."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept of a run, where."""
+    """What is kept of a run, and where."""
 
     keep_last: int = within(2, at_least=1)
     """Newest checkpoints to keep; older ones are removed once a newer one is complete."""
     keep_every_steps: int | None = within(None, at_least=1, hint="null keeps no milestones")
-    """Checkpoints at multiples of this many steps are kept for ever; null: none."""
+    """Checkpoints at multiples of this many steps are kept forever; null: none."""
     asynchronous: bool = True
     """Write while training goes on; the stall is reported for each save."""
     timeout_seconds: float = within(1800.0, above=0)
-    """A save that is not done by then has failed: its writers are ended, training goes on."""
+    """Limit for one save; one that takes longer has failed: its writers are ended, training goes on."""
     local_folder: str | None = path_to(Place.NODE, None)
     """Folder on this node, in memory (/dev/shm) or on a local disk, for frequent copies of each rank's
     own state; a restart at the same layout takes the newest valid of these and the shared checkpoints.
@@ -294,20 +297,21 @@ class ResilienceConfig:
     """What a run does about hangs, crashes and steps that go wrong."""
 
     setup_timeout_seconds: float = within(600.0, above=0)
-    """Limit from a rank's start to its first step, and of any section that has not been timed yet."""
+    """Limit from a rank's start to its first step, and for any section that has not been timed yet."""
     min_timeout_seconds: float = within(30.0, above=0)
-    """No limit of a step, an evaluation or a checkpoint is below this."""
+    """The limit for a step, an evaluation or a checkpoint is never below this."""
     timeout_factor: float = within(
         3.0, at_least=1, hint="a step may take as long as the longest so far"
     )
     """A step, an evaluation or a checkpoint may take this many times the longest so far."""
     max_restarts_without_progress: int = within(3, at_least=0)
-    """The launcher gives up after so many faults in a row without a newer checkpoint."""
+    """The launcher gives up after this many faults in a row without a newer checkpoint."""
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
-    """A loss or gradient that is not finite, also when the step is run again: stop with exit code 5;
-    skip the step's batch; or go back to the newest checkpoint and leave the batch out."""
+    """What to do if a loss or gradient is not finite, also when the step is run again: stop with exit
+    code 5; skip the step's batch; or go back to the newest checkpoint and leave the batch out."""
     on_spike: Literal["warn", "stop", "skip", "rollback"] = "warn"
-    """A loss far above those before, also when the step is run again."""
+    """What to do if a loss is far above those before, also when the step is run again; warn applies the
+    step."""
     spike_window: int = within(100, at_least=0)
     """Number of losses that a new one is compared with; 0: no spike detection."""
     spike_deviations: float = within(8.0, above=0)
@@ -327,13 +331,13 @@ class EvalConfig:
     micro_batch_rows: int | None = within(
         None, at_least=1, hint="null takes train.micro_batch_rows"
     )
-    """Stack rows at once; null: train.micro_batch_rows."""
+    """Stack rows that are evaluated at once; null: train.micro_batch_rows."""
     likelihood_orders: int = within(1, at_least=0)
     """Orders K of the likelihood bound - log mean_k p(x | order_k); 0: do not compute it."""
     nelbo_repeats: int = within(1, at_least=1)
     """Times, masks and orders drawn per row for the NELBO."""
     noise_eps: float = within(0.0, at_least=0, below=1)
-    """Lower end of the evaluation times; 0 is unbiased."""
+    """Lowest time of the evaluation; 0 is unbiased."""
     alpha_0: float | None = within(None, at_least=0, at_most=1)
     """alpha_0 of the evaluation; null: objective.alpha_0."""
     use_ema: bool = True

@@ -101,7 +101,7 @@ class CachedStore:
             os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
             return descriptor
         os.close(descriptor)
-        log.warning("cached shard %s %s: it is fetched again", path, problem)
+        log.warning("cached shard %s %s; fetching it again", path, problem)
         path.unlink(missing_ok=True)
         return None
 
@@ -171,7 +171,7 @@ class CachedStore:
         if num_bytes > limit:
             raise DataError(
                 f"data.cache_limit_gib={limit / 2**30:g} is less than one shard of "
-                f"{num_bytes / 2**30:.3g} GiB"
+                f"{num_bytes / 2**30:.3g} GiB; raise it"
             )
         while self._used_bytes() + num_bytes > limit and self._evict_oldest():
             pass

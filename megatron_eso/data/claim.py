@@ -123,11 +123,15 @@ def _lock(file: TextIO, folder: Path) -> None:
         owner = file.read()
         file.close()
         raise DataError(
-            f"another `data prepare` ({owner}) is at work on {folder}; wait for its end, or choose another "
-            "--out. One process starts the others: under Slurm, use srun -n1"
+            f"another `data prepare` ({owner}) is at work on {folder}; wait until it ends, or choose "
+            "another --out. One process starts the others: under Slurm, use srun -n1"
         ) from None
     except OSError as error:  # a file system that has no locks
-        log.warning("%s: %s; start no other `data prepare` on it now", folder, error.strerror)
+        log.warning(
+            "%s cannot be locked (%s): start no other `data prepare` on it meanwhile",
+            folder,
+            error.strerror,
+        )
 
 
 def _claim_folder(out: Path, request: dict[str, Any], overwrite: bool) -> None:

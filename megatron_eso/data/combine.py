@@ -87,7 +87,7 @@ def _check_alike(folders: list[Path], manifests: list[Manifest]) -> None:
             first, other = getattr(manifests[0], name), getattr(manifest, name)
             if first != other:
                 raise DataError(
-                    f"{folder} has {name}={other}, {folders[0]} has {first}: they cannot be merged"
+                    f"{folder} has {name}={other}, but {folders[0]} has {first}: they cannot be merged"
                 )
 
 
@@ -112,7 +112,7 @@ def _refuse_duplicates(shards: list[dict[str, Any]]) -> None:
         )
         if entry["raw_data"]["hashes"] and key in seen:
             raise DataError(
-                f"two of the splits hold the same shard (it would be {seen[key]} and {name}); name "
-                "each split once"
+                f"two of the splits hold the same shard (it would become both {seen[key]} and {name}); "
+                "name each split once"
             )
         seen[key] = name

@@ -196,7 +196,7 @@ def _value(scalar: Any) -> Any:
 def _check_column(names: list[str], text_key: str, path: str) -> None:
     if text_key not in names:
         raise DataError(
-            f"{path} has no column '{text_key}', only {', '.join(names)}: set --text-key"
+            f"{path} has no column '{text_key}', only {', '.join(names)}; set --text-key"
         )
 
 

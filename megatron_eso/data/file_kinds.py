@@ -109,7 +109,7 @@ def require_json_lines(path: Path) -> None:
     if not (line.startswith(b"{") and line.endswith(b"}")):
         raise DataError(
             f"{path} begins with {line[:20].decode(errors='replace')!r}: expected a JSON object per line; "
-            "write it so (jq -c '.[]' does, of an array), or leave such files out (data prepare --exclude "
+            "convert it (jq -c '.[]' converts an array), or leave such files out (data prepare --exclude "
             f"'{path.name}')"
         )
 

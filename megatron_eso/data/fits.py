@@ -58,13 +58,13 @@ def check_fits(manifest: Manifest, path: str, sequence_length: int, vocab_size: 
     """
     if manifest.sequence_length != sequence_length:
         raise DataError(
-            f"{path} has rows of {manifest.sequence_length} tokens, the run asks for "
+            f"{path} has rows of {manifest.sequence_length} tokens, but the run asks for "
             f"train.sequence_length={sequence_length}; set it to {manifest.sequence_length} or prepare "
             f"the data with --sequence-length {sequence_length}"
         )
     if manifest.vocab_size != vocab_size:
         raise DataError(
-            f"{path} has a vocabulary of {manifest.vocab_size} (mask token included), the model "
+            f"{path} has a vocabulary of {manifest.vocab_size} (mask token included), but "
             f"model.vocab_size={vocab_size}; they must be equal"
         )
 
@@ -78,12 +78,12 @@ def check_alike(paths: Sequence[str], manifests: Sequence[Manifest]) -> None:
     for path, manifest in zip(paths, manifests, strict=True):
         if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256:
             raise DataError(
-                f"{path} was made with another tokenizer than {paths[0]}; a "
-                "mixture needs one (data prepare --tokenizer FILE)"
+                f"{path} was made with another tokenizer than {paths[0]}; all sources of a mixture need "
+                "the same one (data prepare --tokenizer FILE)"
             )
         if manifest.dtype != manifests[0].dtype:
             raise DataError(
-                f"{path} stores tokens as {manifest.dtype}, {paths[0]} as "
+                f"{path} stores tokens as {manifest.dtype}, but {paths[0]} as "
                 f"{manifests[0].dtype}; prepare both with the same version"
             )
 
@@ -97,8 +97,8 @@ def check_tokenizer(manifest: Manifest, path: str, tokenizer_sha256: str | None)
     if tokenizer_sha256 not in (None, manifest.tokenizer_sha256):
         raise DataError(
             f"{path} was made with another tokenizer than the model's data (sha256 "
-            f"{manifest.tokenizer_sha256[:12]}, not {tokenizer_sha256[:12]}): its tokens "
-            "mean other text; prepare it with data prepare --tokenizer FILE"
+            f"{manifest.tokenizer_sha256[:12]}, not {tokenizer_sha256[:12]}), so its tokens "
+            "stand for other text; prepare it with data prepare --tokenizer FILE"
         )
 
 

@@ -73,7 +73,7 @@ def draw_lengths(lengths: NDArray[np.int64], manifest: Manifest, path: Path) -> 
     except ImportError:
         raise DataError("a picture needs matplotlib: pip install matplotlib") from None
     if not len(lengths):
-        raise DataError("there is no whole document to draw: read more rows")
+        raise DataError("the rows read hold no whole document to draw; raise --max-rows")
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     bins = np.geomspace(max(lengths.min(), 1) * 0.99, lengths.max() * 1.01, 41)

@@ -94,7 +94,8 @@ def parse_manifest(text: bytes | str, where: str) -> Manifest:
         raise DataError(f"{where} is not a manifest ({error}); {PREPARE_AGAIN}") from None
     if version != FORMAT_VERSION:
         raise DataError(
-            f"{where} has format_version {version}, this version reads {FORMAT_VERSION}; {PREPARE_AGAIN}"
+            f"{where} has format_version {version}, but this program reads {FORMAT_VERSION}; "
+            f"{PREPARE_AGAIN}"
         )
     known = {field.name for field in fields(Manifest)}
     if set(content) != known:
@@ -118,10 +119,13 @@ def load_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         inside = sorted(entry.name for entry in folder.iterdir())[:5]
-        hint = f" (it holds {', '.join(inside)}; name one split, such as {folder}/train)"
+        splits = sorted(folder.glob(f"*/{MANIFEST_NAME}"))
+        hint = f"it holds {', '.join(inside)}" if inside else "it is empty"
+        if splits:
+            hint += f"; name one split, such as {splits[0].parent}"
         raise DataError(
-            f"data folder {folder} has no {MANIFEST_NAME}: it is no prepared split, or its "
-            f"preparation did not finish{hint if inside else ' (it is empty)'}"
+            f"data folder {folder} has no {MANIFEST_NAME}: it is not a prepared split, or its preparation "
+            f"did not finish ({hint})"
         )
     return parse_manifest(path.read_bytes(), str(path))
 

@@ -56,14 +56,17 @@ def open_indexed(prefix: Path) -> IndexedDataset:
     index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (index, data):
         if not path.is_file():
-            raise DataError(f"{path} does not exist; give the common name without .bin and .idx")
+            raise DataError(
+                f"{path} does not exist; give the path of both files without .bin and .idx"
+            )
     content = index.read_bytes()
     if len(content) < HEADER.size or content[: len(MAGIC)] != MAGIC:
         raise DataError(f"{index} is not a Megatron index (it does not start with MMIDIDX)")
     _, version, code, num_sequences, num_bounds = HEADER.unpack_from(content)
     if version != 1 or code not in TYPES:
         raise DataError(
-            f"{index} has version {version} and token type {code}: not an integer type of 1"
+            f"{index} has version {version} and token type {code}; only version 1 and integer types are "
+            "read"
         )
     expected = HEADER.size + num_sequences * 12 + num_bounds * 8
     if len(content) != expected:
@@ -75,8 +78,12 @@ def open_indexed(prefix: Path) -> IndexedDataset:
     num_bytes = data.stat().st_size
     if num_bytes != num_tokens * dtype.itemsize or not num_tokens:
         raise DataError(
-            f"{data} has {num_bytes} bytes, its index {num_tokens} tokens of {dtype.itemsize}: "
-            + ("one of them is damaged" if num_bytes else "there is nothing to convert")
+            f"{data} has {num_bytes} bytes, its index {num_tokens} tokens of {dtype.itemsize} bytes: "
+            + (
+                "one of them is damaged"
+                if num_bytes or num_tokens
+                else "there is nothing to convert"
+            )
         )
     return IndexedDataset(np.memmap(data, dtype, mode="r"), lengths, bounds)
 
@@ -148,7 +155,7 @@ def _write(
 def _checked(document: NDArray[Any], tokenizer: Tokenizer, where: str) -> NDArray[np.uint32]:
     if len(document) and not 0 <= int(document.min()) <= int(document.max()) < tokenizer.mask_id:
         raise DataError(
-            f"{where} holds tokens {int(document.min())} to {int(document.max())}; the tokenizer "
-            f"{tokenizer.path} has 0 to {tokenizer.mask_id - 1}"
+            f"{where} holds tokens {int(document.min())} to {int(document.max())}, but the tokenizer "
+            f"{tokenizer.path} has 0 to {tokenizer.mask_id - 1}; give the one that made them (--tokenizer)"
         )
     return document.astype(np.uint32)

@@ -61,11 +61,11 @@ class SampleOrder:
         self._deals: OrderedDict[int, _Deal] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], NDArray[np.uint32]] = OrderedDict()
         if self.num_samples == 0:
-            raise DataError("a data set without samples has no order")
-        if nodes > min(self.num_samples, group_samples):
+            raise DataError("the data set has no samples")
+        if nodes > (most := min(self.num_samples, group_samples)):
             raise DataError(
-                f"data.shuffle_canonical_nodes={nodes} is more than the {self.num_samples} samples of "
-                "a data set; lower it"
+                f"data.shuffle_canonical_nodes={nodes} is more than the {most} samples of a data set that "
+                "are shuffled at once; lower it"
             )
         if shuffle and len(shard_sizes) > 1 and int(0.75 * block_size) < max(shard_sizes):
             warnings.warn(

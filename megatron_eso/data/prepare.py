@@ -154,8 +154,9 @@ def _require_both_splits(pieces: list[Piece], options: PrepareOptions) -> None:
     if len(found) < len(MERGE_ORDER):
         raise DataError(
             f"--validation-fraction {options.validation_fraction}: a text file is one document, and all "
-            f"{len(keys)} of the sources would be {found.pop()}; set --validation-fraction 0 for no "
-            "validation split, or another share, or give the text as several files or as .jsonl records"
+            f"{len(keys)} of the sources would go to the {found.pop()} split; set --validation-fraction 0 "
+            "for no validation split, or another share, or give the text as several files or as .jsonl "
+            "records"
         )
 
 
@@ -216,7 +217,7 @@ def _refuse_training(pieces: list[Piece], options: PrepareOptions) -> NoReturn:
             f"--validation-fraction {options.validation_fraction} leaves no document to train on"
         )
     raise DataError(
-        f"no document of the sources can be used; the first, {bad.where}, {bad.problem}"
+        f"no document of the sources can be used: the first, {bad.where}, {bad.problem}"
     )
 
 

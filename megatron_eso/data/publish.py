@@ -112,7 +112,7 @@ class Destination:
                 return call()
             except StoreError as error:
                 if error.is_permanent or attempt == ATTEMPTS:
-                    advice = "check the address and the credentials, " * error.is_permanent
+                    advice = "check the address and the credentials, then " * error.is_permanent
                     raise DataError(
                         f"{self.address}/{name} could not be {what} after {attempt} of {ATTEMPTS} "
                         f"attempts: {error}; {advice}run the same command again, it continues"

@@ -139,7 +139,7 @@ class ShardedRows:
         ):
             raise DataError(
                 f"shard {self._store.describe(file)} holds {num_samples} samples of "
-                f"{(file.num_bytes - first) / max(num_samples, 1):g} bytes; its index says "
+                f"{(file.num_bytes - first) / max(num_samples, 1):g} bytes, but its index says "
                 f"{file.num_samples} of {self._row_bytes}"
             )
         return opened
@@ -157,13 +157,14 @@ def _shard_files(store: Store, manifest: Manifest) -> list[ShardFile]:
     for entry in json.loads(content)["shards"]:
         if entry["column_names"] != ["tokens"] or entry["column_encodings"] != [encoding]:
             raise DataError(
-                f"{store.address}/{INDEX_NAME} describes columns {entry['column_encodings']}, its "
-                f"manifest rows of {encoding}"
+                f"{store.address}/{INDEX_NAME} describes columns {entry['column_encodings']}, but its "
+                f"manifest says rows of {encoding}"
             )
         files.append(ShardFile.from_index(entry))
     total = sum(file.num_samples for file in files)
     if total != manifest.num_samples or not files:
         raise DataError(
-            f"{store.address}/{INDEX_NAME} has {total} samples, its manifest {manifest.num_samples}"
+            f"{store.address}/{INDEX_NAME} has {total} samples, but its manifest says "
+            f"{manifest.num_samples}"
         )
     return files

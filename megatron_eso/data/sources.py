@@ -81,8 +81,8 @@ def find_files(sources: list[str], choice: FileChoice = EVERY_FILE) -> list[Piec
     """
     if choice != EVERY_FILE and not any(s == STDLIB or os.path.isdir(s) for s in sources):
         raise DataError(
-            f"{choice} chooses among the files of folders, and the sources {', '.join(sources)} are none; "
-            "leave it out"
+            f"{choice} chooses among the files of folders, but the sources {', '.join(sources)} are not "
+            "folders; leave it out"
         )
     pieces = [piece for source in sources for piece in _files_of(source, choice)]
     if not sum(piece.num_bytes for piece in pieces):
@@ -102,8 +102,8 @@ def require_records(pieces: list[Piece], text_key: str | None) -> None:
     """
     if text_key is not None and all(piece.kind == "text" for piece in pieces):
         raise DataError(
-            f"--text-key {text_key} names a key or column of records, and the sources are text files, "
-            "each one document: leave it out (records are .jsonl, .parquet and .arrow files)"
+            f"--text-key {text_key} names a key or column of records, but the sources are text files, each "
+            "of them one document: leave it out (records are .jsonl, .parquet and .arrow files)"
         )
 
 
@@ -171,8 +171,8 @@ def _hub_files(source: str) -> list[Piece]:
     name, _, configuration = named.partition("@")
     if {"[", "+"} & set(split):
         raise DataError(
-            f"source {source}: {split} is a part of a split or several; whole files are read, so name one "
-            "whole split for each source, and choose the held-out share by --validation-fraction"
+            f"source {source}: {split} is part of a split, or several; whole files are read, so name one "
+            "whole split per source, and set the held-out share with --validation-fraction"
         )
     try:
         from datasets import load_dataset
@@ -212,7 +212,7 @@ def _walk(root: Path, choice: FileChoice) -> Iterator[Path]:
 def _refuse_folder(error: OSError) -> NoReturn:
     raise DataError(
         f"cannot read the folder {error.filename} ({error.strerror}); change its permissions, or name "
-        "the files that are wanted"
+        "the files you want"
     ) from error
 
 

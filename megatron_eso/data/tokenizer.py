@@ -207,7 +207,7 @@ def resolve_tokenizer(name: str, path: Path) -> None:
         Core.from_pretrained(name).save(str(path))
     except Exception as error:  # the Rust side raises bare Exception for anything
         raise DataError(
-            f"--tokenizer {name} is no file, no folder with a tokenizer.json, and could not be "
+            f"--tokenizer {name} is neither a file nor a folder with a tokenizer.json, and could not be "
             f"fetched by name: {error}"
         ) from None
 
@@ -219,7 +219,9 @@ def vocabulary_of(name: str | None) -> int:
         DataError: if no tokenizer is given: one to be trained needs a size.
     """
     if name is None:
-        raise DataError("give --vocab-size to train a tokenizer of that size, or --tokenizer")
+        raise DataError(
+            "give --vocab-size to train a tokenizer of that size, or --tokenizer to use one"
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
         resolve_tokenizer(name, path)

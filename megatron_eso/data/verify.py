@@ -38,12 +38,14 @@ def verify_split(address: str, data: DataConfig, say: Callable[[str], None]) -> 
             split.close()  # frees the place of a shard that was fetched
     if not faults and num_tokens != split.manifest.num_tokens:
         faults.append(
-            f"{address} holds {num_tokens} tokens, its manifest {split.manifest.num_tokens}"
+            f"{address} holds {num_tokens} tokens, but its manifest says {split.manifest.num_tokens}"
         )
     for fault in faults:
         say(fault)
     if faults:
-        raise DataError(f"{address} has {len(faults)} faults; restore its files or {PREPARE_AGAIN}")
+        raise DataError(
+            f"{address} has {len(faults)} fault(s); restore its files or {PREPARE_AGAIN}"
+        )
     return split.num_samples
 
 

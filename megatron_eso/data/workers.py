@@ -73,7 +73,7 @@ def _run_pool(
         except BrokenProcessPool as error:
             raise DataError(
                 "a worker process died (killed, or out of memory); run the same command again, it "
-                "continues; --processes lowers the memory it needs"
+                "continues; fewer --processes need less memory"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -141,8 +141,9 @@ def choose(
     if len(good) >= need:
         taken = set(good[:need])
         return "run " + ",".join(n for n in nodes if n in taken)
-    why = f"{len(good)} of {len(nodes)} nodes are healthy, {need} are needed: {sick}"
-    return _give_up_nodes(records, attempt, why)
+    why = f"{len(good)} of {len(nodes)} nodes are healthy, {need} are needed"
+    reasons = "; ".join(f"{node}: {reason}" for node, reason in sick.items())
+    return _give_up_nodes(records, attempt, f"{why} ({reasons})" if reasons else why)
 
 
 def unfit(records: Records, attempt: str, node: str, why: str) -> str:

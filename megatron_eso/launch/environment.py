@@ -36,8 +36,8 @@ class Ranks:
         for name, value in given.items():
             if not value.isdecimal():
                 raise ConfigError(
-                    f"{name}={value} in the environment is not a number: a launcher sets it (torchrun, "
-                    "srun); unset it to start without one"
+                    f"{name}={value} in the environment is not a number: a launcher (torchrun, srun) sets "
+                    "it; unset it to start without a launcher"
                 )
         return Ranks(*map(int, given.values()))
 
@@ -67,7 +67,7 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
     missing = [name for name in _NAMES if name not in found]
     if missing:
         raise ClusterError(
-            f"RANK={found['RANK']} is set but {', '.join(missing)} not; start ranks with torchrun, "
+            f"RANK={found['RANK']} is set, but {', '.join(missing)} not; start ranks with torchrun, "
             "srun or `megatron-eso submit`, or unset RANK for a run on this machine"
         )
     return found

@@ -35,7 +35,7 @@ def record(run: Path, event: str, **facts: Any) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        log.warning("event %s is missing from %s: %s", event, run / EVENTS, error)
+        log.warning("event %s could not be written to %s: %s", event, run / EVENTS, error)
 
 
 def missing_newline(path: Path) -> str:

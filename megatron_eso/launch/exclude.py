@@ -58,7 +58,9 @@ def exclusions(records: Records, *, partition: str, need: int, always: str) -> t
         if not states:
             raise ClusterError(f"sinfo names no node of partition {partition or '(default)'}")
     except ClusterError as error:
-        return _joined(always, bad), f"all bad nodes are left out: {error}"
+        return _joined(
+            always, bad
+        ), f"all bad nodes are excluded, as nodes cannot be counted: {error}"
     out, kept = to_leave_out(bad, states, always=hidden, need=need)
     said = ""
     if kept:

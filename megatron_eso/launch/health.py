@@ -49,7 +49,7 @@ def problems(
     try:
         probe.write_bytes(content)
         if probe.read_bytes() != content:
-            found.append(f"{folder} gives back other bytes than were written")
+            found.append(f"{folder} returns other bytes than were written")
         skew = abs(probe.stat().st_mtime - time.time())
         if skew > max_skew:
             found.append(f"clock is {skew:.0f} s off the file system's")

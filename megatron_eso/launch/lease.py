@@ -49,8 +49,8 @@ def acquire(folder: Path, owner: str, *, now: float | None = None) -> None:
         reason = _why_not(held, owner, folder, now)
         if reason:
             raise CheckpointError(
-                f"{folder / LEASE_FILE}: {owner} may not write here, {held['owner']} holds the lease "
-                f"({reason}); wait for that run to end or stop it, or remove the file if it is gone"
+                f"{folder / LEASE_FILE}: {owner} may not write here, as {held['owner']} holds the lease "
+                f"({reason}); wait for that run to end or stop it, or remove the file if that run is gone"
             )
     _write(folder, owner, now)
     require_lease(folder, owner, renew=False)
@@ -65,10 +65,15 @@ def require_lease(
         CheckpointError: if another attempt took it or the file is gone.
     """
     held = read(folder)
-    if not held or held["owner"] != owner:
+    if not held:
         raise CheckpointError(
-            f"{folder / LEASE_FILE}: {owner} lost its lease to {held['owner'] if held else 'nobody'}: "
-            "a newer attempt of this run is at work, so this one publishes nothing and must end"
+            f"{folder / LEASE_FILE} is missing or damaged, so {owner} has no lease: it publishes nothing "
+            "and must end; the same command continues the run"
+        )
+    if held["owner"] != owner:
+        raise CheckpointError(
+            f"{folder / LEASE_FILE}: {owner} lost its lease to {held['owner']}: a newer attempt of this "
+            "run is at work, so this one publishes nothing and must end"
         )
     if renew:
         _write(folder, owner, time.time() if now is None else now)
@@ -132,7 +137,7 @@ def _recently(held: dict, now: float) -> str:
     if age < -QUIET_SECONDS:
         return (
             f"renewed {-age:.0f} s in the future: the clocks differ, so whether it lives is unknown; "
-            "set the clocks right"
+            "correct the clocks"
         )
     return f"renewed {age:.0f} s ago" if age < QUIET_SECONDS else ""
 

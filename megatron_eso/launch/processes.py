@@ -161,7 +161,9 @@ def free_port() -> int:
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("", random.SystemRandom().randrange(*_OWN_PORTS)))
             return probe.getsockname()[1]
-    raise ClusterError(f"100 ports between {_OWN_PORTS[0]} and {_OWN_PORTS[1]} are all taken")
+    raise ClusterError(
+        f"no free port: 100 tried between {_OWN_PORTS[0]} and {_OWN_PORTS[1]} are all taken"
+    )
 
 
 def _own_ports() -> tuple[int, int]:

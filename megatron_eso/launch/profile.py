@@ -163,7 +163,9 @@ def minutes_of(limit: str) -> float:
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
     if not match:
-        raise ClusterError(f"time_limit={limit} is no Slurm time; write minutes, H:M:S or D-H:M:S")
+        raise ClusterError(
+            f"time_limit={limit} is not a Slurm time; write minutes, H:M:S or D-H:M:S"
+        )
     days, *rest = match.groups()
     first, second, third = (int(x) if x else 0 for x in rest)
     if days is not None:
@@ -191,7 +193,7 @@ def _wrong_numbers(profile: ClusterProfile) -> Iterator[str]:
 
 def _wrong_words(profile: ClusterProfile) -> Iterator[str]:
     if profile.container.runtime != "none" and not profile.container.image:
-        yield f"container.runtime={profile.container.runtime} needs container.image"
+        yield f"container.runtime={profile.container.runtime} needs container.image; set it"
     for option in (*profile.directives, *profile.srun_arguments):
         if not re.fullmatch(r"--?[A-Za-z][\w-]*(=[^\x00-\x1f\x7f]*)?", option):
             yield f"option {option!r} must be of the form --name=value, on one line"
@@ -200,4 +202,4 @@ def _wrong_words(profile: ClusterProfile) -> Iterator[str]:
             yield f"{name}={getattr(profile, name)!r} has characters that Slurm names do not have"
     for key in profile.environment:
         if not re.fullmatch(r"[A-Za-z_]\w*", key):
-            yield f"environment: {key!r} is no variable name"
+            yield f"environment: {key!r} is not a variable name"

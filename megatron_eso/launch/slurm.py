@@ -32,7 +32,8 @@ EXPLANATIONS = {
     "time_limit may fit before a reservation",
     "Nodes_required_for_job_are_DOWN": "too few of the nodes it may have are in service, or partitions "
     "of higher priority reserve them",
-    "PartitionConfig": "the partition cannot ever give what is asked: fewer nodes, GPUs or time",
+    "PartitionConfig": "the partition can never give what is asked: ask for fewer nodes or GPUs, or less "
+    "time",
     "PartitionNodeLimit": "more nodes than the partition allows",
     "PartitionTimeLimit": "time_limit is longer than the partition allows",
     "Resources": "waits for free nodes",
@@ -50,7 +51,7 @@ _REFUSALS = (
     ("Invalid account", "the account may not be used here; set account= and partition="),
     ("Invalid qos", "the QOS does not exist or is not allowed; set qos="),
     ("policy", "a limit of the account or QOS is reached; `sacctmgr show assoc` and `show qos` list them"),
-    ("Invalid --time", "time_limit is no Slurm time; write minutes, H:M:S or D-H:M:S"),
+    ("Invalid --time", "time_limit is not a Slurm time; write minutes, H:M:S or D-H:M:S"),
     ("time limit", "time_limit is longer than the partition or QOS allows"),
     ("More processors requested", "more CPUs or nodes than the partition has"),
     ("Node count specification invalid", "more nodes than the partition has; lower nodes="),
@@ -100,7 +101,7 @@ def command(*words: str, stdin: str | None = None, timeout_seconds: float = 60.0
     """
     if not shutil.which(words[0]):
         raise ClusterError(
-            f"{words[0]} is not on PATH: this is no Slurm login node, or its module is not loaded; "
+            f"{words[0]} is not on PATH: this is not a Slurm login node, or its module is not loaded; "
             "`megatron-eso submit --dry-run` prints the job script without Slurm"
         )
     try:
@@ -108,7 +109,7 @@ def command(*words: str, stdin: str | None = None, timeout_seconds: float = 60.0
             words, input=stdin, capture_output=True, text=True, timeout=timeout_seconds
         )
     except subprocess.TimeoutExpired:
-        raise ClusterError(f"{words[0]} gave no answer for {timeout_seconds:g} s") from None
+        raise ClusterError(f"{words[0]} did not answer within {timeout_seconds:g} s") from None
     if done.returncode:
         raise ClusterError(refusal(words[0], done.stderr.strip() or done.stdout.strip()))
     # sbatch --test-only writes its answer to stderr

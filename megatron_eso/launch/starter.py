@@ -61,7 +61,7 @@ class Starter:
                 return self._ask(json.dumps(order) + "\n")
             except OSError:
                 self.close()
-        raise RuntimeError("the template of the ranks does not start; see its messages above")
+        raise RuntimeError("the template of the ranks did not start; see its messages above")
 
     def close(self) -> None:
         """End the template."""

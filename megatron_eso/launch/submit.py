@@ -144,7 +144,7 @@ def _refuse_live_job(run: Path) -> None:
     live = live_job(run)
     if live:
         raise ClusterError(
-            f"job {live.job} ({live.state}) works on {run} already; `megatron-eso status` shows it, "
+            f"job {live.job} ({live.state}) already works on {run}; `megatron-eso status` shows it, "
             "`megatron-eso cancel` ends it"
         )
 
@@ -179,7 +179,7 @@ def _check_partition(profile: ClusterProfile) -> None:
     if wanted > number:
         raise ClusterError(
             f"nodes={profile.nodes} and survival.spare_nodes={profile.survival.spare_nodes} make "
-            f"{wanted}, but partition {profile.partition} has {number} nodes"
+            f"{wanted}, but partition {profile.partition} has {number} nodes; lower them"
         )
     limit = mine[0].time_limit
     if limit != "infinite" and minutes_of(profile.time_limit) > minutes_of(limit):
@@ -234,7 +234,9 @@ def _lock(run: Path) -> Path:
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch(exist_ok=False)
     except FileExistsError:
-        raise ClusterError(f"another submit of {run} is at work; if not, remove {lock}") from None
+        raise ClusterError(
+            f"another submit of {run} is at work; if there is none, remove {lock}"
+        ) from None
     except OSError as error:
         raise ClusterError(f"folder={run} cannot be written: {error.strerror}") from None
     return lock

@@ -210,7 +210,7 @@ def _restart_until_done(
             say(
                 f"{ending.why}; given up after {without_progress} faults in a row without a {newer} "
                 f"(resilience.max_restarts_without_progress={settings.max_restarts}). The messages above "
-                "name the cause; the same command continues"
+                "name the cause; the same command continues the run"
             )
             return CRASH_LOOP_EXIT_CODE
         if kept >= 0:
@@ -286,7 +286,7 @@ def _death(ranks: list[_Rank]) -> Ending:
     if code < 0:
         how, cause = f"was killed by {signal.Signals(-code).name}", "killed"
         if code == -signal.SIGKILL:
-            how += " (out of memory, perhaps: `dmesg` tells)"
+            how += " (perhaps out of memory: `dmesg` shows it)"
     else:
         how, cause = f"ended with exit code {code}", "crash"
     return _fault(ranks, rank, cause, how, code if code > 0 else 128 - code)
@@ -300,15 +300,19 @@ def _hung(settings: Supervision, ranks: list[_Rank]) -> Ending | None:
             continue
         # All wait for one: a stopped process is it, else the one that is farthest behind.
         stopped = [r for r in ranks if state_of(r.pid) in ("T", "t")]
-        behind = min(ranks, key=_place)
-        section = rank.beat.section if rank.beat else "start"
+        hangs = (stopped or [min(ranks, key=_place)])[0]
+        waits = f"rank {rank.number} waits in section {_section(rank)!r}, " if hangs != rank else ""
         how = (
-            f"shows no progress in section {section!r} after {rank.silent_seconds:.0f} s "
-            f"(limit {limit:.0f} s)" + (", it is stopped (SIGSTOP)" if stopped else "")
+            f"shows no progress in section {_section(hangs)!r} after {hangs.silent_seconds:.0f} s "
+            f"({waits}limit {limit:.0f} s)" + (", it is stopped (SIGSTOP)" if stopped else "")
         )
         _show_stacks(ranks)
-        return _fault(ranks, (stopped or [behind])[0], "hang", how, HANG_EXIT_CODE)
+        return _fault(ranks, hangs, "hang", how, HANG_EXIT_CODE)
     return None
+
+
+def _section(rank: _Rank) -> str:
+    return rank.beat.section if rank.beat else "start"
 
 
 def _place(rank: _Rank) -> tuple[int, int]:

@@ -179,18 +179,18 @@ def _warnings(job: Job, hardware: Hardware, memory: list[StageMemory]) -> Iterat
         yield f"stage {fullest} fills {total:.0f} GB of {limit:g} GB; fragmentation may overflow it"
     size = head_size(config.model)
     if config.precision.fp8 != "off" and size != 128:
-        yield f"head size {size} under FP8: FP8 attention needs 128 (model.head_size)"
+        yield f"head size {size} under FP8: FP8 attention would need 128 (model.head_size)"
     padded = padded_vocab_size(config.model)
     if padded % (COLUMNS * parallel.tensor):
         yield (
             f"the vocabulary, {padded} with its padding, gives each of parallel.tensor={parallel.tensor} "
-            f"ranks {padded / parallel.tensor:g} columns, no multiple of {COLUMNS}: the head's products "
-            f"run slower; set model.vocab_padding_multiple={COLUMNS * parallel.tensor}"
+            f"ranks {padded / parallel.tensor:g} columns, not a multiple of {COLUMNS}: the head's "
+            f"products run slower; set model.vocab_padding_multiple={COLUMNS * parallel.tensor}"
         )
     if parallel.tensor > hardware.gpus_per_node:
         yield (
-            f"parallel.tensor={parallel.tensor} crosses nodes of {hardware.gpus_per_node} GPUs: its "
-            "traffic leaves the fast links; use parallel.pipeline"
+            f"parallel.tensor={parallel.tensor} spans nodes of {hardware.gpus_per_node} GPUs: its "
+            "traffic leaves the fast links; lower it and use parallel.pipeline"
         )
     bubble = step_time(job, hardware)
     if bubble.pipeline_bubble > 0.15 * bubble.total:
@@ -200,6 +200,6 @@ def _warnings(job: Job, hardware: Hardware, memory: list[StageMemory]) -> Iterat
         )
     if len(set(job.stage_layers)) > 1:
         yield (
-            f"model.num_layers={config.model.num_layers} is uneven over parallel.pipeline="
-            f"{parallel.pipeline}: this trainer needs it to divide"
+            f"model.num_layers={config.model.num_layers} is not divisible by parallel.pipeline="
+            f"{parallel.pipeline}, as this trainer needs"
         )

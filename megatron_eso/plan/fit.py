@@ -50,7 +50,7 @@ def plan_lines(config: RunConfig, num_gpus: int, hardware_name: str) -> tuple[fl
     if most > hardware.memory_gb:
         raise ClusterError(
             f"planner ({hardware.name}, {num_gpus} GPUs): {'; '.join(plan.warnings)}. `megatron-eso plan "
-            "--search` ranks the layouts; cluster.hardware='' submits without asking"
+            "--search` ranks the layouts; cluster.hardware='' submits without this check"
         )
     first = (
         f"planner ({hardware.name}): {most:.1f} of {hardware.memory_gb:g} GB a GPU, "

@@ -65,7 +65,7 @@ class Job:
             each = (layers + 2) // stages
             return [each - 1, *[each] * (stages - 2), each - 1]
         raise ConfigError(
-            f"model.num_layers={layers} does not divide over parallel.pipeline={stages} stages"
+            f"model.num_layers={layers} does not divide over parallel.pipeline={stages} stages; change one"
         )
 
     @property
@@ -90,15 +90,15 @@ def require_placeable(job: Job) -> None:
     replica = parallel.tensor * parallel.pipeline * parallel.context
     if job.num_gpus < 1 or job.num_gpus % replica:
         raise ConfigError(
-            f"{job.num_gpus} GPUs cannot hold copies on tensor x pipeline x context = "
-            f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} = {replica}; change --gpus "
-            "or the layout"
+            f"{job.num_gpus} GPUs cannot hold copies of the model that take tensor x pipeline x context = "
+            f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} = {replica} GPUs each; change "
+            "--gpus or the layout"
         )
     per_round = train.micro_batch_rows * job.data_parallel
     if job.num_stack_rows % per_round:
         raise ConfigError(
             f"{job.num_stack_rows:g} stack rows (train.global_batch_rows={train.global_batch_rows}) do "
             f"not divide into micro-batches of {train.micro_batch_rows} on {job.data_parallel} "
-            f"data-parallel ranks: must be a multiple of {per_round}"
+            f"data-parallel ranks: their number must be a multiple of {per_round}"
         )
     job.stage_layers  # noqa: B018  raises if the layers do not divide

@@ -57,13 +57,13 @@ def read_measured(path: Path) -> list[Measured]:
 def _run_folder(folder: Path) -> Measured:
     config_file, metrics = folder / "config.yaml", folder / "metrics.jsonl"
     if not config_file.is_file() or not metrics.is_file():
-        raise DataError(f"{folder} is no run folder: config.yaml or metrics.jsonl is missing")
+        raise DataError(f"{folder} is not a run folder: config.yaml or metrics.jsonl is missing")
     config = load_config(config_file)
     lines = [line for text in metrics.read_text().splitlines() if (line := _parsed(text))]
     seconds = [line["seconds_per_step"] for line in lines if "seconds_per_step" in line]
     if len(seconds) < 3:
         raise DataError(
-            f"{metrics} has {len(seconds)} timed lines; at least 3 are needed (train.log_every_steps)"
+            f"{metrics} has {len(seconds)} timed lines, but at least 3 are needed (train.log_every_steps)"
         )
     # The first line holds start-up costs.
     return Measured(

@@ -121,8 +121,8 @@ def _nothing_legal(config: RunConfig, num_gpus: int, refused: list[list[str]]) -
         )
     return ConfigError(
         f"no layout splits train.global_batch_rows={config.train.global_batch_rows} and "
-        f"model.num_layers={config.model.num_layers} over {num_gpus} GPUs; change the batch to a "
-        "multiple of the GPUs or the number of GPUs"
+        f"model.num_layers={config.model.num_layers} over {num_gpus} GPUs; make the batch a multiple of "
+        "the number of GPUs, or change that number"
     )
 
 

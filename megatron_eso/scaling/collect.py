@@ -110,7 +110,7 @@ def tensorboard_steps(folder: Path, tag: str) -> list[Row]:
     except ImportError:
         raise UserError("reading TensorBoard files needs: pip install tensorboard") from None
     if not folder.is_dir():
-        raise DataError(f"--tensorboard {folder} is no folder; give the one that holds the runs")
+        raise DataError(f"--tensorboard {folder} is not a folder; give the one that holds the runs")
     rows, known = [], set()
     for run in sorted({path.parent for path in folder.rglob("events.out.tfevents.*")}):
         events = EventAccumulator(str(run), size_guidance={"scalars": 0})

@@ -76,7 +76,7 @@ def submit_array(
     _check_at_least_1(workers=workers, max_attempts=max_attempts, throttle=throttle)
     if overrides:
         raise ConfigError(
-            "with --slurm put overrides into the sweep file: every task reads it again"
+            "with --slurm write overrides into the sweep file: every task reads it again"
         )
     sweep, cells = make_grid(sweep_file, overrides)
     look = _naming_base(look, sweep_file.parent / sweep.base)

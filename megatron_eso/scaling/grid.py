@@ -151,13 +151,13 @@ def _base_run(
     ranks = base.parallel.local_ranks
     if ranks not in (1, sweep.num_gpus):
         raise ConfigError(
-            f"{sweep.base} asks for parallel.local_ranks={ranks}, the sweep for num_gpus="
-            f"{sweep.num_gpus}, which is what a cell trains on; set num_gpus={ranks} or leave out the other"
+            f"{sweep.base} asks for parallel.local_ranks={ranks}, but the sweep trains each cell on "
+            f"num_gpus={sweep.num_gpus}; set num_gpus={ranks} or leave parallel.local_ranks out"
         )
     if not base.data.validation:
         raise ConfigError(
-            f"{sweep.base or 'base'}: data.validation names no set, so a cell would end without the loss "
-            "that is fitted; name the held-out rows there, as configs/sweep/laptop_base.yaml does"
+            f"{sweep.base or 'base'}: data.validation names no set, so cells would end without the loss "
+            "that is fitted; name held-out data there, as configs/sweep/laptop_base.yaml does"
         )
     rows = sweep.batch_rows or base.train.global_batch_rows
     return replace(
@@ -253,9 +253,9 @@ def _problems(
     sweep: SweepConfig, run: RunConfig, exact: float, tokens_per_parameter: float
 ) -> list[str]:
     if round(exact) < 1:
+        setting = "budgets" if sweep.budgets else "tokens_per_parameter"
         return [
-            f"the budget gives {exact:.2g} steps: too small for one; raise it or lower "
-            "train.global_batch_rows"
+            f"{exact:.2g} steps, less than one; raise {setting} or lower train.global_batch_rows"
         ]
     if tokens_per_parameter < sweep.min_tokens_per_parameter:
         return [

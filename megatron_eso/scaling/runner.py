@@ -127,7 +127,7 @@ def run_cells(
                 with attempts.claim(cell_folder(sweep_folder, cell)) as is_ours:
                     now = read_state(sweep_folder, cell, max_attempts=max_attempts).state
                     if not is_ours or now in ("running", "finished", "given-up"):
-                        say(f"pass over {cell.name}: another runner has it")
+                        say(f"skipping {cell.name}: another runner has it")
                         continue
                     running[cell.name] = (cell, _start(sweep_folder, cell, workers, trainer))
                 say(f"start {cell.name} ({cell.run.train.steps} steps)")
@@ -149,7 +149,7 @@ def run_cells(
             process.terminate()
         if running:
             with suppress(OSError):  # nobody listens any more
-                say(f"interrupted: {len(running)} cell(s) save and end; the same command goes on")
+                say(f"interrupted: {len(running)} cell(s) save and end; the same command continues")
         for cell, process in running.values():
             process.wait()
             attempts.forget_process(cell_folder(sweep_folder, cell))

@@ -187,7 +187,7 @@ def _require_numbers(rows: Sequence[Row]) -> None:
     ]
     if wrong:
         raise DataError(
-            "finished cells need an objective and, above 0 and finite, "
+            "finished cells need an objective, and these numbers above 0 and finite: "
             f"{', '.join(NUMBERS)}:\n  - " + "\n  - ".join(wrong[:8])
         )
 
@@ -202,7 +202,7 @@ def _refuse_mixtures(rows: Sequence[Row]) -> None:
         if len(values) > 1:
             raise DataError(
                 f"runs with different {key} cannot share a fit: {', '.join(values[:4])}; losses per "
-                "token would not mean the same. Fit them apart"
+                "token would not mean the same. Fit them separately"
             )
 
 
@@ -245,7 +245,7 @@ def _fit_objective(
         multipliers = compute_multiplier(*_points(minima), *reference)
     reasons = [f"{m.budget:.3g} FLOPs: {m.reason}" for m in minima if m.parameters is None]
     if not minima:
-        reasons.append("a token ladder has no IsoFLOP curves; the parametric law alone is fitted")
+        reasons.append("a token ladder has no IsoFLOP curves; only the parametric law is fitted")
     elif len(good) < 3:
         reasons.append(f"{len(good)} interior minima; intervals need 3")
     if parametric and not parametric.is_determined:

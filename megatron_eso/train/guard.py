@@ -66,7 +66,7 @@ class StepGuard:
     def _again(self, first: StepReport) -> StepReport | None:
         """Run a bad step a second time; return its report if it was applied."""
         what = self._describe(first)
-        self._tell("step_repeated", f"step {first.step}: {what}; it is run again", first)
+        self._tell("step_repeated", f"step {first.step}: {what}; the step is run again", first)
         may_spike = self._settings.on_spike == Verdict.WARN.value
         second = train_step(self._session, self._read, finite_is_good if may_spike else self._judge)
         if not second.is_applied:
@@ -78,40 +78,40 @@ class StepGuard:
             why = "resilience.on_spike=warn" if self._is_spike(second.loss) else "no spike any more"
             self._tell(
                 "spike",
-                f"step {first.step}: {what}, and {gave} again; it was applied ({why})",
+                f"step {first.step}: {what}; the second run gave {gave}, and was applied ({why})",
                 second,
             )
         else:
             self._tell(
-                "transient", f"step {first.step}: the second run gave {gave}, and is used. The fault was "
-                "transient: memory or an arithmetic unit of a node may be failing", second,
+                "transient", f"step {first.step}: the second run gave {gave}, and was applied. The fault "
+                "was transient: memory or an arithmetic unit of a node may be failing", second,
             )  # fmt: skip
         return second
 
     def _leave_out(self, verdict: Verdict, report: StepReport) -> None:
         state, settings = self._session.state, self._settings
         what = f"step {report.step}: {self._describe(report)}, twice"
+        asked = "on_spike" if report.quality is Quality.SPIKE else "on_nonfinite"
         if verdict is Verdict.STOP:
             raise TrainingError(
                 f"{what}; the update was not applied and step {state.step} is saved. Lower optimizer."
                 f"learning_rate={self._session.config.optimizer.learning_rate:g}, use a longer optimizer."
-                "warmup_steps or precision.dtype=fp32, or set resilience.on_nonfinite (on_spike) to skip "
-                "or rollback"
+                f"warmup_steps or precision.dtype=fp32, or set resilience.{asked} to skip or rollback"
             )
         if len(state.left_out) >= settings.max_skipped_steps:
             raise TrainingError(
                 f"{what}; {len(state.left_out)} batches were left out already "
-                f"(resilience.max_skipped_steps={settings.max_skipped_steps}): this is no matter of single "
-                "batches. Lower optimizer.learning_rate or raise the limit"
+                f"(resilience.max_skipped_steps={settings.max_skipped_steps}): single batches are not the "
+                "cause. Lower optimizer.learning_rate or raise the limit"
             )
         bad = state.step
         if verdict is Verdict.ROLLBACK:
             if not self._go_back():
                 every = self._session.config.train.save_every_steps
                 raise TrainingError(
-                    f"{what}; there is no checkpoint to go back to (resilience.on_...=rollback): the run "
-                    f"has not reached its first save (train.save_every_steps={every}), or none worked. "
-                    "Lower train.save_every_steps, or use skip"
+                    f"{what}; there is no checkpoint to go back to (resilience.{asked}=rollback): the run "
+                    f"has not reached its first save (train.save_every_steps={every}), or no save worked. "
+                    f"Lower train.save_every_steps, or set resilience.{asked}=skip"
                 )
             event, where = "rollback", f"back to step {state.step}, "
         else:

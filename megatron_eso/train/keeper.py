@@ -204,9 +204,9 @@ class Keeper:
         )
         if names:
             raise CheckpointError(
-                f"{root} holds {len(names)} checkpoints, of which none is whole ({', '.join(names)}; the "
-                "lines above say why): the run would start again from step 0. Restore their files; or, to "
-                "start again, choose another folder=..., or remove them"
+                f"{root} holds {len(names)} checkpoints, but none is whole ({', '.join(names)}; the lines "
+                "above say why), so the run would start again from step 0. Restore their files; or, to "
+                "start again, choose another folder=... or remove them"
             )
 
     def _leave_behind(self, shared_step: int) -> None:
@@ -221,8 +221,8 @@ class Keeper:
         ):
             if self._is_first:
                 log.warning(
-                    "checkpoint %s is set aside: it counts no more, its files stay until newer checkpoints "
-                    "replace it", folder.path,
+                    "checkpoint %s is set aside: it is no longer used, its files stay until newer "
+                    "checkpoints replace it", folder.path,
                 )  # fmt: skip
         if self._local is not None:
             self._local.forget_beyond(self._session.state.step)
@@ -300,7 +300,9 @@ class Keeper:
             try:
                 free = shutil.disk_usage(folder).free
             except OSError as error:
-                return f"no checkpoint of step {step}: {folder} cannot be asked for room: {error}"
+                return (
+                    f"no checkpoint of step {step}: the free space of {folder} is unknown: {error}"
+                )
             if free >= needed:
                 return ""
             return (

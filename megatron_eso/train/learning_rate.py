@@ -35,6 +35,6 @@ def change_of_schedule(step: int, optimizer: OptimizerConfig, *, before: int, no
         return ""
     last = learning_rate(step - 1, optimizer, before)
     return (
-        f"the run had {before} steps and has {now} now, and optimizer.schedule={optimizer.schedule} goes "
-        f"by that: the learning rate is {last:.4g} in step {step} and {following:.4g} in step {step + 1}"
+        f"the run had {before} steps and has {now} now, which optimizer.schedule={optimizer.schedule} "
+        f"follows: the learning rate is {last:.4g} in step {step} and {following:.4g} in step {step + 1}"
     )

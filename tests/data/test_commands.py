@@ -66,8 +66,8 @@ def test_files_that_are_left_out_are_part_of_the_request(prepared, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--staging", "there"], "--staging there is for object stores"),
-        (["--tokenizer-mib", 3], "--tokenizer-mib 3 is for a tokenizer that is trained"),
+        (["--staging", "there"], "--staging there applies only to object stores"),
+        (["--tokenizer-mib", 3], "--tokenizer-mib 3 applies only when a tokenizer is trained"),
     ],
 )
 def test_options_of_prepare_that_would_do_nothing_are_refused(
@@ -82,7 +82,7 @@ def test_options_of_prepare_that_would_do_nothing_are_refused(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--max-rows", 3], "--max-rows 3 is of the --picture"),
+        (["--max-rows", 3], "--max-rows 3 applies only to --picture"),
         (["--max-rows", 0, "--picture", "p.png"], "--max-rows 0 must be at least 1"),
         (["--picture", f"{__file__}/p.png"], "cannot write --picture"),
     ],
@@ -131,7 +131,7 @@ def test_verify_names_every_damaged_shard(prepared, tmp_path):
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(DataError, match="has 1 faults"):
+    with pytest.raises(DataError, match="has 1 fault"):
         run("verify", tmp_path / "set" / "train")
 
 
@@ -304,6 +304,10 @@ def test_megatrons_files_without_tokens_or_with_too_few_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"old\.bin has 0 bytes.*nothing to convert"):
         open_indexed(tmp_path / "old")
     write_indexed(tmp_path / "old", [np.array([1, 2, 3])])
+    (tmp_path / "old.bin").write_bytes(b"")
+    with pytest.raises(DataError, match=r"old\.bin has 0 bytes, its index 3 tokens .* is damaged"):
+        open_indexed(tmp_path / "old")
+    write_indexed(tmp_path / "old", [np.array([1, 2, 3])])
     (tmp_path / "old.bin").write_bytes(b"12345")
     with pytest.raises(DataError, match=r"old\.bin has 5 bytes, its index 3 tokens of 2"):
         open_indexed(tmp_path / "old")
@@ -325,7 +329,7 @@ def test_megatrons_own_builder_writes_what_convert_reads(prepared, tmp_path):
 
 def test_converting_with_too_small_a_tokenizer_names_the_document(prepared, tmp_path):
     write_indexed(tmp_path / "old", [np.array([5, 6]), np.array([5, 299])])
-    with pytest.raises(DataError, match=r"document 1 holds tokens 5 to 299; .* has 0 to 298"):
+    with pytest.raises(DataError, match=r"document 1 holds tokens 5 to 299, but .* has 0 to 298"):
         run("convert", tmp_path / "old", "--out", tmp_path / "new",
             "--tokenizer", prepared / "tokenizer.json")  # fmt: skip
 

@@ -200,7 +200,7 @@ def test_verify_reads_the_stored_shards_and_not_their_copies(compressed, tmp_pat
     assert verify_split(str(compressed), data, print) == load_manifest(compressed).num_samples
     rewrite(compressed / f"{SHARD}.zstd", flipped)
     said = []
-    with pytest.raises(DataError, match="has 1 faults"):
+    with pytest.raises(DataError, match="has 1 fault"):
         verify_split(str(compressed), data, said.append)
     assert f"{SHARD}.zstd" in said[0] and "is damaged" in said[0]
     assert sorted((tmp_path / "cache").rglob("*")) == kept

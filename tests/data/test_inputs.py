@@ -242,7 +242,7 @@ def test_a_choice_that_leaves_nothing_or_is_of_no_folder_is_refused(tmp_path):
     ):
         find_files([str(tmp_path)], FileChoice(("*.c",), ("b",)))
     with pytest.raises(
-        DataError, match=r"--exclude '\*\.c' chooses among the files of folders, and .* none"
+        DataError, match=r"--exclude '\*\.c' chooses among the files of folders, but .* are not"
     ):
         find_files([str(tmp_path / "a.py")], FileChoice(exclude=("*.c",)))
     (tmp_path / "c.py").write_text("more")
@@ -336,7 +336,7 @@ def test_text_files_that_fall_into_one_split_are_refused_before_any_work(tmp_pat
     for number in range(count):
         (tmp_path / f"{number}.txt").write_text("a text " * 1000)
     with pytest.raises(
-        DataError, match=rf"all {count} of .* be train; set --validation-fraction 0"
+        DataError, match=rf"all {count} of .* to the train split; set --validation-fraction 0"
     ):
         prepare([str(tmp_path)], tmp_path / "set", options(validation_fraction=1e-9))
     assert not (tmp_path / "set").exists()

@@ -44,6 +44,12 @@ def test_groups_deal_other_shards_together_every_epoch():
     assert len(set(first)) > 1
 
 
+def test_more_canonical_nodes_than_samples_shuffled_at_once_are_refused_with_their_number():
+    for nodes, most, group in ((TOTAL + 1, TOTAL, 1 << 20), (101, 100, 100)):
+        with pytest.raises(DataError, match=f"nodes={nodes} is more than the {most} samples"):
+            order(nodes=nodes, group_samples=group)
+
+
 def test_without_shuffling_samples_come_as_written():
     places = np.arange(2 * TOTAL)
     assert np.array_equal(order(shuffle=False).samples_at(places), places % TOTAL)

@@ -262,6 +262,9 @@ def test_a_missing_or_empty_folder_is_refused(prepared, tmp_path):
         reader((tmp_path, 1))
     with pytest.raises(DataError, match=r"name one split, such as .*/train"):
         reader((prepared, 1))
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(DataError, match=r"\(it holds notes\.txt\)$"):  # and no split to name
+        reader((tmp_path, 1))
 
 
 def test_a_replaced_tokenizer_is_refused(prepared, tmp_path):

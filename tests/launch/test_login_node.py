@@ -27,6 +27,7 @@ NO_TORCH = (
     "sys.argv = ['megatron-eso', *sys.argv[1:]]\n"
     "main()\n"
 )
+CHAIN = "cluster.survival.requeue=chain"
 RUN = [
     "configs/run/quickstart.yaml", "train.global_batch_rows=64", "train.micro_batch_rows=2",
     # Not what `make pretrain` may have left in this folder.
@@ -117,7 +118,7 @@ def test_a_job_of_anothers_in_the_folder_of_a_run_is_not_the_runs(node, tmp_path
     assert "8 RUNNING on n0" in node.run("status", run)
     node.answers("squeue", other)
     assert "9 RUNNING" not in node.run("status", run)
-    assert node.run("status").startswith("no jobs of yours")
+    assert node.run("status").startswith("you have no jobs")
 
 
 def test_status_of_named_runs_asks_slurm_once(node, tmp_path):
@@ -327,12 +328,13 @@ def test_a_folder_on_this_machines_memory_is_refused(node):
     [
         (["--nodes", "0"], "nodes=0 must be at least 1"),
         (["--throttle", "-1"], "--throttle -1 must not be negative"),
-        (["--throttle", "2", "cluster.survival.requeue=chain"], "survival.requeue=chain each task"),
+        (["--throttle", "2"], "--throttle 2 limits the tasks of an array"),
+        (["--throttle", "2", "--sweep", "train.seed=1", CHAIN], f"{CHAIN} each task"),
         (["--sweep", "name=it's"], "--sweep name=it's: No closing quotation"),
     ],
 )
 def test_options_of_submit_that_cannot_be_meant_are_refused(node, tmp_path, words, message):
-    code = 2 if "--sweep" in words else 6
+    code = 2 if "name=it's" in words else 6
     assert message in node.submit(*words, code=code)
     assert node.asked() == [] and not (tmp_path / "r").exists()
 
@@ -357,7 +359,7 @@ def test_a_number_of_samples_or_tokens_below_one_is_refused(tmp_path, option, nu
     [
         (["sample", "r", "--alpha-0", "2"], "--alpha-0 2.0 must be in [0, 1]"),
         (["sample", "r", "--plan", "best"], "--plan best is not one of auto, binomial"),
-        (["sample", "r", "--ranks", "2"], "1 ranks are needed; set --ranks 1"),
+        (["sample", "r", "--ranks", "2"], "1 ranks are needed, but --ranks is 2: set --ranks 1"),
         (["eval", "r", "data", "--batch", "0"], "--batch 0 must be at least 1"),
     ],
 )
@@ -386,11 +388,11 @@ def split(folder, **facts):
 def test_submit_compares_the_data_it_sees_with_the_run(node, tmp_path):
     fitting = split(tmp_path / "fits", sequence_length=128, vocab_size=2048)
     said = node.submit(fitting, "data.validation={v: /no/such}", "--dry-run")
-    assert "not looked at: data.validation.v=/no/such (not on this machine)" in said
+    assert "not checked: data.validation.v=/no/such (not on this machine)" in said
     assert "data.sources[0].path" not in said
     other = split(tmp_path / "other", sequence_length=256, vocab_size=2048)
     said = node.submit(other, code=3)
-    assert "rows of 256 tokens, the run asks for train.sequence_length=128" in said
+    assert "rows of 256 tokens, but the run asks for train.sequence_length=128" in said
     said = node.submit(
         fitting, "--sweep", "train.seed=1", "--sweep", "model.vocab_size=4096", code=3
     )
@@ -415,7 +417,7 @@ def test_the_tasks_of_an_array_are_told_a_folder_that_holds_an_interpolation(nod
 
 def test_the_log_of_a_run_that_was_not_submitted_is_its_own(node, tmp_path):
     run = tmp_path / "run"
-    assert f"{run} is no folder" in node.run("logs", run, code=6)
+    assert f"{run} is not a folder" in node.run("logs", run, code=6)
     run.mkdir()
     said = node.run("logs", run, code=6)
     assert "holds no run" in said and "status" not in said

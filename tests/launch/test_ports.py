@@ -23,5 +23,5 @@ def test_a_taken_port_is_not_chosen(monkeypatch):
     with socket.create_server(("", processes.free_port())) as taken:
         port = taken.getsockname()[1]
         monkeypatch.setattr(processes, "_OWN_PORTS", (port, port + 1))
-        with pytest.raises(ClusterError, match=f"ports between {port} and"):
+        with pytest.raises(ClusterError, match=f"tried between {port} and"):
             processes.free_port()

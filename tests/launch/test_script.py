@@ -177,7 +177,7 @@ def test_a_job_name_is_safe_anywhere(name):
         ("checkpoint_gb_per_second=.nan", "checkpoint_gb_per_second=nan must be positive"),
         ("checkpoint_gb_per_second=.inf", "checkpoint_gb_per_second=inf must be positive"),
         ("time_limit=3", "no time to train"),
-        ("time_limit=soon", "no Slurm time"),
+        ("time_limit=soon", "not a Slurm time"),
         ("container.runtime=pyxis", "container.image"),
         ('directives=["--a\\n#SBATCH --b"]', "on one line"),
     ],

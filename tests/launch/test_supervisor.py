@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_eso.launch import lease
+from megatron_eso.launch import lease, supervisor
+from megatron_eso.launch.heartbeat import Beat
 from megatron_eso.launch.said import VARIABLE, Said, is_first_to_say
 from megatron_eso.launch.supervisor import Supervision, supervise
 
@@ -129,3 +130,18 @@ def test_what_was_said_is_remembered_for_one_start(tmp_path):
     said.close()
     for unset in ({}, {VARIABLE: "x"}, environ):
         assert is_first_to_say("a", unset)
+
+
+def test_a_hang_is_told_of_the_section_of_the_rank_that_hangs(tmp_path, monkeypatch):
+    """Others wait for it: the limit of one of them may be the first to pass."""
+    monkeypatch.setattr(supervisor, "_show_stacks", lambda ranks: None)
+    waits = Beat(number=9, section="step", step=4, kept_step=-1, limit_seconds=30.0)
+    hangs = Beat(number=8, section="checkpoint", step=3, kept_step=-1, limit_seconds=1800.0)
+    ranks = [
+        supervisor._Rank(pid=os.getpid(), number=0, beat=waits, silent_seconds=31.0),
+        supervisor._Rank(pid=os.getpid(), number=1, beat=hangs, silent_seconds=45.0),
+    ]
+    ending = supervisor._hung(Supervision(arguments=[], num_ranks=2, run=tmp_path), ranks)
+    assert ending is not None and ending.rank == 1
+    assert "rank 1 shows no progress in section 'checkpoint' after 45 s" in ending.why
+    assert "rank 0 waits in section 'step', limit 30 s" in ending.why

@@ -101,7 +101,7 @@ def test_where_communication_makes_more_ranks_slower_the_parts_say_so():
     across = step_time(job(gpus=64, tensor=16), H100)
     assert across.total > inside.total
     assert across.tensor_parallel > inside.tensor_parallel
-    assert any("crosses nodes" in w for w in make_plan(job(gpus=64, tensor=16), H100).warnings)
+    assert any("spans nodes" in w for w in make_plan(job(gpus=64, tensor=16), H100).warnings)
 
 
 def test_the_bubble_shrinks_with_interleaving():

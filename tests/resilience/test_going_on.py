@@ -48,7 +48,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(one_rank, r
     flip(run, 1, 2)
     found = one_rank.run(START, str(run), [], 3, [])[0]
     assert "none is whole (step_0000000001, step_0000000002;" in found["error"]
-    assert "choose another folder=..., or remove them" in found["error"]
+    assert "choose another folder=... or remove them" in found["error"]
     assert committed(run) == [1, 2]
 
 
@@ -112,7 +112,8 @@ def test_a_new_run_starts_from_the_weights_it_was_given_and_from_no_local_copy(
     assert found["first"] == 0
     assert any(f"from {given}" in line for line in found["said"])
     assert any(
-        line.endswith("it is of another run, layout, model or data") for line in found["said"]
+        line.endswith("it belongs to another run, layout, model or data set")
+        for line in found["said"]
     )
 
 

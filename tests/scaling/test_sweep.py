@@ -107,7 +107,7 @@ def test_a_token_ladder_gives_tokens_by_parameters(tmp_path):
     [
         ("models=[]", "empty"),
         ("budgets=[1.0e11,1.0e11]", "duplicate"),
-        ("budgets=[1.0]", "too small for one"),
+        ("budgets=[1.0]", "less than one; raise budgets"),
         ("tokens_per_parameter=[20.0]", "exactly one"),
         ("budgets=[-1.0]", "positive"),
         ("budgets=[.nan]", "positive"),
@@ -121,10 +121,15 @@ def test_bad_grids_are_refused(tmp_path, override, message):
         grid(tmp_path, override)
 
 
+def test_a_token_ladder_too_short_for_a_step_names_its_own_setting(tmp_path):
+    with pytest.raises(ConfigError, match=r"raise tokens_per_parameter or lower"):
+        grid(tmp_path, "budgets=[]", "tokens_per_parameter=[1.0e-6]")
+
+
 def test_illegal_cells_stay_with_their_reason(tmp_path):
     _, cells = grid(tmp_path, "budgets=[2.0e9,2.0e11]")
     illegal = [c for c in cells if c.problems]
-    assert illegal and all("too small" in c.problems[0] for c in illegal)
+    assert illegal and all("less than one" in c.problems[0] for c in illegal)
     assert "not run" in grid_table(cells)
 
 
@@ -145,7 +150,9 @@ def test_a_base_that_contradicts_num_gpus_is_refused(tmp_path):
     )
     base = f"base={tmp_path}/base.yaml"
     assert one_cell(tmp_path, base, "num_gpus=2")[1][0].run.parallel.local_ranks == 2
-    with pytest.raises(ConfigError, match="local_ranks=2, the sweep for num_gpus=4"):
+    with pytest.raises(
+        ConfigError, match="local_ranks=2, but the sweep trains each cell on num_gpus=4"
+    ):
         one_cell(tmp_path, base, "num_gpus=4")
 
 
@@ -282,7 +289,7 @@ def test_an_interrupted_cell_goes_on_however_often(tmp_path, ending):
         else:
             with pytest.raises(KeyboardInterrupt):
                 run_cells(folder, cells[:1], **quiet)
-            assert said[-1] == "interrupted: 1 cell(s) save and end; the same command goes on"
+            assert said[-1] == "interrupted: 1 cell(s) save and end; the same command continues"
         assert read_state(folder, cells[0], max_attempts=1).state == "stopped"
     failing = trainer(tmp_path, fail=cells[0].name)  # a fault of its own still counts
     quiet = dict(max_attempts=1, say=lambda line: None)
@@ -560,7 +567,7 @@ def test_a_tag_without_tensorboard_is_refused():
 def test_a_folder_in_the_place_of_a_table_and_runs_that_are_not_there_are_called_so(tmp_path):
     with pytest.raises(DataError, match=r"is a folder; give the table in it, .*/cells\.csv"):
         commands.fit(tmp_path, None)
-    with pytest.raises(DataError, match=r"--tensorboard .*/none is no folder"):
+    with pytest.raises(DataError, match=r"--tensorboard .*/none is not a folder"):
         commands.collect(LAPTOP, [f"folder={tmp_path}"], tmp_path / "none", "loss")
 
 
