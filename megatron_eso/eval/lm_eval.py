@@ -96,7 +96,7 @@ class EsoLM(_Harness):
         return [found[number] for number in range(len(requests))]
 
     def _fitted(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Return the pair, without the beginning of the context where that does not fit the row."""
+        """Return the pair; a context that does not fit the row loses its beginning."""
         room = self.max_length + 1 - len(continuation)
         if room < 0:
             raise ConfigError(

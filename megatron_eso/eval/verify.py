@@ -36,7 +36,7 @@ class Difference:
 
     case: str
     largest: float | None
-    """Largest absolute difference in nats; a row's total counts per token. None: not computed."""
+    """Largest absolute difference in nats (a row's total: nats per token). None: not computed here."""
     compared: int
     """Numbers compared."""
 

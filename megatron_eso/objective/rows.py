@@ -195,7 +195,7 @@ def join(first: StackRows, second: StackRows) -> StackRows:
 
 
 def filled_up(rows: StackRows, num_rows: int) -> StackRows:
-    """Return the rows behind enough empty D rows for ``num_rows`` stack rows in all; same losses."""
+    """Return the rows preceded by empty D rows, ``num_rows`` stack rows in all; same losses."""
     missing = num_rows - rows.tokens.shape[0]
     if missing <= 0:
         return rows

@@ -77,8 +77,8 @@ def load_hardware(name_or_path: str) -> Hardware:
     """Return a hardware profile.
 
     Raises:
-        ConfigError: if there is no profile of that name (names those there are), or a value is out of
-            range.
+        ConfigError: if there is no profile of that name (the message names those there are), or a value
+            is out of range.
     """
     for path in (Path(name_or_path), PROFILES / f"{name_or_path}.yaml"):
         if path.is_file():

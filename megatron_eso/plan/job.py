@@ -77,7 +77,7 @@ class Job:
 def require_trainable(job: Job) -> None:
     """Raise a :class:`ConfigError` for whatever the trainer would refuse.
 
-    Not for published runs, which another trainer ran.
+    It is not for published runs, which another trainer ran.
     """
     check(job.config)
     require_placeable(job)

@@ -109,7 +109,7 @@ class StepGraphs:
 
 
 def window_of(total: int, capacity: int) -> int:
-    """Return how many entries a step reads that sees ``total``: at most a fourth, or 256, more."""
+    """Return how many entries a step that sees ``total`` reads: at most a fourth, or 256, more."""
     grain = max(_SMALLEST_WINDOW, 1 << max(total.bit_length() - 3, 0))
     return min(-(-total // grain) * grain, capacity)
 

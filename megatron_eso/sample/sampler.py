@@ -63,7 +63,7 @@ def fill_rows(
     *,
     padding: Tensor | None = None,
 ) -> Sampled:
-    """Return the rows with every position decided that the plan leaves open, on all ranks of the replica.
+    """Return the rows with all open positions of the plan decided, on every rank of the replica.
 
     Args:
         replica: model without sequence parallelism, at any tensor and pipeline size.
