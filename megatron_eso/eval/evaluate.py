@@ -28,7 +28,7 @@ from megatron_eso.parallel.schedule import run_micro_batches
 
 METRICS = ("nelbo", "likelihood")
 BuildRows = Callable[[Rows, list[int]], StackRows]
-_EVAL_SEED = 20250602  # one seed for all runs, so that runs are compared on the same draws
+_EVAL_SEED = 20250602  # the same for all runs, so that they are compared on the same draws
 
 
 def evaluate(
@@ -44,11 +44,11 @@ def evaluate(
 
     Args:
         replica: the model; evaluation mode is set and restored.
-        read: returns numbered held-out rows.
+        read: returns held-out rows by their numbers.
         num_rows: rows to score, numbered from 0.
         bytes_per_token: UTF-8 bytes of text per token.
         metrics: of METRICS; a model whose NELBO is exact has this one score under either name.
-        between: called by every rank before each round of micro-batches; it may raise, on all ranks.
+        between: called by every rank before each round of micro-batches; it may raise, if on all ranks.
 
     Raises:
         ConfigError: if a metric does not exist for the objective.
@@ -112,7 +112,7 @@ def unused_options(
 
     Args:
         objective: as it is evaluated, with the evaluation's alpha_0.
-        orders: of the likelihood bound; None: not given, and so the others.
+        orders: of the likelihood bound; here and below, None: not given.
         repeats: of the NELBO.
         eps: lower end of the NELBO's times.
     """
@@ -131,13 +131,13 @@ def unused_options(
 
 
 def evaluation_objective(objective: ObjectiveConfig, settings: EvalConfig) -> ObjectiveConfig:
-    """Return the objective with the bound's weight and the evaluation's alpha_0 and times."""
+    """Return the objective with the NELBO's loss weight and the evaluation's alpha_0 and times."""
     alpha_0 = objective.alpha_0 if settings.alpha_0 is None else settings.alpha_0
     return replace(objective, loss_weight="elbo", alpha_0=alpha_0, noise_eps=settings.noise_eps)
 
 
 def is_nelbo_exact(objective: ObjectiveConfig) -> bool:
-    """Return whether the NELBO draws nothing: every row is predicted from left to right."""
+    """Return whether the NELBO draws nothing, because every row is predicted from left to right."""
     return objective.name == "ar" or (objective.name == "eso" and objective.alpha_0 == 0)
 
 
@@ -226,13 +226,13 @@ def row_nats(
     limit = fixed or replica.config.eval.micro_batch_rows or train.micro_batch_rows
     per_batch = max(limit // stack_rows_per_row, 1)
     layout = replica.layout
-    # A pipeline is filled with as many micro-batches as it has stages; interleaving needs that.
+    # A pipeline gets as many micro-batches as it has stages, which fills it; interleaving needs that.
     per_round = per_batch * layout.pipeline_size
     rounds = -(-num_rows // (per_round * layout.data_size))
     result = torch.zeros(2, num_rows, dtype=torch.float64, device=replica.device)
     for index in range(rounds):
         between()
-        # Every data-parallel rank reads in every round, since reading agrees over all ranks.
+        # Every data-parallel rank reads in every round, since all ranks agree on whether a read failed.
         first = (index * layout.data_size + layout.data_rank) * per_round
         numbers = list(range(first, first + per_round))
         rows = _read_padded(replica, read, numbers, num_rows)
@@ -256,7 +256,7 @@ def row_nats(
 def _read_padded(
     replica: Replica, read: Callable[[list[int]], Rows], numbers: list[int], num_rows: int
 ) -> Rows:
-    """Read rows; those beyond the last become empty rows, so that all batches have one shape."""
+    """Return the rows; numbers beyond the last give empty rows, so that all batches have one shape."""
     shape = (len(numbers), replica.config.train.sequence_length + 1)
 
     def padded() -> Rows:
@@ -272,7 +272,7 @@ def _read_padded(
 
 
 def _forward(replica: Replica, stack: list[StackRows], num_data: int) -> Tensor | None:
-    """Return the nats of every data row, of this context rank's entries; None where others report."""
+    """Return every data row's nats in this context rank's entries; None on ranks that do not report."""
 
     def forward_step(batches: Iterator[StackRows], model: nn.Module) -> Any:
         rows = next(batches)

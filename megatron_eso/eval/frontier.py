@@ -1,7 +1,7 @@
-"""Speed against quality of samplers: what a set of samples cost and what a judge thinks of it.
+"""Speed against quality of samplers: what a set of samples costs and what a judge thinks of it.
 
-Quality has two numbers that must be read together: perplexity under a judge model falls when samples
-become dull, and entropy of the tokens shows that.
+Quality has two numbers that must be read together: perplexity under a judge model also falls when
+samples become dull, and the entropy of the tokens shows that.
 """
 
 import time
@@ -64,8 +64,8 @@ def measure(
 ) -> Point:
     """Return cost and quality of rows sampled without a prompt.
 
-    The first batch is drawn once before the clock starts, so that no point pays for the first use of
-    a shape; the judge's time is not counted.
+    The first batch is sampled once before the clock starts, so that no point pays for the first use of
+    a shape. The judge's time is not counted.
 
     Args:
         replica: the model.
@@ -181,7 +181,8 @@ def hugging_face_judge(model: Any, tokenizer: Any) -> Judge:
 def windows(number: int, longest: int) -> Iterator[tuple[int, int, int]]:
     """Yield (begin, first, end) of windows in which tokens ``first`` to ``end`` of a text are scored.
 
-    Every token but the text's first is scored once, with at least half a window before it if there is.
+    Every token but the text's first is scored once, with at least half a window before it where the text
+    has that.
 
     Args:
         number: tokens of the text.
@@ -211,7 +212,7 @@ def table(points: Sequence[Point]) -> str:
 
 
 def plot(points: Sequence[Point], path: Any) -> None:
-    """Draw perplexity over seconds per row, a line per method; steps stand beside the points."""
+    """Draw perplexity over seconds per row, a line per method; each point is labeled with its NFE."""
     import matplotlib
 
     matplotlib.use("Agg")

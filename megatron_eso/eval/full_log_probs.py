@@ -19,7 +19,7 @@ def full_log_probs(replica: Replica, rows: StackRows) -> Tensor | None:
     """Return [N, V] log-probabilities of every real token at ``rows.loss_entries``.
 
     Args:
-        replica: the model; at virtual_pipeline=1 and context=1. All its ranks must call.
+        replica: the model, at virtual_pipeline=1 and context=1. All its ranks must call.
         rows: one micro-batch.
 
     Returns:

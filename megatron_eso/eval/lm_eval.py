@@ -1,8 +1,8 @@
 """lm-eval on exported models: ``python -m megatron_eso.eval.lm_eval run --model esolm ...``.
 
 lm-eval scans no entry points, so this module registers the model and hands over to lm-eval's own command
-line. Log-likelihoods are exact: one pass per order, instead of many Monte-Carlo passes; the order used is
-in the results (``config.esolm_order``), since the value depends on it.
+line. Log-likelihoods are exact: one pass per order, instead of many Monte-Carlo passes. They depend on
+the order, so the results name it (``config.esolm_order``).
 """
 
 from collections.abc import Sequence
@@ -50,11 +50,11 @@ class EsoLM(_Harness):
 
     @property
     def max_length(self) -> int:
-        """Tokens of a row less one: lm-eval's rolling windows put one token before the row."""
+        """Tokens of a row minus one: lm-eval's rolling windows put one token before the row."""
         return self._max_length or self.model.config.max_position_embeddings - 1
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return HFLM's facts and the order that the log-likelihoods are of."""
+        """Return HFLM's facts and the order in which the log-likelihoods are computed."""
         alpha_0 = self.model.config.alpha_0 if self.alpha_0 is None else self.alpha_0
         name = self.order
         if isinstance(name, int):
@@ -72,7 +72,7 @@ class EsoLM(_Harness):
         from tqdm import tqdm
 
         found: dict[int, tuple[float, bool]] = {}
-        # Longest first: a batch is padded little, and lack of memory shows at once.
+        # Longest first: a batch needs little padding, and a lack of memory shows immediately.
         by_length = sorted(
             range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2])
         )
@@ -96,7 +96,7 @@ class EsoLM(_Harness):
         return [found[number] for number in range(len(requests))]
 
     def _fitted(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Return the pair without the beginning of a context that does not fit the row."""
+        """Return the pair; a context that does not fit the row loses its beginning."""
         room = self.max_length + 1 - len(continuation)
         if room < 0:
             raise ConfigError(

@@ -18,7 +18,7 @@ class Score:
     metric: str
     nats_per_token: float
     standard_error: float | None
-    """Of nats_per_token, over rows; None: one row says nothing of it."""
+    """Of nats_per_token, over rows; None for a single row, which says nothing about it."""
     perplexity: float
     bits_per_token: float
     bits_per_byte: float
@@ -70,14 +70,14 @@ def score(
 
 
 class LogMeanExp:
-    """log(mean_k exp(x_k)) per row, of terms that come one after the other."""
+    """log(mean_k exp(x_k)) per row, of terms that arrive one after the other."""
 
     def __init__(self) -> None:
         self.count = 0
         self._log_sum: Tensor | None = None
 
     def add(self, log_probs: Float[Tensor, " B"]) -> None:
-        """Take one more term of every row."""
+        """Add one more term for every row."""
         self._log_sum = (
             log_probs if self._log_sum is None else torch.logaddexp(self._log_sum, log_probs)
         )

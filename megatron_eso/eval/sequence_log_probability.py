@@ -1,12 +1,12 @@
 """The exact log-probability of whole rows under given orders, differentiable, at any layout.
 
 One pass over [true tokens; mask copies] returns every conditional (eso-lm section 5); a row's sum is
-what the one-token-at-a-time sampler assigns to it. It is the log-probability of policy-gradient
-training. Letters: B = rows, L = tokens of a row, b = rows of a micro-batch, N = entries.
+what the one-token-at-a-time sampler assigns to it. Policy-gradient training uses this log-probability.
+Letters: B = rows, L = tokens of a row, b = rows of a micro-batch, N = entries.
 
-Without a pipeline :func:`sequence_log_probability` returns a tensor to differentiate. A pipeline has no
-tensor that reaches back over its stages, so there the loss goes in as a function
-(:func:`accumulate_gradients`), which works for every layout.
+Without a pipeline, :func:`sequence_log_probability` returns a tensor to differentiate. In a pipeline no
+tensor reaches back over the stages, so :func:`accumulate_gradients` takes the loss as a function; it
+works for every layout.
 """
 
 from collections.abc import Callable, Iterator
@@ -63,17 +63,18 @@ def accumulate_gradients(
     micro_batch_rows: int,
     is_valid: Tensor | None = None,
 ) -> Tensor:
-    """Run forward and backward passes of a loss of the rows' log-probabilities; any layout.
+    """Run forward and backward passes of a loss of the rows' log-probabilities, in any layout.
 
-    Gradients are added to those the parameters hold (``main_grad`` of chunks wrapped for training, which
-    are also reduced over ranks as in a training step, so one call a step; ``grad`` otherwise).
+    Gradients are added to those the parameters hold: to ``main_grad`` of chunks wrapped for training, to
+    ``grad`` of others. Those in ``main_grad`` are also reduced over ranks as in a training step, so make
+    one call a step.
 
     Args:
         replica: the model; all its ranks must call with the same rows.
         tokens: [B, L] true tokens in reading order.
         orders: [B, L]; a permutation of the positions per row, padding last.
         loss: takes log-probabilities [b] and the rows' numbers [b]; returns a scalar. The gradient is that
-            of the sum over micro-batches, so means must be divided by the caller's own counts.
+            of the sum over micro-batches, so for a mean the caller must divide by a count of all rows.
         micro_batch_rows: rows that run at once (two stack rows each); must divide B.
         is_valid: [B, L]; False for padding. None: no padding.
 

@@ -17,7 +17,7 @@ def unigram_score(
     """Return the cross-entropy of held-out rows under token frequencies, each count plus one.
 
     Args:
-        train_tokens: [n] or more dimensions of token ids.
+        train_tokens: token ids, in any shape.
         held_out: [B, L] rows to score.
         is_valid: [B, L] False at padding, which is not scored.
         vocab_size: ids including the mask token, which gets no probability.

@@ -36,7 +36,7 @@ class Difference:
 
     case: str
     largest: float | None
-    """Largest absolute difference, nats; of a row's total, per token. None: not computed here."""
+    """Largest absolute difference in nats (a row's total: nats per token). None: not computed here."""
     compared: int
     """Numbers compared."""
 
@@ -45,7 +45,7 @@ def read_expected(path: Path, vocab_size: int) -> dict[str, dict[str, Tensor]]:
     """Return the expected tensors by case.
 
     Raises:
-        CheckpointError: if the file cannot be read, lacks a tensor, or is of another vocabulary.
+        CheckpointError: if the file cannot be read, lacks a tensor, or has another vocabulary.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -70,8 +70,8 @@ def verify(replica: Replica, expected: Mapping[str, Mapping[str, Tensor]]) -> li
     """Return the difference of every case, the same on every rank; all ranks must call.
 
     Args:
-        replica: the model, at any tensor and pipeline size. The sampler runs without interleaving
-            and sequence parallelism and is left out otherwise.
+        replica: the model, at any tensor and pipeline size. The sampler case needs a model without
+            interleaving and sequence parallelism and is otherwise left out.
         expected: result of :func:`read_expected`.
     """
     parallel = replica.config.parallel
@@ -116,7 +116,7 @@ def _diffusion(replica: Replica, case: Mapping[str, Tensor]) -> list[Tensor]:
     chosen = found[rows.loss_entries].gather(1, rows.loss_targets[:, None])[:, 0]
     nats = -chosen * rows.loss_weights
     expected = case["logprobs_sorted"].flatten(0, 1)[:, :mask_id]
-    # The loss is compared unweighted where weights are large, since they scale rounding too.
+    # The loss is compared unweighted where weights are large, since they would scale rounding errors.
     return [
         found - expected,
         (nats - case["weighted_nll_per_token"].flatten()[rows.loss_entries])
@@ -164,7 +164,7 @@ def _sequential_log_probs(
 
 
 def _sampler(replica: Replica, case: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return the errors of what the cached sampler predicts in the step that decides each entry."""
+    """Return the errors of the cached sampler's predictions in the step that decides each entry."""
     plan = DecodingPlan(case["order"], 0, case["counts"].tolist())
     steps: list[Tensor] = []
     choice = Choice(
@@ -176,5 +176,5 @@ def _sampler(replica: Replica, case: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def _in_place(sorted_: Tensor, order: Tensor) -> Tensor:
-    """Return values of prediction order in reading order."""
+    """Return values, given in prediction order, in reading order."""
     return torch.empty_like(sorted_).scatter(1, order, sorted_)

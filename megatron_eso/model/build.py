@@ -25,7 +25,7 @@ with importing_megatron():
 def build_chunks(
     config: RunConfig, layout: Layout, device: torch.device
 ) -> tuple[list[EsoModel], TransformerConfig]:
-    """Return the model chunks of this rank, weights not set yet, and Megatron's configuration.
+    """Return this rank's model chunks, with weights not set yet, and Megatron's configuration.
 
     Args:
         config: run with resolved precision (no auto).
@@ -33,7 +33,7 @@ def build_chunks(
         device: where the weights live.
     """
     if not wants_te_attention(config):
-        for name in FUSED_ATTENTION:  # Megatron refuses values that its setting does not give
+        for name in FUSED_ATTENTION:  # Megatron refuses values that its own setting does not imply
             os.environ.pop(name, None)
     on_gpu = device.type == "cuda"
     settings = transformer_config(config.model, config.parallel, config.precision, on_gpu=on_gpu)
@@ -59,7 +59,7 @@ def resolve_precision(config: RunConfig, dtype: str, machine: Machine | None = N
     Args:
         config: the run.
         dtype: fp32 or bf16.
-        machine: what a rank runs on; None: nothing that Transformer Engine could use.
+        machine: what a rank runs on; None: nothing that Transformer Engine can use.
     """
     precision = replace(
         config.precision,
@@ -71,10 +71,10 @@ def resolve_precision(config: RunConfig, dtype: str, machine: Machine | None = N
 
 
 def _backend(config: RunConfig, dtype: str, machine: Machine | None) -> str:
-    """Return te if it is asked for, or works and nothing else is asked for; else torch.
+    """Return the backend asked for; for ``auto``, ``te`` where it works and ``torch`` elsewhere.
 
-    Transformer Engine multiplies fp32 matrices in TF32, of 10 bits, whatever PyTorch's switches say
-    (gemm/cublaslt_gemm.cu: CUBLAS_COMPUTE_32F_FAST_TF32), so fp32 takes it only if it is asked for.
+    Transformer Engine multiplies fp32 matrices in TF32, with 10 bits of mantissa, whatever PyTorch's
+    switches say (gemm/cublaslt_gemm.cu: CUBLAS_COMPUTE_32F_FAST_TF32). So fp32 takes it only if asked.
     """
     asked = config.precision.backend
     if asked != "auto":

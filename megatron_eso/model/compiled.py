@@ -1,10 +1,10 @@
 """Element-wise functions of the layers, compiled for a GPU to kernels that read and write each number once.
 
 PyTorch compiles a function anew for every case it meets: a shape, strides, whether a tensor requires a
-gradient. After eight cases it gives up and runs the function operator by operator for good, and says so
-in a warning alone. Training, evaluations and samples of one process are more cases than that (docs/LOG.md,
-2026-11-27). So tensors come detached here, and sizes that change from call to call are marked as unknown,
-the others (heads, head size) as they are: one kernel then serves all rows.
+gradient. After eight cases it gives up: from then on it runs the function operator by operator, and only a
+warning says so. Training, evaluation and sampling in one process have more cases than that (docs/LOG.md,
+2026-11-27). So tensors are detached here, and sizes that change from call to call are marked as unknown;
+the others (heads, head size) stay as they are. One kernel then serves all rows.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def is_compiled(x: Tensor) -> bool:
 
 
 def run_compiled(function: Callable[..., Any], *arguments: Any, changing: tuple[int, ...]) -> Any:
-    """Return the function's result, computed by kernels for any size of some dimensions.
+    """Return the function's result, from kernels compiled for any size of some dimensions.
 
     Args:
         function: of tensors and numbers; no gradient flows through it.
@@ -39,6 +39,6 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _as_one_case(x: Tensor, changing: tuple[int, ...]) -> Tensor:
-    x = x.detach()  # another object: marks stay off the caller's
+    x = x.detach()  # a new object, so that the caller's tensor gets no marks
     torch._dynamo.maybe_mark_dynamic(x, changing)
     return x

@@ -58,7 +58,7 @@ class EsoModel(LanguageModule):
         padded_vocab = derive.padded_vocab_size(model)
         if pre_process:
             of_embedding = copy(config)
-            of_embedding.hidden_dropout = 0.0  # which is for residual branches alone
+            of_embedding.hidden_dropout = 0.0  # dropout is for residual branches alone
             self.embedding = LanguageModelEmbedding(
                 of_embedding,
                 vocab_size=padded_vocab,
@@ -85,10 +85,10 @@ class EsoModel(LanguageModule):
                 skip_bias_add=False,
                 gather_output=False,
                 skip_weight_param_allocation=pre_process and model.tie_embeddings,
-                # With sequence parallelism the gather in `_head` sums the gradients over ranks.
+                # With sequence parallelism the gather in `_entries` sums the gradients over ranks.
                 disable_grad_reduce=config.sequence_parallel,
             )
-            # The entries with loss are gathered before the head, so it never splits the row.
+            # The entries with loss are gathered before the head, so the head never splits the row.
             self.output_layer.sequence_parallel = False
         tables = rotary_tables(model.max_length, derive.head_size(model), model.rotary_base)
         # Not buffers: they follow from the configuration and do not belong in a checkpoint.
@@ -97,7 +97,7 @@ class EsoModel(LanguageModule):
         self._graphs: LayerGraphs | None = None
 
     def use_cuda_graphs(self) -> None:
-        """Run the layers of training passes from CUDA graphs; gradient buffers must be there already."""
+        """Run the layers of training passes from CUDA graphs; gradient buffers must already exist."""
         self._graphs = LayerGraphs(self.decoder.layers)
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
@@ -149,13 +149,13 @@ class EsoModel(LanguageModule):
         return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=rows)
 
     def logits(self, hidden: Tensor, entries: Tensor) -> Tensor:
-        """Return [N, V/T]: the head applied to the flat entries row * L + slot alone."""
+        """Return [N, V/T]: the head applied to only the flat entries row * L + slot."""
         weight = self.head_weight()
         return self.output_layer(self._entries(hidden, entries), weight=weight)[0]
 
     def _entries(self, hidden: Tensor, entries: Tensor) -> Tensor:
         if self.config.sequence_parallel:
-            # Backwards this sums the gradient over ranks.
+            # The gather's backward pass sums the gradient over ranks.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden)
         return select_entries(hidden, entries)
 

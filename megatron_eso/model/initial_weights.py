@@ -25,19 +25,20 @@ def initialize(
 ) -> None:
     """Fill the weights of this rank's chunks in place, and the optimizer's masters in full precision.
 
-    Matrices and embeddings are normal with ``init_std``; the projections that add to the residual
-    stream with init_std / sqrt(2 layers) (GPT-2); scales are 1, biases and shifts 0.
+    Matrices and embeddings are normal with standard deviation ``init_std``, or init_std /
+    sqrt(2 layers) for the projections that add to the residual stream (GPT-2). Scales are 1, biases
+    and shifts 0.
 
     Args:
         chunks: model chunks of this rank, wrapped or not.
         model: shape and standard deviation.
         seed: same seed, same weights, whatever the layout.
         optimizer: Megatron's optimizer, whose master weights get the values before rounding.
-        draw_on: device that draws; a GPU is faster, but its numbers are not those of a CPU.
+        draw_on: device that draws; a GPU is faster, but draws other numbers than a CPU.
     """
     owned = {} if optimizer is None else shards(optimizer)
     for entry in sharded_parameters(chunks):
-        # The parameter may be in FP8, of which there are no views; so it is filled as a whole.
+        # The parameter may be in FP8, which has no views; so it is filled as a whole.
         values = torch.empty(entry.data.shape, device=entry.data.device)
         for piece in pieces_of(entry, values):
             _fill(piece, model, seed, draw_on)

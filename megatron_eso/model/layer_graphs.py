@@ -1,18 +1,19 @@
 """CUDA graphs: a layer's forward pass, and its backward pass, launched as one piece of work each.
 
-Small layers wait for the CPU, which launches some eighty kernels for each of them. A graph keeps the
-launches with the addresses they read and write; a micro-batch of the same kind replays them. What lies at
-fixed addresses: the rotary angles, each layer's input (the output of the layer before) and one gradient of
-hidden states, which each layer reads and then overwrites. Weights and gradient buffers (``main_grad``) have
-fixed addresses already, so the backward graph adds weight gradients to their buffers itself and keeps none.
+Small layers wait for the CPU, which launches some eighty kernels for each of them. A graph records the
+launches with the addresses they read and write; every micro-batch of the same kind replays them. Three
+things get fixed addresses: the rotary angles, each layer's input (the output of the layer before) and one
+gradient of hidden states, which each layer reads and then overwrites. Weights and gradient buffers
+(``main_grad``) have fixed addresses already, so the backward graph itself adds weight gradients to their
+buffers and keeps none.
 
-Graphs of a kind are captured when its first micro-batch comes, one set for each micro-batch that is in
-flight at a time (1 without a pipeline). A set is free again when the backward pass has reached its first
-layer, or when nobody can ask for one any more. Sets that are never in flight together share their memory.
-Evaluations, which keep no gradients, run as they do without graphs.
+The first micro-batch of a kind captures its graphs, one set for each micro-batch in flight at a time (1
+without a pipeline). A set is free again when the backward pass has reached its first layer, or when no
+backward pass can be asked for any more. Sets that are never in flight together share their memory.
+Evaluations, which keep no gradients, run without graphs.
 
-Why not Megatron's (``cuda_graph_impl="local"``): that of 0.16.1 takes the memory of the first layer's
-input, which the layer's norm needs in its backward pass, for the last layer's output gradient
+Megatron's graphs (``cuda_graph_impl="local"``) are not used: version 0.16.1 puts the last layer's output
+gradient into the memory of the first layer's input, which that layer's norm needs in its backward pass
 (tests/test_cuda_graphs.py shows it). Letters: L = tokens, R = rows, H = hidden size.
 """
 
@@ -38,12 +39,12 @@ with importing_megatron():
 
 _WARM_UP_PASSES = 3
 _in_use: "WeakSet[LayerGraphs]" = WeakSet()
-# Other threads (NCCL's watchdog, the data reader) may go on calling CUDA meanwhile.
+# Other threads (NCCL's watchdog, the data reader) may go on calling CUDA during a capture.
 _CAPTURE_MODE = "thread_local"
 
 
 def can_capture(device: torch.device) -> bool:
-    """Return whether there is anything to capture."""
+    """Return whether work on this device can be captured."""
     return device.type == "cuda"
 
 
@@ -55,7 +56,7 @@ def _side_stream() -> Any:
 
 @contextmanager
 def capture_into(graph: Any, pool: Any) -> Iterator[None]:
-    """Within it work is captured into a graph, with memory of a pool, and not done."""
+    """Capture the work of a ``with`` block into a graph, with memory of a pool, without doing it."""
     with torch.cuda.graph(
         graph, pool=pool, stream=_side_stream(), capture_error_mode=_CAPTURE_MODE
     ):
@@ -64,24 +65,24 @@ def capture_into(graph: Any, pool: Any) -> Iterator[None]:
 
 @contextmanager
 def gradients_for_graphs() -> Iterator[None]:
-    """Within it gradient buffers are wrapped around a model whose layers will run from graphs.
+    """Wrap gradient buffers inside this ``with`` block around a model whose layers will run from graphs.
 
-    A parameter's gradient is handed on where the stream was on which its hooks were put up. If that is the
-    default stream, no backward pass can be captured: PyTorch would have it wait for the one that captures.
+    A parameter's gradient is handed on in the stream in which its hooks were registered. If that is the
+    default stream, no backward pass can be captured: PyTorch would make it wait for the capturing stream.
     """
     stream = _side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         yield
     torch.cuda.current_stream().wait_stream(stream)
-    # In every other backward pass PyTorch then waits for one stream more, and warns of it.
+    # In every other backward pass PyTorch then waits for one more stream, and warns about it.
     silence = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
     if silence is not None:
         silence(False)
 
 
 def release_graphs() -> None:
-    """Free all graphs of this process: NCCL ends no communicator that a graph still refers to."""
+    """Free all graphs of this process: NCCL ends no communicator while a graph refers to it."""
     if _in_use:
         torch.cuda.synchronize()
     for graphs in _in_use:
@@ -90,7 +91,7 @@ def release_graphs() -> None:
 
 
 class GraphedLayer(TransformerLayer):
-    """Megatron's layer, replayed from a graph where the rows of a training pass bring graphs along."""
+    """Megatron's layer; it replays a graph if the rows carry graphs, as those of training passes may."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return (hidden states [L, R, H], None), as Megatron's block expects."""
@@ -119,9 +120,9 @@ class LayerGraphs:
         self._sets.clear()
 
     def replay(self, layer: nn.Module, hidden: Tensor, rows: AttentionRows) -> Tensor:
-        """Return what a layer makes of [L, R, H]; layers of a micro-batch come in their order.
+        """Return a layer's output for [L, R, H]; a micro-batch must call its layers in order.
 
-        The result lies in memory that the same micro-batch of the next step writes again.
+        The result lies in memory that the same micro-batch of the next step overwrites.
         """
         number = self._layers.index(layer)
         if number == 0:
@@ -133,7 +134,7 @@ class LayerGraphs:
         return _Replay.apply(hidden, use, number, *graph.parameters)
 
     def _take(self, hidden: Tensor, rows: AttentionRows) -> "_GraphSet":
-        """Return graphs for this kind of micro-batch that no other one in flight uses."""
+        """Return a set of graphs for this kind of micro-batch that no other one in flight uses."""
         if rows.is_valid is not None:
             raise ValueError("rows with a mask of their own cannot be captured")
         kind = (hidden.shape, rows.num_pairs, rows.pattern, rows.block_size)
@@ -152,7 +153,7 @@ class LayerGraphs:
 
 
 class _GraphSet:
-    """The graphs of all layers: what one micro-batch in flight runs from."""
+    """The graphs of all layers, from which one micro-batch in flight runs."""
 
     def __init__(self, kind: tuple[Any, ...], place: int, rows: AttentionRows) -> None:
         self.kind, self.place, self.rows = kind, place, rows
@@ -161,7 +162,7 @@ class _GraphSet:
         self.keeps: tuple[Tensor, ...] = ()
 
     def take_in(self, rows: AttentionRows) -> None:
-        """Take in what the layers must know of a micro-batch."""
+        """Copy the rotary angles of a micro-batch to their fixed addresses."""
         for fixed, values in ((self.rows.cos, rows.cos), (self.rows.sin, rows.sin)):
             assert fixed is not None and values is not None
             fixed.copy_(values)
@@ -173,7 +174,7 @@ class _GraphSet:
 
 
 class _Use:
-    """One micro-batch's use of a set; held by what can ask for its backward pass."""
+    """One micro-batch's use of a set; kept alive by whatever can ask for its backward pass."""
 
     def __init__(self, graph_set: _GraphSet) -> None:
         self.graph_set = graph_set
@@ -201,7 +202,7 @@ class _GraphOfLayer:
 
 
 class _Replay(torch.autograd.Function):
-    """Runs a layer's graphs; weights are inputs so that Megatron's hooks hear of their gradients."""
+    """Runs a layer's graphs; weights are inputs, so that Megatron's hooks run for their gradients."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, use: _Use, number: int, *parameters: Tensor) -> Tensor:
@@ -228,7 +229,7 @@ class _Replay(torch.autograd.Function):
             # A pipeline may still be sending it when the next micro-batch overwrites it.
             d_hidden = d_hidden.clone()
         for parameter in graph.parameters:
-            # Megatron's hooks then only note that the gradient is there; what they are given is not read.
+            # Megatron's hooks then only note that the gradient is there; they do not read it.
             parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         return d_hidden, None, None, *(_not_read(p) for p in graph.parameters)
 
@@ -237,7 +238,7 @@ _never_read: dict[tuple[Any, ...], Tensor] = {}
 
 
 def _not_read(parameter: Tensor) -> Tensor:
-    """Return memory of a parameter's shape, the same each time."""
+    """Return a tensor of a parameter's shape, the same each time, as a gradient that nobody reads."""
     kind = (parameter.shape, parameter.dtype, parameter.device)
     if kind not in _never_read:
         _never_read[kind] = torch.zeros_like(parameter)
@@ -263,9 +264,9 @@ def _capture(
 
     Args:
         layers: of the chunk.
-        like: [L, R, H], shape and format of the hidden states.
-        graph_set: gets the graphs; its rows are at their fixed addresses.
-        pool: of memory. What a capture frees, a later one uses again; so does a replay.
+        like: [L, R, H], a tensor with the shape and dtype of the hidden states.
+        graph_set: the set of these graphs; its rows lie at their fixed addresses.
+        pool: of memory. Later captures use again what a capture frees; so do replays.
     """
     graphs: list[_GraphOfLayer] = []
     with _capturing():
@@ -281,18 +282,18 @@ def _capture(
         for layer, graph in reversed(list(zip(layers, graphs, strict=True))):
             with capture_into(graph.backward, pool):
                 gradient.copy_(_backward(layer, graph.hidden, graph.out, gradient))
-            graph.out = graph.out.detach()  # lets go of what the backward pass needed
-    # Megatron's buffer for gathered activations is another one after a larger evaluation; a graph goes on
-    # using the one that it was captured with.
+            graph.out = graph.out.detach()  # frees what the backward pass needed
+    # A larger evaluation replaces Megatron's buffer for gathered activations; a graph goes on using the one
+    # that it was captured with.
     graph_set.keeps = tuple(parallel_state.get_global_memory_buffer().buffer.values())
     return graphs
 
 
 def _warm_up(layer: nn.Module, like: Tensor, rows: AttentionRows) -> None:
-    """Run a layer beside the graph: libraries choose kernels and compile in their first calls.
+    """Run a layer outside the graph: libraries choose kernels and compile in their first calls.
 
-    It runs on zeros, because its products may add weight gradients to their buffers: those of zeros change
-    nothing. What a captured graph has for its output holds anything yet.
+    It runs on zeros: its products may add weight gradients to their buffers, and those of zeros change
+    nothing. (The output of a graph that was only captured still holds arbitrary numbers.)
     """
     stream = _side_stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -313,7 +314,7 @@ def _run(layer: nn.Module, hidden: Tensor, rows: AttentionRows) -> Tensor:
 def _backward(layer: nn.Module, hidden: Tensor, out: Tensor, of_out: Tensor) -> Tensor:
     """Return the gradient of a layer's input; add those of its weights to their buffers.
 
-    Transformer Engine's products add theirs themselves, and say so.
+    Transformer Engine's products add theirs themselves, and say so in ``grad_added_to_main_grad``.
     """
     parameters = list(layer.parameters())
     for parameter in parameters:
@@ -327,7 +328,7 @@ def _backward(layer: nn.Module, hidden: Tensor, out: Tensor, of_out: Tensor) -> 
 
 @contextmanager
 def _capturing() -> Iterator[None]:
-    """Tell Megatron, and Transformer Engine through it, to launch nothing of their own meanwhile."""
+    """Tell Megatron, and through it Transformer Engine, to launch nothing of their own in a capture."""
     with_te = megatron_graphs.HAVE_TE_GRAPHS
     megatron_graphs._set_capture_start()
     if with_te:

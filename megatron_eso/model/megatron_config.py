@@ -17,7 +17,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """GELU in its tanh form, as in the official Eso-LM code."""
+    """Return GELU in its tanh form, as in the official Eso-LM code."""
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
@@ -39,8 +39,8 @@ def transformer_config(
     """Return Megatron's configuration; ``precision.dtype`` must be resolved (not auto)."""
     dtype = DTYPES[precision.dtype]
     fp8 = _fp8_settings(precision) if precision.fp8 != "off" else {}
-    # A weight kept in FP8 is rounded when it is made, and its largest value then, which may be anything in
-    # memory that nobody has written to, would rule the scale for a whole history.
+    # A weight kept in FP8 is rounded as soon as it is made. In memory that nobody has written to, its
+    # largest value may be anything, and it would set the scale for a whole history.
     init = _zeros if precision.fp8_params else _leave_as_is
     recompute = {"none": None, "attention": "selective", "full": "full"}[parallel.recompute]
     return TransformerConfig(
@@ -74,16 +74,16 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,
-        # Weights come from initial_weights.py, the same for every layout. Megatron still must go
-        # through its own initialisation: only there does it mark parameters as split over tensor
-        # ranks, without which the gradient norm counts the first rank's part alone.
+        # Weights come from initial_weights.py, the same for every layout. Megatron must still go
+        # through its own initialization: only there does it mark parameters as split over tensor
+        # ranks. Without these marks the gradient norm counts the first rank's part alone.
         init_method=init,
         output_layer_init_method=init,
         embedding_init_method=init,
         use_cpu_initialization=not on_gpu,
         # Megatron's own fused SwiGLU, compiled: fewer activations are kept, read and written.
         bias_activation_fusion=on_gpu and model.activation == "swiglu",
-        # Transformer Engine's weight gradients are summed into their fp32 buffers by the product itself.
+        # Transformer Engine's products themselves add weight gradients to their fp32 buffers.
         gradient_accumulation_fusion=precision.backend == "te",
         # Fusions that need CUDA kernels of Apex.
         masked_softmax_fusion=False,
@@ -93,14 +93,14 @@ def transformer_config(
         deallocate_pipeline_outputs=False,
         batch_p2p_comm=False,
         deterministic_mode=precision.deterministic,
-        # Megatron turns this into variables that forbid Transformer Engine all other backends.
+        # Megatron turns this into environment variables that forbid Transformer Engine other backends.
         attention_backend=AttnBackend.fused if precision.attention == "te" else AttnBackend.auto,
         **fp8,
     )
 
 
 def _fp8_settings(precision: PrecisionConfig) -> dict[str, Any]:
-    """Return Megatron's settings of an FP8 recipe: e4m3 forward, e5m2 backward."""
+    """Return Megatron's settings for an FP8 recipe: e4m3 forward, e5m2 backward."""
     return {
         "fp8": "hybrid",
         "fp8_recipe": precision.fp8,

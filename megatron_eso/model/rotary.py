@@ -1,8 +1,8 @@
 """Rotary positions per row and token: rows are permuted, so every row has its own angles.
 
 Megatron's fused rotary kernel and Transformer Engine's index one table for all rows, which would be
-silently wrong here; so the rotation is done in our core attention, with cosines and sines gathered
-once per micro-batch, and on a GPU compiled to one kernel. Letters: L tokens, R rows, h heads, d head size.
+silently wrong here. So our core attention does the rotation, with cosines and sines gathered once per
+micro-batch. On a GPU it is compiled to one kernel. Letters: L tokens, R rows, h heads, d head size.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ def gather_angles(table: Tensor, positions_RL: Tensor) -> Tensor:
 
 
 def rotate(x_LRhd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head by its angles; the inverse rotates the gradient back."""
+    """Return the two halves of each head rotated by its angles; the backward pass rotates back."""
     return _Rotate.apply(x_LRhd, cos, sin)
 
 
@@ -45,18 +45,18 @@ class _Rotate(torch.autograd.Function):
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     if not is_compiled(x):
         return _turned_by_halves(x, cos, sin, sign)
-    flat = (y.flatten(0, 1) for y in (x, cos, sin))  # one number of tokens, whatever the rows
+    flat = (y.flatten(0, 1) for y in (x, cos, sin))  # so that one size changes, not two
     return run_compiled(turned if sign > 0 else turned_back, *flat, changing=(0,)).view(x.shape)
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x turned by its angles; for a compiler."""
+    """Return x rotated by its angles; written for a compiler."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def turned_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x turned by minus its angles; for a compiler."""
+    """Return x rotated by minus its angles; written for a compiler."""
     return turned(x, cos, -sin)
 
 

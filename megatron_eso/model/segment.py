@@ -1,9 +1,9 @@
 """A stage's layers on a few entries, forward only: the sampler's pass.
 
-Decoding a token feeds one or two entries, and then Megatron's modules cost more time than the numbers
-they compute. This pass reads the same parameters, in the same order of operations, without autograd
-functions and module calls; keys go straight into the cache. tests/test_segment.py holds it to Megatron's
-block. Shapes: n entries, R rows, H hidden size, h heads, g key/value heads, d head size, N = n R.
+Decoding a token feeds one or two entries; then calling Megatron's modules takes longer than their
+arithmetic. This pass uses the same parameters in the same order of operations, without autograd functions
+and module calls; keys go straight into the cache. tests/test_segment.py compares it with Megatron's block.
+Shapes: n entries, R rows, H hidden size, h heads, g key/value heads, d head size, N = n R.
 """
 
 from typing import Any
@@ -23,8 +23,8 @@ from megatron_eso.parallel.norms import LayerNorm, RMSNorm, select_entries
 with importing_megatron():
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-# Up to here one product of a float32 weight with a few columns is faster on a CPU than `linear`, which
-# reads the weight at a fifth of the memory's speed for two entries (tools/bench_sample.py).
+# Up to this many entries, a product of a float32 weight with a few columns is faster on a CPU than
+# `linear`, which for two entries reads the weight at a fifth of the memory's speed (tools/bench_sample.py).
 _FEW_ENTRIES = 64
 
 
@@ -78,7 +78,7 @@ class SegmentPass:
         return hidden.view(inputs.shape)
 
     def logits(self, hidden: Tensor, entries: Tensor) -> Tensor:
-        """Return [N, V/T]: the head applied to the flat entries row * n + slot alone."""
+        """Return [N, V/T]: the head applied to only the flat entries row * n + slot."""
         weight, bias = self.model.head_weight(), self.model.output_layer.bias
         with without_cuda_names():
             return few_linear(select_entries(hidden, entries), weight, bias)
@@ -114,7 +114,7 @@ class _Layer:
     def _attention(
         self, x: Tensor, shape: torch.Size, rows: AttentionRows, angles: tuple[Tensor, Tensor]
     ) -> Tensor:
-        # Weights are ordered group by group: its queries, its key, its value.
+        # Weights are ordered group by group: a group's queries, its key, its value.
         mixed = few_linear(x, self.qkv.weight, self.qkv.bias)
         mixed = mixed.view(*shape, self.groups, -1, self.head_size)
         to_turn, value = mixed[:, :, :, :-1], mixed[:, :, :, -1]

@@ -22,8 +22,8 @@ with importing_megatron():
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-# A plain layer's norm weights are saved under the names Transformer Engine's fused layers use, so
-# checkpoints move between the two.
+# A plain layer's norm weights are saved under the names that Transformer Engine's fused layers use, so
+# that checkpoints can move between the two.
 _FUSED_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -45,7 +45,7 @@ class AttentionProjection(RowParallelLinear):
 class AttentionInput(ColumnParallelLinear):
     """The query, key and value projection; biased only if ``attention_bias`` says so.
 
-    Megatron also biases it where the MLP has biases.
+    Megatron would also give it biases where the MLP has them.
     """
 
     def __init__(self, *args: Any, attention_bias: bool = False, **kwargs: Any) -> None:
@@ -58,7 +58,7 @@ class _Parts:
     """The classes that a layer is made of."""
 
     norm_before: Any
-    """Before attention and before the MLP; nothing where the next projection does it."""
+    """Before attention and before the MLP; the identity where the next projection includes the norm."""
     attention_input: Any
     attention_projection: Any
     mlp_input: Any
@@ -101,7 +101,7 @@ def block_spec(
         attention: kernel, ``split``, ``dense``, ``flex`` or ``te``.
         backend: ``torch``, or ``te`` for Transformer Engine's layers; the parameters are the same.
     """
-    # Megatron's annotations are narrower than what its spec builder takes.
+    # Megatron's annotations are narrower than what its spec builder accepts.
     add_residual: Any = get_bias_dropout_add
     parts = _te_parts() if backend == "te" else _torch_parts(model)
     head_norm = parts.norm if model.qk_norm else IdentityOp

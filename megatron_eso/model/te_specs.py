@@ -17,7 +17,7 @@ with importing_megatron():
 
 
 def attention_input() -> Any:
-    """Return the class of norm and query, key and value projection, biased by ``attention_bias``."""
+    """Return the class of a norm fused with the q, k, v projection, biased by ``attention_bias``."""
     linear: Any = megatron_te.TELayerNormColumnParallelLinear
     return _with_own_bias(linear)
 
@@ -29,7 +29,7 @@ def attention_projection() -> Any:
 
 
 def mlp_input() -> Any:
-    """Return the class of norm and first MLP matrix."""
+    """Return the class of a norm fused with the first MLP matrix."""
     return megatron_te.TELayerNormColumnParallelLinear
 
 
@@ -39,15 +39,15 @@ def mlp_output() -> Any:
 
 
 def norm() -> Any:
-    """Return the norm that stands alone: before the head, and of queries and keys."""
+    """Return the class of norms that stand alone: before the head, and of queries and keys."""
     return megatron_te.TENorm
 
 
 def causal_attention(config: Any, layer_number: int, **where: Any) -> Any:
     """Return Transformer Engine's attention for causal rows: [L, R, h, d] three times -> [L, R, h d].
 
-    Context ranks share heads around it (attention/context.py), so it is built for a share of them and
-    knows nothing of context parallelism.
+    Context ranks divide the heads around it (attention/context.py), so it is built for its share of them
+    and need not know of context parallelism.
 
     Args:
         config: Megatron's configuration.
@@ -55,7 +55,7 @@ def causal_attention(config: Any, layer_number: int, **where: Any) -> Any:
         where: process groups and scale.
     """
     share, tensor = copy(config), config.tensor_model_parallel_size
-    # Only there does Transformer Engine leave random states alone, which a CUDA graph cannot hold.
+    # Only then does Transformer Engine leave random states alone; a CUDA graph cannot hold them.
     share.sequence_parallel = True
     share.context_parallel_size = 1
     share.num_attention_heads //= config.context_parallel_size
@@ -66,13 +66,13 @@ def causal_attention(config: Any, layer_number: int, **where: Any) -> Any:
 
 
 def attend_causally(attention: Any, query: Any, key: Any, value: Any) -> Any:
-    """Run :func:`causal_attention` on rotated queries and keys."""
+    """Return the output of :func:`causal_attention`'s module for rotated queries and keys."""
     return attention(query, key, value, None, AttnMaskType.causal)
 
 
 @cache
 def _with_own_bias(linear: Any) -> Any:
-    """Return a subclass that takes ``attention_bias`` for Megatron's one switch; see specs.py."""
+    """Return a subclass that takes ``attention_bias`` instead of Megatron's one switch; see specs.py."""
 
     class Linear(linear):
         def __init__(self, *args: Any, attention_bias: bool = False, **kwargs: Any) -> None:

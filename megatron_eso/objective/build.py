@@ -68,7 +68,7 @@ def build_rows(
 
 
 def predicted(samples: Shaped[Tensor, "B L1"], objective: ObjectiveConfig) -> Shaped[Tensor, "B L"]:
-    """Return the places of samples of L + 1 that a row predicts: L from the first, or the second, on."""
+    """Return the L of a sample's L + 1 places that its row predicts, from the first or the second on."""
     begins_with_second = objective.name == "ar" and not objective.leading_mask
     return samples[:, 1:] if begins_with_second else samples[:, :-1]
 
@@ -143,7 +143,7 @@ def _bd3lm(
     draw: Draw,
     mask_id: int,
 ) -> StackRows:
-    """Block diffusion (arXiv 2503.09573): true tokens and a noised copy, one time per block."""
+    """Return rows of block diffusion (arXiv 2503.09573): true tokens and a copy noised block by block."""
     num_rows, length = tokens.shape
     size = objective.block_size
     num_blocks = length // size

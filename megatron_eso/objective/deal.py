@@ -1,9 +1,9 @@
 """Which rows of the global batch run in which micro-batch of which data-parallel rank.
 
-A slot is what one unit of the micro-batch holds: a single stack row for objectives without mask
-copies; otherwise two stack rows, either two diffusion rows or one sequential row with its copies.
-Slots are dealt like cards, first to ranks, then to micro-batches, diffusion slots first: every rank
-and every micro-batch gets the same number of slots, and as nearly as possible the same mix.
+A micro-batch is made of slots. Without mask copies a slot is one stack row. Otherwise it is two: two
+diffusion rows, or one sequential row with its copies. Slots are dealt like cards, diffusion slots
+first, to ranks and then to micro-batches. So every rank and every micro-batch gets the same number of
+slots and, as nearly as possible, the same mix.
 """
 
 from dataclasses import dataclass

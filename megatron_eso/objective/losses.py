@@ -1,7 +1,8 @@
-"""Sums and counts of the loss. They are added over micro-batches and ranks and divided once.
+"""Sums and counts of the loss, which are added over micro-batches and ranks and divided once.
 
-loss = sequential nats / tokens of sequential rows + weighted diffusion nats / tokens of diffusion rows,
-both denominators counting all valid tokens of those rows of the global batch, not the masked ones
+loss = sequential nats / tokens of sequential rows + weighted diffusion nats / tokens of diffusion rows
+
+Both denominators count all valid tokens of those rows in the global batch, not only the masked ones
 (arXiv 2506.01928, official code).
 """
 
@@ -37,7 +38,7 @@ def loss_sums(log_probs: Float[Tensor, " N"], rows: StackRows) -> Float[Tensor, 
 
 
 def mean_loss(sums: Float[Tensor, " 2"], counts: TokenCounts) -> Float[Tensor, ""]:
-    """Return the loss: each sum over the global number of tokens of its rows."""
+    """Return the loss: each sum divided by the global number of tokens of its rows."""
     return sums[0] / max(counts.diffusion, 1) + sums[1] / max(counts.sequential, 1)
 
 

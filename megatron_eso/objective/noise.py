@@ -1,8 +1,8 @@
 """The forward process: keep probability, times and weights.
 
 alpha_t = alpha_0 (1 - (1 - eps) t) is the probability that a token is kept at time t in [eps, 1]
-(eso-lm: alpha_t = alpha_0 (1 - t) at eps = 0); arXiv 2506.01928, section 3, and the official code's
-noise schedule for eps.
+(eso-lm: alpha_t = alpha_0 (1 - t) at eps = 0). Sources: arXiv 2506.01928, section 3; for eps, the
+official code's noise schedule.
 """
 
 import math
@@ -37,10 +37,10 @@ def stratified_times(
 ) -> Float[Tensor, " B"]:
     """Return the times of some of the ``num_rows`` diffusion rows of a global batch.
 
-    Row i gets t = (u + pi(i)) / n with one u per step: one time in each n-th of the interval. pi steps
-    through the strata by about n / golden ratio, so that every regular selection of rows (those of one
-    rank, of one micro-batch) has times spread over the whole interval, whatever the layout; the number
-    of masked entries, and so the work of the head, is balanced.
+    Row i gets t = (u + pi(i)) / n, scaled to [eps, 1], with one u per step: one time in each n-th of
+    the interval. pi steps through the strata by about n / golden ratio. So in any layout, the times of
+    every regular selection of rows (those of one rank, of one micro-batch) spread over the whole
+    interval. This balances the number of masked entries, and so the work of the head.
 
     Args:
         seed: seed of the run.
@@ -63,7 +63,7 @@ def stratified_times(
 
 @cache
 def _coprime_near(num_rows: int) -> int:
-    """Return the number nearest n / golden ratio that has no factor in common with n; of two, the less."""
+    """Return the number nearest n / golden ratio that is coprime with n; of two, the smaller."""
     target = round(num_rows * _GOLDEN)
     strides = (stride for away in range(num_rows) for stride in (target - away, target + away))
     return next(stride for stride in strides if stride > 0 and math.gcd(stride, num_rows) == 1)

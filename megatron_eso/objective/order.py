@@ -1,8 +1,8 @@
-"""In which order a row's entries are put: clean first, then masked, then padding.
+"""The order of a row's entries: clean first, then masked, then padding.
 
 Everything here is a pure function of its arguments: randomness comes in as ``shuffle_key``.
-Shapes: B = rows, L = tokens in a row. Keys are float64, which never tie in practice (float32 keys do
-above about four million entries).
+Keys are float64, which never tie in practice (float32 keys do above about four million entries).
+Shapes: B = rows, L = tokens in a row.
 """
 
 import torch
@@ -21,7 +21,7 @@ def prediction_order(
 
     Args:
         is_masked: True where the token is to be predicted.
-        is_valid: False for padding, which goes last so that causal attention never shows it.
+        is_valid: False for padding, which goes last so that causal attention never sees it.
         shuffle_key: uniform in [0, 1); decides the order within the clean and the masked group.
         masked_in_reading_order: keep the masked group left to right (the sequential phase) instead
             of shuffling it (the diffusion phase).

@@ -40,9 +40,9 @@ def uniform(
         row: number of the row in the global batch.
         stream: what the numbers are for.
         count: how many.
-        draw: further index, for repeated draws of one row (orders of a likelihood bound, say).
+        draw: further index, for repeated draws of one row (such as orders of a likelihood bound).
     """
-    # The lowest counter word is the generator's own; 2**64 numbers lie between two rows.
+    # The generator itself counts in the lowest word: at least 2**64 numbers lie between two draws.
     philox = Philox(key=[seed, int(stream)], counter=[0, draw, row, step])
     raw = np.asarray(philox.random_raw(count), dtype=np.uint64)
     return torch.from_numpy((raw >> np.uint64(11)).astype(np.float64) * _UNIT)

@@ -24,12 +24,12 @@ class Pattern(Enum):
 
     CAUSAL = "causal"  # D and X rows causal, Z rows as above
     BIDIRECTIONAL = "bidirectional"  # every entry sees all valid entries of its row (MDLM)
-    BLOCK = "block"  # X block-causal, Z sees its block and X's earlier ones; no padding (BD3-LM)
+    BLOCK = "block"  # X block-causal; Z sees its own block and X's earlier blocks (BD3-LM)
 
 
 @dataclass(frozen=True)
 class StackRows:
-    """The model's input for one micro-batch and where its losses are."""
+    """The model's input for one micro-batch, and where its losses are."""
 
     tokens: Int[Tensor, "R L"]
     """Input ids."""
@@ -38,7 +38,7 @@ class StackRows:
     num_diffusion: int
     """Number of D rows; they come first."""
     num_pairs: int
-    """Number of X rows, and of Z rows after them."""
+    """Number of X rows; as many Z rows follow them."""
     loss_entries: Int[Tensor, " N"]
     """Flat index row * L + slot of each entry with loss."""
     loss_targets: Int[Tensor, " N"]
@@ -46,7 +46,7 @@ class StackRows:
     loss_weights: Float[Tensor, " N"]
     """Weight of its negative log-likelihood in the loss."""
     loss_is_sequential: Bool[Tensor, " N"]
-    """Which of the two losses it belongs to."""
+    """Whether it belongs to the sequential loss; otherwise to the diffusion loss."""
     loss_rows: Int[Tensor, " N"]
     """Data row of each entry, counted within this micro-batch."""
     loss_positions: Int[Tensor, " N"]
@@ -142,7 +142,7 @@ def autoregressive_rows(
     Args:
         tokens: [B, L + 1].
         is_valid: [B, L + 1].
-        mask_id: fed first with ``leading_mask``.
+        mask_id: id of the mask token, the first input with ``leading_mask``.
         leading_mask: predict tokens 0..L-1 from [mask, 0..L-2]; otherwise tokens 1..L from 0..L-1.
     """
     num_rows, length = tokens.shape[0], tokens.shape[1] - 1
@@ -195,7 +195,7 @@ def join(first: StackRows, second: StackRows) -> StackRows:
 
 
 def filled_up(rows: StackRows, num_rows: int) -> StackRows:
-    """Return the rows with empty D rows before them, ``num_rows`` stack rows in all; same losses."""
+    """Return the rows preceded by empty D rows, ``num_rows`` stack rows in all; same losses."""
     missing = num_rows - rows.tokens.shape[0]
     if missing <= 0:
         return rows
@@ -218,9 +218,9 @@ def filled_up(rows: StackRows, num_rows: int) -> StackRows:
 def part_of_rows(rows: StackRows, part: int, num_parts: int) -> StackRows:
     """Return every ``num_parts``-th entry of each row, from entry ``part`` on, with its losses.
 
-    Dealt out like that, and not in blocks, all parts have about equally many losses: a permuted row
-    ends in its masked entries. ``is_valid`` stays whole, since attention brings the rows together.
-    The token counts go with part 0, so that sums over parts are those of the whole.
+    Entries are dealt out rather than cut into blocks, because a permuted row ends in its masked
+    entries: so all parts have about equally many losses. ``is_valid`` stays whole, since attention
+    sees whole rows. Part 0 carries the token counts, so that sums over parts equal those of the whole.
     """
     if num_parts == 1:
         return rows

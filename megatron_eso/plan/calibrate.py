@@ -1,8 +1,8 @@
 """Fits the constants of the speed model to measured runs, with leave-one-out errors.
 
-The fit minimises squared log errors of the step time plus a weak pull towards the profile's prior,
-so that a constant the runs say nothing about stays where it was; so does one that the prior sets to 0,
-which has no logarithm. A left-out run shows how well the model predicts a run it has not seen.
+The fit minimizes squared log errors of the step time plus a weak pull towards the profile's prior. So a
+constant about which the runs say nothing stays where it was. One that the prior sets to 0 also stays,
+because 0 has no logarithm. A left-out run shows how well the model predicts a run it has not seen.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ from megatron_eso.plan.hardware import Constants, Hardware
 from megatron_eso.plan.job import Job
 from megatron_eso.plan.step_time import step_time
 
-# A constant may move by this factor (one standard deviation) for an error of NOISE in one run.
+# Moving a constant by the factor FREEDOM (one standard deviation) costs as much as an error of NOISE in
+# one run.
 FREEDOM, NOISE = 1.6, 0.05
 NAMES = [item.name for item in fields(Constants)]
 SHARES = {"gemm_efficiency", "fp8_efficiency", "attention_efficiency", "memory_efficiency"}

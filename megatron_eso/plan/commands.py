@@ -93,7 +93,7 @@ def search_command(
             f"  {candidate.job.num_gpus:>6} GPUs  {candidate.time.total:9.4g} s  "
             f"{candidate.memory_bytes / 1e9:5.1f} GB  {candidate.name:<58} {why}"
         )
-    # Layouts that would be faster if they fitted are what a user asks about.
+    # Users ask about layouts that would be faster if they fitted.
     faster = [c for c in overflowing if c.time.total < best.time.total]
     for candidate in sorted(faster, key=lambda c: c.time.total)[:3]:
         lines.append(
@@ -106,7 +106,7 @@ def search_command(
 
 
 def goodput_command(run: RunConfig, gpus: int, hardware: Hardware) -> Answer:
-    """Return training time under failures of the run at this size, and over growing sizes."""
+    """Return the run's share of training time under failures, at this size and at growing sizes."""
     job = _job(run, gpus, hardware)
     step_seconds = step_time(job, hardware).total
     failures = run_failures(job, hardware, step_seconds)
@@ -158,7 +158,7 @@ def calibrate_command(paths: list[Path], hardware: Hardware) -> Answer:
 
 
 def _job(run: RunConfig, gpus: int, hardware: Hardware) -> Job:
-    """Return the run on its GPUs, which the trainer would accept."""
+    """Return the run on its GPUs, if the trainer would accept it."""
     job = Job(run, gpus)
     require_trainable(job)
     _require_fp8(run.precision.fp8 != "off", f"precision.fp8={run.precision.fp8}", hardware)

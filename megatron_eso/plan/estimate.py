@@ -14,9 +14,9 @@ from megatron_eso.plan.parameters import num_parameters
 from megatron_eso.plan.step_time import StepTime, step_time
 
 COLUMNS = 128
-"""Matrix kernels work on tiles of this many columns; a part of one costs as much as a whole one."""
+"""Matrix kernels work on tiles of this many columns; a partial tile costs as much as a whole one."""
 WORTH_SAYING = 0.01
-"""Share of the time that another save interval must give back to be worth a warning."""
+"""Share of the time that another save interval must win back to be worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Data tokens a second over all GPUs."""
+        """Data tokens per second over all GPUs."""
         train = self.job.config.train
         return train.global_batch_rows * train.sequence_length / self.time.total
 
@@ -45,7 +45,7 @@ class Plan:
 
     @property
     def mfu_full_attention(self) -> float:
-        """The same with every pair of a row counted (Megatron's convention)."""
+        """The same share with every pair of a row counted (Megatron's convention)."""
         return self.flops.training_full_attention / self.time.total / self._peak
 
     @property
@@ -130,7 +130,7 @@ def run_failures(job: Job, hardware: Hardware, step_seconds: float) -> Failures:
         step_seconds: time of a step without saves.
     """
     config = job.config
-    # 14 bytes a weight (16-bit weights, fp32 master, two moments), one copy of the model over all GPUs.
+    # 14 bytes per weight (16-bit weight, fp32 master, two moments), one copy of the model over all GPUs.
     copied = 14.0 * num_parameters(config.model) / job.num_gpus
     steps = total_steps(config)  # there is a save at the end
     every, local = config.train.save_every_steps or steps, config.checkpoint
@@ -146,7 +146,7 @@ def run_failures(job: Job, hardware: Hardware, step_seconds: float) -> Failures:
 
 
 def best_save_every_steps(job: Job, failures: Failures, step_seconds: float) -> int:
-    """Return the number of steps between saves that loses least, at most those of the run."""
+    """Return the number of steps between saves that loses least time, at most the run's steps."""
     steps = min(best_interval(failures) / step_seconds, total_steps(job.config))
     return max(1, round(steps))
 

@@ -1,4 +1,4 @@
-"""Does a run fit the cluster it is about to be submitted to? Asked by `submit`, before Slurm is."""
+"""Does a run fit the cluster it is about to be submitted to? `submit` asks this before it asks Slurm."""
 
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ClusterError
@@ -7,26 +7,27 @@ from megatron_eso.plan.hardware import load_hardware
 from megatron_eso.plan.job import Job
 from megatron_eso.plan.parameters import num_parameters
 
-# float32 master, two moments and the moving average
+# Per weight: float32 master, two moments and the moving average.
 _CHECKPOINT_BYTES = 16
 
 
 def require_time_for_a_checkpoint(
     config: RunConfig, *, gb_per_second: float, signal_seconds: float, step_seconds: float
 ) -> None:
-    """Return if a checkpoint can be written between the walltime signal and the limit.
+    """Raise unless a checkpoint can be written between the walltime signal and the time limit.
 
     Args:
         config: the run.
         gb_per_second: speed at which a checkpoint is written.
         signal_seconds: time from the signal to the limit.
-        step_seconds: the step under way at the signal is finished first; 0: not known.
+        step_seconds: time of a step, since the one under way at the signal is finished first; 0: not
+            known.
 
     Raises:
-        ClusterError: if not; the job would be killed while it saves, at every limit.
+        ClusterError: if it cannot; the job would be killed while it saves, at every limit.
     """
     gigabytes = _CHECKPOINT_BYTES * num_parameters(config.model) / 1e9
-    # Slurm's KillWait is not counted on.
+    # This does not count on Slurm's KillWait.
     seconds = gigabytes / gb_per_second
     if step_seconds + seconds > signal_seconds:
         step = f"the step under way {step_seconds:.0f} s and " if step_seconds >= 1 else ""
@@ -39,7 +40,7 @@ def require_time_for_a_checkpoint(
 
 
 def plan_lines(config: RunConfig, num_gpus: int, hardware_name: str) -> tuple[float, list[str]]:
-    """Return the seconds of a step, and what the planner says of a run in a few lines.
+    """Return the seconds of a step, and what the planner says about the run in a few lines.
 
     Raises:
         ClusterError: if a stage does not fit into a GPU's memory.

@@ -1,7 +1,7 @@
 """Floating-point operations of one training step, counted for what this trainer really computes.
 
-A multiply-add is two operations; norms, rotations and other element-wise work are left out, as in
-every published model FLOP/s. Two conventions for causal attention exist: all L^2 pairs (Megatron's
+A multiply-add is two operations. Norms, rotations and other element-wise work are left out, as in
+every published model FLOP/s. There are two conventions for causal attention: all L^2 pairs (Megatron's
 table) or the half that is computed (NeMo's). Both are given; ``training`` uses the half.
 """
 
@@ -18,7 +18,7 @@ class Flops:
     layers: float
     """Matrix products of the layers."""
     attention: float
-    """Scores and weighted values, pairs that are computed."""
+    """Scores and weighted values, of the pairs that are computed."""
     attention_full: float
     """The same, counting every pair of a row (block diffusion: of a row and the keys it is given)."""
     head: float
@@ -35,7 +35,7 @@ class Flops:
         return 3 * self.forward
 
     def hardware(self, recompute: str) -> float:
-        """Forward and backward, and what ``parallel.recompute`` computes again; never the head."""
+        """Forward, backward, and what ``parallel.recompute`` computes again (never the head)."""
         again = {"none": 0.0, "attention": self.attention, "full": self.layers + self.attention}
         return self.training + again[recompute]
 
@@ -86,9 +86,9 @@ class Shares:
     head_rows: float
     """Entries with loss per token of the data row."""
     computed_pairs: float
-    """Share of the pairs of attention that is computed."""
+    """Attention pairs that are computed, as a share of the L^2 of a stack row."""
     key_rows: float
-    """Rows of keys a row of queries."""
+    """Rows of keys per row of queries."""
 
 
 def shares(objective: ObjectiveConfig, length: int) -> Shares:

@@ -27,7 +27,7 @@ class Failures:
     """2.3 optimistic, 3.8 Llama 3 (419 stops of 16,384 GPUs in 54 days), 6.5 pessimistic."""
     save_stall_seconds: float = 6.0
     save_interval_seconds: float | None = None
-    """Training between two saves; None: the best."""
+    """Training time between two saves; None: the best."""
     durable_lag_seconds: float = 60.0
     """From the start of an asynchronous save until it can be restored."""
     detect_seconds: float = 60.0
@@ -39,12 +39,12 @@ class Failures:
     """Chance that a failure takes a whole rack of nodes instead of one."""
     nodes_per_rack: int = 4
     num_spares: int = 8
-    """Nodes kept idle to replace failed ones at once."""
+    """Nodes kept idle to replace failed ones immediately."""
     repair_seconds: float = 4 * 3600.0
     local_interval_seconds: float | None = None
-    """Node-local copies between the shared checkpoints; they survive unless the node is lost."""
+    """Time between node-local copies, which survive unless the node is lost; None: there are none."""
     node_lost_probability: float = 0.5
-    """Share of failures after which the failed node's local copy is gone and it needs repair."""
+    """Share of failures after which the failed node's local copy is gone and the node needs repair."""
 
     @property
     def failures_per_second(self) -> float:
@@ -54,7 +54,7 @@ class Failures:
 
     @property
     def interval_seconds(self) -> float:
-        """Training between two saves: as given, or the best."""
+        """Training time between two saves: as given, or the best."""
         return self.save_interval_seconds or best_interval(self)
 
 
@@ -63,20 +63,20 @@ class Simulated:
     """Result of a simulation."""
 
     share: float
-    """Wall time that became training progress."""
+    """Share of the wall time that became training progress."""
     num_failures: int
     lost_seconds: float
     """Training repeated after restarts."""
     down_seconds: float
     """Detection, restart and waiting for nodes."""
     waiting_seconds: float
-    """Of the down time: no spare node was left."""
+    """Part of the down time in which no spare node was left."""
 
 
 def best_interval(failures: Failures) -> float:
-    """Return the time between saves that loses least, Daly's form with recovery time.
+    """Return the time between saves that loses least: Daly's form with recovery time.
 
-    Not below the lag: a save waits for the one before it.
+    It is not below the lag, since a save waits for the one before it.
     """
     stall = failures.save_stall_seconds
     rate = failures.failures_per_second
@@ -108,7 +108,7 @@ def _lost_since_save(interval: float, rate: float) -> float:
 
     An interval begins anew until one passes without a failure.
     """
-    failures = min(rate * interval, 600.0)  # beyond, exp() overflows; no run ends there anyway
+    failures = min(rate * interval, 600.0)  # with more, exp() overflows; no run would end anyway
     return (math.expm1(failures) / failures - 1) / rate
 
 
@@ -147,7 +147,7 @@ class _Simulation:
                 if failure >= self.horizon:
                     break
                 self._roll_back(is_node_lost)
-            # A failure before `now` fell into the restart, which begins again.
+            # A failure before `now` fell into the restart, which therefore begins again.
             begin = max(self.now - self._restart(), failure) if failure < self.now else failure
             self.down -= max(0.0, self.now - begin)
             self.now = begin
@@ -222,7 +222,7 @@ class _Simulation:
 
 
 def what_it_is_worth(failures: Failures, *, days: float = 200.0) -> dict[str, float]:
-    """Return by how many points of training share each improvement changes the simulation."""
+    """Return by how many percentage points each improvement changes the simulated training share."""
     base = _mean_share(failures, days)
     changes = {
         "one more spare node": replace(failures, num_spares=failures.num_spares + 1),

@@ -1,4 +1,4 @@
-"""What a GPU and its links can do, and the few constants that are fitted to measured runs.
+"""What a GPU and its links can do, with the few constants that are fitted to measured runs.
 
 A profile is a YAML file: one of configs/hardware by name, or any path. Its optional ``constants``
 section holds the result of ``megatron-eso plan --calibrate``.
@@ -23,11 +23,12 @@ class Constants:
     fp8_efficiency: float = within(0.65, above=0)
     """The same of the FP8 peak, casts included."""
     half_width: float = within(250.0, above=0)
-    """Width of a product's narrow side, per tensor rank, at which it reaches half of that."""
+    """Width of a product's narrow side, per tensor rank, at which it reaches half of ``gemm_efficiency``;
+    an FP8 product needs twice this width for half of its own."""
     attention_efficiency: float = within(0.50, above=0)
-    """Share of the 16-bit peak in the attention kernel, forward and backward together."""
+    """Share of the 16-bit peak that the attention kernel reaches, forward and backward together."""
     memory_efficiency: float = within(0.60, above=0)
-    """Share of the memory bandwidth in element-wise kernels."""
+    """Share of the memory bandwidth that element-wise kernels reach."""
     tensor_exposed: float = within(0.35, at_least=0)
     """Share of tensor (and context) parallel communication that computation does not hide."""
     network_exposed: float = within(0.30, at_least=0)
@@ -65,18 +66,19 @@ class Hardware:
     sampling_layer_seconds: float = within(9.5e-5, at_least=0)
     """Fixed time of one layer in one call of a sampler: its kernels, launched as a CUDA graph."""
     host_copy_gb_per_second: float = within(10.0, above=0)
-    """Speed at which a GPU's share of a checkpoint is copied aside: training stalls that long."""
+    """Speed at which a GPU's share of a checkpoint is copied to the host; training stalls meanwhile."""
     constants: Constants = field(default_factory=Constants)
     """Fitted constants."""
     prior: Constants = field(default_factory=Constants)
-    """Where a calibration starts from. Never a result of one, or leave-one-out would flatter itself."""
+    """Where a calibration starts. Never the result of one: leave-one-out errors would look too small."""
 
 
 def load_hardware(name_or_path: str) -> Hardware:
     """Return a hardware profile.
 
     Raises:
-        ConfigError: if there is none of that name, with the names there are, or a value cannot be.
+        ConfigError: if there is no profile of that name (the message names those there are), or a value
+            is out of range.
     """
     for path in (Path(name_or_path), PROFILES / f"{name_or_path}.yaml"):
         if path.is_file():

@@ -32,7 +32,7 @@ class Job:
     @property
     def num_stack_rows(self) -> float:
         """Rows through the stack in one step."""
-        # Whole in any run that trains; in floating point 1.4 x 90 is a little less than 126.
+        # It is whole in any run that trains, but in floating point 1.4 x 90 is a little less than 126.
         return round(self._shares.stack_rows * self.config.train.global_batch_rows, 6)
 
     @property
@@ -55,8 +55,8 @@ class Job:
     def stage_layers(self) -> list[int]:
         """Layers of each pipeline stage.
 
-        Where the layers do not divide, embedding and head count as a layer each (as Llama 3 405B's
-        126 on 16 stages), which the trainer itself does not offer.
+        Where the layers do not divide, embedding and head count as a layer each (as for Llama 3 405B:
+        126 layers on 16 stages). The trainer itself does not offer that.
         """
         layers, stages = self.config.model.num_layers, self.config.parallel.pipeline
         if layers % stages == 0:
@@ -77,7 +77,7 @@ class Job:
 def require_trainable(job: Job) -> None:
     """Raise a :class:`ConfigError` for whatever the trainer would refuse.
 
-    Not for published runs, which another trainer ran.
+    It is not for published runs, which another trainer ran.
     """
     check(job.config)
     require_placeable(job)

@@ -1,7 +1,7 @@
 """Reads measured runs: run folders of the trainer, results of its benchmark, and tables.
 
-A row of a table has either ``settings`` of this trainer and ``tokens_per_second`` (so do the benchmark's
-results), or the shape, layout and TFLOP/s per GPU that others have published.
+A row of a table has either ``settings`` of this trainer and ``tokens_per_second``, as the benchmark's
+results have, or the shape, layout and TFLOP/s per GPU that others have published.
 """
 
 import json
@@ -28,7 +28,7 @@ from megatron_eso.plan.job import Job
 
 
 def read_measured(path: Path) -> list[Measured]:
-    """Return the runs of a run folder (one), of a YAML table or of a benchmark's results (several).
+    """Return the measured run of a run folder, or those of a YAML table or of a benchmark's results.
 
     Raises:
         DataError: if nothing measured is found there.
@@ -72,7 +72,7 @@ def _run_folder(folder: Path) -> Measured:
 
 
 def _parsed(line: str) -> dict[str, Any]:
-    """Return a line's record; nothing of a line that a crash cut off."""
+    """Return a line's record; an empty one for a line that a crash cut off."""
     try:
         return json.loads(line) if line.strip() else {}
     except json.JSONDecodeError:
@@ -80,7 +80,7 @@ def _parsed(line: str) -> dict[str, Any]:
 
 
 def _num_ranks(folder: Path, config: RunConfig) -> int:
-    """Return the ranks of the run: what it recorded, or what the configuration starts."""
+    """Return the ranks of the run: those it recorded, or else those that the configuration starts."""
     path = folder / "run.json"
     found = json.loads(path.read_text()) if path.is_file() else {}
     return int(found.get("num_ranks") or config.parallel.local_ranks)
@@ -97,7 +97,7 @@ def _of_trainer(row: dict[str, Any], path: Path) -> Measured:
 
 
 def _flat(settings: list[Any]) -> Iterator[Any]:
-    """Yield settings of a list, and of the lists in it: YAML's names for parts that rows share."""
+    """Yield the settings of a list and of lists inside it: rows share parts through YAML's aliases."""
     for setting in settings:
         yield from _flat(setting) if isinstance(setting, list) else (setting,)
 
@@ -141,7 +141,7 @@ def _config(row: dict[str, Any]) -> RunConfig:
         parallel=ParallelConfig(
             tensor=row["tensor"],
             pipeline=stages,
-            # Unpublished: as many chunks as a stage has layers, the least bubble.
+            # If unpublished: as many chunks as a stage has layers, which gives the smallest bubble.
             virtual_pipeline=row["virtual_pipeline"] or (each if stages > 1 else 1),
             context=row["context"],
         ),

@@ -1,7 +1,7 @@
 """Memory of every pipeline stage by kind, in bytes per GPU.
 
 Formulas: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models"
-(activations), Megatron-Core's distributed optimizer (states: 6 + 12 / d bytes a weight in bf16).
+(activations); Megatron-Core's distributed optimizer (states: 6 + 12 / d bytes per weight in bf16).
 """
 
 from dataclasses import dataclass, fields
@@ -53,15 +53,15 @@ def local_parameters(job: Job, stage: int) -> float:
 
 
 def layer_activation_bytes(job: Job) -> float:
-    """Return what one layer keeps of one micro-batch.
+    """Return the bytes that one layer keeps of one micro-batch.
 
-    s b h (18 + 4 f / h) / t with sequence parallelism and a fused attention kernel (34 s b h / t at
-    f = 4 h), for 16-bit activations; norms' inputs and residuals (10 s b h) are not split without
-    sequence parallelism.
+    For 16-bit activations, sequence parallelism and a fused attention kernel these are
+    s b h (18 + 4 f / h) / t (34 s b h / t at f = 4 h). Without sequence parallelism the norms' inputs
+    and residuals (10 s b h) are not split.
     """
     model, parallel = job.config.model, job.config.parallel
     elements = job.tokens_per_micro_batch * model.hidden_size
-    # A gated MLP keeps both halves before the product and the product.
+    # A gated MLP keeps both factors and their product.
     kept_by_mlp = (6.0 if model.activation == "swiglu" else 4.0) * ffn_size(model)
     # 4 of the 18 are keys and values; grouped heads keep fewer.
     full = 14.0 + 4.0 * job.kv_width / model.hidden_size + kept_by_mlp / model.hidden_size
@@ -90,7 +90,7 @@ def _fp8_copies(job: Job, stage: int) -> float:
     """Return the bytes of FP8 weights that are kept beside the 16-bit ones.
 
     Transformer Engine casts a layer's matrices once a step and keeps the FP8 copy and its transpose
-    between micro-batches. With ``fp8_params`` these two are all there is: as much as one 16-bit weight.
+    between micro-batches. With ``fp8_params`` only these two exist: as much as one 16-bit weight.
     """
     precision, stages = job.config.precision, job.config.parallel.pipeline
     if precision.fp8 == "off" or precision.fp8_params:
@@ -113,7 +113,7 @@ def _activations(job: Job, stage: int) -> float:
     boundary /= parallel.tensor if parallel.sequence else 1
     if parallel.recompute == "full":
         return layers * boundary * in_flight + layer
-    # Graphs of a second kind of micro-batch keep their layers' outputs too; the rest they share.
+    # Graphs of a second kind of micro-batch also keep their layers' outputs; they share the rest.
     kept_by_graphs = layers * boundary * in_flight if parallel.cuda_graphs else 0.0
     return layers * layer * in_flight + boundary + kept_by_graphs
 

@@ -25,7 +25,7 @@ def layer_parameters(model: ModelConfig) -> int:
 
 
 def layer_vectors(model: ModelConfig) -> int:
-    """Return the weights of one layer that are no matrices: norms and biases."""
+    """Return the weights of one layer outside its matrices: norms and biases."""
     size, hidden = head_size(model), model.hidden_size
     count = 2 * _norm_parameters(model, hidden)
     if model.attention_bias:

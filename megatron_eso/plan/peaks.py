@@ -1,4 +1,4 @@
-"""Dense matrix peaks of known GPUs, by the name the driver gives them; vendor figures, without sparsity."""
+"""Dense matrix peaks of known GPUs, by the driver's name for them; vendor figures, without sparsity."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ class Peak(NamedTuple):
     """0: the GPU has no FP8 products."""
 
 
-# The first name that a GPU's contains counts, so the special ones stand first.
+# The first of these that a GPU's name contains counts, so the more special ones stand first.
 _PEAKS = {
     "H100 PCIe": Peak(756e12, 1513e12),
     "H100 NVL": Peak(835e12, 1671e12),

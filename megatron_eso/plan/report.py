@@ -1,4 +1,4 @@
-"""A plan as a table for the terminal, a chart (PNG), and one HTML page with both."""
+"""A plan as a table for the terminal, as a chart (PNG or SVG), and as one HTML page with both."""
 
 import base64
 import html
@@ -58,7 +58,7 @@ def seconds_text(seconds: float) -> str:
 def goodput_text(failures: Failures, *, days: float = 60.0) -> str:
     """Return formula and simulation for growing clusters, each at its own best save interval.
 
-    The stall shrinks with the cluster, as each GPU copies a smaller share of the model aside.
+    The stall shrinks as the cluster grows, since each GPU copies a smaller share of the model.
     """
     copied = failures.save_stall_seconds * failures.num_gpus
     lines = ["   GPUs  best save interval  formula  simulated  failures/day  lost  down"]
@@ -91,7 +91,7 @@ def sampling_text(costs: list[SamplingCost]) -> str:
 
 
 def calibration_text(result: Calibration) -> str:
-    """Return fitted constants (as YAML for a profile) and errors of every run."""
+    """Return the fitted constants (as YAML for a profile) and the errors of every run."""
     lines = ["constants:"]
     lines += [f"  {name}: {value:.5g}" for name, value in vars(result.constants).items()]
     lines += ["", f"{'run':<40}{'measured s':>12}{'fit':>8}{'left out':>10}"]

@@ -1,8 +1,11 @@
 """What generating one row costs: token-forwards, time and cache memory, by objective.
 
-A row at NFE network calls (Eso-LM paper, figure on latency): ar L calls of 1 token; eso with its exact
-cache about 2 L token-forwards in total whatever the NFE; mdlm has no cache, so every call computes L
-tokens; bd3lm computes one block a call. Decoding a few tokens at once is bound by reading weights.
+A row of L tokens at NFE network calls costs (Eso-LM paper, figure on latency):
+    ar     L calls of 1 token
+    eso    with its exact cache, about 2 L token-forwards in total, whatever the NFE
+    mdlm   without a cache, L tokens in every call
+    bd3lm  one block in every call
+Decoding a few tokens at a time is bound by reading weights.
 """
 
 from dataclasses import dataclass
@@ -37,7 +40,7 @@ def sampling_costs(
         hardware: the serving GPU.
         length: tokens of a row.
         batch: rows generated together.
-        calls: network calls of the diffusion samplers; None: one a token. ar always needs one a token.
+        calls: network calls of the diffusion samplers; None: one per token, as ar always needs.
 
     Raises:
         ConfigError: for a row without tokens.
@@ -59,7 +62,7 @@ def sampling_costs(
 
 
 def cache_bytes_per_row(config: RunConfig, length: int) -> float:
-    """Return the keys and values of one row in 16 bits."""
+    """Return the bytes of one row's keys and values in 16 bits."""
     model = config.model
     return 2.0 * 2.0 * model.num_layers * num_kv_heads(model) * head_size(model) * length
 
@@ -87,8 +90,8 @@ def _cost(
     computing = flops / (hardware.bf16_tflops * 1e12 * fitted.gemm_efficiency)
     launching = calls * model.num_layers * hardware.sampling_layer_seconds
     parts = {"weights and cache": reading, "computation": computing, "launches": launching}
-    # Reads overlap with computation. Small kernels do not overlap with each other, so what each takes
-    # whatever its size comes on top (measured, docs/planner.md).
+    # Reads overlap with computation. Small kernels do not overlap with each other, so the fixed time of
+    # each comes on top (measured, docs/planner.md).
     seconds = max(reading, computing) + launching
     slowest = max(parts, key=lambda part: parts[part])
     return SamplingCost(name, calls, token_forwards * batch, cache, seconds, slowest)

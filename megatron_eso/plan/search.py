@@ -1,9 +1,9 @@
 """Tries every layout of a run on a number of GPUs and ranks those that fit.
 
-What is legal is what the trainer's own rules (``config.check``) say of each layout.
+A layout is legal if the trainer's own rules (``config.check``) allow it.
 
-``explain`` says why a layout loses to the best: what part of the step is longer, or which stage's
-memory overflows.
+``explain`` says why a layout loses to the best: which parts of the step are longer, or how much memory
+its fullest stage needs.
 """
 
 from collections.abc import Iterator
@@ -74,7 +74,7 @@ def search(
         allow_fp8: also try FP8 products.
 
     Raises:
-        ConfigError: if there is no legal layout, with the rules that none of them keeps.
+        ConfigError: if there is no legal layout, with the rules that every layout breaks.
     """
     found: list[Candidate] = []
     refused: list[list[str]] = []
@@ -110,7 +110,7 @@ def explain(best: Candidate, other: Candidate, hardware: Hardware) -> str:
 
 
 def _nothing_legal(config: RunConfig, num_gpus: int, refused: list[list[str]]) -> ConfigError:
-    """Return the error of a search without a legal layout: what no layout mends, if there is such."""
+    """Return the error of a search without a legal layout; it names rules that every layout breaks."""
     always = (
         [line for line in refused[0] if all(line in lines for lines in refused)] if refused else []
     )
@@ -177,7 +177,7 @@ def _layouts(
 
 
 def _micro_batches(config: RunConfig, num_gpus: int, data_parallel: int) -> list[int]:
-    """Return the micro-batches that divide a rank's stack rows, up to a bound, and the run's own."""
+    """Return the micro-batch sizes that divide a rank's stack rows, up to a bound, and the run's own."""
     rows, own = Job(config, num_gpus).num_stack_rows / data_parallel, config.train.micro_batch_rows
     tried = {micro for micro in range(1, MOST_ROWS + 1) if rows % micro == 0}
     if own > 0 and rows and rows % own == 0:

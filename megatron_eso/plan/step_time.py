@@ -1,7 +1,7 @@
 """Time of one optimizer step by part, for the slowest pipeline stage.
 
-Every part is a count (operations or bytes) over a peak times a fitted efficiency, see
-:class:`megatron_eso.plan.hardware.Constants`. Parts add up to the step.
+Every part is a count (operations or bytes) over a peak times a fitted efficiency (see
+:class:`megatron_eso.plan.hardware.Constants`). The parts add up to the step.
 """
 
 import math
@@ -48,7 +48,7 @@ def step_time(job: Job, hardware: Hardware, *, checkpoint_stall_seconds: float =
     Args:
         job: the run on its GPUs.
         hardware: peaks and fitted constants.
-        checkpoint_stall_seconds: stall of one save, spread over the steps between two.
+        checkpoint_stall_seconds: stall of one save, spread over the steps between two saves.
     """
     parallel = job.config.parallel
     layers, rounds = job.stage_layers, job.num_micro_batches
@@ -109,7 +109,7 @@ def _attention_flops(job: Job) -> float:
 
 
 def _gemm_speed(job: Job, hardware: Hardware) -> float:
-    """Return the operations a second of the layers' products: narrow ones are slower."""
+    """Return the operations per second of the layers' products; narrow products are slower."""
     fitted, model = hardware.constants, job.config.model
     width = model.hidden_size / job.config.parallel.tensor
     shape = width / (width + fitted.half_width)
@@ -147,7 +147,7 @@ def _context_parallel_seconds(job: Job, hardware: Hardware) -> float:
     parallel, model = job.config.parallel, job.config.model
     if parallel.context == 1:
         return 0.0
-    # Queries and outputs; keys and values, of which every context rank gets a head at least.
+    # Queries and outputs; keys and values, of which every context rank gets at least one head.
     kv_width = max(job.kv_width, head_size(model) * parallel.tensor * parallel.context)
     width = 2 * head_size(model) * model.num_heads + 2 * kv_width
     element = 4.0 if job.config.precision.dtype == "fp32" else 2.0
@@ -158,7 +158,7 @@ def _context_parallel_seconds(job: Job, hardware: Hardware) -> float:
 
 
 def _transfer_seconds(job: Job, hardware: Hardware) -> float:
-    """Return the visible time of passing activations and gradients between stages, a micro-batch."""
+    """Return the visible time of passing a micro-batch's activations and gradients between stages."""
     parallel = job.config.parallel
     if parallel.pipeline == 1:
         return 0.0
@@ -183,7 +183,7 @@ def _optimizer_seconds(job: Job, hardware: Hardware) -> float:
     parallel = job.config.parallel
     parameters = max(local_parameters(job, s) for s in range(parallel.pipeline))
     shard = parameters / (job.data_parallel * parallel.context)
-    moved = 30.0 * shard + 8.0 * parameters  # and to clear and norm the local gradients
+    moved = 30.0 * shard + 8.0 * parameters  # the 8: clearing local gradients and taking their norm
     return moved / (hardware.memory_tb_per_second * 1e12 * hardware.constants.memory_efficiency)
 
 

@@ -1,7 +1,7 @@
-"""Keys and values of the tokens decided so far: preallocated, only clean tokens are kept.
+"""Keys and values of the tokens decided so far: preallocated; only those of clean tokens are kept.
 
-A step feeds [tokens decided before; masks of this step]. Both are written behind the kept ones; the
-masks' are overwritten by the next step. Keys are stored rotated, with their true positions.
+A step feeds [tokens decided before; masks of this step]. The keys of both are written after the kept
+ones; the next step overwrites those of the masks. Keys are stored rotated, with their true positions.
 """
 
 import torch
@@ -20,8 +20,8 @@ class Cache:
         """Make an empty cache.
 
         Args:
-            capacity: T, the most entries a step may see: all tokens of a row and one step's masks; there
-                is room for a few more, as kernels with a mask want it.
+            capacity: T, the most entries a step may see: all tokens of a row and one step's masks. It is
+                rounded up, as kernels with a mask require.
         """
         self.capacity = -(-capacity // _GRAIN) * _GRAIN
         self.num_kept = 0
@@ -37,10 +37,9 @@ class Cache:
         return keys[:, :, :end], values[:, :, :end]
 
     def buffers(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a layer's whole buffers [R, g, T, d], made like a segment's when first asked for.
+        """Return a layer's whole buffers [R, g, T, d]; the first call makes them like the segment's.
 
-        They hold numbers from the beginning: steps that run from graphs look at what is not written yet,
-        with weight 0.
+        They begin as zeros: steps that run from graphs read, with weight 0, what is not written yet.
         """
         if layer not in self._keys:
             shape = (*key.shape[1:3], self.capacity, key.shape[3])

@@ -1,4 +1,4 @@
-"""From logits to tokens: the pure function of the exported model, its shapes checked."""
+"""From logits to tokens: the pure function of the exported model, with its shapes checked."""
 
 from jaxtyping import Float, Int
 from torch import Tensor

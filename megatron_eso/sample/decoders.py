@@ -1,9 +1,9 @@
 """How each objective predicts the tokens of a step: what it feeds, what it keeps, what it sees.
 
 A decoder gets the rows so far, the entries decided since its last call and the entries open now, and
-returns logits of the open ones. Eso-LM, AR and block diffusion keep keys and values of clean tokens;
-masked diffusion sees both ways, so every step is a whole pass (a step that decides nothing is not in
-the plan at all, which is its "skip if unchanged" cache).
+returns logits of the open ones. Eso-LM, AR and block diffusion keep keys and values of clean tokens.
+Masked diffusion sees both ways, so every step is a whole pass. (The plan has no steps that decide
+nothing, which replaces its "skip if unchanged" cache.)
 
 Letters: B = rows, n = fresh entries, k = open entries, L = tokens of a row, V = vocabulary without mask.
 """
@@ -73,11 +73,11 @@ class _Cached:
             self._is_valid = torch.ones(shape, dtype=torch.bool, device=replica.device)
 
     def positions(self, columns: Tensor) -> Tensor:
-        """Return rotary positions of columns: counted from the first that is no padding."""
+        """Return rotary positions of columns, counted from the first one that is not padding."""
         return (columns - self.padding[:, None]).clamp(min=0)
 
     def visible(self, columns: Tensor) -> Tensor | None:
-        """Note the padding in a new segment; return [B, kept + n] keys that may be seen, if not all."""
+        """Note the padding in a new segment; return [B, kept + n] keys that may be seen; None: all."""
         if self._is_valid is None:
             return None
         end = self.cache.num_kept + columns.shape[1]
@@ -112,7 +112,7 @@ class EsoDecoder(_Cached):
 
 
 class AutoregressiveDecoder(_Cached):
-    """Feeds the newest token, predicts the next; with a leading mask as the model was trained."""
+    """Feeds the newest token, predicts the next; begins with a mask if the model was trained so."""
 
     def __init__(
         self, replica: Replica, stages: Stages, plan: DecodingPlan, padding: Tensor
@@ -169,7 +169,7 @@ class MaskedDecoder:
 
 
 class BlockDecoder(_Cached):
-    """Feeds the current block with masks in place, both ways inside; keeps finished blocks."""
+    """Feeds the current block with masks in place, seen both ways; keeps finished blocks."""
 
     def __init__(
         self, replica: Replica, stages: Stages, plan: DecodingPlan, padding: Tensor
@@ -190,7 +190,7 @@ class BlockDecoder(_Cached):
                 f"a model of objective.name=bd3lm decides blocks of {self._size} one after the other; "
                 "make its plan with make_block_plan"
             )
-        # Known here, so that no step waits for the GPU to say where it is.
+        # Read here, so that no step waits for the GPU to say which block it is in.
         self._blocks = iter([int(step[0, 0]) for step in steps])
 
     def logits(self, tokens: Tensor, fresh: Tensor, open_: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Many samples of one model: plans by objective, batches, and what a batch gave."""
+"""Many samples of one model: plans by objective, batches, and their results."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -54,7 +54,7 @@ def check_request(
             "block diffusion cannot take prompts of different lengths in one batch: its blocks would "
             "not line up; sample them one after the other"
         )
-    # Every row has as many open tokens, so the first one's plan stands for all.
+    # Every row has the same number of open tokens, so the first one's plan stands for all.
     one = Canvas(canvas.tokens[:1], canvas.is_given[:1], canvas.padding[:1])
     plan = plan_for(objective, one, settings, choice)
     if objective.name == "ar" and not objective.leading_mask:
@@ -72,7 +72,7 @@ def plan_for(
     """Return the plan that the model's objective follows.
 
     Raises:
-        ConfigError: for settings that the objective does not have.
+        ConfigError: for settings that do not apply to the objective.
     """
     check_settings(settings)
     left = canvas.num_open
@@ -109,7 +109,7 @@ def plan_for(
 
 
 def _alpha_0(objective: ObjectiveConfig, settings: PlanSettings) -> float:
-    """Return the share of the tokens by diffusion."""
+    """Return the share of the tokens decided by diffusion."""
     if settings.alpha_0 is not None:
         return settings.alpha_0
     # A strided plan decides every token by diffusion, whatever the training did.
@@ -158,7 +158,7 @@ def generate(
     """Yield the canvas's rows filled, ``batch_rows`` at a time; rows do not depend on the batch size.
 
     Args:
-        replica: the model; every rank of the replica must call this alike.
+        replica: the model; every rank of the replica must make the same call.
         canvas: all rows.
         settings: how they are decided.
         choice: temperature, nucleus, seed.

@@ -1,14 +1,14 @@
-"""A sampler's steps as CUDA graphs: one piece of work each, instead of some three hundred kernels.
+"""A sampler's steps as CUDA graphs: each one piece of work, instead of some three hundred kernels.
 
-Decoding a token of a model that fits one GPU waits for the CPU, which launches them. A graph keeps the
-launches, with all addresses and shapes. What changes from step to step therefore lies at fixed addresses:
-token ids, positions, the entries that reach the head, and the number of kept entries, on which depend where
-keys are written and who sees whom. Keys are read up to the end of a *window*, those beyond the segment
-with weight 0, so that one graph serves all steps of a window.
+With a model that fits one GPU, decoding a token waits for the CPU, which launches these kernels. A graph
+records the launches, with all addresses and shapes. So whatever changes from step to step lies at fixed
+addresses: token ids, positions, the entries that reach the head, and the number of kept entries, which
+decides where keys are written and who sees whom. Keys are read up to the end of a *window*, those beyond
+the segment with weight 0, so that one graph serves all steps of a window.
 
-A causal segment is filled up to a power of two with masks that no other entry sees and nobody reads, so a
-plan with ever other numbers of tokens per step needs few graphs. A graph is captured when a step of its
-kind comes for the second time.
+A causal segment is filled up to a power of two with entries that no other entry sees and nobody reads. So a
+plan whose steps all differ in size needs few graphs. A graph is captured when a step of its kind comes for
+the second time.
 
 Letters as in ``sample.stages``; m = entries of the filled segment, W = window.
 """
@@ -28,7 +28,7 @@ from megatron_eso.sample.cache import Cache
 Pass = Callable[..., Tensor | None]
 """``(inputs [B, n], positions [B, n], entries [B, k], **rows) -> logits [B k, V]``; see Stages."""
 
-_MOST_ENTRIES = 8192  # of a step, all rows together: from there on the GPU has enough to do
+_MOST_ENTRIES = 8192  # of a step, all rows together: with more the GPU has enough to do
 _SMALLEST_WINDOW = 256
 
 
@@ -47,7 +47,7 @@ class StepGraphs:
         self._seen: Counter[tuple[Any, ...]] = Counter()
         self._graphs: dict[tuple[Any, ...], _StepGraph] = {}
         self._outputs: dict[tuple[int, int], Tensor] = {}
-        """By rows and entries: graphs write to the same memory, which is read at once."""
+        """By rows and entries; graphs share this memory, because a result is read immediately."""
 
     def logits(
         self,
@@ -60,17 +60,17 @@ class StepGraphs:
         pattern: Pattern = Pattern.CAUSAL,
         is_valid: Tensor | None = None,
     ) -> Tensor | None:
-        """Return logits [B k, V] from a graph, or None if this step is to run as it is.
+        """Return logits [B k, V] from a graph, or None if this step must run without one.
 
         Args:
-            run: the pass, captured if there is no graph yet. (Kept here, it would keep its owner, and
-                with it the graphs and the cache until Python looks for cycles.)
+            run: the pass, captured if there is no graph yet. (As an attribute it would keep its owner,
+                and with it the graphs and the cache, alive until Python looks for cycles.)
             inputs: [B, n] token ids.
             positions: [B, n] rotary positions.
             entries: [B, k] slots of the segment that reach the head.
             store: the decoder's cache.
             pattern: who sees whom in the segment.
-            is_valid: [B, kept + n] keys that are no padding.
+            is_valid: [B, kept + n], False for keys of padding; None: no padding.
         """
         num_rows, new = inputs.shape
         is_filled = store is not None and pattern is Pattern.CAUSAL
@@ -109,7 +109,7 @@ class StepGraphs:
 
 
 def window_of(total: int, capacity: int) -> int:
-    """Return how many entries a step that sees ``total`` reads: at most a fourth or 256 more."""
+    """Return how many entries a step that sees ``total`` reads: at most a fourth, or 256, more."""
     grain = max(_SMALLEST_WINDOW, 1 << max(total.bit_length() - 3, 0))
     return min(-(-total // grain) * grain, capacity)
 
@@ -144,7 +144,7 @@ class _StepGraph:
     def take_in(
         self, inputs: Tensor, positions: Tensor, entries: Tensor, is_valid: Tensor | None
     ) -> None:
-        """Bring a step's values to the fixed addresses; what fills the segment up stays as it was."""
+        """Copy a step's values to the fixed addresses; what fills up the segment stays as it was."""
         pairs = ((self._inputs, inputs), (self._positions, positions), (self._entries, entries))
         for fixed, values in pairs:
             fixed[:, : values.shape[1]] = values
@@ -155,7 +155,7 @@ class _StepGraph:
             self._is_valid[:, : is_valid.shape[1]] = is_valid
 
     def capture(self, run: Pass, pool: Any) -> None:
-        """Capture the pass; a pass of the same kind has run before."""
+        """Capture the pass; a pass of the same kind must have run before."""
         with capture_into(self._graph, pool):
             rows: dict[str, Any] = {"pattern": self._pattern, "is_valid": self._is_valid}
             if self._cache is not None:
@@ -176,7 +176,7 @@ class _StepGraph:
         return self._out[:, :num_entries].flatten(0, 1).clone()
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the window's keys and values, the segment's behind the kept ones; see KeyValueStore."""
+        """Return the window's keys and values: the kept ones, then the segment's; see KeyValueStore."""
         assert self._cache is not None and self._places is not None
         whole = self._cache.buffers(layer, key, value)
         for buffer, new in zip(whole, (key, value), strict=True):

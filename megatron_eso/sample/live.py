@@ -1,4 +1,4 @@
-"""A row in the terminal that fills in place: what was decided in which step shows as its colour."""
+"""A row in the terminal that fills in place; a token's color shows in which step it was decided."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ class LiveRow:
         return text
 
     def _spans(self, row: list[int]) -> list[tuple[int, int, str]]:
-        """Return runs of columns of one style: several tokens may make one character."""
+        """Return runs of columns of one style, to decode together: several tokens may be a character."""
         spans: list[tuple[int, int, str]] = []
         for column, token in enumerate(row[self._padding :], self._padding):
             style = "dim" if token == self._mask_id else self._style(column)

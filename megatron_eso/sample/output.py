@@ -1,4 +1,4 @@
-"""Samples as lines of JSON: whole under the final name, or not there."""
+"""Samples as lines of JSON: complete under the final name, or not there at all."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from megatron_eso.errors import DataError
 
 
 class SampleFile:
-    """Writes samples beside the final name and renames at the end; says how far it is."""
+    """Writes samples to a file beside the final one and renames it at the end; prints its progress."""
 
     def __init__(self, path: Path, *, total: int) -> None:
         require_new(path)
@@ -31,7 +31,7 @@ class SampleFile:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
-        """Close; give the file its name if nothing went wrong."""
+        """Close the file; give it its final name if nothing went wrong."""
         assert self._file is not None
         with self._or_say_how_far():
             self._file.close()

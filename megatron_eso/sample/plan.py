@@ -1,4 +1,4 @@
-"""Which positions of a batch are decided in which step: pure, and a function of the seed.
+"""Which positions of a batch are decided in which step: a pure function of the seed.
 
 Counts and orders of one row come from ``export/hf/decoding_esolm.py``, which exported models run too.
 Letters: B = rows, L = tokens of a row.
@@ -34,7 +34,7 @@ class DecodingPlan:
 
     @property
     def num_evaluations(self) -> int:
-        """Number of function evaluations (NFE): non-empty steps."""
+        """Number of network evaluations (NFE): the non-empty steps."""
         return len(self.counts)
 
 
@@ -49,18 +49,20 @@ def make_plan(
 ) -> DecodingPlan:
     """Return the plan of a batch of rows.
 
-    binomial: for t = 1, 1 - 1/T, ..., 1/T with s = t - 1/T, Binomial(left, (alpha_s - alpha_t) /
-    (1 - alpha_t)) tokens are decided, alpha_t = alpha_0 (1 - t). fixed: round(alpha_0 open) tokens in T
-    steps as equal as can be. Both take them in random order. strided: step r of T decides the open
-    positions r, r + T, r + 2 T, ... in reading order, so that tokens decided together are far apart.
-    Whatever is left goes left to right.
+    * binomial: for t = 1, 1 - 1/T, ..., 1/T with s = t - 1/T, a step decides
+      Binomial(left, (alpha_s - alpha_t) / (1 - alpha_t)) tokens, where alpha_t = alpha_0 (1 - t).
+    * fixed: round(alpha_0 open) tokens in T steps of sizes as equal as possible.
+    * strided: step r of T decides the open positions r, r + T, r + 2 T, ... in reading order, so that
+      tokens decided together are far apart.
+
+    binomial and fixed take tokens in random order. Whatever is left goes left to right, one at a time.
 
     Args:
-        is_given: positions that are known; as many in every row.
+        is_given: positions that are known; the same number in every row.
         alpha_0: expected share of the other positions decided by diffusion, in [0, 1].
         seed: seed of the counts and orders.
         num_steps: diffusion steps T; None: as many as tokens.
-        method: how steps are made up.
+        method: how steps are made up: one of the above, or left-to-right, which has no diffusion steps.
         first_row: number of the batch's first row, so that a row's order does not depend on its batch.
 
     Raises:
@@ -102,14 +104,14 @@ def make_block_plan(
     Args:
         is_given: positions that are known: a prefix of the same length in every row.
         block_size: tokens of a block; divides L.
-        num_steps: diffusion steps for all open tokens, shared by the blocks in proportion to their open
-            ones; a block with any takes one at least. None: one per token.
+        num_steps: diffusion steps for all open tokens, divided among the blocks in proportion to their
+            open tokens; a block with open tokens takes at least one. None: one per token.
         method: binomial or fixed.
         seed: seed of the counts and orders.
         first_row: number of the batch's first row.
 
     Raises:
-        ConfigError: if the known tokens are no prefix or the sizes do not divide.
+        ConfigError: if the known tokens are not a prefix or the sizes do not divide.
     """
     length = is_given.shape[1]
     num_given = length - _num_open(is_given)
@@ -136,7 +138,7 @@ def make_block_plan(
 
 
 def check_prefix(is_given: Bool[Tensor, "B L"], num_given: int, what: str) -> None:
-    """Refuse known tokens behind open ones, for a method that only goes to the right.
+    """Refuse known tokens behind open ones, for a method that goes from left to right.
 
     Raises:
         ConfigError: naming the method.

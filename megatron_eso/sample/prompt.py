@@ -15,25 +15,25 @@ GAP = re.compile(r"\[\[(\d+)\]\]")
 
 @dataclass(frozen=True)
 class Canvas:
-    """Rows with what is known of them."""
+    """Rows, and what is known of them."""
 
     tokens: Tensor
     """[B, L]; the mask token where nothing is known."""
     is_given: Tensor
-    """[B, L] known tokens and padding: as many in every row."""
+    """[B, L] known tokens and padding; the same number in every row."""
     padding: Tensor
     """[B] columns at the left that do not belong to the row."""
 
     @property
     def num_open(self) -> int:
-        """Return the tokens to decide per row."""
+        """Number of tokens to decide per row."""
         return int((~self.is_given[0]).sum())
 
 
 def rows_with_prompts(prompts: Sequence[list[int]], length: int, model: ModelConfig) -> Canvas:
-    """Return rows whose longest prompt and new tokens make ``length``; shorter prompts are padded.
+    """Return rows to fill, in which the longest prompt and its new tokens make ``length`` tokens.
 
-    Every row gets as many new tokens as the one with the longest prompt.
+    Shorter prompts are padded at the left, so every row gets the same number of new tokens.
 
     Args:
         prompts: token ids of each row's start; may be empty.
@@ -75,7 +75,7 @@ def rows_with_gaps(
         raise ConfigError(f"--num-samples {num_rows} must be at least 1")
     if len(known) == 1 or not any(size.strip("0") for size in known[1::2]):
         raise ConfigError("--infill has no gap; write [[N]] where N tokens are to be filled in")
-    # Before any gap is made: a slip of the finger may be more than memory holds.
+    # Checked before any gap is made: a typing error may ask for more than memory holds.
     _check_length(sum(int(size) if len(size) < 10 else 10**9 for size in known[1::2]), model)
     ids: list[int] = []
     is_open: list[bool] = []

@@ -1,7 +1,7 @@
 """Fill rows step by step, with the decoder of the model's objective.
 
-For Eso-LM, step k feeds [tokens decided in step k-1; masks of step k]; queries see everything kept and are
-causal inside the segment, so a row costs about 2 L token passes whatever the number of steps, and the
+For Eso-LM, step k feeds [tokens decided in step k-1; masks of step k]. Queries see everything kept and are
+causal inside the segment. So a row costs about 2 L token passes whatever the number of steps, and the
 log-probabilities equal those of an uncached pass (tests/test_sampler.py).
 """
 
@@ -29,7 +29,7 @@ class Sampled:
     """[B, L] log-probability of each decided token under the model (before temperature and nucleus), in
     reading order; 0 for given ones."""
     num_steps: int
-    """Steps taken; fewer than planned if all rows ended before."""
+    """Steps taken; fewer than planned if all rows ended early."""
 
 
 @dataclass
@@ -42,8 +42,8 @@ class Choice:
     first_row: int = 0
     """Number of the batch's first row, so that a row's text does not depend on its batch."""
     stop_token: int | None = None
-    """End once every row has decided this token with nothing open before it; the rest becomes this
-    token. A given one, of a prompt, ends nothing."""
+    """End once every row has decided this token and has nothing open before it; what is still open
+    becomes this token. One given in a prompt ends nothing."""
     forced: Tensor | None = None
     """[B, L] tokens to decide instead of sampling (teacher forcing)."""
     cuda_graphs: bool = True
@@ -63,7 +63,7 @@ def fill_rows(
     *,
     padding: Tensor | None = None,
 ) -> Sampled:
-    """Decide every position that the plan leaves open; the result is on every rank of the replica.
+    """Return the rows with all open positions of the plan decided, on every rank of the replica.
 
     Args:
         replica: model without sequence parallelism, at any tensor and pipeline size.
@@ -87,7 +87,7 @@ def fill_rows(
     given = order[:, : plan.num_given]
     tokens.scatter_(1, given, rows.gather(1, given))
     log_probs = torch.zeros(num_rows, length, dtype=torch.float64, device=device)
-    # One number per position, counted from where the row itself begins.
+    # One random number per position, counted from where the row itself begins.
     numbers = range(choice.first_row, choice.first_row + num_rows)
     u = uniform_rows(choice.seed, 0, list(numbers), Stream.SAMPLE_TOKEN, length).to(device)
     fresh, done, step = given, plan.num_given, 0
@@ -113,7 +113,7 @@ def fill_rows(
 
 
 def _have_ended(tokens: Tensor, given: Tensor, still_open: Tensor, stop_token: int) -> bool:
-    """Return whether every row's first decided stop token stands before everything that is open."""
+    """Return whether every row's first decided stop token stands before all its open positions."""
     if not still_open.shape[1]:
         return False
     columns = torch.arange(tokens.shape[1], device=tokens.device)
@@ -136,10 +136,10 @@ def _pick(logits: Tensor, open_: Tensor, u: Tensor, choice: Choice) -> Tensor:
 
 
 def check_choice(choice: Choice) -> None:
-    """Refuse a temperature, nucleus or seed without a meaning.
+    """Refuse a temperature, nucleus or seed out of range.
 
     Raises:
-        ConfigError: naming the one.
+        ConfigError: naming the setting.
     """
     # Written so that not-a-number is refused.
     if not 0 <= choice.temperature < float("inf") or not 0 < choice.top_p <= 1:

@@ -1,4 +1,4 @@
-"""What a user may ask of a sampler. Without torch: wrong settings are refused at once."""
+"""What a user may ask of a sampler. It needs no torch: wrong settings are refused immediately."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -11,7 +11,7 @@ METHODS: tuple[str, ...] = get_args(Method)
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """How rows are decided; what the model's objective does not know is refused."""
+    """How rows are decided; settings that do not apply to the model's objective are refused."""
 
     method: Method | Literal["auto"] = "auto"
     """binomial, fixed, strided or left-to-right; auto: binomial, and for ar left-to-right."""
@@ -24,7 +24,7 @@ class PlanSettings:
 
 
 def check_settings(settings: PlanSettings) -> None:
-    """Refuse settings without a meaning, before a model is loaded.
+    """Refuse settings out of range, or two for one thing, before a model is loaded.
 
     Raises:
         ConfigError: naming the option.

@@ -1,4 +1,4 @@
-"""One forward pass of a sampler through all pipeline stages: hidden states on, logits back to all.
+"""One forward pass of a sampler through all pipeline stages; every rank gets the logits.
 
 Letters: B = rows, n = entries of the segment, H = hidden size, V = vocabulary without the mask token.
 """
@@ -30,7 +30,7 @@ class Stages:
         self._model: EsoModel = replica.chunks[0]  # type: ignore[assignment]
         self._replica = replica
         self._dtype = next(self._model.parameters()).dtype
-        # Layers of other parts (Transformer Engine's) run as Megatron runs them.
+        # Layers made of other parts (Transformer Engine's) run through Megatron's modules.
         self._lean = SegmentPass(self._model) if can_run(self._model) else None
         layout, tensor_group = replica.layout, self._model.decoder.tp_group
         self._graphs: StepGraphs | None = None
@@ -61,7 +61,7 @@ class Stages:
     def _whole_pass(
         self, inputs: Tensor, positions: Tensor, entries: Tensor, **rows: Any
     ) -> Tensor | None:
-        """Return logits [B k, V] with the mask token's, on the last stage; see :meth:`logits`."""
+        """Return logits [B k, V], here including the mask token's, on the last stage; else None."""
         hidden = self.hidden(inputs, positions, **rows)
         if hidden is None:
             return None

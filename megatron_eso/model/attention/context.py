@@ -1,9 +1,9 @@
 """Context parallelism: around the attention, context ranks swap tokens for heads (arXiv 2309.14509).
 
 Outside the attention a rank holds every C-th token of each row, with all heads of its tensor rank; inside
-it holds whole rows with a C-th of the heads. So kernels, self terms and masks know nothing of it. Letters:
-C = context ranks, L = tokens in a row, n = L / C, R = rows, h and g = query and key/value heads of a tensor
-rank, d = head size.
+it holds whole rows with a C-th of the heads. So kernels, self terms and masks need not know of context
+parallelism. Letters: C = context ranks, L = tokens in a row, n = L / C, R = rows, h and g = query and
+key/value heads of a tensor rank, d = head size.
 """
 
 from typing import Any
@@ -49,7 +49,7 @@ def tokens_of_all_heads(attended: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _Exchange(torch.autograd.Function):
-    """All-to-all of equal parts along the first axis; its gradient takes the same way back."""
+    """All-to-all of equal parts along the first axis; its backward pass is the same exchange."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -91,11 +91,11 @@ class EsoCoreAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
     def _attend_te(self, query: Tensor, key: Tensor, value: Tensor, rows: AttentionRows) -> Tensor:
-        """D and X rows by Transformer Engine, Z rows by the split merge; shapes as in forward."""
+        """Return D and X rows from Transformer Engine, Z rows from the split merge; see forward."""
         if rows.pattern is not Pattern.CAUSAL:
             raise ValueError(f"precision.attention=te computes causal rows, not {rows.pattern}")
         first_z = query.shape[1] - rows.num_pairs
-        # Its kernels take pointers, and it does not see every gap between the rows of a slice.
+        # Its kernels take pointers, and it does not notice every gap between the rows of a slice.
         causal = (x[:, :first_z].contiguous() for x in (query, key, value))
         plain = attend_causally(self.fused, *causal)
         if not rows.num_pairs:

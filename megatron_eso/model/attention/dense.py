@@ -1,7 +1,7 @@
 """Attention with an explicit mask: slow, obvious, and right; the oracle of the other kernels.
 
-Also the kernel of the baselines' patterns: block diffusion needs a mask anyway, bidirectional rows
-need one only for padding. Shapes: [R, h, L, d]; masks are True where a query may look.
+It is also the kernel of the baselines' patterns: block diffusion needs a mask anyway, bidirectional
+rows need one only for padding. Shapes: [R, h, L, d]; masks are True where a query may look.
 """
 
 import torch
@@ -51,9 +51,9 @@ def plain_mask(
     is_valid: Tensor | None,
     device: torch.device,
 ) -> Tensor | None:
-    """Return who sees whom within D and X rows: [L, L], or with padding [R, 1, 1 or L, L]; None: everybody.
+    """Return who sees whom in D and X rows: [L, L], or with padding [R, 1, 1 or L, L]; None: all see all.
 
-    In blocks an entry sees itself even where it is padding: what is before it may be padding too.
+    In blocks an entry sees itself even if it is padding: everything before it may be padding too.
     """
     if pattern is Pattern.BIDIRECTIONAL:
         return None if is_valid is None else is_valid[:, None, None, :]
@@ -74,7 +74,7 @@ def copies_mask(
     is_valid: Tensor | None,
     device: torch.device,
 ) -> Tensor:
-    """Return who a Z row sees in [its X row; itself]: [L, 2L], or with padding in blocks [R, 1, L, 2L]."""
+    """Return what a Z row sees of [its X row; itself]: [L, 2L], or in blocks with padding [R, 1, L, 2L]."""
     slot = torch.arange(length, device=device)
     if pattern is Pattern.BLOCK:
         block = slot // block_size

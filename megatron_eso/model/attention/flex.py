@@ -1,7 +1,7 @@
-"""The same masks through PyTorch's FlexAttention: the way of the official code, and the oracle on a GPU.
+"""The same masks in PyTorch's FlexAttention, as in the official code; the oracle on a GPU.
 
-Compiled on a GPU, where it skips blocks that nobody may look at; on a CPU PyTorch interprets it and has
-no backward pass, so there it serves tests alone. Shapes: [R, h, L, d].
+On a GPU it is compiled and skips blocks that nobody may look at. On a CPU PyTorch interprets it and has
+no backward pass, so there only tests use it. Shapes: [R, h, L, d].
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """Fused causal attention with its log-sum-exp, forward and backward, one pair per kernel.
 
 PyTorch's public attention hides the log-sum-exp that merging needs, so the operators underneath are
-called. They differ in what they call it: cuDNN's has a further axis, the memory-efficient kernel's is
-padded to whole tiles. Shapes here: [R, h, L, d] for queries, keys, values and outputs, [R, h, L] for the
+called. They shape it differently: cuDNN's has a further axis, the memory-efficient kernel's is padded
+to whole tiles. Shapes here: [R, h, L, d] for queries, keys, values and outputs, [R, h, L] for the
 log-sum-exp, in float32 or better.
 """
 
@@ -26,19 +26,19 @@ _TILE = 32  # queries whose log-sum-exp the memory-efficient kernel stores toget
 
 
 class Facts(NamedTuple):
-    """What decides about the kernel, of a device and the libraries on it."""
+    """The facts about a device and its libraries that decide which kernel runs."""
 
     device_type: str
     capability: tuple[int, int] = (0, 0)
     """Of a CUDA device: (9, 0) is Hopper."""
     cudnn: int = 0
-    """Version as cuDNN counts: 91900 is 9.19.0; 0: there is none."""
+    """Version in cuDNN's own form: 91900 is 9.19.0; 0: there is no cuDNN."""
     is_deterministic: bool = False
     """Results must not depend on timing."""
 
 
 class Forward(NamedTuple):
-    """Result of a causal forward call and what its backward needs."""
+    """Result of a causal forward call, with what its backward call needs."""
 
     out: Tensor
     lse: Tensor
@@ -54,7 +54,7 @@ class Kernel(NamedTuple):
 
 
 def choose_kernel(facts: Facts, dtype: torch.dtype, head_size: int) -> Kernel:
-    """Return the fastest kernel that computes this; a function of its arguments alone.
+    """Return the fastest kernel for this device, dtype and head size; it depends on nothing else.
 
     Raises:
         ConfigError: if none does, naming the settings that help.
@@ -81,7 +81,7 @@ def choose_kernel(facts: Facts, dtype: torch.dtype, head_size: int) -> Kernel:
 
 
 def _cudnn_fits(facts: Facts, head_size: int) -> bool:
-    """Return whether to use cuDNN's: the fastest on Hopper and newer, but sums depend on timing."""
+    """Return whether to use cuDNN's: fastest on Hopper and newer, but its sums depend on timing."""
     version = facts.cudnn // 10000, facts.cudnn // 100 % 100, facts.cudnn % 100
     oldest = (9, 3) if facts.capability < (10, 0) else (9, 7)
     is_usable = version >= oldest and version not in BROKEN_CUDNN
@@ -91,7 +91,7 @@ def _cudnn_fits(facts: Facts, head_size: int) -> bool:
 
 @cache
 def facts_of(device: torch.device) -> Facts:
-    """Return what :func:`choose_kernel` must know about a device; it does not change within a run."""
+    """Return what :func:`choose_kernel` must know about a device; constant within a run."""
     if device.type != "cuda":
         return Facts(device.type)
     return Facts(
@@ -127,8 +127,9 @@ def causal_backward(
 ) -> Gradients:
     """Return the gradients of query, key and value.
 
-    ``forward.out`` and ``forward.lse`` may have been merged with further keys since: the kernels
-    recompute their probabilities as exp(score - lse), so they return their part of the merged softmax.
+    ``forward.out`` and ``forward.lse`` may since have been merged with further keys. The kernels
+    recompute probabilities as exp(score - lse), so they return gradients of their part of the merged
+    softmax.
     """
     return _kernel_for(query).backward(grad_out, query, key, value, forward, scale)
 
@@ -142,8 +143,8 @@ def masked_forward(
         query: [R, h, n, d].
         key: [R, h, T, d].
         value: [R, h, T, d].
-        mask: [R, h, n, T] added to the scores, of their format; every query sees a key.
-        scale: of the scores.
+        mask: [R, h, n, T], added to the scores and of their dtype; every query must see a key.
+        scale: factor of the scores.
     """
     if query.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(
@@ -157,10 +158,10 @@ def masked_forward(
 
 @contextmanager
 def for_growing_keys() -> Iterator[None]:
-    """Within it PyTorch's attention takes any kernel but cuDNN's.
+    """Keep PyTorch's attention from choosing cuDNN's kernel inside a ``with`` block.
 
-    On Hopper it prefers cuDNN's, which plans anew for each number of keys: every step of a sampler took
-    150 ms on an H200, where a pass over all 2048 tokens took 17 ms (docs/LOG.md).
+    On Hopper PyTorch prefers that kernel, which plans anew for each number of keys: on an H200 every
+    step of a sampler took 150 ms, while a pass over all 2048 tokens took 17 ms (docs/LOG.md).
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -241,7 +242,7 @@ def _efficient_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, forward: Forward, scale: float
 ) -> Gradients:
     seed, offset = forward.state
-    # The kernel wants rows of whole tiles; nobody reads what fills them.
+    # The kernel requires rows of whole tiles; nobody reads what fills them up.
     lse = torch.nn.functional.pad(forward.lse, (0, -query.shape[2] % _TILE))
     grads = aten._scaled_dot_product_efficient_attention_backward(
         grad_out, query, key, value, None, forward.out, lse, seed, offset, 0.0,

@@ -1,7 +1,7 @@
 """What the attention of a micro-batch must know about its rows.
 
-Travels through Megatron's transformer block in the place of its ``packed_seq_params``, which the block
-hands to the core attention untouched (also when it recomputes activations).
+It travels through Megatron's transformer block in place of ``packed_seq_params``, which the block hands
+to the core attention untouched (also when it recomputes activations).
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Graphs(Protocol):
     """Runs layers from CUDA graphs; see model/layer_graphs.py."""
 
     def replay(self, layer: nn.Module, hidden: Tensor, rows: "AttentionRows") -> Tensor:
-        """Return what a layer makes of hidden states [L, R, H]."""
+        """Return a layer's output for hidden states [L, R, H]."""
         ...
 
 
@@ -54,15 +54,15 @@ class AttentionRows(PackedSeqParams):
     pattern: Pattern = Pattern.CAUSAL
     block_size: int = 0
     is_valid: Tensor | None = None
-    """[R, L] of BIDIRECTIONAL rows with padding."""
+    """[R, L] of BIDIRECTIONAL and BLOCK rows with padding; [R, T] of a store's keys with padding."""
     store: KeyValueStore | None = None
     """Set while sampling: queries see the store and are causal among themselves."""
     mask: Tensor | None = None
-    """Of the first layer's :meth:`segment_mask`, for the others."""
+    """Result of :meth:`segment_mask`: unless given, the first layer makes it for all."""
     graphs: Graphs | None = None
     """Set in training passes with ``parallel.cuda_graphs``."""
     graph_use: Any = None
-    """This micro-batch's use of graphs, begun at the first layer."""
+    """This micro-batch's use of graphs, set at the first layer."""
 
     def segment_mask(self, new: int, total: int, dtype: torch.dtype) -> Tensor | None:
         """Return what is added to the scores of a segment's n queries, or None if all see all.

@@ -1,16 +1,16 @@
 """Attention of D, X and Z rows by ordinary causal kernels and an analytic self term.
 
-Z rows are shifted by one slot (see objective/rows.py), so slot r attends causally to X's keys 0..r,
-exactly the true tokens before its copy; only its own key is missing and is merged by log-sum-exp:
+Z rows are shifted by one slot (see objective/rows.py), so slot r attends causally to X's keys 0..r:
+exactly the true tokens before its copy. Only the copy's own key is missing; it is merged by log-sum-exp:
 
     s    = scale <q, k_own>          LSE' = logaddexp(LSE, s)
     O'   = exp(LSE - LSE') O + exp(s - LSE') v_own
 
-In the last slot stands copy 0, which sees nothing but itself: there LSE = -inf. The backward pass gives
+Copy 0 stands in the last slot and sees nothing but itself: there LSE = -inf. The backward pass gives
 the merged (O', LSE') to the kernel's own backward and adds the self term's gradients
-(docs/objective.md derives them). On a GPU the self term is compiled: a few kernels that read and write each
-number once, instead of a dozen passes that take as long as the attention itself at L = 4096 (an estimate).
-Shapes: [R, h, L, d]; P = number of X rows.
+(docs/objective.md derives them). On a GPU the self term is compiled to a few kernels that read and write
+each number once. Otherwise it would be a dozen passes, which take as long as the attention itself at
+L = 4096 (an estimate). Shapes: [R, h, L, d]; P = number of X rows.
 """
 
 from collections.abc import Callable
@@ -95,7 +95,7 @@ class _SplitAttention(torch.autograd.Function):
 def copies_attention(
     query: Tensor, key: Tensor, value: Tensor, own_key: Tensor, own_value: Tensor, *, scale: float
 ) -> Tensor:
-    """Return the attention output of Z rows alone, [P, h, L, d]; the rows before went another way.
+    """Return the attention output of Z rows alone, [P, h, L, d]; D and X rows are computed elsewhere.
 
     Args:
         query: [P, h, L, d] of the Z rows.
@@ -161,7 +161,7 @@ def _copies_gradients(
 
 
 def _of_copies(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return a function of tensors [P, h, L, ...], compiled on a GPU for any P and L."""
+    """Return a function's result for tensors [P, h, L, ...], compiled on a GPU for any P and L."""
     if not is_compiled(arguments[0]):
         return function(*arguments)
     return run_compiled(function, *arguments, changing=(0, 2))

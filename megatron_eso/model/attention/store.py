@@ -1,9 +1,9 @@
-"""Attention of a sampler's segment, a few queries, to all keys that are kept.
+"""Attention of a sampler's segment, which has few queries, to all kept keys.
 
 On a GPU a kernel that takes a mask gives each head to one multiprocessor, which reads keys at a hundredth
-of the memory's speed. So many keys are cut into chunks, as further heads, and the chunks' outputs averaged
-by their sums of exponentials (the split of arXiv 2311.01282, section 3). Letters: R rows, h heads, g
-key/value heads, n queries, T keys, d head size, c chunks.
+of the memory's speed. So where there are many keys, they are cut into chunks that run as further heads;
+the chunks' outputs are averaged, weighted by their sums of exponentials (the split of arXiv 2311.01282,
+section 3). Letters: R rows, h heads, g key/value heads, n queries, T keys, d head size, c chunks.
 """
 
 import torch
@@ -13,29 +13,33 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_eso.model.attention.kernels import for_growing_keys, masked_forward
 
 _CHUNK = 256  # keys, at least
-_MULTIPROCESSORS = 132  # of a Hopper GPU; more chunks than these gain nothing
-_MOST_QUERIES = 64  # of a head; more are work enough
+_MULTIPROCESSORS = 132  # of a Hopper GPU; more chunks than that gain nothing
+_MOST_QUERIES = 64  # of a head; more are enough work without chunks
 
 
 def lowest_score(dtype: torch.dtype) -> float:
-    """Return what added to a score makes its weight 0: finite, so that a chunk nobody sees has a number."""
+    """Return the number that, added to a score, makes its weight 0.
+
+    It is finite, so that a chunk that nobody sees still gives numbers.
+    """
     return -6e4 if dtype is torch.float16 else -1e30
 
 
 def segment_mask(
     own: Tensor, num_keys: int, dtype: torch.dtype, *, is_causal: bool, is_valid: Tensor | None
 ) -> Tensor:
-    """Return what is added to the scores of a segment: [n, T] or, with padding, [R, 1, n, T].
+    """Return the mask added to the scores of a segment: [n, T] or, with padding, [R, 1, n, T].
 
-    A query sees all keys up to the segment's, inside it those up to its own if the pattern is causal,
-    else all; of keys that are not valid only its own. It is 0 there, elsewhere :func:`lowest_score`.
+    A query sees all keys before the segment. Inside the segment it sees the keys up to its own if the
+    pattern is causal, else all. Of keys that are not valid it sees only its own. The mask is 0 where a
+    query sees a key, elsewhere :func:`lowest_score`.
 
     Args:
         own: [n] places of the segment's entries among the keys, ascending, on the scores' device.
-        num_keys: T; keys beyond the segment are seen by nobody.
+        num_keys: T; nobody sees keys beyond the segment.
         dtype: of the scores.
-        is_causal: whether the segment is.
-        is_valid: [R, T] keys that are no padding; None: all.
+        is_causal: whether the segment is causal inside.
+        is_valid: [R, T], False for keys of padding; None: no padding.
     """
     place = torch.arange(num_keys, device=own.device)
     seen = place <= (own if is_causal else own[-1:].expand_as(own))[:, None]
@@ -51,15 +55,15 @@ def attend_to_store(
 ) -> Tensor:
     """Return a segment's attention, [R, h, n, d].
 
-    Heads that share a key stand under each other as queries of one head: kernels read keys once then,
-    and those that take a mask (on a GPU) take no groups.
+    Heads that share a key are stacked as queries of one head. So kernels read keys once; and kernels
+    that take a mask (on a GPU) do not take grouped heads.
 
     Args:
         query: [R, h, n, d].
         key: [R, g, T, d].
         value: [R, g, T, d].
-        mask: [n, T] or [R, 1, n, T], added to the scores; None: all is seen.
-        scale: of the scores.
+        mask: [n, T] or [R, 1, n, T], added to the scores; None: every query sees every key.
+        scale: factor of the scores.
     """
     num_sharing, new = query.shape[1] // key.shape[1], query.shape[2]
     if num_sharing > 1:
@@ -75,7 +79,7 @@ def attend_to_store(
 
 
 def chunk_of(query: Tensor, key: Tensor) -> int:
-    """Return how many keys are read at once: all, unless a GPU reads chunks of them faster."""
+    """Return how many keys a chunk has: all of them, unless a GPU reads smaller chunks faster."""
     num_keys, head_size = key.shape[2:]
     is_few = query.is_cuda and query.shape[2] <= _MOST_QUERIES
     has_kernel = query.dtype is not torch.float64 and head_size % 8 == 0
@@ -90,7 +94,7 @@ def chunk_of(query: Tensor, key: Tensor) -> int:
 def _in_chunks(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, chunk: int
 ) -> Tensor:
-    """Return [R, g, n, d]; shapes as in :func:`attend_to_store`, with as many heads as keys have."""
+    """Return [R, g, n, d]; shapes as in :func:`attend_to_store`, but g heads for the queries too."""
     num_rows, groups, num_keys, _ = key.shape
     cut = num_keys // chunk, chunk
     keys, values = (x.flatten(0, 1).unflatten(1, cut) for x in (key, value))  # [R g, c, chunk, d]
