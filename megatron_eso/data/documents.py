@@ -34,7 +34,7 @@ class Document:
 
 
 def refuse(document: Document) -> NoReturn:
-    """Raise the problem of a document, with what to do."""
+    """Raise a document's problem, with advice."""
     raise DataError(
         f"{document.where}: the document {document.problem}; repair it, or leave such documents out and "
         "count them with --bad-documents skip"

@@ -40,7 +40,7 @@ class Device:
 
 
 def choose_device(local_rank: int) -> Device:
-    """Return this rank's GPU; where there is none, patch Megatron for the CPU and return that."""
+    """Return this rank's GPU; if there is none, patch Megatron for the CPU and return the CPU."""
     silence_megatron_messages()
     if torch.cuda.is_available():
         index = gpu_of_rank(local_rank, torch.cuda.device_count(), os.environ)

@@ -93,8 +93,7 @@ def importing_megatron() -> Iterator[None]:
     """Prepare this machine for an import of Megatron-Core, and hide messages about unused packages."""
     if "megatron.core" not in sys.modules:  # its import also imports Transformer Engine
         # Megatron's layers.py relies on this: communication and products start in program order, so that
-        # they overlap. CUDA reads it once, when the first call creates its context: after set_device is too
-        # late.
+        # they overlap. CUDA reads it once, when it creates its context: too late after set_device.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         load_cudnn_of_torch(os.environ, Path(torch.__file__).parent.parent)
     with warnings.catch_warnings(), _without_compiler():

@@ -301,7 +301,7 @@ class Run:
         Without a job script, a refused start changes nothing in the folder.
         """
         if is_of_job_script(os.environ) and self.folder.is_taken():
-            with contextlib.suppress(OSError):  # the folder may be what is wrong
+            with contextlib.suppress(OSError):  # the folder itself may be the problem
                 self.folder.write_status("failed", reason=why)
 
     def _say_why(self, why: str) -> None:

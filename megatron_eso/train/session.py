@@ -106,7 +106,7 @@ class Session:
 
 
 def start_ranks(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, Device, Layout]:
-    """Check the configuration for this number of ranks, resolve ``auto`` settings, join the groups."""
+    """Check the configuration and join the groups; return it with ``auto`` settings resolved."""
     check(config, ranks.world_size)
     device = choose_device(ranks.local_rank)
     if config.precision.deterministic and device.is_cuda:
