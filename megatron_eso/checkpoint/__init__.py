@@ -1,1 +1,1 @@
-"""Checkpoints: sharded torch_dist folders with a hash manifest and a commit marker written last."""
+"""Checkpoints: sharded torch_dist folders with a manifest of hashes and, written last, a commit marker."""

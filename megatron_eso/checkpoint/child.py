@@ -1,10 +1,10 @@
-"""Work in a forked process whose outcome is never awaited for ever.
+"""Work in a forked process; the parent never waits for it forever.
 
-The fork sees memory as it was: tensors on the CPU need no copy to be written while training goes on.
-The child dies with its parent, answers through a pipe, and can be killed at any time.
+The fork sees memory as it was when forked, so CPU tensors are written without a copy while training goes
+on. The child dies with its parent, answers through a pipe, and can be killed at any time.
 
-CPython 3.11.7 may fork a child that never runs: another thread (of autograd, say) holds the lock of the
-threads' list at that moment, and the child waits for it before its first line. So the parent waits for a
+CPython 3.11.7 may fork a child that never runs: if another thread (of autograd, say) holds the lock of the
+threads' list at that moment, the child waits for it before its first line. So the parent waits for a
 sign of life, while memory stays as it is, and forks again if none comes.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 from megatron_eso.launch.processes import STOPPING, die_with_parent, release_signals
 
 SIGN_OF_LIFE_SECONDS = 10.0
-"""A child that runs gives it within milliseconds."""
+"""How long to wait for a sign of life. A child that runs gives it within milliseconds."""
 _TRIES = 3
 
 
@@ -28,7 +28,7 @@ class Child:
     """A function that runs in a forked process."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
-        """Start it.
+        """Start the process.
 
         Raises:
             OSError: if no child gives a sign of life.
@@ -38,7 +38,7 @@ class Child:
         for _ in range(_TRIES):
             self._fork(function)
             if self._answer.poll(SIGN_OF_LIFE_SECONDS):
-                with suppress(EOFError):  # dead at once: what is_running will find too
+                with suppress(EOFError):  # it died immediately, as is_running will find too
                     self._answer.recv()
                 break
             self._process.kill()
@@ -56,7 +56,7 @@ class Child:
         )
         self._process.start()
         theirs.close()
-        # Else Python sends it SIGTERM when this process ends, which it does not heed, and waits for it.
+        # Else Python, when this process ends, sends it SIGTERM, which it ignores, and waits for it.
         atexit.register(self.kill, "its parent ended")
 
     @property
@@ -76,7 +76,7 @@ class Child:
         return False
 
     def kill(self, why: str) -> None:
-        """End it without a result."""
+        """End the process without a result."""
         if not self._answer.closed:
             self._process.kill()
             self.failure = why
@@ -90,7 +90,7 @@ class Child:
 
 
 def _run(answer: Any, other_end: Any, function: Callable[[], Any], parent: int) -> None:
-    # What it finds unused may be a CUDA event or memory of the parent: freeing them ends a forked process.
+    # The garbage collector might free the parent's CUDA events or memory, which ends a forked process.
     gc.disable()
     for number in STOPPING:  # a stop of the run lets the save under way finish
         signal.signal(number, signal.SIG_IGN)
@@ -100,8 +100,8 @@ def _run(answer: Any, other_end: Any, function: Callable[[], Any], parent: int) 
     answer.send("begun")
     try:
         outcome = (True, function())
-    except Exception as error:  # whatever it is, the parent reports it: nothing is swallowed
+    except Exception as error:  # the parent reports it: nothing is swallowed
         outcome = (False, f"{type(error).__name__}: {error}")
     answer.send(outcome)
     answer.close()
-    os._exit(0)  # the parent's exit handlers are not ours
+    os._exit(0)  # without the exit handlers inherited from the parent

@@ -1,7 +1,7 @@
-"""Compare two checkpoints tensor by tensor, whatever layouts wrote them; one process, no ranks.
+"""Compare two checkpoints tensor by tensor, whatever layouts wrote them, in one process without ranks.
 
-Stored tensors have layout-free names and global shapes, so they are read whole, one at a time, and
-without running what a foreign checkpoint's pickles may name (torch_dist.py).
+Stored tensors have layout-free names and global shapes, so they are read whole, one at a time. Nothing that
+a foreign checkpoint's pickles may name is run (torch_dist.py).
 """
 
 from dataclasses import dataclass
@@ -16,23 +16,23 @@ from megatron_eso.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one group of tensors is apart."""
+    """How much one group of tensors differs."""
 
     group: str
     """weights, exp_avg, exp_avg_sq or ema."""
     num_tensors: int
     largest: float
-    """Largest absolute difference; 0 also where only signs of zero differ. inf: nan on one side."""
+    """Largest absolute difference; 0 also if only signs of zeros differ. inf: a nan was compared."""
     where: str
     """Name of the tensor with the largest difference; empty if there is none."""
     is_bitwise_equal: bool
 
 
 def tensors_of(folder: CheckpointFolder) -> dict[str, StoredTensor]:
-    """Return what is stored: name -> shape and format, without reading a value.
+    """Return name -> shape and format of every stored tensor, without reading a value.
 
     Raises:
-        CheckpointError: if the index is missing, damaged, or names anything it has no use for.
+        CheckpointError: if the index is missing, damaged, or names anything that an index does not need.
     """
     return dict(sorted(read_index(folder.path).items()))
 
@@ -41,7 +41,7 @@ def compare(first: CheckpointFolder, second: CheckpointFolder) -> list[Differenc
     """Return the differences by group.
 
     Raises:
-        CheckpointError: if the two hold tensors of other names or shapes.
+        CheckpointError: if names or shapes of their tensors differ.
     """
     mine, theirs = TorchDistReader(first.path), TorchDistReader(second.path)
     _require_same_tensors(first.path, second.path, mine.tensors, theirs.tensors)

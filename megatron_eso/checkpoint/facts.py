@@ -1,4 +1,4 @@
-"""A checkpoint's facts (esolm.json): what its tensors are, as whoever writes one says it."""
+"""A checkpoint's facts (esolm.json): what its tensors are, according to the writer."""
 
 import json
 from dataclasses import asdict
@@ -17,15 +17,15 @@ def facts_of(
     tokenizer: str | None,
     **more: Any,
 ) -> dict[str, Any]:
-    """Return the facts as JSON knows them, a snapshot of what they were made of.
+    """Return the facts as plain JSON values, a snapshot of what they were made from.
 
     Args:
         config: model, objective, row length and layout of the run.
         step: optimizer steps done.
         has_ema: averaged weights are among the tensors.
         data: fingerprint of the training data.
-        tokenizer: its file; None if none is known.
-        more: what else its kind of checkpoint has.
+        tokenizer: the tokenizer's file; None if none is known.
+        more: further facts of this kind of checkpoint.
     """
     facts = {
         "format_version": FORMAT_VERSION,

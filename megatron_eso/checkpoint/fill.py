@@ -1,10 +1,12 @@
 """Fill this rank's tensors from a checkpoint's files.
 
-Each rank reads for itself, by the checkpoint's index: nothing is exchanged, so a rank that cannot read can
-still tell the others, and nothing that a file names is run (torch_dist.py). Megatron's own loading would
-unpickle what it finds. Of a part the rows that are wanted are read. Where they are wanted whole, as on the
-layout that wrote them, they go from the file straight into the memory where they stay; else block by block.
-Of columns, as of an output matrix at another tensor size, whole rows are read.
+Each rank reads for itself, by the checkpoint's index. Nothing is exchanged, so a rank that cannot read can
+still tell the others. Nothing that a file names is run (torch_dist.py); Megatron's own loading would
+unpickle what it finds.
+
+Only the wanted rows of a stored part are read. Rows wanted whole, as at the layout that wrote them, go from
+the file straight to their final memory; others go block by block. Where only some columns are wanted, as of
+an output matrix at another tensor size, whole rows are still read.
 """
 
 import math
@@ -27,17 +29,17 @@ with importing_megatron():
 
 THREADS = 4
 BLOCK_BYTES = 64 << 20
-"""What a thread reads at once, rather than a part of any size, where memory of its own is needed for it."""
+"""How much a thread reads at a time when it needs a buffer; parts may have any size."""
 
 
 @dataclass(frozen=True)
 class _Read:
-    """A stored part, some of which is wanted in a tensor."""
+    """A stored part, and a tensor that wants some of it."""
 
     stored: StoredTensor
     chunk: Chunk
     target: Tensor
-    """With the axes of the stored tensor."""
+    """The tensor to fill; has the axes of the stored tensor."""
     offsets: tuple[int, ...]
     """Where the target begins in the stored tensor."""
 
@@ -46,7 +48,7 @@ def fill(reader: TorchDistReader, wanted: Iterable[ShardedTensor]) -> None:
     """Fill the data of sharded tensors.
 
     Raises:
-        CheckpointError: if a tensor is not there, has another shape, or cannot be read.
+        CheckpointError: if a tensor is missing, has another shape, or cannot be read.
     """
     reads = [read for entry in wanted for read in _reads_of(reader, entry)]
     with ThreadPoolExecutor(THREADS, "load") as pool:
@@ -54,11 +56,11 @@ def fill(reader: TorchDistReader, wanted: Iterable[ShardedTensor]) -> None:
 
 
 def _reads_of(reader: TorchDistReader, entry: ShardedTensor) -> list[_Read]:
-    """Return the parts that a sharded tensor is made of."""
+    """Return the reads that fill a sharded tensor."""
     stored, shape = reader.tensors.get(entry.key), tuple(entry.global_shape)
     if stored is None:
         raise CheckpointError(f"{reader.folder} does not hold the tensor {entry.key}")
-    # Megatron allows it where rows pad a vocabulary, more or fewer by the layout: those are zeros.
+    # Megatron allows this where a vocabulary is padded; the layout decides how many rows. They are zeros.
     may_differ = entry.allow_shape_mismatch and len(shape) == len(stored.shape)
     if stored.shape != shape and not may_differ:
         raise CheckpointError(
@@ -90,9 +92,9 @@ def _reads_of(reader: TorchDistReader, entry: ShardedTensor) -> list[_Read]:
 
 
 def _is_near(chunk: Chunk, offsets: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Return whether a chunk may have something in common with a target, quickly: by the first axis alone.
+    """Return, from the first axis alone, whether a chunk may overlap a target.
 
-    Of most layers' chunks none has.
+    This is quick, and rules out the chunks of most layers.
     """
     if not shape:
         return True
@@ -104,7 +106,7 @@ def _is_near(chunk: Chunk, offsets: tuple[int, ...], shape: tuple[int, ...]) -> 
 def _common(
     chunk: Chunk, offsets: tuple[int, ...], shape: tuple[int, ...]
 ) -> list[tuple[int, int]]:
-    """Return, for each axis, where the part common to a chunk and a target begins, and its size."""
+    """Return, for each axis, begin and size of the overlap of a chunk and a target."""
     found = []
     for first, size, offset, length in zip(chunk.offsets, chunk.sizes, offsets, shape, strict=True):
         begin = max(first, offset)
@@ -113,15 +115,15 @@ def _common(
 
 
 def _perform(reader: TorchDistReader, read: _Read) -> None:
-    """Copy what a target and a stored part have in common."""
+    """Copy the overlap of a stored part into the target."""
     part, first_byte = reader.mapped(read.stored, read.chunk)
     common = _common(read.chunk, read.offsets, read.target.shape)
     into = read.target[_within(common, read.offsets)]
     inside = _within(common, read.chunk.offsets)
-    if not part.is_contiguous():  # such as transposed; no part of this trainer's is
+    if not part.is_contiguous():  # transposed, say; this trainer writes no such part
         into.copy_(part[inside])
         return
-    # The axes before this one are of one entry each, so what is wanted along it are rows in one piece.
+    # The axes before this one have one entry each, so the wanted rows along it lie in one piece.
     axis = next((i for i, size in enumerate(into.shape) if size > 1), max(into.dim() - 1, 0))
     rows = part[inside[: axis + 1]]
     first_byte += rows.data_ptr() - part.data_ptr()
@@ -135,7 +137,7 @@ def _perform(reader: TorchDistReader, read: _Read) -> None:
 
 
 def _within(common: list[tuple[int, int]], offsets: tuple[int, ...]) -> tuple[slice, ...]:
-    """Return where a common part is in what begins at these offsets."""
+    """Return the overlap's slices within a tensor that begins at these offsets."""
     return tuple(slice(at - o, at - o + n) for (at, n), o in zip(common, offsets, strict=True))
 
 
@@ -146,11 +148,11 @@ def _read_rows(
 
     Args:
         path: the file.
-        first_byte: of the first row.
-        rows: in the mapping, for their shape and format alone: a page that cannot be read there would end
-            the process.
-        into: the same number of rows, of the wanted columns.
-        columns: what is wanted of a row, along its axes.
+        first_byte: where the first row begins.
+        rows: the mapped rows, used only for shape and format: a mapped page that cannot be read would
+            end the process.
+        into: as many rows, with the wanted columns.
+        columns: the wanted part of a row, by axis.
     """
     is_plain = into.device.type == "cpu" and into.is_contiguous() and into.dtype == rows.dtype
     if is_plain and into.shape == rows.shape:
@@ -167,7 +169,7 @@ def _read_rows(
 
 
 def _read_into(path: Path, first_byte: int, target: Tensor) -> None:
-    """Fill a contiguous tensor on the CPU with bytes of a file.
+    """Fill a contiguous CPU tensor with bytes from a file.
 
     Raises:
         CheckpointError: if they cannot be read.

@@ -1,7 +1,7 @@
 """Which checkpoint is used: the newest one whose files are whole.
 
-The ranks of a run find it together: the first rank lists the folders, and each rank hashes its share of
-the files, so the check reads every byte once, by as many readers as there are ranks.
+A run's ranks find it together: rank 0 lists the folders, and each rank hashes its share of the files. So
+every byte is read once, by as many readers as there are ranks.
 """
 
 import logging
@@ -31,7 +31,7 @@ def newest_valid(root: Path, *, hashes: bool) -> CheckpointFolder | None:
 def newest_valid_together(
     root: Path, *, hashes: bool, device: torch.device
 ) -> CheckpointFolder | None:
-    """Return what :func:`newest_valid` does; every rank must call, and each hashes its share."""
+    """Return what :func:`newest_valid` does. All ranks must call this; each hashes its share."""
     folders = from_first_rank(lambda: _newest_first(root), device)
     return _first_whole(
         folders, lambda folder: damage_together(folder, hashes=hashes, device=device)
@@ -39,19 +39,19 @@ def newest_valid_together(
 
 
 def find_checkpoint(path: Path, *, hashes: bool = False) -> CheckpointFolder:
-    """Return the checkpoint meant by a path: the folder itself, or the newest of a run folder.
+    """Return the checkpoint that a path means: the folder itself, or the newest whole one of a run folder.
 
     Raises:
-        CheckpointError: if there is none, or the one named is damaged.
+        CheckpointError: if there is none, or the named one is damaged.
     """
     return _wanted(path, _meant(path), lambda folder: folder.damage(hashes=hashes))
 
 
 def find_checkpoint_together(path: Path, *, hashes: bool, device: torch.device) -> CheckpointFolder:
-    """Return what :func:`find_checkpoint` does; every rank must call, and each hashes its share.
+    """Return what :func:`find_checkpoint` does. All ranks must call this; each hashes its share.
 
     Raises:
-        CheckpointError: on all ranks, if there is none, or the one named is damaged.
+        CheckpointError: on all ranks, if there is none, or the named one is damaged.
     """
     meant = from_first_rank(lambda: _meant(path), device)
     return _wanted(
@@ -60,7 +60,7 @@ def find_checkpoint_together(path: Path, *, hashes: bool, device: torch.device) 
 
 
 def damage_together(folder: CheckpointFolder, *, hashes: bool, device: torch.device) -> str:
-    """Return what is wrong with a checkpoint's files, or an empty string, on every rank.
+    """Return, on every rank, what is wrong with a checkpoint's files, or an empty string.
 
     Args:
         folder: the same on all ranks, which must all call.
@@ -85,7 +85,7 @@ def _newest_first(root: Path) -> list[CheckpointFolder]:
 
 
 def _meant(path: Path) -> list[CheckpointFolder]:
-    """Return the checkpoints that a path may mean, the preferred one first."""
+    """Return the checkpoints that a path may mean, preferred first."""
     for root in (path, path / "checkpoints"):
         if folders := _newest_first(root):
             return folders

@@ -5,7 +5,7 @@
         esolm.json      what the tensors are: architecture, objective, vocabulary, step
         MANIFEST.json   size and hash of every other file
         COMMITTED       written last; a folder without it does not count
-        SET_ASIDE       what COMMITTED is called once a run went on from an older checkpoint
+        SET_ASIDE       COMMITTED renamed, after a run went on from an older checkpoint
 
 Folders are never renamed: object-store file systems cannot.
 """
@@ -37,7 +37,7 @@ class CheckpointFolder:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done when it was written."""
+        """Steps done when it was written."""
         match = _NAME.fullmatch(self.path.name)
         return int(match.group(1)) if match else int(self.sidecar()["step"])
 
@@ -48,18 +48,18 @@ class CheckpointFolder:
 
     @property
     def is_set_aside(self) -> bool:
-        """True if it was committed, and a run has gone on from an older one since."""
+        """True if it was committed, and a run has since gone on from an older one."""
         return (self.path / SET_ASIDE).is_file()
 
     def set_aside(self) -> None:
-        """Make it count no more, and leave its files: what looks damaged may only be unreadable here."""
+        """Stop counting it, but keep its files: what looks damaged may only be unreadable from here."""
         (self.path / MARKER).replace(self.path / SET_ASIDE)
 
     def sidecar(self) -> dict[str, Any]:
-        """Return the description of the tensors.
+        """Return the content of esolm.json, which describes the tensors.
 
         Raises:
-            CheckpointError: if it is missing, or of a newer format.
+            CheckpointError: if the file is missing, unreadable, damaged or of a newer format.
         """
         return read_sidecar(self.path)
 
@@ -89,12 +89,12 @@ class CheckpointFolder:
         return self.changed_file(self.hashes()) if hashes else ""
 
     def hashes(self) -> dict[str, str]:
-        """Return the hash of every file as the manifest has it, the largest files first."""
+        """Return every file's hash from the manifest, the largest files first."""
         entries = sorted(self._manifest().items(), key=lambda item: -item[1]["bytes"])
         return {name: entry["xxh3_128"] for name, entry in entries}
 
     def changed_file(self, expected: Mapping[str, str]) -> str:
-        """Return which file does not have the hash expected of it, or an empty string."""
+        """Return which file does not have its expected hash, or an empty string."""
         for name, value in expected.items():
             try:
                 found = hash_file(self.path / name)
@@ -126,10 +126,10 @@ class CheckpointFolder:
         """Write the manifest of everything in the folder, then the marker.
 
         Args:
-            known: manifest entries of files whose writers have hashed them.
+            known: manifest entries of files that their writers have hashed.
 
         Raises:
-            OSError: if a file cannot be written, or is not as its writer left it.
+            OSError: if a file cannot be written, or has another size than its writer left.
         """
         files = sorted(p for p in self.path.iterdir() if p.name not in (MANIFEST, MARKER))
         entries = dict(known or {})
@@ -144,12 +144,12 @@ class CheckpointFolder:
 
 
 def folder_of_step(root: Path, step: int) -> CheckpointFolder:
-    """Return the folder of a step, which need not exist."""
+    """Return the folder for a step; it need not exist."""
     return CheckpointFolder(root / f"step_{step:010d}")
 
 
 def list_folders(root: Path) -> list[CheckpointFolder]:
-    """Return the checkpoint folders under ``root``, oldest first, committed or not."""
+    """Return the checkpoint folders under ``root``, committed or not, oldest first."""
     if not root.is_dir():
         return []
     return [CheckpointFolder(p) for p in sorted(root.iterdir()) if _NAME.fullmatch(p.name)]
@@ -158,8 +158,8 @@ def list_folders(root: Path) -> list[CheckpointFolder]:
 def set_aside_beyond(root: Path, step: int) -> list[CheckpointFolder]:
     """Set aside every committed checkpoint of a later step than ``step``; return them.
 
-    They were passed over as damaged. Left as they are, they would pass for the newest: retention would
-    keep them, and a later restart might go on from one, on a course that the run has left.
+    They were passed over as damaged. If left alone, they would count as the newest: retention would keep
+    them, and a later restart might continue from one, on a course that the run has abandoned.
     """
     later = [f for f in list_folders(root) if f.is_committed and f.step > step]
     for folder in later:
@@ -170,7 +170,7 @@ def set_aside_beyond(root: Path, step: int) -> list[CheckpointFolder]:
 def prune(
     root: Path, *, keep_last: int, keep_every_steps: int | None, up_to: int | None = None
 ) -> list[Path]:
-    """Remove what is :func:`unwanted`; return the removed folders."""
+    """Remove the :func:`unwanted` checkpoints; return the removed folders."""
     removed = unwanted(root, keep_last=keep_last, keep_every_steps=keep_every_steps, up_to=up_to)
     for folder in removed:
         remove(folder)
@@ -187,14 +187,14 @@ def unwanted(
 ) -> list[CheckpointFolder]:
     """Return checkpoints older than those to keep, and uncommitted ones older than the newest whole one.
 
-    Whole ones alone are counted: nothing that is whole is given up for something damaged.
+    Only whole checkpoints are counted: none is given up for a damaged one.
 
     Args:
         root: folder of a run's checkpoints.
-        keep_last: newest whole checkpoints to keep.
+        keep_last: number of the newest whole checkpoints to keep.
         keep_every_steps: keep committed checkpoints at multiples of this many steps.
-        up_to: pass over later steps, neither counted nor returned; None: there are none.
-        hashes: read every file of those to keep: one with another hash than when written is not whole.
+        up_to: neither count nor return later steps; None: no limit.
+        hashes: read every file of those to keep; a checkpoint with a changed hash is not whole.
     """
     folders = [f for f in list_folders(root) if up_to is None or f.step <= up_to]
     whole = (folder for folder in reversed(folders) if not folder.damage(hashes=hashes))
@@ -205,25 +205,25 @@ def unwanted(
             is_milestone = keep_every_steps and folder.step % keep_every_steps == 0
             is_old = len(kept) == keep_last and folder.step < kept[-1] and not is_milestone
         else:
-            is_old = folder.step < kept[0]  # a later one may be a save under way
+            is_old = folder.step < kept[0]  # a newer one may be a save under way
         if is_old:
             found.append(folder)
     return found
 
 
 def remove(folder: CheckpointFolder) -> None:
-    """Delete a checkpoint, its marker first, so that half of one never counts."""
+    """Delete a checkpoint, its marker first, so that a half-deleted one never counts."""
     (folder.path / MARKER).unlink(missing_ok=True)
     shutil.rmtree(folder.path, ignore_errors=True)
 
 
 def tokenizer_path(folder: CheckpointFolder) -> Path | None:
-    """Return the file of the run's tokenizer, which may be gone; None if none is known.
+    """Return the path of the run's tokenizer, which may be gone; None if none is known.
 
     It is in the run's folder, wherever that is now; an imported checkpoint keeps it in its own folder.
 
     Raises:
-        CheckpointError: if the file there is another tokenizer than the model's.
+        CheckpointError: if the file there is not the model's tokenizer.
     """
     sidecar = folder.sidecar()
     named = sidecar.get("tokenizer")
@@ -244,7 +244,7 @@ def tokenizer_path(folder: CheckpointFolder) -> Path | None:
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """Return esolm.json of a checkpoint folder; see :meth:`CheckpointFolder.sidecar`."""
+    """Return the content of a checkpoint folder's esolm.json; see :meth:`CheckpointFolder.sidecar`."""
     file = path / SIDECAR
     try:
         sidecar = json.loads(file.read_text())

@@ -1,7 +1,7 @@
-"""FP8 state in checkpoints, as layout-free objects ``fp8.NAME``, one a layer and module.
+"""FP8 state in checkpoints, as layout-free objects ``fp8.NAME``, one per layer and module.
 
-A run without FP8 writes none and passes over what it finds; a run with FP8 that finds none (the
-checkpoint was written on a CPU, in bf16, or imported) starts with fresh scales, and says so.
+A run without FP8 writes none and ignores what it finds. A run with FP8 that finds none (the checkpoint
+was written on a CPU or in bf16, or was imported) starts with fresh scales and says so.
 """
 
 import logging
@@ -26,7 +26,7 @@ FP8 = "fp8"
 
 
 def fp8_objects(chunks: Iterable[nn.Module]) -> dict[str, Any]:
-    """Return the sharded objects of this rank."""
+    """Return this rank's FP8 state as sharded objects."""
     replica = (
         0,
         parallel_state.get_tensor_model_parallel_rank(),
@@ -50,11 +50,11 @@ def _object(entry: Stateful, data: torch.Tensor | None, replica: Any = 0) -> Sha
 
 
 def load_fp8_state(reader: TorchDistReader, chunks: list[nn.Module], device: torch.device) -> None:
-    """Load the FP8 state of this rank's modules; all ranks must call.
+    """Load the FP8 state of this rank's modules. All ranks must call this.
 
     Raises:
-        CheckpointError: on all ranks, if the checkpoint holds the state of some modules and not of others,
-            or one that cannot be read.
+        CheckpointError: on all ranks, if the checkpoint holds the state of some modules but not of others,
+            or a state that cannot be read.
     """
     wanted = {_object(entry, None).unique_key: entry.module for entry in stateful_modules(chunks)}
     missing = [name for name in wanted if name not in reader.objects]

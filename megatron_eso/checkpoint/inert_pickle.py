@@ -1,8 +1,8 @@
 """Read a torch file without running anything that its pickle names.
 
 A torch file is a zip archive: ``data.pkl`` and one member per storage. A pickle can name any function
-of any module and have it called while it is read. Here only torch's three tensor-rebuilding names and
-``OrderedDict`` mean something (and the first are our own functions); every other name becomes an
+of any module and have it called while it is read. Here only torch's two tensor-rebuilding names, for
+which our own functions stand in, and ``OrderedDict`` mean something. Every other name becomes an
 :class:`Inert` class, whose instances only remember what the pickle put into them. Storages are mapped
 from the file, so tensors that nobody reads (an optimizer's moments) cost no memory.
 """
@@ -33,12 +33,12 @@ STORAGE_DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-"""By the names that torch files give their storages."""
+"""Dtypes by the names of storages in torch files."""
 _LOCAL_HEADER_BYTES = 30  # of a zip member, before its name
 
 
 class Inert:
-    """Stands for an instance of a class the pickle names; nothing of that class is ever run."""
+    """Stands for an instance of a class that the pickle names; nothing of that class is ever run."""
 
     origin = ""
     """module.name of the class."""
@@ -69,7 +69,7 @@ class Inert:
 
 
 def read_torch_file(path: Path) -> Any:
-    """Return the content of a file written by ``torch.save``, other classes as :class:`Inert`.
+    """Return the content of a ``torch.save`` file, with unknown classes as :class:`Inert`.
 
     Raises:
         CheckpointError: if it is not such a file, is damaged, or needs anything but plain tensors.
@@ -111,7 +111,7 @@ class _Unpickler(pickle.Unpickler):
         self._inert: dict[str, type[Inert]] = {}
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        """Return what a name of the pickle stands for; never imports anything."""
+        """Return what a name in the pickle stands for; never import anything."""
         if module_name == "collections" and global_name == "OrderedDict":
             return OrderedDict
         if module_name == "torch._utils" and global_name == "_rebuild_tensor_v2":
@@ -159,7 +159,7 @@ def _rebuild_parameter(data: Tensor, *rest: Any) -> Tensor:
 
 
 def plain(value: Any) -> Any:
-    """Return the plain content of an OmegaConf container or node that was read inert."""
+    """Return the plain content of an OmegaConf container or node that was read as :class:`Inert`."""
     if isinstance(value, Inert) and isinstance(value.state, dict):
         if value.origin.startswith("omegaconf."):
             return plain(value.state.get("_content", value.state.get("_val")))

@@ -1,7 +1,7 @@
-"""Load a checkpoint: a whole training state, or weights alone.
+"""Load a checkpoint: a whole training state, or only weights.
 
-Every rank reads for itself (fill.py) and says what it could not read before any goes on: one that raised
-alone would leave the others waiting in the next exchange.
+Every rank reads for itself (fill.py) and says what it could not read before any rank goes on. A rank that
+raised alone would leave the others waiting in the next exchange.
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,7 +53,7 @@ def load_training_state(
         optimizer: Megatron's optimizer.
         average: moving average, if the run keeps one.
         group: data-parallel group, whose ranks share the reading; all ranks must call.
-        num_updates: times the optimizer has stepped; None: as often as there were steps.
+        num_updates: number of updates the optimizer has made; None: one per step.
     """
     device = device_of(chunks)
     sidecar = from_first_rank(folder.sidecar, device)
@@ -78,7 +78,7 @@ def _loaded(
     kinds: tuple[str, ...],
     group: dist.ProcessGroup,
 ) -> Iterator[Place]:
-    """Return the places of all parameters, with these kinds of tensors as the checkpoint has them."""
+    """Return the places of all parameters, with tensors of these kinds loaded from the checkpoint."""
     if group.size() == 1:
         places = list(places_of_training(chunks, optimizer, average, kinds))
         _load(places, reader, device_of(chunks))
@@ -90,7 +90,7 @@ def _loaded(
 
 
 def load_weights(folder: CheckpointFolder, chunks: Sequence[nn.Module], *, use_ema: bool) -> str:
-    """Load weights alone into model chunks; return which kind was loaded. All ranks must call."""
+    """Load only weights into model chunks; return which kind was loaded. All ranks must call this."""
     device = device_of(chunks)
     kind = _kind(folder, device, use_ema=use_ema)
     places = list(places_of_weights(chunks, kind))
@@ -110,7 +110,7 @@ def load_first_weights(
 ) -> str:
     """Load the weights that a run starts from; return which kind was loaded.
 
-    The masters get them in float32, whatever the model's format, and the average starts there too.
+    The masters get them in float32, whatever the model's number format; the average starts from them too.
     """
     device = device_of(chunks)
     kind = _kind(folder, device, use_ema=True)
@@ -121,7 +121,7 @@ def load_first_weights(
 
 
 def _kind(folder: CheckpointFolder, device: torch.device, *, use_ema: bool) -> str:
-    """Return which kind of weights a checkpoint gives."""
+    """Return which kind of weights to load from a checkpoint."""
     has_ema = from_first_rank(folder.sidecar, device)["has_ema"]
     return EMA if use_ema and has_ema else WEIGHTS
 
@@ -130,7 +130,7 @@ def require_same_model(path: Path, sidecar: dict[str, Any], model: ModelConfig) 
     """Raise if a checkpoint's architecture is not ``model``, naming every difference."""
     names = {entry.name for entry in fields(ModelConfig)}
     known = {name: value for name, value in sidecar["model"].items() if name in names}
-    # A size that is left to follow from others is the same model as one that says it.
+    # A size left to be derived from others means the same model as that size given explicitly.
     stored, asked = asdict(with_sizes(ModelConfig(**known))), asdict(with_sizes(model))
     ignored = {"dropout", "init_std", "max_length"}
     different = [
@@ -149,6 +149,6 @@ def _opened(folder: CheckpointFolder, device: torch.device) -> TorchDistReader:
 
 
 def _load(places: list[tuple[Any, Place]], reader: TorchDistReader, device: torch.device) -> None:
-    """Fill the tensors of this rank's places, which may be none; all ranks must call."""
+    """Fill the tensors of this rank's places, if any. All ranks must call this."""
     wanted = sharded_places(places)
     together(lambda: fill(reader, wanted), device, CheckpointError)

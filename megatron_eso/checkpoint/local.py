@@ -1,12 +1,12 @@
-"""Node-local copies: every rank's own shards in memory or on a local disk, for quick restarts.
+"""Node-local copies: each rank's own shards, in memory or on a local disk, for quick restarts.
 
     LOCAL_FOLDER/megatron-eso-RUN/rank_00003/step_0000000120.pt      tensors of this rank
                                              step_0000000120.json    hash and layout, written last
 
-They need no exchange between ranks, but only the same layout can read them, and a lost node loses
-its part: the shared checkpoints stay the ground. A restart takes the newest step that all ranks hold.
-They outlive the folder of a run that was removed: a random name of the run, kept beside its shared
-checkpoints, tells those of another run in the same place.
+They need no exchange between ranks, but only the same layout can read them, and a lost node loses its
+part. So shared checkpoints are still needed. A restart takes the newest step that all ranks hold. Copies
+outlive the folder of a removed run. So a run has a random name, kept beside its shared checkpoints, by
+which it recognizes copies of another run in the same place.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ _KEPT = 2
 
 
 def run_identity(checkpoints: Path) -> str:
-    """Return the random name that a run got when first asked; one process alone may call."""
+    """Return the run's random name, drawn at the first call; only one process may call this."""
     file = checkpoints / RUN_ID
     if not file.is_file():
         write_whole(file, secrets.token_hex(8))
@@ -57,15 +57,15 @@ def run_identity(checkpoints: Path) -> str:
 
 
 class LocalCopies:
-    """This rank's copies; every method but the constructor's must be called by all ranks."""
+    """This rank's copies. All ranks must call every method except the constructor."""
 
     def __init__(self, config: RunConfig, run: Path, run_id: str, data: dict[str, Any]) -> None:
-        """Say where copies are and which ones fit.
+        """Set where copies are and which ones fit.
 
         Args:
             config: the run, with resolved precision.
             run: run folder; its path names the copies.
-            run_id: name of the run (:func:`run_identity`); copies of others do not fit.
+            run_id: name of the run (:func:`run_identity`); copies of other runs do not fit.
             data: fingerprint of the training data.
         """
         name = hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:16]
@@ -93,13 +93,13 @@ class LocalCopies:
         optimizer: Any,
         average: MovingAverage | None,
     ) -> None:
-        """Begin a copy, beside training, unless some rank still writes one.
+        """Begin a copy while training goes on, unless some rank is still writing one.
 
-        A rank that alone left one out would soon hold no step in common with the others.
+        If only that rank skipped a copy, it would soon hold no step in common with the others.
 
         Args:
             step: steps done.
-            state: the rest of what a restart needs, as JSON.
+            state: what else a restart needs, as JSON values.
             chunks: wrapped model chunks, for their FP8 state.
             optimizer: Megatron's optimizer.
             average: moving average, if the run keeps one.
@@ -126,14 +126,14 @@ class LocalCopies:
             log.warning("NODE-LOCAL COPY FAILED: step %d: %s", step, error)
 
     def is_busy(self) -> bool:
-        """Return whether this rank writes a copy; a failed one is reported, once."""
+        """Return whether this rank is writing a copy; report a failed one, once."""
         if self._child is None:
             return False
         if self._child.is_running:
             return True
         if self._child.failure:
             log.warning("NODE-LOCAL COPY FAILED: step %d: %s", self._step, self._child.failure)
-            with suppress(OSError):  # a disk that is gone, say: the next copy tells
+            with suppress(OSError):  # the disk is gone, say: the next copy reports it
                 self._file(self._step).unlink(missing_ok=True)
         else:
             self.kept_step = self._step
@@ -141,7 +141,7 @@ class LocalCopies:
         return False
 
     def newest(self) -> int:
-        """Return the newest step of which all ranks hold a whole copy; -1 if there is none."""
+        """Return the newest step for which all ranks hold a whole copy; -1 if there is none."""
         mine = [step for step in self._steps() if not self._damage(step)]
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, mine)
@@ -155,7 +155,7 @@ class LocalCopies:
         average: MovingAverage | None,
         group: dist.ProcessGroup,
     ) -> dict[str, Any] | None:
-        """Load a copy; return the state that was given with it, None if a rank cannot read its copy."""
+        """Load a copy; return the state saved with it, or None if any rank cannot read its copy."""
         try:
             header, stored = together(lambda: self._read(step), device_of(chunks), CheckpointError)
         except CheckpointError as error:
@@ -182,9 +182,9 @@ class LocalCopies:
         return header["state"]
 
     def forget_beyond(self, step: int) -> None:
-        """Remove this rank's copies of steps after ``step``, from which the run goes on.
+        """Remove this rank's copies of steps after ``step``, from which the run continues.
 
-        They would pass for the newest, and new ones be removed in their place.
+        They would count as the newest, and new copies would be removed instead of them.
         """
         if self._child is not None and self._step > step:
             self._child.kill("the run went back")
@@ -198,7 +198,10 @@ class LocalCopies:
         self.kept_step = min(self.kept_step, step)
 
     def close(self, *, remove: bool) -> None:
-        """End a copy under way; remove all copies once a shared checkpoint holds more."""
+        """End a copy under way; with ``remove``, delete this rank's copies.
+
+        They are not needed once a shared checkpoint holds as much.
+        """
         if self._child is not None:
             self._child.kill("the run ended")
             self._child = None
@@ -227,7 +230,7 @@ class LocalCopies:
             self._file(old).unlink(missing_ok=True)
 
     def _read(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return header and tensors; the tensors' pages are mapped, not read."""
+        """Return header and tensors; the tensors are mapped, not read."""
         file = self._file(step)
         try:
             header = json.loads(self._header(step).read_text())
@@ -263,7 +266,7 @@ class LocalCopies:
 
 
 def _parts(shard: Any, average: MovingAverage | None, parameter: nn.Parameter) -> list[Any]:
-    """Return master, both moments and average of a shard; None for what there is not."""
+    """Return a shard's master, both moments and average; None for those that do not exist."""
     return [
         shard.master,
         *(shard.state.get(kind) for kind in MOMENTS),
@@ -272,5 +275,5 @@ def _parts(shard: Any, average: MovingAverage | None, parameter: nn.Parameter) -
 
 
 def _held(part: Tensor | None) -> Tensor | None:
-    """Return a tensor that the writer can save as it is: a fork keeps its values."""
+    """Return a tensor that the forked writer can save as it is: the fork keeps its values."""
     return None if part is None else own_memory(part)

@@ -1,10 +1,10 @@
-"""Where the tensors of a checkpoint are loaded to, and how they get into model, optimizer and average.
+"""Where a checkpoint's tensors are loaded to, and how they get into model, optimizer and average.
 
-A rank that shares its weights with no other loads every tensor, where it can into the optimizer's own
-memory. Ranks of one data-parallel group share the work as they do for a save: each reads its share of the
-parameters from the disk, and sends them to the others, one parameter at a time. So a start reads each
-byte once per replica of the model (fill.py says what more at another layout), and a GPU needs room for one
-parameter's tensors beside the state.
+A rank that shares its weights with no other loads every tensor, if possible into the optimizer's own
+memory. Ranks of a data-parallel group share the work as they do for a save: each reads its share of the
+parameters from disk and sends them to the others, one parameter at a time. So at the start of a run each
+byte is read once per group (at another layout more, see fill.py), and a GPU needs extra room for only one
+parameter's tensors.
 """
 
 from collections.abc import Iterable, Iterator
@@ -33,9 +33,9 @@ class Place:
     tensors: dict[str, Tensor]
     """By kind, in the parameter's shape, float32."""
     shard: Shard | None
-    """What this rank's optimizer updates of the parameter; None: nothing."""
+    """The part of the parameter that this rank's optimizer updates; None: no part."""
     is_final: bool
-    """The tensors are the optimizer's own and the average's own memory: nothing has to be copied."""
+    """The tensors are the optimizer's and the average's own memory, so nothing has to be copied."""
 
 
 def places_of_training(
@@ -44,7 +44,7 @@ def places_of_training(
     average: MovingAverage | None,
     kinds: Iterable[str],
 ) -> Iterator[tuple[Any, Place]]:
-    """Yield each parameter's sharding description and the place that its tensors are loaded to."""
+    """Yield each parameter's sharding description, and the place that its tensors are loaded to."""
     owned, kinds = shards(optimizer), tuple(kinds)
     for entry in sharded_parameters(chunks):
         parameter = entry.data
@@ -60,7 +60,7 @@ def places_of_training(
 
 
 def places_of_weights(chunks: Iterable[nn.Module], kind: str) -> Iterator[tuple[Any, Place]]:
-    """Yield each parameter's sharding description and a place for one tensor of its shape."""
+    """Yield each parameter's sharding description, and a place for one tensor of its shape."""
     for entry in sharded_parameters(chunks):
         yield entry, Place(entry.data, {kind: _empty(entry.data)}, None, is_final=False)
 
@@ -68,7 +68,7 @@ def places_of_weights(chunks: Iterable[nn.Module], kind: str) -> Iterator[tuple[
 def places_to_share(
     dealt: list[tuple[Any, int]], kinds: tuple[str, ...], rank: int
 ) -> Iterator[tuple[Any, Place]]:
-    """Yield the parameters that a rank of a data-parallel group reads, with places on the CPU."""
+    """Yield the parameters that one rank of a data-parallel group reads, with places on the CPU."""
     for entry, reader in dealt:
         if reader == rank:
             tensors = {kind: _empty(entry.data, "cpu") for kind in kinds}
@@ -85,7 +85,7 @@ def shared(
 ) -> Iterator[Place]:
     """Yield every parameter with its tensors, sent by the rank of the group that has read them.
 
-    All ranks of the group must go through all of it; a tensor is good until the next parameter.
+    All ranks of the group must iterate to the end. A tensor is valid until the next parameter.
     """
     owned = shards(optimizer)
     read = {place.parameter: place for place in mine}
@@ -102,7 +102,7 @@ def shared(
 
 
 def sharded_places(places: Iterable[tuple[Any, Place]]) -> Iterator[ShardedTensor]:
-    """Yield the sharded tensors that are loaded into some places."""
+    """Yield the sharded tensors that are loaded into these places."""
     for entry, place in places:
         for kind, data in place.tensors.items():
             yield from _sharded(entry, f"{kind}.{entry.key}", data)
@@ -111,7 +111,7 @@ def sharded_places(places: Iterable[tuple[Any, Place]]) -> Iterator[ShardedTenso
 def _sharded(entry: Any, key: str, data: Tensor) -> list[ShardedTensor]:
     """Return the sharded tensors of one parameter, as views of ``data``.
 
-    Megatron's factories would join their parts after loading, in new memory.
+    Megatron's factories would join the parts after loading, in new memory.
     """
     if not isinstance(entry, ShardedTensorFactory):
         return [replace(entry, key=key, data=data, dtype=data.dtype)]
@@ -123,13 +123,13 @@ def _sharded(entry: Any, key: str, data: Tensor) -> list[ShardedTensor]:
 def restore(
     places: Iterable[Place], optimizer: Any, average: MovingAverage | None, *, step: int
 ) -> None:
-    """Take loaded tensors over into the model, the optimizer and the average.
+    """Move loaded tensors into the model, the optimizer and the average.
 
     Args:
-        places: where the tensors are.
+        places: the loaded tensors.
         optimizer: Megatron's optimizer.
         average: moving average, if the run keeps one.
-        step: updates done.
+        step: number of updates done.
     """
     for place in places:
         parameter, shard = place.parameter, place.shard
@@ -139,7 +139,7 @@ def restore(
         flat = {k: v.reshape(-1)[shard.start : shard.end] for k, v in place.tensors.items()}
         _put(shard.master, flat[WEIGHTS])
         if all(kind in flat for kind in MOMENTS):
-            # A part that keeps the whole alive would cost its memory.
+            # Clone: a view would keep the whole tensor's memory alive.
             first, second = (flat[k] if place.is_final else flat[k].clone() for k in MOMENTS)
             set_moments(optimizer, shard, first, second, step)
         if average is not None:
@@ -147,7 +147,7 @@ def restore(
 
 
 def _put(target: Tensor, value: Tensor) -> None:
-    """Copy values, unless they are there already."""
+    """Copy values, unless they are already there."""
     if target.data_ptr() != value.data_ptr() or target.dtype != value.dtype:
         target.copy_(value)
 

@@ -1,4 +1,4 @@
-"""Build a model from a checkpoint alone, at the layout asked for, for evaluation and sampling."""
+"""Build a model from nothing but a checkpoint, at any layout, for evaluation and sampling."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from megatron_eso.parallel.groups import Layout
 
 
 def run_config_of(folder: CheckpointFolder, parallel: ParallelConfig) -> RunConfig:
-    """Return a run configuration with the checkpoint's model and objective and a layout."""
+    """Return a run configuration with the checkpoint's model and objective, and the given layout."""
     sidecar = folder.sidecar()
     config = RunConfig()
     return replace(
@@ -29,7 +29,7 @@ def run_config_of(folder: CheckpointFolder, parallel: ParallelConfig) -> RunConf
 def load_replica(
     folder: CheckpointFolder, config: RunConfig, layout: Layout, device: Device, *, use_ema: bool
 ) -> tuple[Replica, str]:
-    """Return a model with the checkpoint's weights, and which weights they are (weights or ema)."""
+    """Return a model with the checkpoint's weights, and their kind (weights or ema)."""
     chunks, _ = build_chunks(config, layout, device.torch_device)
     kind = load_weights(folder, chunks, use_ema=use_ema)
     for chunk in chunks:
@@ -38,5 +38,5 @@ def load_replica(
 
 
 def _section(schema: type, values: dict) -> object:
-    """Return a section of the configuration from stored values; unknown ones are an error."""
+    """Return a section of the configuration from stored values; an unknown key is an error."""
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))

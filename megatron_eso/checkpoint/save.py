@@ -1,9 +1,9 @@
-"""Write checkpoints, beside training if asked, and keep only those that are wanted.
+"""Write checkpoints, in the background if configured, and remove those no longer wanted.
 
-A save goes through three phases that all ranks agree on: every rank writes its shard (in a forked
-process when asynchronous), then rank 0 publishes (in a thread: small files, manifest, lease, and last
-the marker), then it is committed. A failure in any phase, on any rank, ends that save on all of them:
-its folder is removed, older checkpoints are as they were, training goes on.
+A save goes through three phases that all ranks agree on. First every rank writes its shard (in a forked
+process when asynchronous). Then rank 0 publishes (in a thread: small files, check of the lease, manifest,
+and last the marker). Then the save is committed. A failure in any phase, on any rank, ends that save on
+all of them: its folder is removed, older checkpoints stay as they were, and training goes on.
 """
 
 import logging
@@ -59,7 +59,7 @@ class _Save:
 
 
 class Saver:
-    """Writes the checkpoints of one run; every method must be called by all ranks."""
+    """Writes the checkpoints of one run. All ranks must call every method."""
 
     def __init__(
         self,
@@ -75,9 +75,9 @@ class Saver:
         Args:
             root: folder of the run's checkpoints.
             settings: what is kept, and how long a save may take.
-            device: device of the ranks' agreements.
-            owner: holder of the lease, which rank 0 must hold to publish; empty: no lease is asked for.
-            while_waiting: called again and again while a save is waited for.
+            device: device of the collectives.
+            owner: owner of the lease that rank 0 must hold to publish; empty: no lease is checked.
+            while_waiting: called repeatedly while waiting for a save.
         """
         self.root, self.settings = root, settings
         self.kept_step = -1
@@ -89,12 +89,12 @@ class Saver:
         self._renewed, self._lost_lease = time.monotonic(), ""
 
     def save(self, step: int, state: dict[str, Any], sidecar: dict[str, Any]) -> float:
-        """Begin a checkpoint of ``step``; return how long training was stalled, in seconds.
+        """Begin a checkpoint of ``step``; return how long training stalled, in seconds.
 
         Args:
             step: optimizer steps done.
             state: sharded state (``state.collect``).
-            sidecar: description that goes into esolm.json.
+            sidecar: facts for esolm.json.
         """
         begin = time.perf_counter()
         self.finish()
@@ -125,13 +125,13 @@ class Saver:
         return [is_busy, bool(failure), bool(self._lost_lease)]
 
     def advance(self, is_busy: bool, has_failed: bool, is_lease_lost: bool) -> None:
-        """Go on with the save under way, by what any rank said in :meth:`flags`.
+        """Advance the save under way, given whether any rank set each of its :meth:`flags`.
 
         Raises:
-            CheckpointError: on all ranks, if another attempt has taken the run over.
+            CheckpointError: on all ranks, if another attempt has taken over the run.
         """
         if is_lease_lost:
-            self._abandon(remove_folder=False)  # it may be the other attempt's by now
+            self._abandon(remove_folder=False)  # the folder may now be the other attempt's
             raise CheckpointError(self._lost_lease or "rank 0 lost the lease of the run folder")
         save = self._save
         if save is None:
@@ -145,7 +145,7 @@ class Saver:
             self._save, self._phase, self._thread = None, Phase.IDLE, None
 
     def poll(self) -> None:
-        """Go on with the save under way without waiting."""
+        """Advance the save under way without waiting for it."""
         busy, failed, lost = any_rank(self.flags(), self._device)
         self.advance(busy, failed, lost)
 
@@ -160,7 +160,7 @@ class Saver:
                 pause = min(pause * 2, 0.2)
 
     def _look(self, save: _Save) -> tuple[bool, str]:
-        """Return whether this rank is still busy with the phase, and why it failed if it did."""
+        """Return whether this rank is still busy with the phase; if it failed, also why."""
         waited = time.perf_counter() - save.begin
         is_late = waited > self.settings.timeout_seconds
         late = (
@@ -195,7 +195,7 @@ class Saver:
         return ""
 
     def _publish(self, save: _Save) -> None:
-        """Collect what the ranks wrote; rank 0 starts the thread that makes it a checkpoint."""
+        """Gather what the ranks wrote; rank 0 starts the thread that turns it into a checkpoint."""
         is_first = dist.get_rank() == 0
         written = [None] * dist.get_world_size() if is_first else None
         dist.gather_object(save.written, written)
@@ -240,7 +240,7 @@ class Saver:
             return
         if save.child is not None:
             save.child.kill("another rank failed")
-        dist.barrier()  # nobody writes into the folder any more
+        dist.barrier()  # from here on, no rank writes into the folder
         is_published = self._thread is not None and self._thread.is_alive()
         if dist.get_rank() == 0 and remove_folder and not is_published:
             remove(save.folder)
@@ -248,7 +248,7 @@ class Saver:
         self._report_failure(save.folder, save.failure)
 
     def _report_failure(self, folder: CheckpointFolder, failure: str) -> None:
-        """Log why a save failed, from every rank that knows, on rank 0."""
+        """Log, on rank 0, why a save failed, as told by every rank that knows."""
         everywhere = gather_messages(failure)
         if dist.get_rank() == 0:
             why = "; ".join(f"rank {n}: {text}" for n, text in enumerate(everywhere) if text)

@@ -1,8 +1,8 @@
 """The tensors of a checkpoint: every parameter's master weight, moments and average, in float32.
 
-Names are ``weights.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME`` and ``ema.NAME`` with Megatron's
+They are called ``weights.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME`` and ``ema.NAME``, with Megatron's
 layout-free names and global shapes, so a checkpoint loads at any layout and in any precision. Model
-weights in bf16 are not stored: they are the masters, rounded. FP8 layers add their scales (fp8_state.py).
+weights in bf16 are not stored: they are the rounded masters. FP8 layers add their scales (fp8_state.py).
 """
 
 from collections.abc import Iterator
@@ -39,11 +39,11 @@ def collect(
     average: MovingAverage | None,
     group: dist.ProcessGroup,
 ) -> dict[str, Any]:
-    """Return the sharded state that this rank writes; all data-parallel ranks must call.
+    """Return the sharded state that this rank writes. All data-parallel ranks must call this.
 
-    The tensors are spread over the data-parallel ranks: each is gathered on one of them alone, and what
-    was gathered on a GPU goes to the CPU at once, so that a save needs room there for one tensor. Where
-    a rank holds a whole tensor on the CPU it is not copied: write it, or fork, before the next step.
+    The tensors are spread over the data-parallel ranks: each is gathered on only one of them. A tensor
+    gathered on a GPU goes to the CPU immediately, so that a save needs GPU memory for one tensor. A whole
+    tensor that a rank holds on the CPU is not copied: write it, or fork, before the next step.
     """
     owned = shards(optimizer)
     state: dict[str, Any] = {}
@@ -64,7 +64,7 @@ def collect(
 def stored_bytes(
     chunks: list[nn.Module], *, has_average: bool, group: dist.ProcessGroup, device: torch.device
 ) -> int:
-    """Return how large the tensors of a checkpoint are, FP8 scales apart; every rank must call.
+    """Return the bytes of a checkpoint's tensors, without FP8 scales. All ranks must call this.
 
     Args:
         chunks: wrapped model chunks.
@@ -81,12 +81,12 @@ def stored_bytes(
 
 
 def _is_first_copy(replica_id: Any) -> bool:
-    """Return whether the data-parallel group of this rank is the one that writes a tensor."""
+    """Return whether this rank's data-parallel group is the one that writes a tensor."""
     return not isinstance(replica_id, tuple) or not any(replica_id[:-1])
 
 
 def first_of_group(replica_id: Any) -> Any:
-    """Return the id of the copy that is written or read: the last part is the data-parallel rank."""
+    """Return the id of the copy to write or read; the last part of an id is the data-parallel rank."""
     return (*replica_id[:-1], 0) if isinstance(replica_id, tuple) else 0
 
 
@@ -102,7 +102,7 @@ def _parts(
 
 
 def add(state: dict[str, Any], entry: Any, kind: str, data: Tensor) -> None:
-    """Add one tensor to a sharded state under its kind's name."""
+    """Add one tensor to a sharded state, with its kind in the name."""
     changes: dict[str, Any] = {"key": f"{kind}.{entry.key}", "data": data}
     if isinstance(entry, ShardedTensor):
         changes["dtype"] = data.dtype

@@ -1,7 +1,7 @@
-"""Megatron's torch_dist format in three parts that fail apart: plan, write, publish.
+"""Saving in Megatron's torch_dist format, in three parts that fail separately: plan, write, publish.
 
-Megatron's own saving writes common.pt while it plans and its metadata between two collectives, so an
-error on one rank leaves the others waiting; and it sends results through a manager process that
+Megatron's own saving writes common.pt while it plans, and its metadata between two collectives, so an
+error on one rank leaves the others waiting. It also sends results through a manager process that
 outlives a killed rank. Here planning touches no file, writing runs anywhere (a forked process, say),
 and one rank publishes. The files are the same. Plans are made once and kept.
 """
@@ -24,9 +24,9 @@ with importing_megatron():
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 Files = dict[str, dict[str, Any]]
-"""Name -> size and hash of the files that a rank wrote."""
+"""Name -> size and hash, for the files that a rank wrote."""
 
-# From 0.19 on Megatron takes nvidia-resiliency-ext's writer unless told to take its own.
+# From 0.19 on, Megatron uses nvidia-resiliency-ext's writer unless told to use its own.
 _OWN_WRITER: dict[str, Any] = (
     {"async_strategy": "mcore"}
     if "async_strategy" in inspect.signature(TorchDistSaveShardedStrategy.async_save).parameters
@@ -39,8 +39,8 @@ class Plan:
 
     def __init__(self, writer: FileSystemWriterAsync, metadata: Any) -> None:
         self._writer, self._metadata = writer, metadata
-        # Copies from a GPU that are not waited for lie in pinned memory: a forked writer may crash there
-        # (Megatron-LM issue 1861), and PyTorch keeps up to twice as much of it for ever.
+        # Non-blocking copies from a GPU use pinned memory: a forked writer may crash there
+        # (Megatron-LM issue 1861), and PyTorch keeps up to twice as much of it forever.
         self._buckets = FileSystemWriterAsync.preload_tensors(
             writer.write_buckets or [], non_blocking=False
         )
@@ -61,12 +61,12 @@ class Plan:
                 raise outcome
             results += outcome
             path = Path(bucket[0])
-            # Read back from the page cache, in this process: hashing never stalls training.
+            # The file is read back from the page cache, in this process: hashing never stalls training.
             files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
         return results, files
 
     def publish(self, folder: Path, results: list[list[Any]]) -> None:
-        """Write the small files that make a folder of shards a checkpoint; rank 0 only."""
+        """Write the small files that turn a folder of shards into a checkpoint; rank 0 only."""
         torch.save({}, folder / "common.pt")
         self._writer.finish(self._metadata, results)
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
@@ -80,8 +80,8 @@ class Planner:
         self._is_checked = False
 
     def plan(self, state: dict[str, Any], folder: Path) -> Plan:
-        """Return what this rank writes of a sharded state; all ranks must call."""
-        # That every part of every tensor has one writer is checked once: it cannot change.
+        """Return what this rank writes of a sharded state. All ranks must call this."""
+        # Whether every part of every tensor has one writer is checked once: it cannot change.
         sharded: Any
         sharded, _ = save_preprocess(state, validate_access_integrity=not self._is_checked)
         self._is_checked = True
@@ -91,7 +91,7 @@ class Planner:
 
 
 class _PlanOnly(TorchDistSaveShardedStrategy):
-    """Stops after planning: the hook that would make Megatron's callbacks keeps their ingredients."""
+    """Stops after planning: instead of making Megatron's callbacks, the hook keeps their ingredients."""
 
     planned: tuple[FileSystemWriterAsync, Any]
 

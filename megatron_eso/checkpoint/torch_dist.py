@@ -1,7 +1,7 @@
-"""Read a sharded torch_dist checkpoint: no Megatron, no process group, one piece at a time.
+"""Read a sharded torch_dist checkpoint piece by piece, without Megatron or a process group.
 
 ``.metadata`` is a pickle that says which byte range of which ``.distcp`` file holds which part of which
-tensor; every such range is a small torch file of its own. Both are read without running anything: only
+tensor. Every such range is a small torch file of its own. Both are read without running anything: only
 the names below are known, each means a stand-in that keeps its content, and any other name is refused.
 """
 
@@ -61,7 +61,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StoredObject:
-    """What is in a checkpoint beside the tensors, and where its bytes are."""
+    """An object stored besides the tensors, and where its bytes are."""
 
     name: str
     file: str
@@ -71,7 +71,7 @@ class StoredObject:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of the checkpoint; ``shape`` has the layers in front where they are stacked."""
+    """A tensor of the checkpoint; if layers are stacked, their number comes first in ``shape``."""
 
     name: str
     shape: tuple[int, ...]
@@ -106,21 +106,21 @@ class TorchDistReader:
         return whole.reshape(shape)
 
     def read_object(self, name: str) -> Tensor:
-        """Return an object, which is a tensor or a list of one: no other is written.
+        """Return an object's tensor; the objects written are a tensor, or a list of one.
 
         Raises:
-            CheckpointError: if it is anything else, or damaged.
+            CheckpointError: if the object is anything else, or damaged.
         """
         stored = self.objects[name]
         found, _ = self._content(name, stored)
-        if isinstance(found, list) and len(found) == 1:  # Megatron's
+        if isinstance(found, list) and len(found) == 1:  # as Megatron writes it
             (found,) = found
         if not isinstance(found, Tensor):
             raise CheckpointError(f"{self.folder / stored.file}: {name} holds no tensor")
         return found
 
     def _require_whole(self, stored: StoredTensor, chunks: list[Chunk], layer: int | None) -> None:
-        """Refuse parts that leave gaps, overlap or reach out of the tensor."""
+        """Refuse parts that leave gaps, overlap, or extend beyond the tensor."""
         shape = stored.shape if layer is None else (1, *stored.shape[1:])
         starts = [c.offsets if layer is None else (0, *c.offsets[1:]) for c in chunks]
         inside = all(
@@ -137,7 +137,7 @@ class TorchDistReader:
             )
 
     def mapped(self, stored: StoredTensor, chunk: Chunk) -> tuple[Tensor, int]:
-        """Return a part of a tensor, its pages not read yet, and at which byte of its file it begins."""
+        """Return a part of a tensor, mapped but not yet read, and the byte of its file where it begins."""
         found, file_begin = self._content(stored.name, chunk)
         path = self.folder / chunk.file
         if not isinstance(found, Tensor):
@@ -150,7 +150,7 @@ class TorchDistReader:
         return found, found.data_ptr() - file_begin
 
     def _content(self, name: str, place: Chunk | StoredObject) -> tuple[Any, int]:
-        """Return what a byte range holds, mapped, and the address that the file's first byte would have."""
+        """Return a byte range's content, mapped, and the address that the file's first byte would have."""
         path = self.folder / place.file
         try:
             with open(path, "rb") as file:
@@ -172,7 +172,7 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
     """Return the tensors that ``.metadata`` describes.
 
     Raises:
-        CheckpointError: if it is missing, damaged, or names anything that an index has no use for.
+        CheckpointError: if the index is missing, damaged, or names anything that an index does not need.
     """
     return _read_index(folder)[0]
 
@@ -221,7 +221,7 @@ def _stored(name: str, entry: dict[str, Any], where: dict[Any, Any]) -> StoredTe
 
 
 def _place(name: str, info: Inert) -> tuple[str, int, int]:
-    """Return the file, the first byte and the number of bytes of what is stored under a name."""
+    """Return the file, first byte and number of bytes of what is stored under a name."""
     place = info.state
     if place.get("transform_descriptors"):
         raise CheckpointError(f"{name} is stored compressed, which is not read")
@@ -232,7 +232,7 @@ def _place(name: str, info: Inert) -> tuple[str, int, int]:
 
 
 def _dtype_of(properties: Inert) -> torch.dtype:
-    """Return the dtype: the first field of TensorProperties, whose state is a tuple."""
+    """Return the dtype of TensorProperties: by name, or the first field of a state that is a tuple."""
     state = properties.state
     dtype = state.get("dtype") if isinstance(state, dict) else state[0]
     if not isinstance(dtype, torch.dtype):
@@ -241,7 +241,7 @@ def _dtype_of(properties: Inert) -> torch.dtype:
 
 
 def _sizes(size: Any) -> tuple[int, ...]:
-    """Return the numbers of a torch.Size, which was read as a stand-in of one tuple."""
+    """Return the numbers of a torch.Size, which was read as a stand-in that holds one tuple."""
     values = size.args[0] if isinstance(size, Inert) and size.args else size
     return tuple(int(value) for value in (() if isinstance(values, Inert) else values))
 
@@ -263,7 +263,7 @@ def _overlap(starts: list[tuple[int, ...]], chunks: list[Chunk]) -> bool:
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Knows the classes of an index, as stand-ins; nothing is imported or run."""
+    """Reads an index's classes as stand-ins; imports and runs nothing."""
 
     def __init__(self, file: Any) -> None:
         super().__init__(file)
@@ -283,14 +283,14 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class _ChunkUnpickler(pickle.Unpickler):
-    """Knows plain tensors, and nothing else."""
+    """Reads plain tensors and nothing else."""
 
     def __init__(self, data: bytes, storages: dict[str, Any]) -> None:
         super().__init__(io.BytesIO(data))
         self._read = storages
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        """Return our own function for torch's; refuse every other name."""
+        """Return our stand-in for a name that plain tensors need; refuse every other name."""
         if (module_name, global_name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module_name, global_name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -310,9 +310,9 @@ class _ChunkUnpickler(pickle.Unpickler):
 
 
 def _content_of_range(file: Any, first_byte: int, num_bytes: int) -> tuple[Any, int]:
-    """Return what a byte range of a file holds; its tensors' pages are mapped, not read.
+    """Return the content of a file's byte range, with its tensors mapped, not read.
 
-    Also returns the address that the first byte of the file would have.
+    Also return the address that the file's first byte would have.
     """
     first = first_byte - first_byte % mmap.ALLOCATIONGRANULARITY
     skip = first_byte - first
@@ -343,9 +343,9 @@ def _content_of_range(file: Any, first_byte: int, num_bytes: int) -> tuple[Any, 
 
 
 class _Range(io.RawIOBase):
-    """A part of a file as a file of its own.
+    """A part of a file, as a file of its own.
 
-    It is read, not mapped: a page of a mapping that cannot be read ends the process.
+    It is read, not mapped: a mapped page that cannot be read ends the process.
     """
 
     def __init__(self, descriptor: int, first: int, size: int) -> None:
@@ -360,19 +360,19 @@ class _Range(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Move and return the place."""
+        """Move to a position and return it."""
         self._at = offset + (0, self._at, self._size)[whence]
         return self._at
 
     def tell(self) -> int:
-        """Return the place."""
+        """Return the position."""
         return self._at
 
     def read(self, size: int = -1) -> bytes:
         """Return the next bytes.
 
         Raises:
-            CheckpointError: if they cannot be read; of an OSError zipfile would say that it is no zip.
+            CheckpointError: if they cannot be read. An OSError would make zipfile say "not a zip file".
         """
         left = max(self._size - self._at, 0)
         size = left if size is None or size < 0 else min(size, left)

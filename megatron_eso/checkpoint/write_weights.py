@@ -1,6 +1,6 @@
-"""Write a checkpoint of weights alone from whole tensors: what importing a foreign model ends with.
+"""Write a weights-only checkpoint from whole tensors: the last step of importing a foreign model.
 
-One process builds the model at tensor=1, pipeline=1, puts the tensors into it by name and saves it as
+One process builds the model at tensor=1, pipeline=1, copies the tensors into it by name and saves it as
 training does, so the result loads at any layout.
 """
 
@@ -37,10 +37,10 @@ def write_weights(
     tokenizer_json: str | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> CheckpointFolder:
-    """Write a committed checkpoint folder; must run in a single process.
+    """Write and return a committed checkpoint folder; must run in a single process.
 
     Args:
-        path: folder, absent or empty.
+        path: folder; must not exist or must be empty.
         config: model, objective and row length of the weights.
         weights: whole tensors by full name (``parallel.parameters.Piece.full_name``).
         step: optimizer steps the weights were trained for.
@@ -48,7 +48,7 @@ def write_weights(
         origin: where the weights came from; goes into esolm.json.
 
     Raises:
-        CheckpointError: if the folder holds anything, names or shapes are not the model's, or several
+        CheckpointError: if the folder is not empty, names or shapes are not the model's, or several
             processes were started.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -92,7 +92,7 @@ def fill(chunks: list[nn.Module], weights: Mapping[str, Tensor]) -> None:
     """Copy whole tensors into the model; every name must be used and every parameter filled.
 
     Raises:
-        CheckpointError: naming what is missing, unknown or of another shape.
+        CheckpointError: naming the tensors that are missing, unknown or of another shape.
     """
     found, wrong = set(), []
     with torch.no_grad():

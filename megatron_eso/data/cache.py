@@ -1,8 +1,8 @@
 """Remote (or compressed) shards behind a bounded local cache, shared by all processes of a host.
 
-A shard is fetched under a lock to ``.part``, checked, unpacked, checked again and renamed; so a file
-under its own name was whole when it was written, and it is checked once more when a process first
-opens it: a damaged one is fetched again. Locks are ``flock`` locks, which end with their process.
+A shard is fetched under a lock to ``.part``, checked, unpacked, checked again and renamed. So a file
+under its own name was whole when it was written. It is checked once more when a process first opens it,
+and a damaged one is fetched again. Locks are ``flock`` locks, which end with their process.
 """
 
 import errno
@@ -28,18 +28,18 @@ LONGEST_PAUSE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Bounds of the cache and of fetching; see ``DataConfig``."""
+    """Limits of the cache and of fetching; see ``DataConfig``."""
 
     root: Path
     limit_bytes: int | None
     retries: int
     verify_hashes: bool
     is_passed_by: bool = False
-    """Every shard is fetched anew and lies in the cache folder, without a name, while it is open."""
+    """Every shard is fetched anew; while open, it takes space in the cache folder but has no name."""
 
 
 class CachedStore:
-    """Shards of one split through a local cache."""
+    """The shards of one split, read through a local cache."""
 
     def __init__(self, address: str, transport: Transport, settings: CacheSettings) -> None:
         self.address = address.rstrip("/")
@@ -65,7 +65,7 @@ class CachedStore:
         return content
 
     def open(self, shard: ShardFile) -> int:
-        """Return a descriptor of the whole shard, fetching it if it is not there whole."""
+        """Return a descriptor of the whole shard; fetch it unless a whole copy is cached."""
         from filelock import FileLock
 
         if self._settings.is_passed_by:
@@ -96,8 +96,8 @@ class CachedStore:
             return None
         problem = self._whole.problem_of(descriptor, shard.raw)
         if problem is None:
-            # Last use, for the eviction, which may have taken the name just now. The time of the
-            # last change stays: by it processes know a file that they have found whole.
+            # The eviction, which may just have removed the name, goes by the last use. The last
+            # change stays: by it processes recognize a file that they have found whole.
             os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
             return descriptor
         os.close(descriptor)
@@ -106,11 +106,11 @@ class CachedStore:
         return None
 
     def _own_part(self, name: str) -> Path:
-        """Return a name that no other process uses; other hosts may have one of the same number."""
+        """Return a name that no other process uses; processes on other hosts may have the same number."""
         return self._folder / f".{Path(name).name}.{uuid4().hex}.part"
 
     def _bring(self, part: Path, shard: ShardFile) -> int:
-        """Fetch a shard to ``part`` and return its descriptor, which outlasts that name."""
+        """Fetch a shard to ``part``; return its descriptor, which stays valid without that name."""
         self._fetch(shard.stored.name, part, shard.stored)
         if shard.compressed is not None:
             data = streaming_shim.decompress(shard.compression or "", part.read_bytes())
@@ -126,7 +126,7 @@ class CachedStore:
         return os.open(part, os.O_RDONLY)
 
     def _fetch(self, name: str, part: Path, expected: StoredFile | None) -> None:
-        """Fetch a file whole, trying again with growing pauses."""
+        """Fetch a whole file; after a failure try again, with growing pauses."""
         pause, problem = FIRST_PAUSE_SECONDS, ""
         for attempt in range(1, self._settings.retries + 1):
             try:
@@ -180,10 +180,10 @@ class CachedStore:
         return sum(size for _, size, _ in self._cached_files())
 
     def _evict_oldest(self) -> bool:
-        """Remove the cached shard used longest ago; readers that have it open keep their copy."""
+        """Remove the least recently used shard; readers that have it open keep their copy."""
         files = sorted(self._cached_files())
         if files:
-            with suppress(FileNotFoundError):  # another process did
+            with suppress(FileNotFoundError):  # another process removed it
                 files[0][2].unlink()
         return bool(files)
 
@@ -197,6 +197,6 @@ class CachedStore:
 
 
 def _cached_name(file: StoredFile) -> str:
-    """Return a name of the content: another split may take the address of an earlier one."""
+    """Return a name made from the content: a new split may take the address of an earlier one."""
     content = sha256(f"{file.num_bytes} {file.hashes}".encode()).hexdigest()[:16]
     return f"{Path(file.name).stem}.{content}.mds"

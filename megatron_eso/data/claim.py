@@ -1,7 +1,7 @@
-"""Whose an output of ``data prepare`` is: the request it was made from, and the process at work on it.
+"""Who owns an output of ``data prepare``: the request it was made from, and the process at work on it.
 
-The request stands in ``prepare.json``, which is written first and removed last. Manifests go first, so that
-a removal that was cut short leaves nothing that looks complete.
+The request is in ``prepare.json``, which is written first and removed last. Manifests are removed first, so
+that an interrupted removal leaves nothing that looks complete.
 """
 
 import fcntl
@@ -34,20 +34,20 @@ def claim(
     overwrite: bool,
     splits: tuple[str, ...],
 ) -> dict[str, Manifest] | None:
-    """Note the request where the output goes, or refuse it if another one's output stands there.
+    """Record the request where the output goes; refuse if another request's output is there.
 
     Args:
         folder: the output, or the work in progress for ``destination``.
         destination: object store that receives the output.
-        request: what decides the output.
-        overwrite: remove what is there, this request's output too.
-        splits: the splits that are asked for.
+        request: everything that decides the output.
+        overwrite: remove what is there, also this request's output.
+        splits: the splits to make.
 
     Returns:
-        The manifests if an earlier run with this request had done everything.
+        The manifests, if an earlier run with this request finished everything; else None.
 
     Raises:
-        DataError: for another request's output, or a place that ``data prepare`` did not make.
+        DataError: for another request's output, or files that ``data prepare`` did not make.
     """
     if destination is None:
         _claim_folder(folder, request, overwrite)
@@ -57,7 +57,7 @@ def claim(
         manifests = destination.manifests(splits)
         if manifests is not None:
             return manifests
-    else:  # what an earlier run left in the staging folder is not there any more
+    else:  # what the staging folder says was sent is not in the store, or is about to be removed
         if earlier is not None:
             _refuse_another(destination.address, earlier, request, overwrite)
             destination.replace(REQUEST_NAME, request, [*MERGE_ORDER, TOKENIZER_NAME])
@@ -70,7 +70,7 @@ def claim(
 def complete(
     folder: Path, request: dict[str, Any], splits: tuple[str, ...]
 ) -> dict[str, Manifest] | None:
-    """Return the manifests of a local output that has all of this request's splits, else None."""
+    """Return the manifests of a local output if it has all of this request's splits, else None."""
     if _request_of(folder) != request:
         return None
     if not all((folder / split / MANIFEST_NAME).is_file() for split in splits):
@@ -80,10 +80,10 @@ def complete(
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep other processes, of other machines too, from working on a folder; make it if need be.
+    """Keep other processes, also on other machines, from working on a folder; create it if missing.
 
     Raises:
-        DataError: if one is at work there.
+        DataError: if another process is at work there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_NAME
@@ -93,7 +93,7 @@ def alone(folder: Path) -> Iterator[None]:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 break
-        lock.close()  # its last holder removed it meanwhile
+        lock.close()  # its last holder has removed the file meanwhile
     with lock:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}")
@@ -105,7 +105,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def remove_prepared(out: Path) -> None:
-    """Remove an output and the work in progress."""
+    """Remove an output and its work in progress."""
     for split in MERGE_ORDER:
         (out / split / MANIFEST_NAME).unlink(missing_ok=True)
     for name in (*MERGE_ORDER, WORK_NAME):
@@ -126,7 +126,7 @@ def _lock(file: TextIO, folder: Path) -> None:
             f"another `data prepare` ({owner}) is at work on {folder}; wait until it ends, or choose "
             "another --out. One process starts the others: under Slurm, use srun -n1"
         ) from None
-    except OSError as error:  # a file system that has no locks
+    except OSError as error:  # the file system has no locks
         log.warning(
             "%s cannot be locked (%s): start no other `data prepare` on it meanwhile",
             folder,
@@ -150,7 +150,7 @@ def _claim_folder(out: Path, request: dict[str, Any], overwrite: bool) -> None:
 
 
 def _request_of(folder: Path) -> dict[str, Any]:
-    """Return the request that a folder was prepared from; empty if there is none, or it is damaged."""
+    """Return the request that a folder was prepared from; empty if it is missing or damaged."""
     path = folder / REQUEST_NAME
     return parse_json(path.read_text(errors="replace")) if path.is_file() else {}
 

@@ -1,4 +1,4 @@
-"""``data merge`` and ``data mix``: several prepared splits as one, and what a mixture will consume."""
+"""``data merge`` and ``data mix``: join prepared splits, and compute what a mixture will consume."""
 
 import json
 import os
@@ -26,18 +26,20 @@ class SourceUse:
 
     path: str
     share: float
-    """Part of the run's rows."""
+    """Share of the run's rows."""
     num_samples: int
     """Rows that the run reads."""
     epochs: float
-    """How often each row of the source is read."""
+    """How often each row of the source is read, on average."""
 
 
 def merge_splits(folders: list[Path], out: Path) -> Manifest:
-    """Join local splits of one tokenizer into a new split; shards are hard-linked or copied.
+    """Join local splits of one tokenizer into a new split; return its manifest.
+
+    Shards are hard-linked or copied.
 
     Raises:
-        DataError: if they do not fit together, share shards, or ``out`` is not empty.
+        DataError: if the splits do not fit together or share shards, or ``out`` is not empty.
     """
     manifests = [load_manifest(folder) for folder in folders]
     _check_alike(folders, manifests)

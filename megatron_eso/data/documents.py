@@ -1,7 +1,7 @@
-"""Documents of one piece of input: text files, jsonl (.gz, .zst), parquet and arrow files.
+"""The documents of one piece of input: text files, jsonl (.gz, .zst), parquet and arrow files.
 
-A document that cannot be used (not UTF-8, empty, no text under the key) comes with its ``problem``
-and the file and line it stands in; the caller raises it or counts it.
+A document that cannot be used (not UTF-8, empty, no text under the key) comes with its ``problem`` and
+its file and line; the caller raises the problem or counts it.
 """
 
 import json
@@ -16,12 +16,12 @@ from megatron_eso.data.sources import Piece
 from megatron_eso.errors import DataError
 
 Note = Callable[[int], None]
-MOST_NAMED = 200  # characters of the keys that a message lists
+MOST_NAMED = 200  # characters, at most, of the keys listed in a message
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document, or the reason why there is none."""
+    """One document, or why it cannot be used."""
 
     text: str
     """The text; empty when there is a problem."""
@@ -34,7 +34,7 @@ class Document:
 
 
 def refuse(document: Document) -> NoReturn:
-    """Raise the problem of a document, with what to do."""
+    """Raise a document's problem, with advice."""
     raise DataError(
         f"{document.where}: the document {document.problem}; repair it, or leave such documents out and "
         "count them with --bad-documents skip"
@@ -49,7 +49,7 @@ def documents_of(
     Args:
         piece: file or part of it.
         text_key: key (jsonl) or column (parquet, arrow) that holds the text.
-        note: called with how much of the piece's size has been read, compressed as it is stored.
+        note: called with how many bytes of the piece have been read, as stored (compressed).
 
     Raises:
         DataError: if the file cannot be opened, is damaged, or lacks the column.
@@ -179,10 +179,10 @@ def _rows(batches: Any, text_key: str, where: str) -> Iterator[Document]:
 
 
 def _values(column: Any) -> list[Any]:
-    """Return the values of a column; one that is not UTF-8 as the error it gives."""
+    """Return a column's values; in place of one that is not UTF-8, its error."""
     try:
         return column.to_pylist()
-    except UnicodeDecodeError:  # arrow does not say which, and one by one takes ten times as long
+    except UnicodeDecodeError:  # arrow does not say which value; one by one takes ten times as long
         return [_value(scalar) for scalar in column]
 
 

@@ -1,4 +1,4 @@
-"""Which files of a folder are read, what one holds by its name, and its bytes without their compression."""
+"""Which files of a folder are read, which kind a file is by its name, and its decompressed bytes."""
 
 import gzip
 import zlib
@@ -18,7 +18,7 @@ KINDS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-# Files of documents that are not read here; as text they would be trained on as they are.
+# Kinds of files that are not read here; taken as text, their raw bytes would be trained on.
 CONTAINERS = frozenset(
     {
         *(".bz2", ".xz", ".lzma", ".lz4", ".br", ".snappy", ".z", ".zip", ".7z", ".rar", ".tar", ".tgz"),
@@ -34,32 +34,32 @@ READ_HERE = (
 
 @dataclass(frozen=True)
 class FileChoice:
-    """Patterns as of a shell for the files of a folder, in which ``*`` stands for a / too.
+    """Shell patterns for the files of a folder; ``*`` also matches a /.
 
-    One without a / is compared with the names of files and folders, else with the path inside the folder.
+    A pattern without a / is compared with names of files and folders, others with the path in the folder.
     """
 
     include: tuple[str, ...] = ()
-    """Files to read, or folders to read all of; none: everything."""
+    """Files to read, or folders to read completely; empty: everything."""
     exclude: tuple[str, ...] = ()
-    """Files and folders to leave out; these win."""
+    """Files and folders to leave out; wins over ``include``."""
 
     def leaves_out(self, path: PurePath) -> bool:
-        """Return whether a file or a folder is excluded itself."""
+        """Return whether a file or folder is itself excluded."""
         return any(_matches(pattern, path) for pattern in self.exclude)
 
     def takes(self, path: PurePath) -> bool:
-        """Return whether a file, or a folder that it is in, is included."""
+        """Return whether a file, or a folder that contains it, is included."""
         places = (path, *path.parents[:-1])
         return not self.include or any(_matches(p, place) for p in self.include for place in places)
 
     def __str__(self) -> str:
-        """Return the options as they are typed, of every kind that was given."""
+        """Return the given options as they are typed."""
         given = (("include", self.include), ("exclude", self.exclude))
         return " ".join(f"--{name} {quote(pattern)}" for name, many in given for pattern in many)
 
     def in_words(self) -> str:
-        """Return what the files do that are left, as in "files that ..."."""
+        """Return a description of the chosen files, to follow "files that"."""
         words = (("--include", self.include, "takes"), ("--exclude", self.exclude, "leaves"))
         return " and ".join(f"{name} {join(many)} {does}" for name, many, does in words if many)
 
@@ -70,14 +70,14 @@ def _matches(pattern: str, path: PurePath) -> bool:
 
 
 def kind_of(path: Path) -> str:
-    """Return how a file is read, by its name: text, lines, parquet or arrow.
+    """Return how a file is read, judged by its name: text, lines, parquet or arrow.
 
     Raises:
-        DataError: for a container of documents that is not read here.
+        DataError: for a container of documents that is not supported.
     """
     name = path.name.lower()
     compression = Path(name).suffix if is_compressed(name) else ""
-    suffix = Path(_without_compression(name)).suffix  # of a.tar.gz: .tar
+    suffix = Path(_without_compression(name)).suffix  # .tar for a.tar.gz
     kind = KINDS.get(suffix, "text")
     if suffix in CONTAINERS or (compression and kind in ("parquet", "arrow")):
         raise DataError(
@@ -93,10 +93,10 @@ def is_compressed(path: str) -> bool:
 
 
 def require_json_lines(path: Path) -> None:
-    """Refuse a ``.json`` file that is one value over many lines, as an array is; others pass.
+    """Refuse a ``.json`` file that is one value over many lines, such as an array; others pass.
 
     Raises:
-        DataError: naming what is expected, or if the file cannot be read.
+        DataError: saying what is expected, or if the file cannot be read.
     """
     if not _without_compression(path.name.lower()).endswith(".json"):
         return
@@ -115,10 +115,10 @@ def require_json_lines(path: Path) -> None:
 
 
 def decompressed(file: BinaryIO, path: str) -> BinaryIO:
-    """Return the bytes of an open file without the compression that its name says; itself if none.
+    """Return an open file's decompressed bytes, by its name; the file itself if it is not compressed.
 
     Raises:
-        DataError: if a package that this needs is not installed.
+        DataError: if a needed package is not installed.
     """
     if path.lower().endswith(".gz"):
         return gzip.open(file, "rb")  # pyright: ignore[reportReturnType]

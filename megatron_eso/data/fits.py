@@ -1,7 +1,7 @@
-"""Do prepared splits fit the run that reads them, and each other? Their manifests tell.
+"""Whether prepared splits fit the run that reads them, and each other, judged by their manifests.
 
-A run asks when it starts; what starts many runs, or one much later, asks first: `sweep run`, `submit`.
-On a login node that must be quick: no numpy is imported here.
+A run checks this when it starts. Commands that start many runs, or one much later, check it first: `sweep
+run`, `submit`. On a login node that must be quick, so no numpy is imported here.
 """
 
 import os
@@ -16,12 +16,12 @@ from megatron_eso.files import is_remote
 
 
 def unseen_data(runs: Iterable[RunConfig]) -> list[str]:
-    """Compare with the runs what can be seen of their data from this machine; return what cannot.
+    """Check those of the runs' splits that this machine can see; return the others.
 
-    Nothing is fetched or written: of a split that is here the manifest is looked at.
+    Nothing is fetched or written: for a split that is here, only manifest and tokenizer are read.
 
     Returns:
-        "SETTING=PATH (why)" for what the runs alone can look at.
+        "SETTING=PATH (why)" for each split that only the runs can see.
 
     Raises:
         DataError: for a split that is here and does not fit, naming the setting.
@@ -73,7 +73,7 @@ def check_alike(paths: Sequence[str], manifests: Sequence[Manifest]) -> None:
     """Refuse a mixture of splits whose tokens mean different text, or are stored differently.
 
     Raises:
-        DataError: naming two of them.
+        DataError: naming two splits that differ.
     """
     for path, manifest in zip(paths, manifests, strict=True):
         if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256:
@@ -89,10 +89,10 @@ def check_alike(paths: Sequence[str], manifests: Sequence[Manifest]) -> None:
 
 
 def check_tokenizer(manifest: Manifest, path: str, tokenizer_sha256: str | None) -> None:
-    """Refuse a split that another tokenizer made.
+    """Refuse a split that another tokenizer made; ``tokenizer_sha256`` None: not known.
 
     Raises:
-        DataError: naming both.
+        DataError: naming both tokenizers' hashes.
     """
     if tokenizer_sha256 not in (None, manifest.tokenizer_sha256):
         raise DataError(
@@ -115,22 +115,22 @@ def require_path(path: str) -> None:
 
 
 def sources_of(data: DataConfig) -> dict[str, str]:
-    """Return the addresses of the training data by their settings."""
+    """Return setting -> address of the training data."""
     return {f"data.sources[{i}].path": source.path for i, source in enumerate(data.sources)}
 
 
 def held_out_of(data: DataConfig) -> dict[str, str]:
-    """Return the addresses of the validation sets by their settings."""
+    """Return setting -> address of the validation sets."""
     return {f"data.validation.{name}": path for name, path in data.validation.items()}
 
 
 def shape_of(run: RunConfig) -> dict[str, int]:
-    """Return what every split of a run must have."""
+    """Return the row length and vocabulary size that every split of a run must have."""
     return {"sequence_length": run.train.sequence_length, "vocab_size": run.model.vocab_size}
 
 
 def distinct(runs: Iterable[RunConfig]) -> list[RunConfig]:
-    """Return the first of the runs that read the same data as rows of the same kind."""
+    """Return one run (the first) for each combination of data and shape of rows."""
     found: list[RunConfig] = []
     for run in runs:
         if not any(run.data == one.data and shape_of(run) == shape_of(one) for one in found):
@@ -140,7 +140,7 @@ def distinct(runs: Iterable[RunConfig]) -> list[RunConfig]:
 
 @contextmanager
 def naming(setting: str) -> Iterator[None]:
-    """Put the setting before what is wrong with its split."""
+    """Put the setting in front of an error about its split."""
     try:
         yield
     except DataError as error:

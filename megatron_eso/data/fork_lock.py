@@ -1,6 +1,6 @@
 """A lock that is free in a forked child, where the thread that held it does not exist.
 
-What the locks of this package guard are caches whose entries are put in whole, so a child may go on from
+This package's locks guard caches whose entries are always added whole, so a child may continue with
 whatever it finds.
 """
 
@@ -25,7 +25,7 @@ class ForkLock:
         self._lock.release()
 
     def renew(self) -> None:
-        """Be free, whoever held the lock."""
+        """Free the lock, whoever held it."""
         self._lock = threading.Lock()
 
 

@@ -1,4 +1,4 @@
-"""``data inspect``: what a split holds, as text and as a picture of its documents' lengths."""
+"""``data inspect``: shows what a split holds, as text and as a plot of its documents' lengths."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ ROWS_AT_ONCE = 4096
 
 
 def document_lengths(split: ShardedRows, max_rows: int | None = None) -> NDArray[np.int64]:
-    """Return the tokens of each document, end token included, of the first ``max_rows`` rows."""
+    """Return each document's number of tokens, end token included, in the first ``max_rows`` rows."""
     manifest = split.manifest
     stop = min(split.num_samples, max_rows or split.num_samples)
     ends, passed = [np.array([-1], np.int64)], 0
@@ -29,7 +29,7 @@ def document_lengths(split: ShardedRows, max_rows: int | None = None) -> NDArray
 
 
 def decoded_rows(split: ShardedRows, tokenizer: Tokenizer, rows: list[int]) -> list[str]:
-    """Return the text of some rows; padding is left out.
+    """Return the text of some rows, without padding.
 
     Raises:
         DataError: if the split has no such row.
@@ -47,7 +47,7 @@ def require_picture(path: Path) -> None:
     """Refuse a picture that could not be drawn, before rows are read for it.
 
     Raises:
-        DataError: if matplotlib is missing or does not know the format, or its folder takes no file.
+        DataError: if matplotlib is missing or does not know the format, or the folder is not writable.
     """
     try:
         from matplotlib.backend_bases import FigureCanvasBase

@@ -1,9 +1,9 @@
 """What a prepared split says about itself: vocabulary, row length, counts and hashes.
 
 A split is a folder (or object-store prefix) with shards, streaming's ``index.json`` and our
-``manifest.json``, which is written last: a split without it is not complete. The vocabulary counts
-the mask token, which the tokenizer does not know: ``vocab_size`` is the tokenizer's vocabulary + 1 and
-the mask id is ``vocab_size - 1``. Shards use that id for padding (the end of a partition's last row).
+``manifest.json``, which is written last: a split without it is incomplete. The vocabulary includes
+the mask token, which the tokenizer does not know: ``vocab_size`` is the tokenizer's vocabulary + 1, and
+the mask id is ``vocab_size - 1``. Shards also use that id for padding, at the end of rows.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ PREPARE_AGAIN = "prepare the data again, with --overwrite"
 
 @dataclass(frozen=True)
 class Manifest:
-    """Facts of one split; rows are blocks of ``sequence_length + 1`` tokens at a stride of L."""
+    """Facts about one split; rows are blocks of ``sequence_length + 1`` tokens at a stride of L."""
 
     split: str
     """Name of the split: train, validation."""
@@ -31,7 +31,7 @@ class Manifest:
     tokenizer_sha256: str
     """Hash of that file."""
     vocab_size: int
-    """Token ids including the mask token."""
+    """Number of token ids, the mask token included."""
     sequence_length: int
     """L: tokens between the starts of two rows of a packed document stream."""
     dtype: str
@@ -43,11 +43,11 @@ class Manifest:
     num_samples: int
     """Rows."""
     num_tokens: int
-    """Tokens of the document stream, end-of-document tokens included, padding not."""
+    """Tokens of the document stream, with end-of-document tokens, without padding."""
     num_documents: int
     """Documents."""
     text_bytes: int
-    """UTF-8 bytes of the documents, the measure behind bits per byte."""
+    """UTF-8 bytes of the documents, used for bits per byte."""
     num_skipped: int
     """Documents left out on request (not UTF-8, empty)."""
     num_shards: int
@@ -64,28 +64,28 @@ class Manifest:
 
     @property
     def row_tokens(self) -> int:
-        """Return the tokens of one stored row, L + 1."""
+        """Return the number of tokens in a stored row, L + 1."""
         return self.sequence_length + 1
 
     @property
     def bytes_per_token(self) -> float:
-        """Return the bytes of text that one token stands for, on average."""
+        """Return the average bytes of text per token."""
         return self.text_bytes / self.num_tokens
 
     def save(self, folder: Path) -> None:
-        """Write the manifest so that it is either whole or absent."""
+        """Write the manifest, whole or not at all."""
         write_whole(folder / MANIFEST_NAME, self.to_json())
 
     def to_json(self) -> str:
-        """Return the manifest as it stands in its file."""
+        """Return the content of the manifest's file."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
 def parse_manifest(text: bytes | str, where: str) -> Manifest:
-    """Return the manifest of a file's content.
+    """Return the manifest parsed from a file's content.
 
     Raises:
-        DataError: naming ``where``, for content that is no manifest of this version.
+        DataError: naming ``where``, for content that is not a manifest of this version.
     """
     try:
         content = json.loads(text)
@@ -131,7 +131,7 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def local_split(folder: Path) -> Manifest:
-    """Return the manifest of a local split and refuse one whose tokenizer was replaced."""
+    """Return the manifest of a local split; refuse a split whose tokenizer was replaced."""
     manifest = load_manifest(folder)
     tokenizer = folder / manifest.tokenizer_file
     if tokenizer.is_file():

@@ -1,7 +1,7 @@
 """``data convert --from megatron-indexed``: Megatron's .bin/.idx token files to our shards.
 
-The layout (megatron/core/datasets/indexed_dataset.py): the 9 bytes MAGIC, version uint64 = 1,
-a code of the token type, uint64 number of sequences, uint64 number of document bounds, the lengths
+Layout of an index (megatron/core/datasets/indexed_dataset.py): the 9 bytes MAGIC, version uint64 = 1,
+one byte for the token type, uint64 number of sequences, uint64 number of document bounds, the lengths
 (int32), the byte offsets (int64) and the document bounds (int64, in sequences).
 """
 
@@ -32,13 +32,13 @@ SHARD_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class IndexedDataset:
-    """A pair of files, memory mapped."""
+    """The content of a .bin (memory mapped) and a .idx file."""
 
     tokens: NDArray[Any]
     lengths: NDArray[np.int32]
     """Tokens of each sequence."""
     bounds: NDArray[np.int64]
-    """First sequence of each document, and the number of sequences."""
+    """The first sequence of each document; last, the number of sequences."""
 
     def documents(self) -> Iterator[NDArray[Any]]:
         """Yield the tokens of each document."""
@@ -51,7 +51,7 @@ def open_indexed(prefix: Path) -> IndexedDataset:
     """Open ``prefix.bin`` and ``prefix.idx``.
 
     Raises:
-        DataError: if a file is missing, damaged, or of another layout.
+        DataError: if a file is missing, damaged, or has another layout.
     """
     index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (index, data):
@@ -89,7 +89,7 @@ def open_indexed(prefix: Path) -> IndexedDataset:
 
 
 def _check_bounds(bounds: NDArray[np.int64], lengths: NDArray[np.int32], where: str) -> None:
-    """Refuse bounds that would leave sequences out or use some twice."""
+    """Refuse bounds that would skip sequences or use some twice."""
     steps = np.diff(bounds)
     is_whole = len(bounds) > 0 and bounds[0] == 0 and bounds[-1] == len(lengths)
     if not is_whole or (steps < 0).any() or (lengths < 0).any():
@@ -103,13 +103,13 @@ def _check_bounds(bounds: NDArray[np.int64], lengths: NDArray[np.int32], where: 
 def convert_indexed(
     prefix: Path, out: Path, tokenizer_path: Path, sequence_length: int
 ) -> Manifest:
-    """Write the documents of a Megatron data set as one split.
+    """Write the documents of a Megatron data set as one split; return its manifest.
 
-    An end-of-document token that the documents already end with is kept, not doubled. The bytes of
-    text are counted by decoding.
+    If a document already ends with an end-of-document token, none is added. Bytes of text are counted
+    by decoding.
 
     Raises:
-        DataError: for a token the tokenizer does not know, or an ``out`` that is not empty.
+        DataError: for a token that the tokenizer does not know, or if ``out`` is not empty.
     """
     dataset, tokenizer = open_indexed(prefix), Tokenizer(tokenizer_path)
     with new_folder(out) as temporary:

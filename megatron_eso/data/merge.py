@@ -1,7 +1,7 @@
-"""Finished partitions to one split: shards renamed in order, one index, the manifest last.
+"""Merge finished partitions into one split: shards renamed in order, one index, and last the manifest.
 
-Stricter than streaming's ``merge_index``, which skips unfinished partitions and cannot run twice: the
-number of partitions must be the planned one, and a merge that was interrupted is simply run again.
+This is stricter than streaming's ``merge_index``, which skips unfinished partitions and cannot run twice.
+Here the number of partitions must be the planned one, and an interrupted merge is simply run again.
 """
 
 import json
@@ -31,15 +31,15 @@ def merge_partitions(
     *,
     are_sent: bool = False,
 ) -> Manifest:
-    """Move all partitions' shards of a split to ``out/split`` and write index and manifest.
+    """Move all partitions' shards of a split to ``out/split``, write its index, and return its manifest.
 
     Args:
         work: folder of the finished partitions.
         out: folder of the data set.
         split: name of the split.
         num_partitions: how many there must be.
-        tokenizer: what made the tokens.
-        options: what decided the rows.
+        tokenizer: the tokenizer that made the tokens.
+        options: the options that decided the rows.
         are_sent: the shards are in an object store, under their partitions' names; only index and
             manifest are written.
 
@@ -87,7 +87,7 @@ def merge_partitions(
 
 
 def renumbered(entry: dict[str, Any], number: int) -> tuple[dict[str, Any], str]:
-    """Return a shard's index entry under another number, and which of its files is stored."""
+    """Return a shard's index entry under another number, and the key of its stored file."""
     moved = dict(entry)
     for kind in ("raw_data", "zip_data"):
         if entry[kind]:
@@ -98,7 +98,7 @@ def renumbered(entry: dict[str, Any], number: int) -> tuple[dict[str, Any], str]
 
 
 def _moved(entry: dict[str, Any], source: Path, target: Path, number: int) -> dict[str, Any]:
-    """Rename one shard's file to its place in the whole and return its index entry."""
+    """Move one shard's file to its place in the split; return its index entry."""
     moved, stored = renumbered(entry, number)
     before, after = source / entry[stored]["basename"], target / moved[stored]["basename"]
     if before.exists():

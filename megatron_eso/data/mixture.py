@@ -1,8 +1,8 @@
 """Which source each place of a mixture reads: a deterministic, stratified interleave without a table.
 
-Places come in periods in which every source gets exactly its share: the j-th of a source's a samples
-falls in the j-th of a equal strata of the period, at a random point of it drawn from (seed, period).
-So shares are exact after every period and close within it, whoever asks for which places.
+Places come in periods, in which every source gets exactly its share. If a source has a samples in a period,
+the j-th falls in the j-th of a equal strata of the period, at a random point drawn from (seed, period).
+So shares are exact after every period and close within it, in whatever order places are asked for.
 """
 
 from collections import OrderedDict
@@ -22,10 +22,10 @@ _MIXTURE_STREAM = 0x313
 
 
 class Mixture:
-    """Sources by weight; ``shares`` of ``period`` places each."""
+    """Sources by weight; each gets its number in ``shares`` of every ``period`` places."""
 
     def __init__(self, weights: Sequence[float], *, seed: int) -> None:
-        """Turn weights into whole shares of a period.
+        """Turn weights into whole numbers of places in a period.
 
         Weights with a small common denominator (7 and 3; 0.25 and 0.75) are met exactly, others to
         one part in 65536.
@@ -44,7 +44,7 @@ class Mixture:
         )
 
     def split(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return for each place its source and the place in that source's own order."""
+        """Return, for each place, its source and its place in that source's own order."""
         places = np.asarray(places, np.int64)
         if len(self.shares) == 1:
             return np.zeros_like(places), places

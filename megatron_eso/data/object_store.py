@@ -1,8 +1,8 @@
 """Objects of S3-compatible stores: s3:// and, with its interoperability keys, gs://.
 
-One call is one attempt, bounded in time, that gives a whole object or a ``StoreError`` that says
-whether another attempt can help; so callers decide how often to try. Uploads carry their MD5, which
-the store checks.
+One call is one attempt, limited in time. It gives a whole object, or a ``StoreError`` that says whether
+another attempt can help, so callers decide how often to try. Uploads carry their MD5, which the store
+checks.
 """
 
 import hashlib
@@ -21,19 +21,22 @@ from megatron_eso.errors import DataError
 
 CHUNK_BYTES = 1 << 20
 PERMANENT_STATUS = (400, 401, 403, 404)
-PASSING_CODES = ("BadDigest", "RequestTimeout")  # come as 400, yet another attempt may succeed
+PASSING_CODES = (
+    "BadDigest",
+    "RequestTimeout",
+)  # these come as 400, but another attempt may succeed
 _TAKEN, _NOT_IMPLEMENTED = 412, 501
 GCS_ENDPOINT = "https://storage.googleapis.com"
 
 
 class StoreError(Exception):
-    """An attempt failed; ``is_permanent`` tells that another one would fail too."""
+    """An attempt failed; if ``is_permanent``, another attempt would fail too."""
 
     def __init__(self, message: str, *, is_permanent: bool, status: int = 0) -> None:
         super().__init__(message)
         self.is_permanent = is_permanent
         self.status = status
-        """What the store answered (HTTP); 0: nothing."""
+        """HTTP status of the store's answer; 0: no answer."""
 
     @property
     def is_missing(self) -> bool:
@@ -51,17 +54,18 @@ class ObjectFolder:
 
     @staticmethod
     def open(address: str, timeout_seconds: float) -> "ObjectFolder":
-        """Return the folder of an address; nothing is asked of the store yet."""
+        """Return the folder of an address; the store is not contacted yet."""
         address = address.rstrip("/")
         return ObjectFolder(
             address, timeout_seconds, _client(urlparse(address).scheme, timeout_seconds)
         )
 
     def fetch(self, name: str, target: Path) -> None:
-        """Write an object to a file; OSError is for the file alone.
+        """Write an object to a file.
 
         Raises:
-            StoreError: if the object could not be had whole within the time limit.
+            StoreError: if the whole object did not come within the time limit.
+            OSError: only if the file cannot be written.
         """
         with _as_store_errors(), target.open("wb") as file:
             self._copy(name, file)
@@ -70,7 +74,7 @@ class ObjectFolder:
         """Return the content of a small object.
 
         Raises:
-            StoreError: if the object could not be had whole within the time limit.
+            StoreError: if the whole object did not come within the time limit.
         """
         content = io.BytesIO()
         with _as_store_errors():
@@ -86,10 +90,10 @@ class ObjectFolder:
         self._put(name, content)
 
     def put_new(self, name: str, content: bytes) -> bool:
-        """Store an object if there is none of its name; return whether it was stored.
+        """Store an object unless one of its name exists; return whether it was stored.
 
-        A store that knows no such condition replaces one. Google's has another, which this client cannot
-        ask for.
+        A store without this condition replaces an existing object. Google's has a different condition,
+        which this client cannot send.
 
         Raises:
             StoreError: if the store did not take it whole.
@@ -114,13 +118,13 @@ class ObjectFolder:
             StoreError: if the store refused.
         """
         place = self._place("")
-        prefix = f"{place['Key']}/" if place["Key"] else ""  # of a whole bucket
+        prefix = f"{place['Key']}/" if place["Key"] else ""  # empty for a whole bucket
         with _as_store_errors():
             found = self.client.list_objects_v2(Bucket=place["Bucket"], Prefix=prefix, MaxKeys=1)
         return not found.get("Contents")
 
     def remove(self, name: str) -> None:
-        """Remove the object of this name and all in the folder of this name, no others.
+        """Remove the object of this name, and all objects in the folder of this name.
 
         Raises:
             StoreError: if the store refused.
@@ -133,7 +137,7 @@ class ObjectFolder:
                     if entry["Key"] != place["Key"] and not entry["Key"].startswith(
                         f"{place['Key']}/"
                     ):
-                        continue  # another's, whose name begins alike
+                        continue  # another object, whose name only begins the same
                     self.client.delete_object(Bucket=place["Bucket"], Key=entry["Key"])
 
     def _put(self, name: str, content: bytes, **conditions: str) -> None:
@@ -148,8 +152,8 @@ class ObjectFolder:
     def _copy(self, name: str, file: BinaryIO) -> None:
         deadline = time.monotonic() + self.timeout_seconds
         answer = self.client.get_object(**self._place(name))
-        # The raw stream gives what has arrived; boto's own read waits for a full chunk, so that a
-        # trickle would outlast any limit.
+        # The raw stream returns what has arrived. Boto's own read waits for a full chunk, so a
+        # trickle of bytes would outlast any time limit.
         body = answer["Body"]._raw_stream
         num_bytes = 0
         while chunk := body.read1(CHUNK_BYTES):
@@ -168,7 +172,7 @@ class ObjectFolder:
 
 
 def speaks_s3(address: str) -> bool:
-    """Return whether an address is one that :class:`ObjectFolder` reads: s3://, or gs:// with keys."""
+    """Return whether :class:`ObjectFolder` can read an address: s3://, or gs:// with keys."""
     scheme = urlparse(address).scheme
     has_keys = "GCS_KEY" in os.environ and "GCS_SECRET" in os.environ
     return scheme == "s3" or (scheme == "gs" and has_keys)
@@ -217,7 +221,7 @@ def _client(scheme: str, timeout_seconds: float) -> Any:
         read_timeout=timeout_seconds,
         retries={"total_max_attempts": 1},
         s3={"addressing_style": "path"} if endpoint else None,
-        # Newer checksums are unknown to many compatible stores; ContentMD5 is known to all.
+        # Many compatible stores do not know newer checksums; all know ContentMD5.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )

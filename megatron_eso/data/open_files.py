@@ -1,7 +1,7 @@
-"""Open shard files, of which a process keeps no more than its limit allows, however many splits it reads.
+"""The open shard files of a process, kept within its limit however many splits it reads.
 
-Each split looks up its own files, without a lock; opening one more may close the oldest of another.
-A file closes with its last user, so a read that has begun always ends.
+Each split looks up its own files, without a lock. Opening one more may close another split's oldest.
+A file closes with its last user, so a read that has begun always completes.
 """
 
 import os
@@ -13,7 +13,7 @@ from functools import cache
 
 from megatron_eso.data.fork_lock import ForkLock
 
-MOST_OPEN_FILES = 2048  # of a process; each costs the kernel about 1 KiB
+MOST_OPEN_FILES = 2048  # per process; each costs the kernel about 1 KiB
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class OpenShard:
 
 
 class OpenFiles:
-    """The open shards of one split by number, the one opened first in front."""
+    """The open shards of one split by number, in the order in which they were opened."""
 
     def __init__(self) -> None:
         self.of_shard: OrderedDict[int, OpenShard] = OrderedDict()
@@ -37,7 +37,7 @@ class OpenFiles:
             _process().splits.add(self)
 
     def add(self, shard: int, opened: OpenShard) -> OpenShard:
-        """Keep an open file and return it, or the one that another thread opened meanwhile."""
+        """Keep and return an open file, or return the one that another thread opened meanwhile."""
         with _process().lock:
             self._forget_removed()
             kept = self.of_shard.setdefault(shard, opened)
@@ -45,19 +45,19 @@ class OpenFiles:
             return kept
 
     def clear(self) -> None:
-        """Forget the files; they close when the last read of them ends."""
+        """Forget the files; each closes when its last read ends."""
         with _process().lock:
             self.of_shard.clear()
 
     def _forget_removed(self) -> None:
-        """Close files that a full cache removed, so that the disk gets their space back."""
+        """Close files that a full cache removed, so that the disk gets back their space."""
         self._adds_until_look -= 1
         if self._adds_until_look > 0:
             return
         gone = [n for n, one in self.of_shard.items() if os.fstat(one.descriptor).st_nlink == 0]
         for number in gone:
             del self.of_shard[number]
-        # Looking at a few for each one added is enough, and costs little where many are open.
+        # This looks at about eight files for each one added: enough, and cheap where many are open.
         self._adds_until_look = len(self.of_shard) // 8
 
 
@@ -83,7 +83,7 @@ def _process() -> _Process:
 
 
 def _close_oldest() -> None:
-    """Close files of the split that has most of them, until all are few enough."""
+    """Close files, always of the split that has most open, until the process is within its limit."""
     splits, most = list(_process().splits), most_open_files()
     while sum(len(split.of_shard) for split in splits) > most:
         max(splits, key=lambda split: len(split.of_shard)).of_shard.popitem(last=False)

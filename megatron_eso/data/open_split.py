@@ -1,4 +1,4 @@
-"""From the address of a split to its rows: a local folder in place, anything else by the cache."""
+"""From a split's address to its rows: uncompressed local shards in place, all others through the cache."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def open_split(
         address: local folder or object-store address (s3://, gs://, ...).
         data: cache, retry and verification settings.
         verify_hashes: overrides the setting.
-        pass_by_cache: read the stored shards themselves, and keep no copy of them.
+        pass_by_cache: read the stored shards themselves, and keep no copy.
 
     Raises:
         DataError: if the split is missing, empty, damaged, or its tokenizer was replaced.
@@ -66,7 +66,7 @@ def open_split(
 
 
 def open_sources(data: DataConfig, *, sequence_length: int, vocab_size: int) -> list[ShardedRows]:
-    """Return the training splits of a run, opened; no shard is read yet.
+    """Open and return the training splits of a run; no shard is read yet.
 
     Args:
         data: the run's data section.
@@ -74,7 +74,7 @@ def open_sources(data: DataConfig, *, sequence_length: int, vocab_size: int) -> 
         vocab_size: vocabulary of the model, mask token included; every source must have it.
 
     Raises:
-        DataError: for missing, empty or unfitting sources, naming the setting.
+        DataError: for missing, empty or unsuitable sources, naming the setting.
     """
     require_sources(data)
     splits = []
@@ -94,14 +94,14 @@ def open_held_out(
     vocab_size: int,
     tokenizer_sha256: str | None = None,
 ) -> ShardedRows:
-    """Return a held-out split, opened.
+    """Open and return a held-out split.
 
     Args:
         path: folder or address.
-        data: cache and retry settings of remote splits.
-        sequence_length: tokens of a row, which must be the split's.
-        vocab_size: of the model, mask token included; likewise.
-        tokenizer_sha256: hash of the model's tokenizer, likewise; None: not known.
+        data: cache and retry settings for remote splits.
+        sequence_length: tokens in a row; must be the split's.
+        vocab_size: vocabulary of the model, mask token included; must be the split's.
+        tokenizer_sha256: hash of the model's tokenizer; must be the split's. None: not known.
 
     Raises:
         DataError: if the split does not fit.
@@ -113,10 +113,10 @@ def open_held_out(
 
 
 def require_data(runs: Iterable[RunConfig]) -> None:
-    """Open all that the runs will read, as they would, and close it; the same data once.
+    """Open all data that the runs will read, as they would, and close it; the same data only once.
 
     Raises:
-        DataError: what a run would say when it starts, naming the setting.
+        DataError: as a run would raise when it starts, naming the setting.
     """
     for run in distinct(runs):
         shape = shape_of(run)
@@ -143,7 +143,7 @@ def tokenizer_json(address: str, manifest: Manifest, data: DataConfig) -> bytes:
     """Return the content of the tokenizer file that made a split.
 
     Raises:
-        DataError: if it is missing or is another one.
+        DataError: if the file is missing or is another tokenizer.
     """
     name, folder = manifest.tokenizer_file, address.rstrip("/")
     if name.startswith("../"):

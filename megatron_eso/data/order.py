@@ -1,10 +1,10 @@
 """Which sample stands at each place of a data set's endless order: a pure function, without a table.
 
-An epoch is streaming's ``py1e`` permutation of the shards' samples. That permutation is made for the
-whole epoch at once, which costs seconds and gigabytes at 50 million samples; so larger data sets are
-cut into *groups* of about GROUP_SAMPLES samples: the epoch's shuffled shards, dealt out in order,
-each group permuted by ``py1e`` on its own. A data set of one group has exactly streaming's order.
-Epochs follow each other without a gap, so every sample is used once an epoch whatever the batch.
+An epoch is streaming's ``py1e`` permutation of the shards' samples. Streaming permutes a whole epoch in one
+go, which costs seconds and gigabytes at 50 million samples. So larger data sets are cut into *groups* of
+about GROUP_SAMPLES samples: the epoch's shuffled shards are dealt out in order, and ``py1e`` permutes each
+group on its own. A data set of one group has exactly streaming's order. Epochs follow each other without
+a gap, so every sample is used once per epoch, whatever the batch.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from megatron_eso.data import streaming_shim
 from megatron_eso.data.fork_lock import ForkLock
 from megatron_eso.errors import DataError
 
-# About 0.1 s and 12 MB for each group; shards of 64 MiB are far smaller than that.
+# A group costs about 0.1 s and 12 MB; shards of 64 MiB have far fewer samples.
 GROUP_SAMPLES = 1 << 20
 GROUPS_KEPT = 3
 FINGERPRINT_SAMPLES = 4096
@@ -44,13 +44,13 @@ class SampleOrder:
         Args:
             shard_sizes: samples of each shard, in written order.
             seed: seed of the run's data order.
-            shuffle: False: the written order, every epoch.
-            block_size: samples of neighbouring shards that are shuffled together.
+            shuffle: False: the written order in every epoch.
+            block_size: number of samples of neighboring shards that are shuffled together.
             nodes: independent shard sequences of ``py1e`` (canonical nodes).
-            group_samples: samples permuted at once.
+            group_samples: about how many samples are permuted together.
 
         Raises:
-            DataError: for no samples, or more canonical nodes than samples of a group.
+            DataError: if there are no samples, or more canonical nodes than samples in a group.
         """
         self.num_samples = int(sum(shard_sizes))
         self._sizes = np.array(shard_sizes, np.int64)
@@ -75,17 +75,17 @@ class SampleOrder:
             )
 
     def samples_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the sample numbers at places 0, 1, ... of the endless order.
+        """Return the sample numbers at the given places of the endless order.
 
         Args:
-            places: any places, any epochs.
+            places: any places from 0 on, in any epochs.
         """
         places = np.asarray(places, np.int64)
         epochs, within = np.divmod(places, self.num_samples)
         if not self._shuffle or not len(places):
             return within
         first, last = int(places.min()), int(places.max())
-        if first // self.num_samples == last // self.num_samples:  # a step, nearly always
+        if first // self.num_samples == last // self.num_samples:  # true of nearly every step
             epoch, offset = divmod(first, self.num_samples)
             deal = self._deal(epoch)
             group = int(deal.starts.searchsorted(offset, side="right")) - 1
@@ -104,7 +104,7 @@ class SampleOrder:
         return samples
 
     def shards_ahead(self, place: int, num_shards: int) -> list[int]:
-        """Return the shards that places from ``place`` on touch first, at most ``num_shards``."""
+        """Return the first shards, at most ``num_shards``, that the places from ``place`` on touch."""
         ahead = self.samples_at(np.arange(place, place + min(self.num_samples, 4096)))
         shards = np.searchsorted(self._starts, ahead, side="right") - 1
         _, first = np.unique(shards, return_index=True)
@@ -133,13 +133,13 @@ class SampleOrder:
                 return self._groups[epoch, group]
         shards = self._deal(epoch).shards[group]
         sizes = self._sizes[shards]
-        # The group's number joins the seed, or groups of equal shards would be permuted alike.
+        # The group's number enters the seed; else groups with equal shard sizes get the same permutation.
         seed = self._seed + group * 7919
         nodes = min(self._nodes, int(sizes.sum()))  # the last group of an epoch may be small
         places = streaming_shim.epoch_permutation(
             sizes, nodes=nodes, seed=seed, epoch=epoch, block_size=self._block_size
         )
-        # From samples counted inside the group to samples of the data set, shard by shard.
+        # Convert sample numbers within the group to those of the data set, shard by shard.
         shift = self._starts[shards] - np.concatenate([[0], np.cumsum(sizes)[:-1]])
         samples = (places + np.repeat(shift, sizes)[places]).astype(self._sample_dtype)
         with self._lock:
@@ -154,7 +154,7 @@ class SampleOrder:
 
 
 class _Deal:
-    """The shards of each group of one epoch, and the place in the epoch where each group starts."""
+    """The shards of each group in one epoch, and the place in the epoch where each group starts."""
 
     def __init__(self, shards: list[NDArray[np.int64]], sizes: NDArray[np.int64]) -> None:
         self.shards = shards

@@ -41,14 +41,14 @@ def describe_write_error(error: OSError, folder: Path) -> str:
 
 
 def require_writable(folder: Path, what: str) -> None:
-    """Make a folder and try to write there, before hours of work.
+    """Create a folder and try to write there, before hours of work.
 
     Args:
         folder: the folder.
-        what: what is to be written, as a message names it.
+        what: name, for messages, of what is to be written.
 
     Raises:
-        DataError: if it cannot be made, or takes no file.
+        DataError: if the folder cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Documents to rows of L + 1 tokens at a stride of L, so that every token is a row's token once.
+"""Pack documents into rows of L + 1 tokens at a stride of L, so that every token is in the first L once.
 
-Packed: documents follow each other, each ended by its end token; only the last row of a partition is
-padded. Separate: every document starts a row of its own. Padding is stored as the mask id.
+Packed: documents follow each other, each with its end token; only the last row of a partition is
+padded. Separate: every document starts a new row. Padding is stored as the mask id.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 
 class RowPacker:
-    """Collects tokens of documents and gives whole rows back."""
+    """Collects tokens of documents and gives back whole rows."""
 
     def __init__(
         self, *, sequence_length: int, mask_id: int, end_of_document_id: int, separate: bool
@@ -26,7 +26,7 @@ class RowPacker:
         self._held = 0
 
     def add(self, tokens: NDArray[np.uint32]) -> Iterator[NDArray[np.uint32]]:
-        """Take more tokens of the current document and yield the rows [n, L + 1] that are now full."""
+        """Take more tokens of the current document; yield the rows [n, L + 1] that are now full."""
         self._parts.append(tokens)
         self._held += len(tokens)
         self.num_tokens += len(tokens)
@@ -38,13 +38,13 @@ class RowPacker:
             self._held = len(self._parts[0])
 
     def end_document(self) -> Iterator[NDArray[np.uint32]]:
-        """Add the end token and yield full rows; with separate rows also the document's last, padded."""
+        """Add the end token; yield full rows and, if rows are separate, the document's padded last row."""
         yield from self.add(self._end)
         if self._separate:
             yield from self.finish()
 
     def finish(self) -> Iterator[NDArray[np.uint32]]:
-        """Yield what is left as one padded row [1, L + 1], and start over."""
+        """Yield the remaining tokens as one padded row [1, L + 1], and start over."""
         if self._held:
             row = np.full(self._length + 1, self._mask_id, np.uint32)
             row[: self._held] = np.concatenate(self._parts)

@@ -19,7 +19,7 @@ def pyarrow_module(name: str) -> Any:
 
 
 def open_parquet(path: str) -> Any:
-    """Return pyarrow's ``ParquetFile`` of a path.
+    """Return pyarrow's ``ParquetFile`` for a path.
 
     Raises:
         DataError: if the file is damaged or cannot be read.
@@ -31,6 +31,6 @@ def open_parquet(path: str) -> Any:
 
 
 def row_group_bytes(path: str) -> list[int]:
-    """Return the uncompressed size of each row group of a parquet file; errors as of opening it."""
+    """Return each row group's uncompressed bytes in a parquet file; errors as in :func:`open_parquet`."""
     metadata = open_parquet(path).metadata
     return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]

@@ -1,8 +1,8 @@
 """One worker's part of preparing data: read, split, tokenize, pack and write one partition.
 
-A partition is written into ``part-xxxxx.tmp`` and renamed when it is whole, with ``part.json`` as its
-account; one that was interrupted is simply done again. With an object store as the output its shards
-are sent there before that.
+A partition is written to ``part-xxxxx.tmp``, with its counts in ``part.json``, and renamed when it is
+whole; an interrupted one is simply done again. If the output is an object store, the shards are sent
+there before the renaming.
 """
 
 import json
@@ -29,32 +29,32 @@ from megatron_eso.errors import DataError
 
 SPLITS = ("train", "validation")
 PART_NAME = "part.json"
-# Characters encoded in one call: enough to keep the encoder busy, little enough to hold in memory.
+# Characters encoded in one call: enough to keep the encoder busy, few enough to hold in memory.
 BATCH_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What decides the content of the prepared rows; stored beside them and compared by later runs."""
+    """The options that decide the prepared rows; stored beside them and compared by later runs."""
 
     sequence_length: int
     """L: tokens between the starts of two rows."""
     vocab_size: int
-    """Token ids including the mask token."""
+    """Number of token ids, the mask token included."""
     text_key: str = TEXT_KEY
-    """Key or column of the text in jsonl, parquet and arrow files."""
+    """Key or column that holds the text in jsonl, parquet and arrow files."""
     packing: str = "packed"
     """packed or separate."""
     validation_fraction: float = 0.05
-    """Share of the documents held out, chosen by hash."""
+    """Share of the documents to hold out, chosen by hash."""
     bad_documents: str = "error"
     """error or skip."""
     shard_mib: int = 64
-    """Largest shard, in MiB."""
+    """Largest shard before compression, in MiB."""
     compress: bool = False
     """Write zstd shards (for object stores)."""
     partition_mib: int | None = None
-    """Input per partition, in MiB; None: by the size of the inputs."""
+    """Input per partition, in MiB; None: follows from the size of the inputs."""
 
     @property
     def dtype(self) -> str:
@@ -64,16 +64,16 @@ class PrepareOptions:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What every worker of one preparation is told."""
+    """What every worker of one preparation needs to know."""
 
     work: Path
     """Folder of the finished partitions."""
     tokenizer_path: Path
     """tokenizer.json."""
     options: PrepareOptions
-    """What decides the rows."""
+    """The options that decide the rows."""
     address: str | None = None
-    """Object store that receives the shards of finished partitions; None: they stay here."""
+    """Object store that receives the shards of finished partitions; None: they stay local."""
 
     def folder_of(self, partition: Partition) -> Path:
         """Return the folder of a finished partition."""
@@ -118,7 +118,7 @@ class _Meter:
     """How much of a partition's inputs has been read, and how much of that was reported."""
 
     report: Callable[[int, int], None]
-    before: int = 0  # size of the pieces that are done
+    before: int = 0  # bytes of the finished pieces
     read: int = 0
     reported: int = 0
 
@@ -135,7 +135,7 @@ class _Meter:
 
 
 def split_of(document: Document, validation_fraction: float) -> str:
-    """Return the split of a document: a hash of its key, so that equal documents stay together."""
+    """Return a document's split, from a hash of its key, so that equal documents stay together."""
     digest = blake2b(document.split_key.encode(errors="surrogatepass"), digest_size=8).digest()
     is_held_out = int.from_bytes(digest, "big") < validation_fraction * 2**64
     return SPLITS[int(is_held_out)]
@@ -149,10 +149,10 @@ def write_partition(
     Args:
         partition: what to read.
         preparation: where to write, with which tokenizer and options.
-        report: called with (bytes of the inputs as stored, tokens) done since the last call.
+        report: called with the (bytes of the inputs as stored, tokens) done since the last call.
 
     Raises:
-        DataError: for a document that cannot be used, no space, no permission.
+        DataError: for an unusable document, a full disk, or missing permissions.
     """
     done = preparation.folder_of(partition)
     temporary = done.with_suffix(".tmp")
@@ -174,8 +174,8 @@ def write_partition(
 
 @lru_cache(maxsize=1)
 def _loaded(path: Path, changed: int) -> Tokenizer:
-    """Return the tokenizer of a file; one for all partitions keeps the words it has met."""
-    del changed  # part of the key: another file may take the path
+    """Return a file's tokenizer; one for all partitions keeps its cache of words."""
+    del changed  # only part of the cache key: another file may take the path
     return Tokenizer(path)
 
 
@@ -249,7 +249,7 @@ def _encode(
     tokenizer: Tokenizer,
     options: PrepareOptions,
 ) -> int:
-    """Write a batch and return its tokens."""
+    """Encode and write a batch; return its number of tokens, without end tokens."""
     encoded = iter(tokenizer.encode_pieces([piece for _, piece, ends in batch if not ends]))
     num_tokens = 0
     for output, _, ends in batch:

@@ -1,8 +1,8 @@
-"""Where the rows of the next steps lie, worked out for many steps at once.
+"""Where the rows of the next steps lie, worked out for many steps together.
 
-The order, the mixture and the search for a row's shard are vectorised, so they cost little in bulk
-and much one step at a time. A block of steps is planned for one set of row numbers, which a rank asks
-for again at every step, and kept. What is kept is a function of (step, rows) alone.
+The order, the mixture and the search for a row's shard are vectorized, so they cost little in bulk
+and much one step at a time. A block of steps is planned and kept for one set of row numbers, which a rank
+asks for at every step. A plan depends only on (step, rows).
 """
 
 from collections import OrderedDict
@@ -16,7 +16,7 @@ from megatron_eso.data.mixture import Mixture
 from megatron_eso.data.order import SampleOrder
 from megatron_eso.data.shards import ShardedRows
 
-ROWS_OF_BLOCK = 2048  # planned at once, over as many steps as that makes
+ROWS_OF_BLOCK = 2048  # planned together, over as many steps as they fill
 BLOCKS_KEPT = 8
 
 Rows = tuple[int, ...]
@@ -29,13 +29,13 @@ class Part(NamedTuple):
     places: list[int]
     """Where they stand among the rows asked for."""
     shards: list[int]
-    """Shard of each; equal ones stand side by side."""
+    """Shard of each row; equal ones are side by side."""
     offsets: list[int]
-    """Bytes from the shard's first row."""
+    """Offset of each row, in bytes from the shard's first row."""
 
 
 class ReadPlans:
-    """Plans the reads of a run; may be used by several threads."""
+    """Plans the reads of a run; several threads may use it."""
 
     def __init__(
         self,
@@ -45,13 +45,13 @@ class ReadPlans:
         *,
         batch_rows: int,
     ) -> None:
-        """Plan nothing yet.
+        """Keep what plans are made from; nothing is planned yet.
 
         Args:
             orders: order of each source.
             mixture: which source stands at which place.
             splits: the sources.
-            batch_rows: rows of a step over all ranks.
+            batch_rows: rows of a step on all ranks together.
         """
         self._orders, self._mixture, self._splits = orders, mixture, splits
         self._batch_rows = batch_rows
@@ -59,7 +59,7 @@ class ReadPlans:
         self._blocks: OrderedDict[tuple[int, Rows], list[list[Part]]] = OrderedDict()
 
     def of_step(self, step: int, rows: Rows) -> list[Part]:
-        """Return the reads of some rows of a step.
+        """Return the reads for some rows of a step.
 
         Raises:
             ValueError: for rows or steps that do not exist.
@@ -76,7 +76,7 @@ class ReadPlans:
         return block[within]
 
     def samples(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return source and sample number of places of the run's order."""
+        """Return source and sample number at places of the run's order."""
         sources, in_source = self._mixture.split(places)
         if len(self._orders) == 1:
             return sources, self._orders[0].samples_at(in_source)
@@ -113,7 +113,7 @@ class ReadPlans:
         by_shard = np.argsort(sources * most + shards, axis=1, kind="stable")
         in_order = [np.take_along_axis(a, by_shard, 1).tolist() for a in (shards, offsets)]
         places_of = by_shard.tolist()
-        if len(self._splits) == 1:  # nothing to part
+        if len(self._splits) == 1:  # no sources to separate
             return [[Part(0, *of_step)] for of_step in zip(places_of, *in_order, strict=True)]
         sources_of = np.take_along_axis(sources, by_shard, 1).tolist()
         return [_parts(*of) for of in zip(sources_of, places_of, *in_order, strict=True)]
@@ -122,7 +122,7 @@ class ReadPlans:
 def _parts(
     sources: list[int], places: list[int], shards: list[int], offsets: list[int]
 ) -> list[Part]:
-    """Return the reads of one step, whose sources stand side by side."""
+    """Return the reads of one step; rows of the same source must be side by side."""
     parts, begin = [], 0
     while begin < len(sources):
         end = begin + sources.count(sources[begin])

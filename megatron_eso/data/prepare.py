@@ -1,8 +1,8 @@
 """``data prepare``: raw text to a tokenizer and two splits of shards, by many processes.
 
-The account of what was asked (``prepare.json``) is written first and compared by a later run: the same
-request continues or, when complete, does nothing; another one is refused. Partitions that were
-finished are kept; the manifest of the train split is written last of all.
+The request (``prepare.json``) is written first, and a later run compares its own with it. The same request
+continues or, if everything is complete, does nothing; another request is refused. Finished partitions are
+kept. The manifest of the train split is written last of all.
 """
 
 import multiprocessing
@@ -59,7 +59,7 @@ class Prepared:
     manifests: dict[str, Manifest]
     """Split name -> manifest."""
     was_complete: bool
-    """True if an earlier run had done everything."""
+    """True if an earlier run had finished everything."""
 
 
 def prepare(
@@ -80,19 +80,19 @@ def prepare(
     Args:
         sources: files, folders, ``stdlib``, ``hf:NAME``.
         out: local folder, or address of an object store (s3://, gs://).
-        options: what decides the rows.
+        options: the options that decide the rows.
         choice: which files of folders are read.
         tokenizer: file, folder or published name; None: train one on the text.
-        tokenizer_bytes: bytes of text to train it on, at most.
-        num_processes: worker processes; None: one per core. It does not change the result.
-        overwrite: remove what is in ``out`` and start afresh, whichever request made it.
+        tokenizer_bytes: most bytes of text to train it on.
+        num_processes: worker processes; None: one per core. Does not change the result.
+        overwrite: remove what is in ``out``, whichever request made it, and start over.
         staging: local folder for work in progress if ``out`` is an object store; None: one for this
-            address under the cache folder. Finished partitions leave it.
+            address under the cache folder. Shards of finished partitions leave it.
         progress: where to show progress.
 
     Raises:
         DataError: for wrong inputs, another request's output or another process in ``out``, bad
-            documents, no space.
+            documents, or a full disk.
     """
     check_options(options)
     pieces = find_files(sources, choice)
@@ -102,7 +102,7 @@ def prepare(
     destination = Destination(str(out)) if is_remote(str(out)) else None
     folder = Path(out) if destination is None else staging or _staging_of(destination.address)
     try:
-        if destination is None and not overwrite:  # nothing is written to a complete output
+        if destination is None and not overwrite:  # a complete output is left untouched
             found = complete(folder, request, _splits(options))
             if found is not None:
                 return Prepared(found, True)
@@ -115,7 +115,9 @@ def prepare(
                     _make_tokenizer(tokenizer, pieces, path, options, tokenizer_bytes, progress)
                 manifests = _write(pieces, folder, destination, options, num_processes, progress)
         if destination is not None:
-            with suppress(OSError):  # what an earlier run left there stays
+            with suppress(
+                OSError
+            ):  # fails, and the folder stays, if an earlier run left files there
                 folder.rmdir()
         return Prepared(manifests, found is not None)
     except OSError as error:
@@ -123,7 +125,7 @@ def prepare(
 
 
 def check_options(options: PrepareOptions) -> None:
-    """Refuse options without a meaning.
+    """Refuse meaningless options.
 
     Raises:
         DataError: naming the option.
@@ -146,7 +148,7 @@ def check_options(options: PrepareOptions) -> None:
 
 
 def _require_both_splits(pieces: list[Piece], options: PrepareOptions) -> None:
-    """Refuse text files that all fall into one split: a file is one document, and its name decides."""
+    """Refuse text files that all fall in one split: each is one document, and its name decides."""
     if not options.validation_fraction or any(piece.kind != "text" for piece in pieces):
         return
     keys = [piece.key for piece in pieces if piece.num_bytes]
@@ -222,10 +224,10 @@ def _refuse_training(pieces: list[Piece], options: PrepareOptions) -> NoReturn:
 
 
 def _training_texts(pieces: list[Piece], options: PrepareOptions, num_bytes: int) -> Iterator[str]:
-    """Yield training text of at most ``num_bytes`` of UTF-8, as much from the begin of each file.
+    """Yield training text of at most ``num_bytes`` of UTF-8, an equal share from the start of each file.
 
-    What a short file leaves is shared by the others in another round. The sizes of files decide nothing, so
-    the same text gives the same tokenizer, compressed or not.
+    What short files leave is shared among the others in another round. File sizes play no role, so the same
+    text gives the same tokenizer, compressed or not.
     """
     left, taken = num_bytes, dict.fromkeys(range(len(pieces)), 0)
     while taken and left >= len(taken):
@@ -234,7 +236,7 @@ def _training_texts(pieces: list[Piece], options: PrepareOptions, num_bytes: int
             num_read = 0
             for part in _training_bytes(pieces[number], options, begin, begin + share):
                 num_read += len(part)
-                yield part.decode(errors="ignore")  # a character that is cut is left out
+                yield part.decode(errors="ignore")  # a character cut in two is left out
             left -= num_read
             if num_read < share:
                 del taken[number]
@@ -243,11 +245,11 @@ def _training_texts(pieces: list[Piece], options: PrepareOptions, num_bytes: int
 
 
 def _training_bytes(piece: Piece, options: PrepareOptions, begin: int, end: int) -> Iterator[bytes]:
-    """Yield the training documents of a file, from byte ``begin`` of their text to ``end``."""
+    """Yield the text of a file's training documents, from byte ``begin`` of all their text to ``end``."""
     position = 0
     for document in documents_of(piece, text_key=options.text_key):
         if document.problem is not None and options.bad_documents == "error":
-            refuse(document)  # now rather than after the training
+            refuse(document)  # now, not only after the training
         if document.problem is None and split_of(document, options.validation_fraction) == "train":
             text = document.text.encode()
             part = text[max(begin - position, 0) : end - position]
@@ -266,7 +268,7 @@ def _write(
     num_processes: int | None,
     progress: Progress | None,
 ) -> dict[str, Manifest]:
-    """Write what is not yet there: partitions, then splits, then what an object store lacks."""
+    """Write what is missing: partitions, then splits, then what an object store lacks."""
     tokenizer = Tokenizer(folder / TOKENIZER_NAME)
     tokenizer.check_vocabulary(options.vocab_size, "--vocab-size")
     partitions = partitions_of(pieces, options.partition_mib and options.partition_mib << 20)
@@ -297,7 +299,7 @@ def _merge(
 
 
 def _publish(folder: Path, destination: Destination, splits: tuple[str, ...]) -> None:
-    """Send what the shards need to be a data set, the train manifest last; empty the folder."""
+    """Send the other files of the data set, the train manifest last; then empty the folder."""
     destination.write(TOKENIZER_NAME, (folder / TOKENIZER_NAME).read_bytes())
     for split in splits:
         destination.send_split(folder, split)

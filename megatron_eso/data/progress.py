@@ -1,15 +1,15 @@
-"""One line that says how far a long command is, how fast it goes, and when it will be done."""
+"""One line that says how far a long command is, how fast it runs, and how long it will take."""
 
 import sys
 import time
 from typing import TextIO
 
 SECONDS_BETWEEN_LINES = 1.0
-SECONDS_BETWEEN_LOG_LINES = 15.0  # into a file or pipe
+SECONDS_BETWEEN_LOG_LINES = 15.0  # if the output is a file or pipe
 
 
 class Progress:
-    """Prints progress to a stream: rewritten in place on a terminal, sparse lines elsewhere."""
+    """Prints progress to a stream: a line rewritten in place on a terminal, sparse lines elsewhere."""
 
     def __init__(self, total_bytes: int = 0, stream: TextIO | None = None) -> None:
         self.total_bytes = total_bytes
@@ -28,7 +28,7 @@ class Progress:
         self._start = self._last = time.monotonic()
 
     def add(self, num_bytes: int, num_tokens: int) -> None:
-        """Count finished work and print the line if it is time to."""
+        """Count finished work; print the line if it is due."""
         self._done_bytes += num_bytes
         self._done_tokens += num_tokens
         now = time.monotonic()

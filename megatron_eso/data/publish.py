@@ -1,8 +1,8 @@
-"""``data prepare`` into an object store: a partition's shards go up as it finishes, manifests last.
+"""``data prepare`` into an object store: each finished partition's shards are uploaded, manifests last.
 
-Shards keep the name of their partition (``part-00003-shard.00000.mds``), since their place in the
-whole is known only at the end; the index gives their order. The account of what was asked
-(``prepare.json``) goes up first, so that another request is refused from any machine.
+Shards keep their partition's name (``part-00003-shard.00000.mds``), since their place in the split is
+known only at the end; the index gives their order. The request (``prepare.json``) is uploaded first, so
+that another request is refused from any machine.
 """
 
 import json
@@ -20,7 +20,7 @@ from megatron_eso.files import parse_json
 log = logging.getLogger(__name__)
 ATTEMPTS = 6
 FIRST_PAUSE_SECONDS = 0.5
-TIMEOUT_SECONDS = 120.0  # of one attempt; a shard is below 4 GiB and usually 64 MiB
+TIMEOUT_SECONDS = 120.0  # for one attempt; a shard is below 4 GiB, and usually 64 MiB
 Result = TypeVar("Result")
 
 
@@ -28,7 +28,7 @@ class Destination:
     """The address that receives a prepared data set."""
 
     def __init__(self, address: str) -> None:
-        """Check that the address can be written to by this program; nothing is sent yet.
+        """Check that this program can write to the address; nothing is sent yet.
 
         Raises:
             DataError: for a kind of store that cannot be written to.
@@ -56,7 +56,7 @@ class Destination:
         self._try(name, lambda: self._folder.put(name, content), "written")
 
     def claim(self, request_name: str, request: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the request an address was prepared from (empty: damaged); note ours if there is none.
+        """Return the earlier request at the address (empty: damaged); if none, write ours and return None.
 
         Raises:
             DataError: if the address holds objects that ``data prepare`` did not make.
@@ -72,11 +72,11 @@ class Destination:
             )
             if put:
                 return None
-            content = self.read(request_name) or b""  # of another host, which was quicker
+            content = self.read(request_name) or b""  # another host was quicker: its request
         return parse_json(content.decode(errors="replace"))
 
     def replace(self, request_name: str, request: dict[str, Any], names: list[str]) -> None:
-        """Remove what another request left, manifests first, and note ours."""
+        """Remove what another request left, in the order of ``names``; then write our request."""
         for name in names:
             self._try(name, lambda name=name: self._folder.remove(name), "removed")
         self.write(request_name, _json(request))
@@ -93,7 +93,7 @@ class Destination:
         return found
 
     def send_shards(self, part: Path, part_name: str, splits: tuple[str, ...]) -> None:
-        """Store the shards of a written partition and remove them here; their indexes stay."""
+        """Upload a written partition's shards and remove the local ones; their indexes stay."""
         for split in splits:
             for entry in json.loads((part / split / INDEX_NAME).read_text())["shards"]:
                 local = part / split / stored_name(entry)
@@ -101,7 +101,7 @@ class Destination:
                 local.unlink()
 
     def send_split(self, folder: Path, split: str) -> None:
-        """Store a split's index and then its manifest."""
+        """Upload a split's index, then its manifest."""
         for name in (INDEX_NAME, MANIFEST_NAME):
             self.write(f"{split}/{name}", (folder / split / name).read_bytes())
 
@@ -123,7 +123,7 @@ class Destination:
 
 
 def renamed(entry: dict[str, Any], part_name: str) -> dict[str, Any]:
-    """Return a shard's index entry under the name it has in the store."""
+    """Return a shard's index entry with the names that its files have in the store."""
     return {
         **entry,
         **{
@@ -135,7 +135,7 @@ def renamed(entry: dict[str, Any], part_name: str) -> dict[str, Any]:
 
 
 def stored_name(entry: dict[str, Any]) -> str:
-    """Return the name of the file that holds a shard: the compressed one if there is one."""
+    """Return the name of a shard's stored file: the compressed one if there is one."""
     return (entry["zip_data"] or entry["raw_data"])["basename"]
 
 

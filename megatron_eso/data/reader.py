@@ -1,8 +1,8 @@
 """Rows of any step, for any rank: the reader that the training loop and the evaluation use.
 
 Row r of step s is place ``s * global_batch_rows + r`` of the run's endless order, whatever the world
-size, layout or number of reader threads; so a run resumes from its step alone, and ranks share rows
-as they like. Ranks do not talk to each other here: the loop reads on some and hands the rows on.
+size, layout or number of reader threads. So a run resumes from its step alone, and ranks may divide rows
+in any way. Ranks do not communicate here: the loop reads on some ranks and passes the rows on.
 """
 
 import os
@@ -24,7 +24,7 @@ from megatron_eso.data.order import SampleOrder
 from megatron_eso.data.plan_reads import ReadPlans
 from megatron_eso.data.shards import ShardedRows, row_buffers
 
-# Places whose shards are fetched ahead are looked up once per this many reads.
+# Once per this many reads, the shards to fetch ahead are looked up.
 READS_PER_WARMING = 16
 
 
@@ -56,11 +56,11 @@ class RowReader:
             data: the run's data section.
             sequence_length: L of the run; every source must have it.
             vocab_size: vocabulary of the model, mask token included; every source must have it.
-            global_batch_rows: rows of one step over all ranks.
+            global_batch_rows: rows of one step on all ranks together.
             seed: seed of the order.
 
         Raises:
-            DataError: for missing, empty or unfitting sources.
+            DataError: for missing, empty or unsuitable sources.
         """
         self._data, self._seed, self._batch_rows = data, seed, global_batch_rows
         self._splits = open_sources(data, sequence_length=sequence_length, vocab_size=vocab_size)
@@ -68,7 +68,7 @@ class RowReader:
         self._orders = [
             SampleOrder(
                 split.shard_sizes,
-                seed=seed + 104729 * number,  # one data set named twice must not repeat itself
+                seed=seed + 104729 * number,  # a data set named twice must not repeat itself
                 shuffle=data.shuffle,
                 block_size=data.shuffle_block_size,
                 nodes=data.shuffle_canonical_nodes,
@@ -91,14 +91,14 @@ class RowReader:
         return [split.manifest for split in self._splits]
 
     def read(self, step: int, rows: Sequence[int]) -> TokenRows:
-        """Return rows of a step, and start reading the same rows of the next one.
+        """Return rows of a step, and start reading the same rows of the next step.
 
         Args:
             step: optimizer step, from 0.
             rows: global row numbers, each in [0, global_batch_rows).
 
         Raises:
-            DataError: for a shard that cannot be had whole, naming it.
+            DataError: for a shard that is missing, damaged or cannot be fetched, naming it.
         """
         wanted = tuple(rows)
         if self._data.num_workers == 0:
@@ -115,16 +115,16 @@ class RowReader:
         return result
 
     def example_rows(self, number: int, *, num_shards: int = 8) -> TokenRows:
-        """Return rows for statistics from a few shards, spread over each source, which gives its share.
+        """Return rows for statistics: each source's share, from a few shards spread over the source.
 
-        However large the sources are, about ``num_shards`` files are fetched. The same at any layout.
+        About ``num_shards`` files are fetched, however large the sources are. The same rows at any layout.
 
         Args:
-            number: rows wanted; fewer come where those shards hold fewer.
-            num_shards: shards to read in all, but one of each source at least.
+            number: about how many rows; fewer if those shards hold fewer.
+            num_shards: about how many shards to read in all; at least one of each source.
 
         Raises:
-            DataError: for a shard that cannot be had whole, naming it.
+            DataError: for a shard that is missing, damaged or cannot be fetched, naming it.
         """
         total, found = sum(self._mixture.shares), []
         for share, split in zip(self._mixture.shares, self._splits, strict=True):
@@ -135,21 +135,21 @@ class RowReader:
         return _checked_rows(np.concatenate(found), self._splits[0].manifest)
 
     def tokenizer_json(self) -> bytes:
-        """Return the content of the file of the sources' tokenizer.
+        """Return the content of the sources' tokenizer file.
 
         Raises:
-            DataError: if it is missing beside the first source, or is another one.
+            DataError: if it is missing beside the first source, or is another tokenizer.
         """
         return tokenizer_json(self._data.sources[0].path, self.manifests[0], self._data)
 
     @property
     def tokens_per_epoch(self) -> int:
-        """Return the tokens of all sources, each once."""
+        """Return the number of tokens in all sources together."""
         return sum(manifest.num_tokens for manifest in self.manifests)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what must be the same when a run continues: data, mixture, order and batch."""
-        # One source needs no mixture, and shuffled orders tell seeds apart.
+        # One source needs no mixture, and shuffled orders already differ by seed.
         needs_seed = len(self._splits) > 1 and not self._data.shuffle
         return {
             "data.sources": [manifest.index_sha256 for manifest in self.manifests],
@@ -195,7 +195,7 @@ class RowReader:
 
 
 class ValidationReader:
-    """Rows of a held-out split in the order in which they were written."""
+    """Rows of a held-out split, in the order in which they were written."""
 
     def __init__(
         self,
@@ -210,10 +210,10 @@ class ValidationReader:
 
         Args:
             path: folder or address.
-            data: cache and retry settings of remote splits.
-            sequence_length: tokens of a row, which must be the split's.
-            vocab_size: of the model, mask token included; likewise.
-            tokenizer_sha256: hash of the model's tokenizer, likewise; None: not known.
+            data: cache and retry settings for remote splits.
+            sequence_length: tokens in a row; must be the split's.
+            vocab_size: vocabulary of the model, mask token included; must be the split's.
+            tokenizer_sha256: hash of the model's tokenizer; must be the split's. None: not known.
 
         Raises:
             DataError: if the split does not fit.
@@ -242,7 +242,7 @@ class ValidationReader:
         """Return rows by number.
 
         Raises:
-            DataError: for a shard that cannot be had whole, naming it.
+            DataError: for a shard that is missing, damaged or cannot be fetched, naming it.
         """
         wanted = np.array(rows, np.int64)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < self.num_rows:
@@ -260,9 +260,9 @@ def token_rows(split: ShardedRows, samples: NDArray[np.int64]) -> TokenRows:
 
 
 def _checked_rows(stored: NDArray[Any], manifest: Manifest) -> TokenRows:
-    """Return stored rows as tokens; the memory of ``stored`` is not used any more."""
+    """Return stored rows as tokens, in new memory; ``stored`` may be reused."""
     tokens = stored.astype(np.int64)
-    if manifest.mask_id in stored[:, -1].tolist():  # padding stands at the end of a row
+    if manifest.mask_id in stored[:, -1].tolist():  # padding is always at the end of a row
         valid = stored != manifest.mask_id
         tokens[~valid] = manifest.end_of_document_id
     else:
@@ -272,7 +272,7 @@ def _checked_rows(stored: NDArray[Any], manifest: Manifest) -> TokenRows:
 
 
 class _Scratch(threading.local):
-    """Memory of each thread that rows are read into before they get their final type."""
+    """Per-thread memory that rows are read into before they get their final type."""
 
     def __init__(self, dtype: np.dtype[Any], row_tokens: int) -> None:
         self._dtype, self._row_tokens = dtype, row_tokens
@@ -280,7 +280,7 @@ class _Scratch(threading.local):
         self._rows: list[tuple[memoryview]] = []
 
     def of(self, num_rows: int) -> tuple[NDArray[Any], list[tuple[memoryview]]]:
-        """Return memory of ``num_rows`` rows, as an array and row by row."""
+        """Return memory for ``num_rows`` rows, as an array and row by row."""
         if len(self._rows) != num_rows:
             self._stored = np.empty((num_rows, self._row_tokens), self._dtype)
             self._rows = row_buffers(self._stored)

@@ -1,8 +1,8 @@
 """Writes rows of tokens as mosaicml-streaming's MDS shards, byte for byte as its MDSWriter does.
 
-Rows all have one size, so a whole block of them is written at once; and streaming's writer imports
-torch, seconds and hundreds of MiB in every worker of ``data prepare``. A contract test holds both
-writers to the same files.
+All rows have one size, so whole blocks of them can be written together. Streaming's writer would also
+import torch, which costs seconds and hundreds of MiB in every worker of ``data prepare``. A contract test
+checks that both writers make the same files.
 """
 
 import json
@@ -28,9 +28,9 @@ class RowWriter:
         """Create the folder.
 
         Args:
-            folder: where the shards go; must not exist or be empty.
+            folder: where the shards go; must not exist or must be empty.
             dtype: type of the stored tokens, uint16 or uint32.
-            row_tokens: tokens of a row.
+            row_tokens: tokens in a row.
             shard_bytes: largest shard before compression.
             zstd: compress the shards.
         """
@@ -53,7 +53,7 @@ class RowWriter:
         self._shards: list[dict[str, Any]] = []
 
     def write(self, rows: NDArray[Any]) -> None:
-        """Take rows [n, row_tokens] of any integer type; whole shards are written at once."""
+        """Take rows [n, row_tokens] of any integer type; write shards as they become full."""
         self.num_rows += len(rows)
         while len(rows):
             room = self._rows_of_shard - self._num_held
@@ -75,7 +75,7 @@ class RowWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Write the last shard and the index, unless the block was left by an exception."""
+        """Write the last shard and the index, unless an exception ended the block."""
         if kind is not None:
             return
         if self._num_held:
@@ -111,6 +111,6 @@ class RowWriter:
 
 
 def _described(name: str, data: bytes) -> dict[str, Any]:
-    """Return what the index says of a file."""
+    """Return the index's entry for a file."""
     hashes = {streaming_shim.HASH_ALGORITHM: streaming_shim.file_hash(data)}
     return {"basename": name, "bytes": len(data), "hashes": hashes}

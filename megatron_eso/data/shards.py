@@ -1,9 +1,9 @@
-"""Rows out of one split's shard files, by sample number.
+"""Rows of one split's shard files, by sample number.
 
-All rows of a split have the same size, so a row is one positioned read; no index of offsets is kept,
-and a file that is cut short while it is open gives an error instead of a bus error, as a memory map
-would (a map saves about 0.8 us of the 1.7 us that a read of 4 KiB costs). A shard's size and hash are
-checked when the process first opens it.
+All rows of a split have the same size, so a row is one positioned read, without an index of offsets. A
+file that is truncated while open gives an error; with a memory map it would be a bus error (a map would
+save about 0.8 us of the 1.7 us that a read of 4 KiB costs). A shard's size and hash are checked when the
+process first opens it.
 """
 
 import json
@@ -19,7 +19,7 @@ from megatron_eso.data.open_files import OpenFiles, OpenShard
 from megatron_eso.data.store import ShardFile, Store
 from megatron_eso.errors import DataError
 
-HEADER_BYTES = 8  # number of samples, offset of the first one: two uint32
+HEADER_BYTES = 8  # two uint32: the number of samples, and the offset of the first
 
 
 class ShardedRows:
@@ -50,7 +50,7 @@ class ShardedRows:
         return self._store.describe(self._files[shard])
 
     def read(self, samples: NDArray[np.int64]) -> NDArray[Any]:
-        """Return rows [n, L + 1] in the shards' own type.
+        """Return rows [n, L + 1] with the shards' dtype.
 
         Args:
             samples: sample numbers, in any order.
@@ -70,14 +70,14 @@ class ShardedRows:
         return rows
 
     def read_spread(self, shard: int, number: int) -> NDArray[Any]:
-        """Return ``number`` rows of a shard at even distances, or all it has; errors as in :meth:`read`."""
+        """Return ``number`` evenly spaced rows of a shard, or all it has; errors as in :meth:`read`."""
         size = self.shard_sizes[shard]
         return self.read(
             self._starts[shard] + np.linspace(0, size - 1, min(number, size)).round().astype(int)
         )
 
     def locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the shard of each sample, and the bytes from the shard's first row to it."""
+        """Return each sample's shard, and its offset in bytes from the shard's first row."""
         shards = np.searchsorted(self._starts, samples, side="right") - 1
         return shards, (samples - self._starts[shards]) * self._row_bytes
 
@@ -91,10 +91,10 @@ class ShardedRows:
         """Read rows into memory: ``rows[places[i]]`` gets the row at ``offsets[i]`` of ``shards[i]``.
 
         Args:
-            rows: memory of one row each, see :func:`row_buffers`.
-            places: which of them to fill.
-            shards: shard of each; equal ones side by side, so that each is opened once.
-            offsets: bytes from the shard's first row.
+            rows: memory for one row each, see :func:`row_buffers`.
+            places: which of these rows to fill.
+            shards: shard of each row; equal ones side by side, so that each is opened once.
+            offsets: offset of each row, in bytes from the shard's first row.
 
         Raises:
             DataError: see :meth:`read`.
@@ -105,7 +105,7 @@ class ShardedRows:
             if shard != current:
                 opened = self._shard(
                     shard
-                )  # kept to the end of its reads: it closes with its last user
+                )  # held until its reads end: it closes with its last user
                 current, descriptor, first = shard, opened.descriptor, opened.first_byte
             if read(descriptor, rows[place], first + offset) != row_bytes:
                 where = self.name_of(shard)
@@ -117,11 +117,11 @@ class ShardedRows:
             self._shard(shard)
 
     def close(self) -> None:
-        """Forget the open files; they close when the last read of them ends."""
+        """Forget the open files; each closes when its last read ends."""
         self._open.clear()
 
     def _shard(self, shard: int) -> OpenShard:
-        # One step of the interpreter: no lock is needed to look.
+        # A single operation of the interpreter, so the look-up needs no lock.
         opened = self._open.of_shard.get(shard)
         if opened is not None:
             return opened
@@ -146,7 +146,7 @@ class ShardedRows:
 
 
 def row_buffers(rows: NDArray[Any]) -> list[tuple[memoryview]]:
-    """Return the memory of each row of a contiguous array, as the one buffer of a positioned read."""
+    """Return each row's memory in a contiguous array, as the only buffer of a positioned read."""
     return [(row.data,) for row in rows]
 
 

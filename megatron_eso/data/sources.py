@@ -1,7 +1,7 @@
-"""Where documents come from: a list of input files, cut into partitions that are worked on alone.
+"""Where documents come from: a list of input files, cut into independent partitions.
 
-The cut depends on the inputs alone, never on the number of processes, so the prepared rows are the
-same however many work on them. A partition is a list of pieces; a piece is a file, or a range of one
+The cut depends only on the inputs, never on the number of processes, so the prepared rows are the
+same however many work on them. A partition is a list of pieces. A piece is a file, or a range of one
 (bytes of an uncompressed jsonl file, row groups of a parquet file).
 """
 
@@ -21,10 +21,10 @@ STDLIB = "stdlib"
 HUB_PREFIX = "hf:"
 HUB_FORM = "hf:NAME[@CONFIGURATION][:SPLIT]"
 TEXT_KEY = "text"
-"""Key or column of a record's text, if no other is named."""
+"""Default key or column of a record's text."""
 # What Hugging Face datasets writes beside the arrow files of a saved data set.
 ARROW_SIDE_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
-# Tests and tables of characters: text of little use for learning to write Python.
+# Folders of tests, tables of characters and the like: of little use for learning to write Python.
 STDLIB_LEFT_OUT = frozenset(
     {
         *("test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "pydoc_data"),
@@ -46,7 +46,7 @@ class Piece:
     key: str
     """Name of the file inside its source; decides the split of a text document."""
     num_bytes: int
-    """Size of the piece, for progress and for the cut."""
+    """Size of the piece, for progress and for cutting."""
     begin: int = 0
     """First byte or row group."""
     end: int | None = None
@@ -55,10 +55,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Partition:
-    """The pieces one worker turns into shards in one go."""
+    """The pieces that one worker turns into shards as one task."""
 
     number: int
-    """Place among the partitions; also the order of the finished shards."""
+    """Place among the partitions, and so among the finished shards."""
     pieces: tuple[Piece, ...]
     """What to read, in order."""
 
@@ -73,8 +73,8 @@ def find_files(sources: list[str], choice: FileChoice = EVERY_FILE) -> list[Piec
 
     Args:
         sources: files, folders, ``stdlib``, or ``hf:NAME[@CONFIGURATION][:SPLIT]`` for a data set
-            of the Hugging Face hub.
-        choice: among the files of folders and of ``stdlib``; a file that is named is read.
+            from the Hugging Face hub.
+        choice: which files of folders and of ``stdlib`` to read; a file named as a source is always read.
 
     Raises:
         DataError: for a source that does not exist or holds nothing.
@@ -91,11 +91,11 @@ def find_files(sources: list[str], choice: FileChoice = EVERY_FILE) -> list[Piec
 
 
 def require_records(pieces: list[Piece], text_key: str | None) -> None:
-    """Refuse a key of the text where no file has keys.
+    """Refuse a text key where no file has keys.
 
     Args:
         pieces: the files.
-        text_key: as it was given; None: it was not.
+        text_key: the key as given; None: none was given.
 
     Raises:
         DataError: naming the option.
@@ -112,7 +112,7 @@ def partitions_of(pieces: list[Piece], partition_bytes: int | None = None) -> li
 
     Args:
         pieces: whole files.
-        partition_bytes: size to aim at; None: a 64th of the inputs, between 2 MiB and 512 MiB.
+        partition_bytes: target size; None: 1/64 of the inputs, but between 2 MiB and 512 MiB.
     """
     total = sum(piece.num_bytes for piece in pieces)
     aim = partition_bytes or min(

@@ -1,7 +1,7 @@
-"""Where a split's files are: a local folder, read in place and verified, or behind a cache.
+"""Where a split's files are: in a local folder, read in place and verified, or behind a cache.
 
-Both hand out open descriptors of whole, verified, uncompressed shards. Nothing here continues after a
-fault: it heals (a damaged cached copy is fetched again) or raises an error that names the shard.
+Both give open descriptors of whole, verified, uncompressed shards. A fault never passes silently: a damaged
+cached copy is fetched again; anything else raises an error that names the shard.
 """
 
 import errno
@@ -41,7 +41,7 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One shard of an index: its uncompressed file and, if it is compressed, the stored one."""
+    """One shard of an index: its uncompressed file and, if stored compressed, the compressed one."""
 
     num_samples: int
     raw: StoredFile
@@ -55,12 +55,12 @@ class ShardFile:
 
     @property
     def stored(self) -> StoredFile:
-        """Return the file as it lies in the store."""
+        """Return the file as it is in the store."""
         return self.compressed or self.raw
 
     @staticmethod
     def from_index(entry: dict[str, Any]) -> "ShardFile":
-        """Return the shard of one entry of streaming's index.json."""
+        """Return the shard that an entry of streaming's index.json describes."""
         compressed = _stored(entry["zip_data"]) if entry["zip_data"] else None
         return ShardFile(
             entry["samples"], _stored(entry["raw_data"]), compressed, entry["compression"]
@@ -103,7 +103,7 @@ class LocalStore:
         return content
 
     def open(self, shard: ShardFile) -> int:
-        """Return a descriptor of the shard where it lies."""
+        """Return a descriptor of the shard, read in place."""
         path = self._folder / shard.raw.name
         try:
             descriptor = os.open(path, os.O_RDONLY)
@@ -123,7 +123,7 @@ class LocalStore:
 
 
 def check_small(content: bytes, where: str, sha256: str | None) -> None:
-    """Refuse a file whose SHA-256 is not the stated one."""
+    """Refuse a file with another SHA-256 than the given one."""
     found = hashlib.sha256(content).hexdigest()
     if sha256 is not None and found != sha256:
         raise DataError(
@@ -133,15 +133,15 @@ def check_small(content: bytes, where: str, sha256: str | None) -> None:
 
 
 class WholeFiles:
-    """Which files of a split this process found whole, so that opening one again does not hash it again."""
+    """Which files of a split this process has found whole, so that reopening one does not hash it again."""
 
     def __init__(self, *, verify_hashes: bool) -> None:
         self._verify_hashes = verify_hashes
-        # By name, a hash of what a change of the file changes: smaller than that itself.
+        # Name -> hash of what changes whenever the file does; a hash takes less memory.
         self._states: dict[str, int] = {}
 
     def problem_of(self, descriptor: int, file: StoredFile) -> str | None:
-        """Return what is wrong with an open file, or None; it is read if it is another than before."""
+        """Return what is wrong with an open file, or None; read it only if it has changed."""
         state = _state_of(descriptor)
         check_hash = self._verify_hashes and self._states.get(file.name) != state
         problem = problem_of_open(descriptor, file, check_hash=check_hash)
@@ -156,7 +156,7 @@ class WholeFiles:
 
 
 def problem_of_open(descriptor: int, file: StoredFile, *, check_hash: bool) -> str | None:
-    """Return what is wrong with an open file, or None; reads it only if the hash is to be checked."""
+    """Return what is wrong with an open file, or None; read it only to check its hash."""
     size = os.fstat(descriptor).st_size
     if size != file.num_bytes or not check_hash:
         return None if size == file.num_bytes else f"has {size} bytes instead of {file.num_bytes}"

@@ -1,9 +1,9 @@
 """The only door to mosaicml-streaming: its compression, hashes, shuffle and downloads.
 
-``import streaming`` pulls in torchvision, transformers and its own dataset class, whose wheel pins
-old numpy and whose fault handling this package replaces. So bare modules are placed for ``streaming``
-and ``streaming.base`` first; their submodules then import on their own. The package is installed
-without its dependencies; a contract test pins the version these internals belong to.
+``import streaming`` pulls in torchvision, transformers and its own dataset class, whose fault handling
+this package replaces; its wheel pins an old numpy. So empty modules are first put in place of
+``streaming`` and ``streaming.base``; their submodules then import on their own. The package is installed
+without its dependencies. A contract test pins the version that these internals belong to.
 """
 
 import importlib
@@ -32,8 +32,8 @@ def load(submodule: str) -> ModuleType:
     """Return ``streaming.base.<submodule>`` without running the packages' own ``__init__``.
 
     Raises:
-        DataError: if the package or one of the modules it needs is missing, or its version is not
-            the one these internals belong to.
+        DataError: if the package or a module it needs is missing, or its version is not the one that
+            these internals belong to.
     """
     _place_bare_packages()
     try:
@@ -47,37 +47,37 @@ def load(submodule: str) -> ModuleType:
 def epoch_permutation(
     shard_sizes: NDArray[np.int64], *, nodes: int, seed: int, epoch: int, block_size: int
 ) -> NDArray[np.int64]:
-    """Return streaming's ``py1e`` order of one epoch: sample number at each place of the epoch."""
+    """Return streaming's ``py1e`` order of one epoch: the sample number at each place."""
     with warnings.catch_warnings():
-        # Said once, naming our setting, by SampleOrder; streaming says it for every call.
+        # SampleOrder warns once, and names our setting; streaming warns at every call.
         warnings.filterwarnings("ignore", message="Shuffle block size was smaller")
         shuffle = load("shuffle").get_shuffle
         return shuffle("py1e", shard_sizes, nodes, seed, epoch, block_size)
 
 
 def file_hash(data: bytes) -> str:
-    """Return the hash that shard indexes carry."""
+    """Return the hash of ``data`` as shard indexes have it."""
     return load("hashing").get_hash(HASH_ALGORITHM, data)
 
 
 def known_hash(algorithm: str, data: bytes) -> str:
-    """Return the hash of ``data`` by a named algorithm of streaming's index files."""
+    """Return the hash of ``data`` by an algorithm named in streaming's index files."""
     return load("hashing").get_hash(algorithm, data)
 
 
 def compress(compression: str, data: bytes) -> bytes:
-    """Return the bytes of a shard file in compressed form."""
+    """Return the compressed bytes of a shard file."""
     return load("compression").compress(compression, data)
 
 
 def decompress(compression: str, data: bytes) -> bytes:
-    """Return the bytes of a compressed shard file."""
+    """Return the decompressed bytes of a compressed shard file."""
     return load("compression").decompress(compression, data)
 
 
 def downloader(address: str) -> Any:
-    """Return streaming's downloader of an address's scheme (gs, azure, oci, hf, ...)."""
-    load("format")  # it and streaming.base.util import each other, which works in this order alone
+    """Return streaming's downloader for an address's scheme (gs, azure, oci, hf, ...)."""
+    load("format")  # it and streaming.base.util import each other, which only works in this order
     return load("storage.download").CloudDownloader.get(address)
 
 

@@ -4,7 +4,7 @@ from megatron_eso.data.manifest import Manifest
 
 
 def summary_line(manifest: Manifest) -> str:
-    """Return the counts of a split in words."""
+    """Return a split's counts in words."""
     skipped = f", {manifest.num_skipped} skipped" if manifest.num_skipped else ""
     return (
         f"{manifest.split}: {manifest.num_documents:,} documents{skipped}, "

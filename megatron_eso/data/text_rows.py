@@ -1,4 +1,4 @@
-"""Raw text as rows in memory: held-out text that nobody prepared (zero-shot evaluation)."""
+"""Rows in memory from raw, unprepared text, for zero-shot evaluation."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,11 +34,11 @@ class TextRows:
             tokenizer_path: tokenizer.json of the model.
             sequence_length: L; documents are packed one after the other, each with its end token.
             vocab_size: vocabulary of the model, mask token included.
-            text_key: key or column of the text; None: text.
+            text_key: key or column of the text; None: "text".
             max_rows: stop after this many rows; 0: read all.
 
         Raises:
-            DataError: for text that cannot be read, a tokenizer of another size, or no row at all.
+            DataError: if text cannot be read, the tokenizer has another size, or there is no row.
         """
         tokenizer = Tokenizer(tokenizer_path)
         tokenizer.check_vocabulary(vocab_size, "model.vocab_size")

@@ -1,7 +1,7 @@
 """Text to token ids and back: a ``tokenizer.json`` file, given or trained on the spot.
 
-The tokenizer knows ordinary tokens and the end-of-document token. The mask token of the model is one
-more id, ``vocab_size - 1``, that no text encodes to.
+The tokenizer knows ordinary tokens and the end-of-document token. The model's mask token has one more id,
+``vocab_size - 1``, which no text encodes to.
 """
 
 import shutil
@@ -17,11 +17,11 @@ from megatron_eso.data.manifest import sha256_of
 from megatron_eso.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
-MASK_MARK = "\u2591"  # how an undecided token is shown
+MASK_MARK = "\u2591"  # shown for a token that is still masked
 # Names under which published tokenizers keep their end-of-document token, in order of preference.
 END_NAMES = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "[SEP]")
-# A text is encoded in pieces of at most this many characters, cut after a line end: the encoder's
-# memory is tens of times its input, and one document may be a gigabyte.
+# Text is encoded in pieces of at most this many characters, cut after a line end: the encoder needs
+# tens of times the memory of its input, and one document may be a gigabyte.
 PIECE_CHARACTERS = 1 << 20
 
 
@@ -33,15 +33,15 @@ class Tokenizer:
 
         Args:
             path: the file.
-            requires_end: refuse a tokenizer without an end-of-document token; an exported model can
-                do without, data cannot.
+            requires_end: refuse a tokenizer without an end-of-document token; data needs one, an
+                exported model does not.
 
         Raises:
             DataError: if it cannot be read, is empty, or has no end-of-document token.
         """
         self.path = path
         self._tokenizer = load_tokenizer(path)
-        # In a text "<|endoftext|>" is ordinary characters: it must not end its document.
+        # "<|endoftext|>" within a text is ordinary characters: it must not end the document.
         self._tokenizer.encode_special_tokens = True
         known = self._tokenizer.get_vocab(with_added_tokens=True)
         if not known:
@@ -73,12 +73,12 @@ class Tokenizer:
         return [token for piece in pieces_of(text) for token in self.encode(piece)]
 
     def encode_pieces(self, pieces: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """Return the token ids of several short texts (see :func:`pieces_of`) at once."""
+        """Return the token ids of several short texts (see :func:`pieces_of`), encoded in one call."""
         encoded = self._tokenizer.encode_batch_fast(list(pieces), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids; each mask token shows as one visible character."""
+        """Return the text of token ids; each mask token becomes one visible character."""
         return decode(self._tokenizer, ids)
 
     def check_vocabulary(self, vocab_size: int, setting: str) -> None:
@@ -99,12 +99,12 @@ def train_tokenizer(texts: Iterator[str], *, vocab_size: int, path: Path) -> Non
 
     Args:
         texts: documents to train on.
-        vocab_size: size of the model's vocabulary, mask token included; the tokenizer gets one less.
+        vocab_size: size of the model's vocabulary, mask token included; the tokenizer gets one token less.
         path: file to write.
 
     Raises:
         DataError: if the vocabulary cannot hold the 256 bytes, the end token and the mask token, or
-            the texts are too few to fill it.
+            there is too little text to fill it.
     """
     from tokenizers import Tokenizer as Core
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -134,7 +134,7 @@ def train_tokenizer(texts: Iterator[str], *, vocab_size: int, path: Path) -> Non
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Return the ``tokenizers.Tokenizer`` of a tokenizer.json, without truncation and padding.
+    """Return the ``tokenizers.Tokenizer`` of a tokenizer.json, with truncation and padding off.
 
     Raises:
         DataError: if it is missing or damaged.
@@ -153,7 +153,7 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def decode(tokenizer: Any, ids: Iterable[int]) -> str:
-    """Return the text of token ids; ids that it does not know (the mask) show as a grey block."""
+    """Return the text of token ids; an id that the tokenizer lacks (the mask) becomes a gray block."""
     parts: list[str] = []
     run: list[int] = []
     for token in ids:
@@ -166,7 +166,7 @@ def decode(tokenizer: Any, ids: Iterable[int]) -> str:
 
 
 def pieces_of(text: str) -> Iterator[str]:
-    """Yield a text in pieces of at most PIECE_CHARACTERS, cut after a line end where there is one."""
+    """Yield a text in pieces of at most PIECE_CHARACTERS, cut after a line end if there is one."""
     begin = 0
     while begin < len(text):
         end = begin + PIECE_CHARACTERS
@@ -178,10 +178,10 @@ def pieces_of(text: str) -> Iterator[str]:
 
 
 def tokenizer_file(name: str) -> Path | None:
-    """Return the file that a name stands for: itself, or the one in the folder; None: of no file.
+    """Return the file that a name means: itself, or the one in the folder; None if it means no file.
 
     Raises:
-        DataError: for a folder without one.
+        DataError: for a folder without a tokenizer.json.
     """
     given = Path(name)
     file = given / "tokenizer.json" if given.is_dir() else given
@@ -191,7 +191,7 @@ def tokenizer_file(name: str) -> Path | None:
 
 
 def resolve_tokenizer(name: str, path: Path) -> None:
-    """Copy a tokenizer file, or one published on the Hugging Face hub, to ``path``.
+    """Copy a tokenizer, from a file or from the Hugging Face hub, to ``path``.
 
     Raises:
         DataError: if ``name`` is neither a file, a folder with a tokenizer.json, nor a known name.
@@ -216,7 +216,7 @@ def vocabulary_of(name: str | None) -> int:
     """Return the vocabulary size, mask token included, of a tokenizer given by file or name.
 
     Raises:
-        DataError: if no tokenizer is given: one to be trained needs a size.
+        DataError: if no tokenizer is given: to train one, a size is needed.
     """
     if name is None:
         raise DataError(

@@ -1,7 +1,7 @@
-"""How the files of one split are fetched: S3-compatible stores, others by streaming, local folders.
+"""How the files of one split are fetched: from S3-compatible stores, others by streaming, local folders.
 
 S3 is not left to streaming's downloader because a stalled body must end the attempt, and because a
-missing object or wrong credentials should be reported at once.
+missing object or wrong credentials should be reported immediately.
 """
 
 import errno
@@ -37,16 +37,17 @@ class Transport(Protocol):
     """How the files of one split are fetched."""
 
     def fetch(self, name: str, target: Path) -> None:
-        """Write the named file to ``target``; OSError is for the target alone.
+        """Write the named file to ``target``.
 
         Raises:
-            StoreError: if the file could not be had whole.
+            StoreError: if the whole file could not be fetched.
+            OSError: only if the target cannot be written.
         """
         ...
 
 
 def transport_for(address: str, *, timeout_seconds: float) -> Transport:
-    """Return the transport of an address by its scheme."""
+    """Return the transport for an address, chosen by its scheme."""
     if not is_remote(address):
         return FolderTransport(Path(address))
     if speaks_s3(address):
@@ -55,7 +56,7 @@ def transport_for(address: str, *, timeout_seconds: float) -> Transport:
 
 
 class FolderTransport:
-    """A local folder, for shards that are compressed."""
+    """A local folder of compressed shards."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -79,7 +80,7 @@ class StreamingTransport:
 
     def fetch(self, name: str, target: Path) -> None:
         """Fetch the named file with streaming's downloader."""
-        target.unlink(missing_ok=True)  # it would take a target that exists for fetched
+        target.unlink(missing_ok=True)  # the downloader takes an existing target for fetched
         try:
             self._downloader().download(
                 f"{self._address}/{name}", str(target), self._timeout_seconds
@@ -92,7 +93,7 @@ class StreamingTransport:
             raise _store_error(error, urlparse(self._address).scheme) from error
 
     def _downloader(self) -> Any:
-        """Return a downloader of this thread, and of this side of a fork: it holds a connection."""
+        """Return this thread's own downloader, made in this process: it holds a connection."""
         if getattr(self._own, "process", None) != os.getpid():
             self._own.downloader = streaming_shim.downloader(self._address)
             self._own.process = os.getpid()
@@ -100,7 +101,7 @@ class StreamingTransport:
 
 
 def _store_error(error: Exception, scheme: str) -> StoreError:
-    """Return what a client's exception says; streaming itself raises three of Python's."""
+    """Return a client's exception as a ``StoreError``; streaming itself raises three of Python's."""
     if isinstance(error, ImportError):
         client = _CLIENTS.get(scheme, "the store's client")
         return StoreError(f"{error}: {scheme}:// needs {client}", is_permanent=True)

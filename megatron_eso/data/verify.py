@@ -1,4 +1,4 @@
-"""``data verify``: every hash, size and token of a split, and every fault found, not just the first."""
+"""``data verify``: checks every hash, size and token of a split, and reports all faults."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -15,16 +15,16 @@ ROWS_AT_ONCE = 4096
 
 
 def verify_split(address: str, data: DataConfig, say: Callable[[str], None]) -> int:
-    """Read every shard of a split, where it is stored, and return the number of rows.
+    """Read every shard of a split as stored, not a cached copy; return the number of rows.
 
     Args:
         address: the split.
-        data: retry settings, and the cache folder, which holds one shard of a split that is not read in
-            place; hashes are checked whatever it says.
+        data: retry settings, and the cache folder, which holds one shard at a time of a split that is
+            not read in place. Hashes are checked whatever the settings say.
         say: receives a line per fault.
 
     Raises:
-        DataError: if anything is wrong, after all shards were looked at.
+        DataError: if anything is wrong, after all shards were checked.
     """
     split = open_split(address, data, verify_hashes=True, pass_by_cache=True)
     faults = _duplicates(split)
@@ -35,7 +35,7 @@ def verify_split(address: str, data: DataConfig, say: Callable[[str], None]) -> 
         except DataError as error:
             faults.append(str(error))
         finally:
-            split.close()  # frees the place of a shard that was fetched
+            split.close()  # frees the disk space of a fetched shard
     if not faults and num_tokens != split.manifest.num_tokens:
         faults.append(
             f"{address} holds {num_tokens} tokens, but its manifest says {split.manifest.num_tokens}"
@@ -50,7 +50,7 @@ def verify_split(address: str, data: DataConfig, say: Callable[[str], None]) -> 
 
 
 def _verify_shard(split: ShardedRows, shard: int, size: int) -> int:
-    """Return the tokens of a shard that are not padding and no row's overlap with the next."""
+    """Return the number of tokens in a shard, without padding and each row's overlap with the next."""
     first = sum(split.shard_sizes[:shard])
     num_tokens = 0
     for begin in range(first, first + size, ROWS_AT_ONCE):

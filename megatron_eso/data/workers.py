@@ -1,4 +1,4 @@
-"""Runs partitions over worker processes; a worker's user error stops the others and is passed on."""
+"""Runs partitions in worker processes; a worker's user error stops the others and is passed on."""
 
 import multiprocessing
 import os
@@ -26,7 +26,7 @@ def write_partitions(
     """Write every partition that an earlier run did not finish.
 
     Raises:
-        DataError: the first error of a worker; work already finished is kept.
+        DataError: the first error of a worker; finished work is kept.
     """
     left = [one for one in partitions if not preparation.is_finished(one)]
     if progress is not None:
@@ -56,7 +56,7 @@ def _run_pool(
     num_processes: int,
     progress: Progress | None,
 ) -> None:
-    # Spawned, not forked: the tokenizer's threads and the training loop's do not survive a fork.
+    # Spawned, not forked: threads of the tokenizer and of the training loop do not survive a fork.
     context = multiprocessing.get_context("spawn")
     reports = context.Queue()
     count = min(num_processes, len(partitions))

@@ -1,7 +1,7 @@
-"""Decompressed bytes of a .zst file, whose frames follow each other.
+"""The decompressed bytes of a .zst file, whose frames follow each other.
 
-zstandard's own reader takes the end of the file inside a frame for the end of the data, so that a file
-that was cut short would lose its text in silence.
+Zstandard's own reader takes the end of a file within a frame for the end of the data, so a truncated file
+would silently lose text.
 """
 
 import io
@@ -9,14 +9,14 @@ from typing import Any, BinaryIO
 
 from megatron_eso.errors import DataError
 
-# Compressed bytes taken at once: their text is held in memory.
+# Compressed bytes read at a time: their decompressed text is held in memory.
 READ_BYTES = 1 << 16
 
 
 def open_zstd(file: BinaryIO, path: str) -> BinaryIO:
     """Return the decompressed bytes of an open file; ``path`` is for messages.
 
-    Reading raises EOFError if the file ends inside a frame, and OSError if it is damaged.
+    Reading raises EOFError if the file ends within a frame, and OSError if it is damaged.
 
     Raises:
         DataError: if the zstandard package is not installed.
@@ -29,11 +29,11 @@ def open_zstd(file: BinaryIO, path: str) -> BinaryIO:
 
 
 class _Frames(io.RawIOBase):
-    """The data of all frames of a file."""
+    """The data of all of a file's frames."""
 
     def __init__(self, file: BinaryIO, zstandard: Any) -> None:
         self._file, self._zstandard = file, zstandard
-        self._frame: Any = None  # the one that is being read
+        self._frame: Any = None  # the frame that is being read
         self._compressed = b""
         self._data = memoryview(b"")
         self._position = 0

@@ -1,1 +1,1 @@
-"""Checkpoints of other programs: read into ours, and ours written for them."""
+"""Exchange with other programs: their checkpoints read into ours, and ours written for them."""

@@ -1,4 +1,4 @@
-"""What goes beside the exported weights: configs, tokenizer, model files."""
+"""The files beside the exported weights: configs, tokenizer, model files."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ MODEL_FILES = (
     "configuration_esolm.py", "decoding_esolm.py", "generation_esolm.py", "modeling_esolm.py"
 )  # fmt: skip
 FACTS = "esolm_export.json"
-# What is read again, and of what type; earlier versions wrote no objective or remarks.
+# The facts that are read back, with their types; earlier versions wrote no objective or remarks.
 _FACTS: dict[str, Any] = {
     "source": str, "step": int, "weights": str, "dtype": str, "not_exported": list,
     "sequence_length": (int, type(None)), "objective": (dict, type(None)), "remarks": (list, type(None)),
@@ -23,7 +23,7 @@ DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def model_type(model: ModelConfig, kind: str) -> tuple[str, str]:
-    """Return the model type and class of a format (``esolm`` or ``backbone``)."""
+    """Return model type and class name for a format (``esolm`` or ``backbone``)."""
     if kind == "backbone":
         return ("qwen3", "Qwen3ForCausalLM") if model.qk_norm else ("llama", "LlamaForCausalLM")
     if model.norm == "layernorm":
@@ -34,7 +34,7 @@ def model_type(model: ModelConfig, kind: str) -> tuple[str, str]:
 def config_json(
     model: ModelConfig, objective: ObjectiveConfig, *, kind: str, dtype: str, end_id: int | None
 ) -> dict[str, Any]:
-    """Return config.json, with both spellings of what transformers 4 and 5 spell differently."""
+    """Return config.json, with both spellings where transformers 4 and 5 differ."""
     name, architecture = model_type(model, kind)
     mask = model.vocab_size - 1
     has_leading_mask = objective.name == "ar" and objective.leading_mask
@@ -66,7 +66,7 @@ def config_json(
         "mask_token_id": mask,
     }
     if kind == "esolm":
-        # The AR objective with a leading mask is another input than any Eso-LM pass; see inexpressible.
+        # AR with a leading mask has an input that no Eso-LM pass has; see require_expressible.
         config |= {
             "qk_norm": model.qk_norm,
             "head_bias": model.head_bias,
@@ -88,10 +88,10 @@ def config_json(
 
 
 def read_tokenizer(path: Path | None, model: ModelConfig) -> Tokenizer | None:
-    """Return the tokenizer; refuse one that does not match the vocabulary.
+    """Return the tokenizer; refuse one with more ids than the model's vocabulary has room for.
 
     Raises:
-        CheckpointError: naming both numbers.
+        CheckpointError: naming the tokenizer's highest id and the mask token's.
     """
     if path is None:
         return None
@@ -111,12 +111,12 @@ def tokenizer_remarks(
     """Return what may be wrong with a tokenizer whose ids all have a row in the embedding.
 
     Args:
-        tokenizer: the one to export.
+        tokenizer: the tokenizer to export.
         model: its vocabulary includes the mask token.
-        trained_with: sha256 of the tokenizer of the training data; None: not known.
+        trained_with: sha256 of the training data's tokenizer; None: not known.
 
     Raises:
-        CheckpointError: if it has fewer ids than the one of the training data.
+        CheckpointError: if it has fewer ids than the training data's tokenizer.
     """
     if tokenizer is None:
         return []
@@ -155,7 +155,7 @@ def write_beside(
     _dump(folder / "config.json", config)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     generation: dict[str, Any] = {name: config[name] for name in names}
-    if objective.name == "ar":  # a stock class would draw the mask, whose logit is not trained
+    if objective.name == "ar":  # a stock class could draw the mask, whose logit is not trained
         generation["suppress_tokens"] = [config["mask_token_id"]]
     if kind == "esolm":
         generation["max_new_tokens"] = max(1, min(256, max_length // 2))
@@ -170,10 +170,10 @@ def write_beside(
     _dump(
         folder / "tokenizer_config.json",
         {
-            # transformers 5 has another name for this class, which 4 does not know.
+            # transformers 5 has a new name for this class, which 4 does not know.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": max_length,
-            # The mask token is none of the tokenizer's.
+            # The tokenizer does not know the mask token.
             "bos_token": end_text if config["bos_token_id"] == end else None,
             "eos_token": end_text,
             "pad_token": end_text,
@@ -184,9 +184,9 @@ def write_beside(
 
 
 def without_additions(tokenizer_json: bytes) -> bytes:
-    """Return a tokenizer.json that puts no special tokens around a text; unchanged if it puts none.
+    """Return a tokenizer.json that adds no special tokens around a text; unchanged if it adds none.
 
-    Training's rows and ``sample --prompt`` have none, whatever the tokenizer's own model wanted.
+    Training rows and ``sample --prompt`` have none, whatever the tokenizer's original model used.
     """
     content = json.loads(tokenizer_json)
     kept = _adding_nothing(content.get("post_processor"))
@@ -196,7 +196,7 @@ def without_additions(tokenizer_json: bytes) -> bytes:
 
 
 def _adding_nothing(processor: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return what of a post-processor adds no tokens: ByteLevel, which trims offsets."""
+    """Return the parts of a post-processor that add no tokens: ByteLevel, which trims offsets."""
     if processor is None or processor["type"] == "ByteLevel":
         return processor
     parts = map(_adding_nothing, processor.get("processors", []))
@@ -205,7 +205,7 @@ def _adding_nothing(processor: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Return what our export wrote about itself; nothing for another program's model.
+    """Return what our export wrote about itself; empty for another program's model.
 
     Raises:
         CheckpointError: if the file is damaged.

@@ -1,6 +1,6 @@
-"""A checkpoint of ours in, a Hugging Face folder out: one tensor in memory at a time, then verified.
+"""One of our checkpoints in, a Hugging Face folder out: one tensor in memory at a time, then verified.
 
-Everything is written into a folder beside the target, which gets its name once it is whole and verified.
+Everything is written to a folder beside the target, and renamed to it once it is whole and verified.
 """
 
 import json
@@ -26,7 +26,7 @@ from megatron_eso.export.verify_export import rounded, verify_export
 from megatron_eso.files import new_folder
 
 Progress = Callable[[int, int], None]
-"""Called with bytes read so far and in all."""
+"""Called with the bytes written so far and in all."""
 
 
 def export(
@@ -41,21 +41,21 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Write a Hugging Face folder and return what esolm_export.json says.
+    """Write a Hugging Face folder; return the content of esolm_export.json.
 
     Args:
         path: checkpoint or run folder.
-        out: folder to write; absent or empty.
+        out: folder to write; must not exist or must be empty.
         dtype: ``fp32`` or ``bf16``.
         kind: ``esolm`` or ``backbone`` (stock Llama or Qwen3).
-        use_ema: the averaged weights, if the run keeps them.
+        use_ema: export the averaged weights, if the run keeps them.
         tokenizer: tokenizer.json; None: the run's.
         verify: compare with an independent forward pass.
-        shard_bytes: size of a safetensors file.
+        shard_bytes: largest safetensors file, unless one tensor is larger.
         progress: see :data:`Progress`.
 
     Raises:
-        CheckpointError: if it cannot be read, expressed, written or verified.
+        CheckpointError: if the model cannot be read, expressed, written or verified.
     """
     require_free(out)
     source = open_source(path, use_ema=use_ema)
@@ -86,24 +86,24 @@ def export(
 
 @contextmanager
 def scratch_beside(out: Path) -> Iterator[Path]:
-    """Give a folder that takes the name ``out`` at the end, or vanishes if anything fails."""
+    """Yield a folder that takes the name ``out`` at the end, or is removed if anything fails."""
     try:
         with new_folder(out) as scratch:
             yield scratch
-    except OSError as error:  # of the block too: a file that it reads is named as itself
+    except OSError as error:  # also from the block: the message then names the file that failed
         raise CheckpointError(
             f"{error.filename or out} cannot be read or written: {error.strerror or error}"
         ) from None
 
 
 def require_free(out: Path) -> None:
-    """Raise if ``out`` is a file or a folder that holds anything."""
+    """Raise if ``out`` is a file, or a folder that is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out {out} is not empty; choose another folder or remove it")
 
 
 def require_room(out: Path, needed: int, *, advice: str = "") -> None:
-    """Raise if the disk of ``out`` has not ``needed`` bytes free; the message ends in the advice."""
+    """Raise if the disk of ``out`` lacks room for ``needed`` bytes; the message ends in the advice."""
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -116,7 +116,7 @@ def require_room(out: Path, needed: int, *, advice: str = "") -> None:
 
 
 def require_expressible(model: ModelConfig, objective: ObjectiveConfig, kind: str) -> None:
-    """Raise with every reason why a model has no Hugging Face form of that kind."""
+    """Raise, with every reason, if a model has no Hugging Face form of that kind."""
     reasons = inexpressible(model, objective.name)
     if objective.name == "ar" and kind == "esolm":
         reasons.append(
@@ -140,7 +140,7 @@ def _tokenizer_path(folder: CheckpointFolder, asked: Path | None) -> Path | None
 def _work(
     source: Source, table: list[Rule], dtype: torch.dtype
 ) -> Iterator[tuple[Rule, int | None, list[Spec]]]:
-    """Yield every tensor of ours with the tensors it becomes; check that each is there, and no other."""
+    """Yield each of our tensors with those it becomes; refuse missing tensors, and any others."""
     stored = source.reader.tensors
     prefix = source.kind + "."
     wanted = {prefix + rule.ours: rule for rule in table}
@@ -226,7 +226,7 @@ def _facts(
 
 
 def not_exported(source: Source) -> list[str]:
-    """Return what of the checkpoint the exported folder does not have, and why."""
+    """Return what the exported folder lacks of the checkpoint, and why."""
     model, stored = source.model, source.reader.tensors
     other = sorted({name.split(".")[0] for name in stored} - {source.kind})
     why = {"weights": "not the weights asked for", "ema": "not the weights asked for"}

@@ -1,4 +1,4 @@
-"""A Hugging Face config.json in our terms; what cannot be expressed is refused with every reason."""
+"""A Hugging Face config.json in our terms; one that cannot be expressed is refused with every reason."""
 
 from dataclasses import fields
 from typing import Any
@@ -9,16 +9,20 @@ from megatron_eso.export.describe import FACTS
 
 OURS = ("esolm", "esolm_dit")
 _KNOWN = ("llama", "qwen3", *OURS)
-_OF_OBJECTIVE = ("alpha_0", "diffusion_fraction", "noise_eps")  # those our own classes read
+_OF_OBJECTIVE = (
+    "alpha_0",
+    "diffusion_fraction",
+    "noise_eps",
+)  # the settings that our own classes read
 
 
 def has_mask(config: dict[str, Any]) -> bool:
-    """Return whether the mask token has a row in the weights: in all our exports, stock class or not."""
+    """Return whether the weights have a row for the mask token: so in all our exports, also stock ones."""
     return config["model_type"] in OURS or config.get("mask_token_id") is not None
 
 
 def model_of(config: dict[str, Any]) -> ModelConfig:
-    """Return the shape; ``vocab_size`` without the mask token unless :func:`has_mask`.
+    """Return the model's shape; ``vocab_size`` excludes the mask token unless :func:`has_mask`.
 
     Raises:
         CheckpointError: naming every setting that has no counterpart here.
@@ -53,14 +57,14 @@ def model_of(config: dict[str, Any]) -> ModelConfig:
 def objective_of(
     config: dict[str, Any], facts: dict[str, Any]
 ) -> tuple[ObjectiveConfig, list[str]]:
-    """Return what the model was trained for, and a remark where that is not written down.
+    """Return the objective the model was trained for, and a remark if that is not recorded.
 
     Args:
-        config: config.json; what it says of the objective goes first, as transformers reads it.
+        config: config.json; its settings of the objective take precedence, as transformers reads them.
         facts: what our export wrote beside it; empty for another program's model.
 
     Raises:
-        CheckpointError: if our export is of a version with other settings.
+        CheckpointError: if a version with other settings wrote the export.
     """
     noted = dict(facts.get("objective") or {"alpha_0": facts.get("alpha_0", 1.0)})
     unknown = set(noted) - {field.name for field in fields(ObjectiveConfig)}
@@ -83,13 +87,13 @@ def rope_theta(config: dict[str, Any]) -> float:
 
 
 def _num_kv_heads(config: dict[str, Any]) -> int:
-    """Return the number of key/value heads; one not written down is as transformers takes it."""
+    """Return the number of key/value heads; if missing, transformers' default."""
     default = 32 if config["model_type"] == "qwen3" else None
     return int(config.get("num_key_value_heads", default) or config["num_attention_heads"])
 
 
 def _head_size(config: dict[str, Any]) -> int:
-    """Return the width of a head; one not written down is as transformers takes it."""
+    """Return the width of a head; if missing, transformers' default."""
     quotient = int(config["hidden_size"]) // int(config["num_attention_heads"])
     return int(config.get("head_dim") or (128 if config["model_type"] == "qwen3" else quotient))
 

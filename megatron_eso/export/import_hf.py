@@ -1,7 +1,7 @@
-"""Hugging Face weights in (Llama, Qwen3, our own exports), a checkpoint of ours out, tensor by tensor.
+"""Hugging Face weights in (Llama, Qwen3, our own exports), one of our checkpoints out, tensor by tensor.
 
-A model without a mask token gets one: one more id, whose embedding is the mean of the others. Numbers are
-kept bit for bit (float32 holds bfloat16 and float16 exactly).
+A model without a mask token gets one: one more id, whose embedding is the mean of the others. All numbers
+are kept exactly (float32 holds bfloat16 and float16 exactly).
 """
 
 import json
@@ -40,24 +40,24 @@ class Imported:
     sequence_length: int
     num_parameters: int
     has_mask: bool
-    """The mask token was there; otherwise it is new."""
+    """True if the weights had a row for the mask token; else it is new."""
     remarks: list[str]
 
 
 @dataclass(frozen=True)
 class Described:
-    """What a folder says of its model, in our terms."""
+    """What a folder says about its model, in our terms."""
 
     model_type: str
     model: ModelConfig
     """The vocabulary includes the mask token."""
     num_stored_ids: int
-    """Rows of the embedding and the head in the weights."""
+    """Rows of embedding and head in the stored weights."""
     objective: ObjectiveConfig
     sequence_length: int
     tokenizer: Tokenizer | None
     has_mask: bool
-    """The mask token has a row in the weights already."""
+    """True if the weights already have a row for the mask token."""
     remarks: list[str]
 
 
@@ -73,16 +73,16 @@ def import_hf(
 
     Args:
         source: folder of transformers' files.
-        out: folder of the new checkpoint, absent or empty.
+        out: folder of the new checkpoint; must not exist or must be empty.
         cut_vocabulary: drop embedding rows beyond the tokenizer's ids, so that data prepared with that
             tokenizer fits; otherwise every row is kept.
-        sequence_length: tokens of a row in training; None: as our export noted, else the model's
-            longest, at most 1024.
+        sequence_length: tokens in a training row; None: as recorded in our export, else 1024; at most
+            the model's longest.
         tokenizer: ``tokenizer.json`` to keep beside the weights; None: the one in the folder.
 
     Raises:
-        CheckpointError: if the model cannot be read or expressed, or ``out`` holds anything.
-        DataError: if the ``tokenizer`` given cannot be read.
+        CheckpointError: if the model cannot be read or expressed, or ``out`` is not empty.
+        DataError: if the given ``tokenizer`` cannot be read.
     """
     require_free(out)
     known = describe_hf(
@@ -131,7 +131,7 @@ def describe_hf(
     sequence_length: int | None = None,
     tokenizer: Path | None = None,
 ) -> Described:
-    """Return what the folder says of its model; arguments and errors as of :func:`import_hf`."""
+    """Return what the folder says about its model; arguments and errors as in :func:`import_hf`."""
     config, facts = _read_config(source), read_facts(source)
     model = model_of(config)
     objective, remarks = objective_of(config, facts)
@@ -212,7 +212,7 @@ def _require_names(tensors: ExportedTensors, table: list[Rule], model: ModelConf
 
 
 def _head_of_its_own(tensors: ExportedTensors) -> list[str]:
-    """Return what is wrong with a stored head that config.json says is the embedding."""
+    """Return what is wrong with a stored head that config.json says is tied to the embedding."""
     if torch.equal(tensors.read("lm_head.weight"), tensors.read("model.embed_tokens.weight")):
         return []
     return [
@@ -222,7 +222,7 @@ def _head_of_its_own(tensors: ExportedTensors) -> list[str]:
 
 
 def _joined(tensors: ExportedTensors, rule: Rule, layer: int | None, known: Described) -> Tensor:
-    """Return one tensor of ours, float32."""
+    """Return one of our tensors, in float32."""
     model = known.model
     names = [name.format(layer) for name in rule.theirs]
     parts = [tensors.read(name).float() for name in names]
@@ -243,18 +243,18 @@ def _joined(tensors: ExportedTensors, rule: Rule, layer: int | None, known: Desc
 
 
 def _with_mask(stored: Tensor, rule: Rule, known: Described) -> Tensor:
-    """Return the rows of the ids kept and, last, the mask token's."""
+    """Return the rows of the kept ids and, last, the mask token's row."""
     rows = stored[: known.model.vocab_size - 1]
     if known.has_mask:
         mask = stored[-1:]
     elif rule.theirs[0] == "model.embed_tokens.weight":
         mask = rows.mean(dim=0, keepdim=True)
-    else:  # the head's row for the mask is never used: the mask is no prediction
+    else:  # the head's row for the mask is never used: the mask is never predicted
         mask = torch.zeros_like(rows[:1])
     return torch.cat([rows, mask])
 
 
 def _num_numbers(source: Path, tensors: ExportedTensors) -> int:
-    """Return how many numbers the files hold, whatever their format."""
+    """Return how many numbers the files hold, in any format."""
     headers = [read_header(source / name) for name in set(tensors.files.values())]
     return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())

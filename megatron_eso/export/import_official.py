@@ -1,4 +1,4 @@
-"""Official Eso-LM checkpoint in, checkpoint of ours out."""
+"""An official Eso-LM checkpoint in, one of our checkpoints out."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +19,16 @@ def import_official(
     sequence_length: int | None = None,
     tokenizer: Path | None = None,
 ) -> tuple[CheckpointFolder, OfficialModel]:
-    """Convert a Lightning file of the official code; must run in a single process.
+    """Convert a Lightning file of the official code; return the checkpoint and what the file holds.
+
+    Must run in a single process.
 
     Args:
         checkpoint: the file.
-        out: folder of the new checkpoint, absent or empty.
+        out: folder of the new checkpoint; must not exist or must be empty.
         weights: ``ema`` or ``raw``.
         num_heads: attention heads; None: from the file.
-        sequence_length: tokens of a row; None: from the file.
+        sequence_length: tokens in a row; None: from the file.
         tokenizer: ``tokenizer.json`` to keep beside the weights; None: the one inside the file.
 
     Raises:

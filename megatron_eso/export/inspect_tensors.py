@@ -23,12 +23,12 @@ class Line:
     shape: tuple[int, ...]
     dtype: str
     becomes: str
-    """Exported name(s), or why there are none."""
+    """Exported name(s), or why there are none; for an exported tensor, its file."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Tensors, the count of numbers that a model of them has, and remarks."""
+    """The tensors, the number of parameters of a model made of them, and remarks."""
 
     lines: list[Line]
     num_parameters: int
@@ -39,11 +39,11 @@ def inspect(path: Path) -> Inspection:
     """Return what a checkpoint, a run or an exported folder holds.
 
     Raises:
-        CheckpointError: if it is neither.
+        CheckpointError: if it is none of these.
     """
     if list(path.glob("*.safetensors")):
         return _exported(path)
-    source = open_source(path, use_ema=True)  # as export does unless told otherwise
+    source = open_source(path, use_ema=True)  # as export does by default
     return Inspection(_lines(source), _num_parameters(source), _remarks(source))
 
 
@@ -99,10 +99,10 @@ def _exported(path: Path) -> Inspection:
 
 
 def read_header(path: Path) -> dict[str, dict]:
-    """Return the tensors of a safetensors file: dtype, shape and place in the data.
+    """Return the tensors of a safetensors file by name: dtype, shape and place in the data.
 
     Raises:
-        CheckpointError: if it is no such file.
+        CheckpointError: if it is not such a file.
     """
     try:
         with open(path, "rb") as file:

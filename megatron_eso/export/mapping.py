@@ -1,8 +1,8 @@
 """Names and layouts of our tensors and of Hugging Face's: one table, read in both directions.
 
-Our tensors are those of a checkpoint (``weights.NAME`` or ``ema.NAME``, layers stacked in front); theirs
-have Llama's names, Qwen3's with qk_norm, and for the official shape (LayerNorm, GELU) names in the same
-spirit. What the table cannot express is refused. Letters: V vocabulary, g key/value heads, d head size.
+Our tensors are those of a checkpoint (``weights.NAME`` or ``ema.NAME``, with layers stacked along the first
+axis). Theirs have Llama's names, with qk_norm Qwen3's, and similar names for the official shape (LayerNorm,
+GELU). What the table cannot express is refused.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,17 +21,17 @@ _INPUT, _FC1 = "self_attention.linear_qkv.", "mlp.linear_fc1."
 
 @dataclass(frozen=True)
 class Transform:
-    """How one of our tensors becomes some of theirs, and back."""
+    """How one of our tensors becomes one or more of theirs, and back."""
 
     split: Callable[[ModelConfig, Tensor], list[Tensor]]
     join: Callable[[ModelConfig, list[Tensor]], Tensor]
     shapes: Callable[[ModelConfig, tuple[int, ...]], list[tuple[int, ...]]]
-    """Shapes of theirs from the shape of ours."""
+    """The shapes of theirs, from the shape of ours."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One tensor of ours (of one layer) and those it becomes; ``{}`` is the layer's number."""
+    """One of our tensors (of one layer) and those it becomes; ``{}`` is the layer's number."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -39,7 +39,7 @@ class Rule:
 
     @property
     def is_layered(self) -> bool:
-        """True for tensors of the layers."""
+        """True for a tensor inside the layers."""
         return self.ours.startswith(LAYERS)
 
 
@@ -91,7 +91,7 @@ HALVES = Transform(
 
 
 def rules(model: ModelConfig) -> list[Rule]:
-    """Return the table for one model, in the order the exported files have.
+    """Return the table for one model, in the order of the exported files.
 
     Raises:
         CheckpointError: if the shape cannot be expressed, naming the settings.
@@ -136,7 +136,7 @@ def _layer_rules(model: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], Tra
 
 
 def shape_of(rule: Rule, model: ModelConfig) -> tuple[int, ...]:
-    """Return the shape of our tensor of a rule, of one layer."""
+    """Return the shape of a rule's tensor of ours, for one layer."""
     hidden, inner, size = model.hidden_size, derive.ffn_size(model), derive.head_size(model)
     num_ids, groups = derive.padded_vocab_size(model), derive.num_kv_heads(model)
     matrices = {

@@ -1,14 +1,14 @@
-"""README.md of an exported folder: what the model is, how to use it, what was verified."""
+"""The README.md of an exported folder: what the model is, how to use it, what was verified."""
 
 from typing import Any
 
 
 def model_card(config: dict[str, Any], facts: dict[str, Any]) -> str:
-    """Return README.md with the source and the verification's numbers.
+    """Return the README.md, with the results of the verification.
 
     Args:
-        config: config.json.
-        facts: esolm_export.json.
+        config: content of config.json.
+        facts: content of esolm_export.json.
     """
     checked, objective = facts["verification"], facts["objective"]
     lines = [f"| {name} | {value:.3g} |" for name, value in checked.items()] if checked else []

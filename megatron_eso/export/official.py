@@ -1,7 +1,7 @@
-"""Read an official Eso-LM checkpoint (a Lightning file) as weights and settings of ours.
+"""Read an official Eso-LM checkpoint (a Lightning file) as our weights and settings.
 
 Only tensors and plain configuration are read (inert_pickle.py). The averaged weights (``ema``) are a
-list in the order of the backbone's parameters; ``state_dict`` holds the raw ones.
+list in the order of the backbone's parameters; ``state_dict`` holds the raw weights.
 """
 
 from collections.abc import Mapping
@@ -31,9 +31,9 @@ class OfficialModel:
     sequence_length: int
     step: int
     weights: dict[str, Tensor]
-    """Folded weights by full name, float32."""
+    """Folded weights by full name, in float32."""
     tokenizer_json: str | None
-    """Text of the tokenizer's ``tokenizer.json``, if the file holds one."""
+    """Content of the tokenizer's ``tokenizer.json``, if the file holds one."""
 
 
 def read_official(
@@ -49,10 +49,10 @@ def read_official(
         path: Lightning file.
         weights: ``ema`` or ``raw``.
         num_heads: attention heads; None: from the file.
-        sequence_length: tokens of a row; None: from the file.
+        sequence_length: tokens in a row; None: from the file.
 
     Raises:
-        CheckpointError: if the file is not of that format, or not of a model we can express.
+        CheckpointError: if the file has another format, or a model that we cannot express.
     """
     content = read_torch_file(path)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
@@ -81,10 +81,10 @@ def read_official(
 
 
 def averaged(tensors: Mapping[str, Tensor], ema: Any, path: Path) -> dict[str, Tensor]:
-    """Return the tensors with the averaged parameters in the raw ones' places.
+    """Return the tensors with the raw parameters replaced by the averaged ones.
 
     Raises:
-        CheckpointError: if there is no average, or it is of other parameters.
+        CheckpointError: if there is no average, or it does not match the parameters.
     """
     shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
     if not (isinstance(shadow, list) and shadow and all(isinstance(s, Tensor) for s in shadow)):
@@ -106,7 +106,7 @@ def averaged(tensors: Mapping[str, Tensor], ema: Any, path: Path) -> dict[str, T
 
 
 def _require_our_variant(settings: dict[str, Any]) -> None:
-    """Refuse models whose passes are not those of the objective here."""
+    """Refuse models whose passes differ from our objective's."""
     algo = settings.get("algo")
     if not isinstance(algo, dict):
         return
@@ -126,7 +126,7 @@ def _require_our_variant(settings: dict[str, Any]) -> None:
 
 
 def _num_heads(tensors: Mapping[str, Tensor], settings: dict[str, Any], asked: int | None) -> int:
-    """Return the head count; the rotary frequencies (half a head long), if stored, must agree."""
+    """Return the number of heads; stored rotary frequencies (half a head long) must agree with it."""
     hidden = tensors["vocab_embed.embedding"].shape[1]
     heads = asked or _number(settings, "model", "n_heads")
     rotary = tensors.get(ROTARY)
@@ -179,14 +179,14 @@ def _objective(settings: dict[str, Any]) -> ObjectiveConfig:
 
 
 def _number(settings: dict[str, Any], section: str, name: str) -> float | None:
-    """Return a number of the configuration; None if it is not there or not plain."""
+    """Return a number from the configuration; None if it is missing or not a plain number."""
     values = settings.get(section)
     value = values.get(name) if isinstance(values, dict) else None
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _tokenizer_json(hyper: Any) -> str | None:
-    """Return the JSON text inside a pickled fast tokenizer, without making the tokenizer."""
+    """Return the JSON text inside a pickled fast tokenizer, without building the tokenizer."""
     outer = hyper.get("tokenizer") if isinstance(hyper, dict) else None
     fields = outer.state if isinstance(outer, Inert) else None
     inner = fields.get("_tokenizer") if isinstance(fields, dict) else None

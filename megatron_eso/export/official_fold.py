@@ -1,9 +1,9 @@
 """Fold the official model's constant condition into a plain pre-LayerNorm transformer.
 
-The official Eso-LM always feeds time 0 to its adaptive layer norms, so shift, scale and gate are
-constants of the weights: norm(x) w (1 + scale) + shift is a LayerNorm with that scale and bias, and
-gate * (W x + b) is a matrix and a bias with their rows multiplied. Exact up to rounding; computed in
-float64. Letters as in official_layout.py; h = heads, d = head size.
+The official Eso-LM always feeds time 0 to its adaptive layer norms, so shift, scale and gate depend only
+on the weights: norm(x) w (1 + scale) + shift is a LayerNorm with that scale and bias, and
+gate * (W x + b) is a matrix and a bias with scaled rows. This is exact up to rounding, and is computed
+in float64. Letters as in official_layout.py; h = heads, d = head size.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _LAYER = "decoder.layers."
 
 
 def fold(tensors: Mapping[str, Tensor], *, num_heads: int, padded_vocab: int) -> dict[str, Tensor]:
-    """Return our weights by full name (``parallel.parameters.Piece.full_name``), float32.
+    """Return our weights by full name (``parallel.parameters.Piece.full_name``), in float32.
 
     Args:
         tensors: official tensors that passed ``require_layout``.
@@ -45,7 +45,7 @@ def fold(tensors: Mapping[str, Tensor], *, num_heads: int, padded_vocab: int) ->
 
 
 def constant_condition(official: Mapping[str, Tensor]) -> Tensor:
-    """Return [C]: the embedding of time 0 through its MLP; cosines are 1, sines 0."""
+    """Return [C]: the embedding of time 0 after its MLP; at time 0 all cosines are 1 and all sines 0."""
     size = official["sigma_map.mlp.0.weight"].shape[1]
     at_zero = torch.zeros(size, dtype=torch.float64)
     at_zero[: size // 2] = 1.0
@@ -64,7 +64,7 @@ def _modulation(
 def _fold_block(
     official: Mapping[str, Tensor], block: int, condition: Tensor, num_heads: int
 ) -> dict[str, Tensor]:
-    """Return one layer's weights by our names."""
+    """Return one layer's weights under our names."""
     owner = f"blocks.{block}."
     shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = _modulation(official, owner, condition, 6)
 

@@ -1,4 +1,4 @@
-"""Names and shapes of the official Eso-LM checkpoint (github.com/s-sahoo/Eso-LMs, models/dit.py).
+"""Names and shapes in an official Eso-LM checkpoint (github.com/s-sahoo/Eso-LMs, models/dit.py).
 
 Letters: V = vocabulary with the mask token, H = hidden size, F = inner size of the MLP, C = size of
 the condition, E = size of the time embedding.
@@ -20,7 +20,7 @@ def strip_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the backbone's tensors without their prefix.
 
     Raises:
-        CheckpointError: if there are tensors of anything else, or entries that are no tensors.
+        CheckpointError: if there are other tensors, or entries that are not tensors.
     """
     strange = [name for name, value in state_dict.items() if not isinstance(value, Tensor)]
     if strange:
@@ -37,7 +37,7 @@ def num_blocks(tensors: Mapping[str, Tensor]) -> int:
 
 
 def require_layout(tensors: Mapping[str, Tensor]) -> None:
-    """Raise unless every tensor of the format is there in its shape, and no other.
+    """Raise unless exactly the format's tensors are there, with the right shapes.
 
     Raises:
         CheckpointError: naming all missing and unknown tensors and all wrong shapes.

@@ -1,8 +1,8 @@
 """An independent forward pass over a checkpoint's own tensors, one layer in memory at a time.
 
-It shares no code with the exported model or the mapping: weights under our names, heads one by one,
-explicit positions and visibility. Exports are compared with it. Letters: n = entries of a row, H = hidden
-size, V = vocabulary.
+Exports are compared with it, so it shares no code with the exported model or the mapping: weights have our
+names, heads run one by one, positions and visibility are explicit. Letters: n = entries of a row,
+g = key/value heads, m = query heads of each, d = head size, V = vocabulary.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from megatron_eso.config import derive
 from megatron_eso.config.schema import ModelConfig
 
 Read = Callable[[str, int | None], Tensor]
-"""Returns one tensor in float32 by its name, of one layer if a number is given."""
+"""Returns a tensor by name in float32; if a number is given, that layer's."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Row:
     positions: Tensor
     """[n] places in reading order."""
     visible: Tensor
-    """[n, n] True where entry i may look at entry j."""
+    """[n, n] True where entry i sees entry j."""
 
 
 def reference_logits(model: ModelConfig, read: Read, rows: list[Row]) -> list[Tensor]:
-    """Return [n, V] logits of every row, the mask token's at -inf."""
+    """Return every row's logits [n, V]; the mask token's are -inf."""
     embedding = read("embedding.word_embeddings.weight", None)
-    # The rows' entries side by side: each weight is read, and multiplied, once.
+    # All rows' entries are concatenated, so that each weight is read and multiplied once.
     hidden = embedding[torch.cat([row.tokens for row in rows])]
     del embedding
     for layer in range(model.num_layers):
@@ -81,7 +81,7 @@ def _attention(
 
 
 def _heads(model: ModelConfig, blocks: Tensor, row: Row, scales: list[Tensor | None]) -> Tensor:
-    """Return [n, heads * d] of one row; ``blocks`` [n, g, m + 2, d] holds each group's q.., k, v."""
+    """Return [n, heads * d] for one row; ``blocks`` [n, g, m + 2, d] holds each group's q.., k, v."""
     per_group, size = blocks.shape[2] - 2, blocks.shape[3]
     heads = []
     for head in range(model.num_heads):

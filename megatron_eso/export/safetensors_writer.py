@@ -1,7 +1,7 @@
-"""Write safetensors shards tensor by tensor, so that memory does not grow with the model.
+"""Write safetensors shards tensor by tensor, so that memory use does not grow with the model.
 
-The header comes first and names every tensor's place, so shapes must be known before the first tensor is
-read; the tensors then follow in that order.
+The header comes first and gives every tensor's place, so all shapes must be known before the first tensor
+is written. The tensors then follow in that order.
 """
 
 import json
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_eso.errors import CheckpointError
 
-SHARD_BYTES = 5_000_000_000  # transformers 5 would write 50 GB ones
+SHARD_BYTES = 5_000_000_000  # transformers 5 would write 50 GB shards
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
@@ -30,7 +30,7 @@ class Spec:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its data."""
+        """Number of bytes of its data."""
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 
@@ -61,7 +61,7 @@ class SafetensorsWriter:
         """Write the next tensor, in the spec's dtype.
 
         Raises:
-            CheckpointError: if it is not the next one, or has another shape.
+            CheckpointError: if another tensor is next, or the shape differs.
         """
         if self._at >= len(self._queue):
             raise CheckpointError(f"{name} is one tensor too many")
@@ -116,7 +116,7 @@ class SafetensorsWriter:
 
 
 def plan_shards(specs: list[Spec], shard_bytes: int) -> list[list[Spec]]:
-    """Return the specs cut into shards of at most ``shard_bytes`` (or one tensor)."""
+    """Return the specs grouped into shards of at most ``shard_bytes``, or of one larger tensor."""
     shards: list[list[Spec]] = [[]]
     size = 0
     for spec in specs:

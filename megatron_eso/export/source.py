@@ -1,4 +1,4 @@
-"""A checkpoint opened for reading: its description and its tensors."""
+"""A checkpoint opened for reading: its description (esolm.json) and its tensors."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -32,10 +32,10 @@ class Source:
 
 
 def find_folder(path: Path) -> CheckpointFolder:
-    """Return the checkpoint meant by a path: itself, or the newest whole one of a run.
+    """Return the checkpoint that a path means: itself, or the newest whole one of a run.
 
     Raises:
-        CheckpointError: if there is none, or it is damaged.
+        CheckpointError: if there is none, or the named one is damaged.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist")
@@ -54,10 +54,10 @@ def find_folder(path: Path) -> CheckpointFolder:
 
 
 def open_source(path: Path, *, use_ema: bool) -> Source:
-    """Return an opened checkpoint.
+    """Open and return a checkpoint.
 
     Raises:
-        CheckpointError: if it is not whole, or its description is not understood.
+        CheckpointError: if it is not whole, or its description has another version.
     """
     folder = find_folder(path)
     sidecar = folder.sidecar()

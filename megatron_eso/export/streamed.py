@@ -1,7 +1,7 @@
 """An exported model that holds one layer's weights at a time, for verifying exports of any size.
 
-The model's own classes run unchanged; hooks read a module's weights from the safetensors files before it
-runs. Several calls go through the model in step, so that weights are read once for all of them.
+The model's own classes run unchanged; before a module runs, hooks read its weights from the safetensors
+files. Several calls go through the model in step, so that weights are read once for all of them.
 """
 
 import json
@@ -36,7 +36,7 @@ class ExportedTensors:
             ) from None
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor in its own dtype, its pages mapped from the file (privately), not copied."""
+        """Return one tensor in its own dtype, mapped from the file (privately), not copied."""
         if name not in self.files:
             raise CheckpointError(f"{self.folder} holds no tensor {name}")
         try:
@@ -47,13 +47,13 @@ class ExportedTensors:
 
 
 class StreamedModel:
-    """The exported model in float32; the weights of a part are there while that part runs."""
+    """The exported model in float32; a part's weights are only in memory while it runs."""
 
     def __init__(self, folder: Path) -> None:
         """Build the model without weights.
 
         Raises:
-            CheckpointError: if names are not the model's, each named.
+            CheckpointError: naming every tensor that is missing or unknown to the model.
         """
         self.config = read_config(folder)
         self.model = _class_of(self.config)(self.config).eval()
@@ -70,13 +70,13 @@ class StreamedModel:
             self._stream(prefix, unit)
 
     def in_step(self, calls: Sequence[Callable[[Any], Any]]) -> list[Any]:
-        """Return what each call makes of the model.
+        """Return the result of each call, given the model.
 
-        The calls run in threads that take turns: a part runs for all of them, then the next is loaded. One
-        that passes through the model less often than others ends earlier.
+        The calls run in threads that take turns: a part runs for all of them, then the next is loaded. A
+        call that passes through the model fewer times than others ends earlier.
 
         Raises:
-            CheckpointError: if a tensor has not the model's shape.
+            CheckpointError: if a tensor's shape is not the model's.
         """
         self._together = _Together(len(calls), self._load)
         with ThreadPoolExecutor(len(calls)) as threads:
@@ -86,7 +86,7 @@ class StreamedModel:
 
     def _run(self, call: Callable[[Any], Any]) -> Any:
         try:
-            with torch.no_grad():  # a thread's own setting
+            with torch.no_grad():  # this setting is per thread
                 return call(self.model)
         finally:
             self._together.leave()
@@ -111,7 +111,7 @@ class StreamedModel:
         unit.register_forward_hook(after, always_call=True)
 
     def _load(self, prefix: str, module: nn.Module) -> None:
-        """Put a part's weights in the place of the last one's."""
+        """Load a part's weights, and drop those of the part before."""
         self._drop()
         state = {}
         for name, parameter in module.named_parameters():
@@ -133,7 +133,7 @@ class StreamedModel:
 
 
 class _Together:
-    """Threads that go through the same parts: each is loaded once all of them have come to it."""
+    """Threads that go through the same parts; each part is loaded once all threads have reached it."""
 
     def __init__(self, number: int, load: Callable[[str, nn.Module], None]) -> None:
         self._number, self._load = number, load
@@ -142,7 +142,7 @@ class _Together:
         self._error: Exception | None = None
         self._changed = threading.Condition()
         self.turn = threading.Lock()
-        """Held while a part runs: memory and threads of one call at a time."""
+        """Held while a part runs, so that only one call at a time uses memory and threads."""
 
     def arrive(self, prefix: str, module: nn.Module) -> None:
         """Wait until the part is loaded and it is this thread's turn."""
@@ -151,12 +151,12 @@ class _Together:
             now = self._round
             self._go_on()
             self._changed.wait_for(lambda: self._round > now)
-        self.turn.acquire()  # given back by the hook that runs even where the part fails
+        self.turn.acquire()  # released by a hook that runs even if the part fails
         if self._error is not None:
             raise self._error
 
     def leave(self) -> None:
-        """Go on without this thread."""
+        """Let the others continue without this thread."""
         with self._changed:
             self._number -= 1
             self._go_on()
@@ -167,14 +167,14 @@ class _Together:
         try:
             (part,) = set(self._waiting)
             self._load(*part)
-        except Exception as error:  # raised in every thread: none waits for ever
+        except Exception as error:  # raised in every thread, so that none waits forever
             self._error = error
         self._waiting, self._round = [], self._round + 1
         self._changed.notify_all()
 
 
 def read_config(folder: Path) -> Any:
-    """Return the configuration object of an exported folder, by our own classes."""
+    """Return an exported folder's configuration as an object of our own classes."""
     from megatron_eso.export.hf.configuration_esolm import EsoLMConfig, EsoLMDiTConfig
 
     try:
@@ -207,7 +207,7 @@ def _class_of(config: Any) -> Any:
 
     def build(settings: Any) -> Any:
         settings._attn_implementation = "eager"
-        # No weights: parameters on the meta device have shapes alone.
+        # No weights: parameters on the meta device have only shapes.
         with torch.device("meta"):
             return kind(settings)
 

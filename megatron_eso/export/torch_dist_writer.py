@@ -1,7 +1,8 @@
-"""Write a torch_dist checkpoint tensor by tensor: no Megatron, no process group, one layer in memory.
+"""Write a torch_dist checkpoint tensor by tensor, without Megatron or a process group.
 
-The files are those that Megatron's own saving leaves: one ``.distcp`` of small torch files, the index
-``.metadata``, ``common.pt`` and ``metadata.json``; Megatron loads them at any layout.
+One tensor of one layer is in memory at a time. The files are those of Megatron's own saving: one
+``.distcp`` of small torch files, the index ``.metadata``, ``common.pt`` and ``metadata.json``. Megatron
+loads them at any layout.
 """
 
 import io
@@ -58,7 +59,7 @@ class TorchDistWriter:
         )
         known.chunks.append(chunk)
         first = self._file.tell()
-        # The whole storage of a view would be saved; a clone holds these numbers alone.
+        # A view would be saved with its whole storage; a clone holds only these numbers.
         alone = part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
         torch.save(alone, _Plain(self._file))  # type: ignore[arg-type]
         index = MetadataIndex(name, offset)
@@ -79,7 +80,7 @@ class TorchDistWriter:
 
 
 class _Plain(io.RawIOBase):
-    """The end of a file as a file of its own: torch's zip writer must start at place 0."""
+    """The end of a file, as a file of its own: torch's zip writer must start at position 0."""
 
     def __init__(self, file: io.BufferedWriter) -> None:
         self._file = file

@@ -1,7 +1,7 @@
-"""Is an exported folder the model of its checkpoint? Compared in float32, structure and numbers.
+"""Check that an exported folder is the model of its checkpoint: structure and numbers, in float32.
 
-In bfloat16 even a norm eps ten times too large would not be seen; in float32 the smallest mistake tried is
-a thousand times above the rounding. Letters: L = tokens of a row, V = vocabulary.
+In bfloat16 even a norm eps ten times too large would go unnoticed; in float32 the smallest mistake tried is
+a thousand times above rounding. Letter: L = tokens in a row.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from megatron_eso.export.streamed import ExportedTensors, StreamedModel
 
 LIMIT_LOGITS, LIMIT_KL, LIMIT_CACHE = 1e-4, 1e-8, 1e-3
 _ROWS, _LENGTH = 2, 24
-# Steps of several tokens, then one token at a time; few, since each reads every weight.
+# Steps of several tokens, then one token at a time; few steps, since each reads every weight.
 _PLAN: dict[str, Any] = {"alpha_0": 0.9, "num_steps": 2, "seed": 2}
 
 
@@ -42,7 +42,7 @@ class Verified:
     tensors: int
 
     def failures(self) -> list[str]:
-        """Return what is above its limit; empty if the export is right."""
+        """Return which results miss their limits; empty if the export is right."""
         found = []
         for name, value in asdict(self).items():
             limit = None
@@ -66,7 +66,7 @@ def verify_export(folder: Path, model: ModelConfig, read: Read, *, seed: int = 0
         folder: exported folder.
         model: the source's shape.
         read: the source's tensors, rounded to the exported dtype, as float32.
-        seed: of the rows.
+        seed: seed of the rows.
 
     Raises:
         CheckpointError: if a tensor is missing, unknown, misshapen or not finite.
@@ -76,7 +76,6 @@ def verify_export(folder: Path, model: ModelConfig, read: Read, *, seed: int = 0
     length = min(_LENGTH, model.max_length)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, model.vocab_size - 1, (_ROWS, length), generator=generator)
-    # Places far apart: a wrong rotary base shows most at large distances.
     is_masked = torch.rand(_ROWS, length, generator=generator) < 0.5
     is_masked[:, 0] = True
     key = torch.rand(_ROWS, length, generator=generator, dtype=torch.float64)
@@ -140,7 +139,7 @@ def _structure(folder: Path, model: ModelConfig) -> int:
     wrong = [f"{name} is missing" for name in sorted(expected - set(tensors.files))]
     wrong += [f"{name} is unknown" for name in sorted(set(tensors.files) - expected)]
     for name in sorted(expected & set(tensors.files)):
-        # Both ends of the range are finite only if everything is, and cost no memory.
+        # Minimum and maximum are finite only if all values are, and need no extra memory.
         if not all(bool(torch.isfinite(end)) for end in tensors.read(name).aminmax()):
             wrong.append(f"{name} holds values that are not finite")
     if wrong:
@@ -159,7 +158,7 @@ def _doubled(exported: Any, tokens: Tensor, order: Tensor) -> tuple[Tensor, Tens
 
 
 def _generated(exported: Any, prompt: Tensor, length: int, *, use_cache: bool) -> Any:
-    """Return what greedy generation behind a prompt gives, log-probabilities included."""
+    """Return the output of greedy generation after a prompt, with log-probabilities."""
     return exported.generate(
         prompt, max_new_tokens=length - prompt.shape[1], use_cache=use_cache, do_sample=False,
         return_dict_in_generate=True, eos_token_id=None, **_PLAN,
@@ -167,7 +166,7 @@ def _generated(exported: Any, prompt: Tensor, length: int, *, use_cache: bool) -
 
 
 def _inputs(model: ModelConfig, tokens: Tensor, is_masked: Tensor, order: Tensor) -> list[Row]:
-    """Return the canvas rows, then the doubled rows, each with its visibility written out."""
+    """Return the canvas rows, then the doubled rows, each with explicit visibility."""
     length = tokens.shape[1]
     place = torch.arange(length)
     earlier, own = place[:, None] > place, torch.eye(length, dtype=torch.bool)
@@ -187,9 +186,10 @@ def _inputs(model: ModelConfig, tokens: Tensor, is_masked: Tensor, order: Tensor
 
 
 def generated_row(model: ModelConfig, tokens: Tensor, num_given: int) -> tuple[Row, Tensor]:
-    """Return all steps of a generated row [L] as one row of true tokens, then masks, and their places.
+    """Return all steps of a generated row [L] as one row, and the masks' places.
 
-    A mask sees the true tokens decided in earlier steps, the masks before it in its own step, and itself.
+    The row has the true tokens, then the masks. A mask sees the given tokens, the true tokens decided in
+    earlier steps, the masks before it in its own step, and itself.
     """
     length = len(tokens)
     is_open = [place >= num_given for place in range(length)]
@@ -217,7 +217,7 @@ def _in_order(values: Tensor, order: Tensor) -> list[Tensor]:
 
 
 def _undo(is_masked: Tensor, order: Tensor) -> Tensor:
-    """Return where each masked entry, in reading order, stands among the rows' entries in order."""
+    """Return where each masked entry, taken in reading order, stands among the masked entries in order."""
     found, offset = [], 0
     for mask, o in zip(is_masked, order, strict=True):
         places = o[mask[o]]
@@ -239,7 +239,7 @@ def _of_copies(
 
 
 def _compare(found: Tensor, expected: Tensor) -> tuple[float, float, float]:
-    """Return relative largest logit difference, largest KL in nats, share of equal most likely tokens."""
+    """Return the largest relative logit difference, the largest KL in nats, the share of equal argmaxes."""
     real = torch.isfinite(expected[0])
     if not torch.equal(torch.isfinite(found[0]), real):
         return float("inf"), float("inf"), 0.0
@@ -248,7 +248,7 @@ def _compare(found: Tensor, expected: Tensor) -> tuple[float, float, float]:
         return float("inf"), float("inf"), 0.0
     p, q = torch.log_softmax(b, dim=1), torch.log_softmax(a, dim=1)
     kl = float((p.exp() * (p - q)).sum(1).abs().max())
-    # A tie within the rounding is no difference.
+    # A tie within rounding does not count as a difference.
     best = b.max(1).values
     chosen = b.gather(1, a.argmax(1)[:, None])[:, 0]
     same = (best - chosen) <= 2 * LIMIT_LOGITS * b.abs().max()
@@ -256,14 +256,14 @@ def _compare(found: Tensor, expected: Tensor) -> tuple[float, float, float]:
 
 
 def _cache_difference(cached: Any, uncached: Any) -> float:
-    """Return the largest difference of log-probabilities of cached and uncached generation."""
+    """Return the largest difference in log-probability between cached and uncached generation."""
     if not torch.equal(cached.sequences, uncached.sequences):
         return float("inf")
     return float((cached.log_probs - uncached.log_probs).abs().max())
 
 
 def _generation_difference(cached: Any, expected: Tensor, places: Tensor) -> float:
-    """Return the largest difference of cached generation's log-probabilities from the reference's."""
+    """Return the largest difference in log-probability between cached generation and the reference."""
     tokens = cached.sequences[0][places]
     log_probs = torch.log_softmax(expected[-len(places) :].double(), dim=1)
     wanted = log_probs.gather(1, tokens[:, None])[:, 0]
@@ -271,5 +271,5 @@ def _generation_difference(cached: Any, expected: Tensor, places: Tensor) -> flo
 
 
 def rounded(read: Callable[[str, int | None], Tensor], dtype: torch.dtype) -> Read:
-    """Return a reader whose tensors are rounded to ``dtype`` and given as float32."""
+    """Return a reader whose tensors are rounded to ``dtype`` and returned as float32."""
     return lambda name, layer: read(name, layer).to(dtype).float()

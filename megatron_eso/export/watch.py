@@ -1,4 +1,4 @@
-"""Export the checkpoints of a running job as they appear, and upload a folder when asked."""
+"""Export a running job's checkpoints as they appear; upload an exported folder."""
 
 import logging
 import time
@@ -19,22 +19,22 @@ def watch_run(
     poll_seconds: float = 10.0,
     is_over: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Export each committed checkpoint of a run to ``out/NAME``; returns when ``is_over`` says so.
+    """Export each committed checkpoint of a run to ``out/NAME``; return when ``is_over`` says so.
 
-    A folder that exists already was exported before, so a restarted watch continues. A checkpoint that
-    training removed while it was read is passed over.
+    A folder that already exists was exported before, so a restarted watch continues. A checkpoint that
+    training removed during its export is passed over.
 
     Args:
         run: run folder, or its checkpoints folder.
         out: parent of the exported folders.
         export_one: writes one checkpoint to one folder.
-        poll_seconds: pause between looks.
-        is_over: asked after each look; the command line stops on Ctrl-C.
+        poll_seconds: pause between rounds.
+        is_over: asked after each round; the command line stops on Ctrl-C.
     """
     if not run.is_dir():
         raise CheckpointError(f"{run} does not exist; --watch needs the folder of a run")
     while True:
-        # Asked at each look: a run that has just started makes the folder at its first save.
+        # Checked in each round: a run that has just started makes the folder at its first save.
         root = run / "checkpoints" if (run / "checkpoints").is_dir() else run
         for folder in list_folders(root):
             target = out / folder.path.name
@@ -52,7 +52,7 @@ def watch_run(
 
 
 def push_folder(folder: Path, repository: str) -> str:
-    """Upload an exported folder to the Hugging Face hub and return its address.
+    """Upload an exported folder to the Hugging Face hub; return its address.
 
     Raises:
         CheckpointError: if the hub refuses or cannot be reached.

@@ -1,4 +1,4 @@
-"""The device a rank runs on: CPU with gloo or a GPU with NCCL. Nothing else asks which it is."""
+"""The device a rank runs on: the CPU with gloo, or a GPU with NCCL. Only this module decides which."""
 
 import os
 import platform
@@ -29,18 +29,18 @@ class Device:
         return self.torch_device.type == "cuda"
 
     def memory_gib(self) -> float:
-        """Return the peak memory of this rank in GiB: the GPU's, or the process's on a CPU."""
+        """Return this rank's memory in GiB: a GPU's peak, or the process's current use on a CPU."""
         if self.is_cuda:
             return torch.cuda.max_memory_allocated() / 2**30
         return psutil.Process().memory_info().rss / 2**30
 
     def gpu_name(self) -> str:
-        """Return the driver's name of the GPU; empty on a CPU."""
+        """Return the driver's name for the GPU; empty on a CPU."""
         return torch.cuda.get_device_name(self.torch_device) if self.is_cuda else ""
 
 
 def choose_device(local_rank: int) -> Device:
-    """Return the GPU of this rank, or the CPU where there is none; patches Megatron for the CPU."""
+    """Return this rank's GPU; if there is none, patch Megatron for the CPU and return the CPU."""
     silence_megatron_messages()
     if torch.cuda.is_available():
         index = gpu_of_rank(local_rank, torch.cuda.device_count(), os.environ)
@@ -52,7 +52,7 @@ def choose_device(local_rank: int) -> Device:
 
 
 def require_no_gpu_was_asked_for(environ: Mapping[str, str]) -> None:
-    """Refuse to train on the CPU where the job was given GPUs: it would take weeks, and say nothing.
+    """Refuse to train on the CPU in a job that asked for GPUs: it would silently take weeks.
 
     Raises:
         ConfigError: if our job script asked for GPUs.
@@ -68,13 +68,13 @@ def require_no_gpu_was_asked_for(environ: Mapping[str, str]) -> None:
 
 
 def gpu_of_rank(local_rank: int, num_gpus: int, environ: Mapping[str, str]) -> int:
-    """Return which of the GPUs that this process sees is its own.
+    """Return the index of this rank's GPU among those that the process sees.
 
     Raises:
         ConfigError: if there are fewer GPUs than ranks on this node.
     """
     if num_gpus == 1 and environ.get("SLURM_LOCALID") == str(local_rank):
-        return 0  # a task of srun --gpus-per-task=1: it sees its own alone
+        return 0  # a task of srun --gpus-per-task=1 sees only its own GPU
     if local_rank >= num_gpus:
         raise ConfigError(
             f"rank {local_rank} of this node (LOCAL_RANK) has no GPU: {num_gpus} can be seen "
@@ -93,8 +93,8 @@ def idle_gpus(device: Device, num_ranks: int) -> list[str]:
     return [f"{used}; all are with --ranks {seen}"]
 
 
-# Results of NCCL, cuBLAS and Transformer Engine do not depend on timing with these (Megatron-LM asks for
-# the same); each name with the values that are right, of which the first is set if there is none.
+# With these, results of NCCL, cuBLAS and Transformer Engine do not depend on timing (Megatron-LM asks for
+# the same). Each name has its allowed values; the first is set where the environment has none.
 _DETERMINISTIC = {
     "NCCL_ALGO": ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS"),
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
@@ -103,10 +103,10 @@ _DETERMINISTIC = {
 
 
 def be_deterministic(environ: MutableMapping[str, str]) -> None:
-    """Set what makes CUDA results repeatable; before the process group starts.
+    """Make CUDA results repeatable; call before the process group starts.
 
     Raises:
-        ConfigError: if the environment asks for the contrary.
+        ConfigError: if the environment asks for the opposite.
     """
     for name, right in _DETERMINISTIC.items():
         if not set(environ.setdefault(name, right[0]).split(",")) <= set(right):
@@ -119,10 +119,10 @@ def be_deterministic(environ: MutableMapping[str, str]) -> None:
 
 
 def prepare_for_graphs(environ: MutableMapping[str, str]) -> None:
-    """Set what CUDA graphs with collectives in them need; before the process group starts.
+    """Set what CUDA graphs that contain collectives need; call before the process group starts.
 
-    NCCL registers the buffers of captured collectives; with expandable segments that ends in illegal memory
-    accesses before Blackwell (Megatron-Core's transformer/cuda_graphs.py refuses it).
+    NCCL registers the buffers of captured collectives. With expandable segments that leads to illegal
+    memory accesses on GPUs before Blackwell (Megatron-Core's transformer/cuda_graphs.py refuses it).
 
     Raises:
         ConfigError: if the environment asks for both.
@@ -139,15 +139,15 @@ def prepare_for_graphs(environ: MutableMapping[str, str]) -> None:
 
 
 def start_process_group(ranks: Ranks, device: Device, *, timeout_seconds: float = 600.0) -> None:
-    """Join the process group, also for a single rank (Megatron wants one).
+    """Join the process group, also for a single rank (Megatron needs one).
 
-    NCCL is not told the device, which is the current one: each group would then have one communicator for
-    all, in which the exchanges between two stages wait for every other one.
+    NCCL is not told the device and uses the current one. If told, each group would use one communicator for
+    everything, in which the exchanges between two stages wait for all others.
 
     Args:
         ranks: this process's place.
         device: gives the backend.
-        timeout_seconds: limit of the ranks' meeting, and of every collective of the whole group.
+        timeout_seconds: limit for the ranks to meet, and for every collective of the whole group.
     """
     if dist.is_initialized():
         return

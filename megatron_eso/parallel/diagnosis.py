@@ -15,7 +15,7 @@ from megatron_eso.parallel.te_diagnosis import Finding, megatron_version, te_fin
 
 
 def diagnose() -> list[Finding]:
-    """Return findings about machine, packages and backends; measures for about a second."""
+    """Return findings about machine, packages and backends; measuring takes about a second."""
     return [*_machine(), *_packages(), *_speed(), *_backends()]
 
 

@@ -1,4 +1,4 @@
-"""Small exchanges between ranks: data rows inside a model replica, and agreement of all ranks."""
+"""Small exchanges between ranks: data rows within a model replica, and agreement among all ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,16 +34,16 @@ def read_together(
 ) -> Rows:
     """Return rows that one rank of each model replica reads and the others receive.
 
-    A failure to read on any rank raises on all ranks, so none waits in a collective for ever.
+    A failure to read on any rank raises on all ranks, so that none waits in a collective forever.
 
     Args:
-        read: reads the rows; called on the first rank of the replica only.
+        read: reads the rows; called only on the first rank of the replica.
         layout: this rank's place.
         device: device of the collectives.
         shape: (n, L + 1).
 
     Raises:
-        DataError: on every rank, naming the ranks that failed and why.
+        DataError: on every rank, saying which ranks failed and why.
     """
     leader = dist.get_global_rank(layout.replica_group, 0)
     rows = together(lambda: read() if dist.get_rank() == leader else None, device)
@@ -67,11 +67,11 @@ def rows_of_rank(rows: StackRows, layout: Layout, device: torch.device) -> Stack
 def together(
     use: Callable[[], Result], device: torch.device, kind: type[Exception] = DataError
 ) -> Result:
-    """Return what ``use`` returns on this rank; every rank must call.
+    """Return what ``use`` returns on this rank. All ranks must call this.
 
     Raises:
-        DataError: (or ``kind``) on every rank if ``use`` raises it, or an OSError, on any, so that none
-            waits for another for ever.
+        DataError: (or ``kind``) on every rank if ``use`` raises it, or an OSError, on any rank, so that
+            none waits for another forever.
     """
     result, failure = None, ""
     try:
@@ -90,7 +90,7 @@ def raise_together(failure: str, kind: type[Exception], device: torch.device) ->
 
 
 def from_first_rank(make: Callable[[], Result], device: torch.device) -> Result:
-    """Return on all ranks what ``make`` returns on the first, the only one that calls it.
+    """Return, on all ranks, what ``make`` returns on rank 0, which alone calls it.
 
     Raises:
         CheckpointError: on every rank, if ``make`` raises it or an OSError.
@@ -108,14 +108,14 @@ def from_first_rank(make: Callable[[], Result], device: torch.device) -> Result:
 
 
 def gather_messages(message: str) -> list[str]:
-    """Return every rank's message, in the order of the ranks."""
+    """Return every rank's message, in rank order."""
     messages: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     return messages
 
 
 def _said_by(messages: list[str]) -> str:
-    """Return each message once, with the ranks it came from unless it came from all."""
+    """Return each message once, with the ranks that sent it unless all did."""
     ranks: dict[str, list[str]] = {}
     for rank, message in enumerate(messages):
         if message:
@@ -143,8 +143,8 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
 def sum_over_context(values: Tensor, layout: Layout) -> Tensor:
     """Return the sum over context ranks, on all of them.
 
-    Its gradient is that of this rank's values alone: if every rank goes on to the same loss, gradients
-    that are summed over ranks afterwards are complete.
+    Its gradient covers this rank's values only. If every rank continues to the same loss, the gradients
+    are complete once they are summed over ranks.
     """
     if layout.context_size == 1:
         return values
@@ -174,7 +174,7 @@ def last_stage_tensor(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Return what the last pipeline stage holds, on every stage."""
+    """Return, on every stage, what the last pipeline stage holds."""
     if values is None:
         values = torch.empty(shape, dtype=dtype, device=device)
     if layout.pipeline_size > 1:

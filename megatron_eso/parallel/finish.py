@@ -1,4 +1,4 @@
-"""Leave the process groups in good order at the end of a command."""
+"""Shut down the process groups in good order at the end of a command."""
 
 import atexit
 from collections.abc import Callable
@@ -15,7 +15,7 @@ _first: list[Callable[[], None]] = []
 
 
 def before_finish(act: Callable[[], None]) -> None:
-    """Have ``act`` called before the groups are destroyed, or before a process ends without that."""
+    """Have ``act`` called before the groups are destroyed, or at exit if they never are."""
     if act not in _first:
         _first.append(act)
         atexit.register(act)

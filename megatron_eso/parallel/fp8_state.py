@@ -1,9 +1,9 @@
 """The scales and histories that FP8 layers carry from step to step, module by module.
 
-Transformer Engine hands them over as a pickle a module (``get_extra_state``). Loading one from a file may
-run anything, and newer versions (2.18) refuse to; so what is kept is its content: tensors, numbers and the
-recipe's fields, written by ``torch.save`` and read with ``weights_only``. They are the same on all tensor
-ranks, and only delayed scaling has any: that of the linear layers, and that of attention.
+Transformer Engine gives them as one pickle per module (``get_extra_state``). Loading a pickle from a file
+may run anything, and newer versions (2.18) refuse to. So checkpoints keep its content instead: tensors,
+numbers and the recipe's fields, written by ``torch.save`` and read with ``weights_only``. They are the same
+on all tensor ranks. Only delayed scaling has such state, in the linear layers and in attention.
 """
 
 import importlib
@@ -43,7 +43,7 @@ class Stateful:
 
 
 def stateful_modules(chunks: Iterable[nn.Module]) -> Iterator[Stateful]:
-    """Yield this rank's modules whose FP8 state a checkpoint must hold; none without delayed scaling."""
+    """Yield this rank's modules with FP8 state for the checkpoint; none without delayed scaling."""
     for chunk in chunks:
         model: Any = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
         config = model.config
@@ -57,10 +57,10 @@ def stateful_modules(chunks: Iterable[nn.Module]) -> Iterator[Stateful]:
 
 
 def forget_layers() -> None:
-    """Forget all layers whose scales are updated: their groups are about to be destroyed.
+    """Make Transformer Engine forget all FP8 layers: their groups are about to be destroyed.
 
-    Transformer Engine reduces what every FP8 layer of a process has noted, over the group that was given
-    with it. For a model that is gone the ranks of the next one may not agree to do so, and wait for ever.
+    It reduces what every FP8 layer of the process has recorded, over the group given with the layer. For
+    layers of a model that is gone, the next model's ranks may not all do so, and would wait forever.
     """
     if megatron_te.HAVE_TE:
         megatron_te.FP8GlobalStateManager.reset()
@@ -93,16 +93,16 @@ def get_state(module: nn.Module) -> torch.Tensor:
 
 
 def set_state(module: nn.Module, state: torch.Tensor) -> None:
-    """Give a module the state that :func:`get_state` returned.
+    """Restore a module's FP8 state from what :func:`get_state` returned.
 
     Raises:
-        ValueError: if it is anything else.
+        ValueError: if ``state`` is anything else.
     """
     if not state.numel():
         return
     pickled = torch.frombuffer(bytearray(pickle.dumps(_made_of(state))), dtype=torch.uint8)
     before = os.environ.get(_TRUSTS)
-    os.environ[_TRUSTS] = "1"  # a pickle of this process
+    os.environ[_TRUSTS] = "1"  # safe: this process made the pickle
     try:
         module.set_extra_state(pickled)
     finally:
@@ -113,7 +113,7 @@ def set_state(module: nn.Module, state: torch.Tensor) -> None:
 
 
 def _made_of(state: torch.Tensor) -> dict[str, Any]:
-    """Return what Transformer Engine would have pickled, made of plain values alone."""
+    """Return what Transformer Engine would have pickled, rebuilt from plain values only."""
     recipes: Any = importlib.import_module("transformer_engine.common.recipe")
     known = {field.name for field in fields(recipes.DelayedScaling)}
     try:
@@ -129,11 +129,11 @@ def _made_of(state: torch.Tensor) -> dict[str, Any]:
 
 @contextmanager
 def by_itself(chunks: Iterable[nn.Module]) -> Iterator[None]:
-    """Within it a pass of FP8 layers depends on no other: weights are rounded anew, gradients added.
+    """Make FP8 passes inside independent of all others: weights are rounded anew, gradients are added.
 
-    In training they are rounded in a step's first micro-batch, which also overwrites gradients; a pass that
-    is no step's would take weights of an earlier step, or drop gradients that are there. What is recomputed
-    for its backward pass, outside, finds no weights of an earlier step either.
+    In training, a step's first micro-batch rounds the weights and overwrites gradients. A pass outside a
+    step would use an earlier step's rounded weights, or drop existing gradients. These weights are removed
+    here, so a recomputation for the backward pass, outside this context, does not find them either.
     """
     found: list[Any] = [
         module
@@ -143,7 +143,7 @@ def by_itself(chunks: Iterable[nn.Module]) -> Iterator[None]:
     ]
     before = [module.disable_parameter_transpose_cache for module in found]
     for module in found:
-        # Megatron then tells Transformer Engine of no first micro-batch.
+        # Megatron then never tells Transformer Engine that a micro-batch is the first.
         module.disable_parameter_transpose_cache = True
         module._fp8_workspaces.clear()
     try:
@@ -154,10 +154,10 @@ def by_itself(chunks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def kept_scales(chunks: Iterable[nn.Module]) -> Callable[[], None]:
-    """Return a function that undoes what passes do to delayed scales, and to the histories they follow.
+    """Return a function that undoes what passes do to delayed scales and their histories.
 
-    A layer notes the largest values of every pass, and its scales follow them after it: those of an
-    evaluation too, and of a step that is not applied.
+    A layer records the largest values of every pass and then updates its scales from them, also in an
+    evaluation and in a step that is not applied.
     """
     modules = [entry.module for entry in stateful_modules(chunks)]
     live = [_scaling(module) for module in modules]
@@ -171,7 +171,7 @@ def kept_scales(chunks: Iterable[nn.Module]) -> Callable[[], None]:
         if flat:
             torch.ops.aten._foreach_copy_(flat, kept)
         for module, before in zip(modules, live, strict=True):
-            for x in () if before else _scaling(module):  # it began only now
+            for x in () if before else _scaling(module):  # its state was created since
                 x.fill_(1.0 if x.dim() == 1 else 0.0)
 
     return undo
@@ -179,7 +179,7 @@ def kept_scales(chunks: Iterable[nn.Module]) -> Callable[[], None]:
 
 @contextmanager
 def untouched_scales(chunks: Iterable[nn.Module]) -> Iterator[None]:
-    """Within it passes leave no trace in delayed scales."""
+    """Make passes inside leave no trace in delayed scales."""
     undo = kept_scales(chunks)
     try:
         yield
@@ -188,7 +188,7 @@ def untouched_scales(chunks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _scaling(module: Any) -> list[torch.Tensor]:
-    """Return a module's scales [n] and histories [steps, n]; none if it has not begun, or keeps none."""
+    """Return a module's scales [n] and histories [steps, n]; empty if it has none (yet)."""
     found = []
     for name in ("scaling_fwd", "scaling_bwd"):
         scaling: Any = getattr(module, "fp8_meta", {}).get(name)

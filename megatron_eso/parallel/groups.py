@@ -1,4 +1,4 @@
-"""Process groups of the layout, built and held by Megatron's parallel_state."""
+"""The layout's process groups, built and held by Megatron's parallel_state."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ with importing_megatron():
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's place in the layout and the groups it talks in."""
+    """This rank's place in the layout, and its groups."""
 
     data_rank: int
     data_size: int
@@ -54,12 +54,12 @@ class Layout:
 
 
 def build_groups(parallel: ParallelConfig, *, seed: int, timeout_seconds: float = 600.0) -> Layout:
-    """Create the groups for a layout; the process group must be up.
+    """Create the layout's groups and return this rank's place; the process group must be up.
 
     Args:
         parallel: sizes of the axes.
         seed: seed of Megatron's random states (dropout); tensor ranks get different ones.
-        timeout_seconds: limit of the groups' collectives.
+        timeout_seconds: limit of the groups' collectives, rounded up to whole minutes.
     """
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
@@ -74,9 +74,7 @@ def build_groups(parallel: ParallelConfig, *, seed: int, timeout_seconds: float 
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    groups: Any = (
-        parallel_state  # its annotations admit what is not returned without extra arguments
-    )
+    groups: Any = parallel_state  # its annotations include what only extra arguments make it return
     return Layout(
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
@@ -95,7 +93,7 @@ def build_groups(parallel: ParallelConfig, *, seed: int, timeout_seconds: float 
 
 
 def _replica_group(parallel: ParallelConfig, groups: Any, timeout: timedelta) -> dist.ProcessGroup:
-    """Return the group of this rank's replica; Megatron has one without the context ranks alone."""
+    """Return the group of this rank's replica; Megatron's own leaves out the context ranks."""
     if parallel.context == 1:
         return groups.get_model_parallel_group()
     data_ranks: list[int] = [0] * dist.get_world_size()
@@ -110,9 +108,9 @@ def _replica_group(parallel: ParallelConfig, groups: Any, timeout: timedelta) ->
 
 
 def seed_dropout(seed: int, layout: Layout) -> None:
-    """Restart Megatron's random states: dropout is a function of the seed and the place in the layout.
+    """Restart Megatron's random states, so that dropout depends only on the seed and the rank's place.
 
-    Megatron itself tells tensor ranks apart, where they hold different entries.
+    Megatron itself gives tensor ranks different states where they hold different entries.
     """
     place = layout.pipeline_rank * layout.weights_group.size() + layout.weights_group.rank()
     own = (

@@ -5,18 +5,18 @@ import time
 import torch
 import torch.distributed as dist
 
-_SIZE_CPU, _SIZE_GPU = 1024, 4096  # a smaller product on a GPU measures its launch
+_SIZE_CPU, _SIZE_GPU = 1024, 4096  # on a GPU, a smaller product would only time the kernel launch
 
 
 def matmul_flops_per_second(
     dtype: torch.dtype, device: torch.device, *, size: int | None = None, seconds: float = 0.2
 ) -> float:
-    """Return FLOP/s of a square matmul with the threads of this process.
+    """Return the FLOP/s of a square matmul with this process's threads.
 
     Args:
-        dtype: format of the matrices.
+        dtype: number format of the matrices.
         device: where to run.
-        size: rows and columns; None: enough to keep the device busy.
+        size: rows and columns; None: large enough to keep the device busy.
         seconds: how long to repeat; the best repetition counts.
     """
     size = size or (_SIZE_GPU if device.type == "cuda" else _SIZE_CPU)
@@ -34,9 +34,9 @@ def matmul_flops_per_second(
 
 
 def faster_cpu_dtype(device: torch.device) -> str:
-    """Return bf16 where it multiplies at least 1.5 times as fast as fp32, else fp32; all ranks agree.
+    """Return bf16 if, on every rank, it multiplies over 1.5 times as fast as fp32; else fp32.
 
-    CPUs without bf16 instructions emulate it, much more slowly than fp32.
+    CPUs without bf16 instructions emulate bf16, much more slowly than fp32.
     """
     fp32 = matmul_flops_per_second(torch.float32, device, size=512, seconds=0.1)
     bf16 = matmul_flops_per_second(torch.bfloat16, device, size=512, seconds=0.1)

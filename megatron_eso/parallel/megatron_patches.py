@@ -1,11 +1,11 @@
-"""Every change made to Megatron-Core's behaviour, with its reason.
+"""Every change made to Megatron-Core's behavior, with its reason.
 
 Megatron-Core (0.16 to 0.19) writes ``device="cuda"`` and ``torch.cuda.current_device()`` in places
 that have nothing to do with a GPU. On a machine without one, :func:`apply_cpu_patches` answers those
-calls for the CPU, so that the unmodified package trains over gloo. On a GPU nothing is patched, and
+calls for the CPU, so that the unmodified package trains over gloo. On a GPU nothing is patched; there,
 Transformer Engine, which Megatron imports, is kept from loading a second cuDNN.
 
-tests/test_megatron_patches.py shows for each patch that Megatron still needs it; a patch whose test
+tests/test_megatron_patches.py shows for each patch that Megatron still needs it. A patch whose test
 fails there can go.
 """
 
@@ -28,15 +28,15 @@ _CUDA_TYPE_NAMES = {
     "torch.HalfTensor": "torch.cuda.HalfTensor",
     "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
 }
-# Messages Megatron prints while it is imported without Apex or Transformer Engine: the CPU path.
+# What Megatron prints when it is imported without Apex or Transformer Engine, as on a CPU.
 _IMPORT_MESSAGES = (
     ".*Apex is not installed.*",
     ".*Transformer Engine and Apex are not installed.*",
     ".*multi_tensor_applier.*",
 )
 
-# Messages of every training step about calls that Megatron makes and we cannot change; and PyTorch's about
-# a barrier over NCCL, whose device is the right one (device.py sets it, and says why groups are not told).
+# Warnings in every training step about calls that Megatron makes and we cannot change. The barrier one is
+# PyTorch's: the device it picks over NCCL is right (device.py sets it, and says why groups are not told).
 _RUN_MESSAGES = (
     (".*full scope is deprecated.*", UserWarning),
     (".*grad attribute of a Tensor that is not a leaf.*", UserWarning),
@@ -45,7 +45,7 @@ _RUN_MESSAGES = (
     (".*load_state_dict. is deprecated.*", FutureWarning),
     (".*use DTensor instead.*", FutureWarning),
     (".*Apex is not installed.*", UserWarning),
-    (".*no need to set 'core_attn' to recompute.*", UserWarning),  # it was asked for
+    (".*no need to set 'core_attn' to recompute.*", UserWarning),  # we asked for it
     (".*MimoModelConfig is experimental.*", UserWarning),  # 0.19 imports it for every optimizer
     (".*barrier.*: using the device under current context.*", UserWarning),
     (
@@ -81,19 +81,19 @@ class CudaNamesMeanCpu(TorchFunctionMode):
 
 
 def without_cuda_names() -> contextlib.AbstractContextManager[Any]:
-    """Return a context without :class:`CudaNamesMeanCpu`, whose Python call slows small operators.
+    """Return a context without :class:`CudaNamesMeanCpu`, whose Python call slows down small operators.
 
-    For code that names no CUDA device: ours, and Megatron's layers.
+    It is for code that names no CUDA device: ours, and Megatron's layers.
     """
     return torch._C.DisableTorchFunction() if _active_mode else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def importing_megatron() -> Iterator[None]:
-    """Import Megatron-Core as this machine needs it, without its words on packages that are not used."""
-    if "megatron.core" not in sys.modules:  # which imports Transformer Engine
-        # Megatron's layers.py relies on it: communication and products start in program order, so that they
-        # overlap. CUDA reads it once, when the first call makes its context: too late after set_device.
+    """Prepare this machine for an import of Megatron-Core, and hide messages about unused packages."""
+    if "megatron.core" not in sys.modules:  # its import also imports Transformer Engine
+        # Megatron's layers.py relies on this: communication and products start in program order, so that
+        # they overlap. CUDA reads it once, when it creates its context: too late after set_device.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         load_cudnn_of_torch(os.environ, Path(torch.__file__).parent.parent)
     with warnings.catch_warnings(), _without_compiler():
@@ -108,11 +108,11 @@ def importing_megatron() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_compiler() -> Iterator[None]:
-    """Without a GPU, have Megatron's modules keep their small functions as they are written.
+    """Without a GPU, leave the small functions of Megatron's modules uncompiled.
 
-    Reason: Megatron decorates them with torch.compile while it is imported. That loads PyTorch's compiler,
-    a third of the time of every start; and a function that is called would need a C++ compiler, which a
-    user's machine may not have.
+    Reason: Megatron decorates them with torch.compile when it is imported. That loads PyTorch's compiler,
+    which takes a third of the time of every start. Calling one would need a C++ compiler, which a user's
+    machine may not have.
     """
     if torch.cuda.is_available():
         yield
@@ -131,13 +131,14 @@ def _without_compiler() -> Iterator[None]:
 def load_cudnn_of_torch(environment: MutableMapping[str, str], packages: Path) -> None:
     """Load the cuDNN that came with PyTorch, if one did, before Transformer Engine is imported.
 
-    Reason: Transformer Engine is linked with each of cuDNN's libraries; PyTorch loads most of them when it
-    needs them. So the loader may take a system's for Transformer Engine, and PyTorch, which finds those
-    loaded, calls functions of a cuDNN that it was not built with. Seen on an H200 with 9.14 in the system
+    Reason: Transformer Engine is linked with each of cuDNN's libraries; PyTorch loads most of them only
+    when it needs them. So the loader may take the system's cuDNN for Transformer Engine. PyTorch then
+    finds it loaded, and calls a cuDNN that it was not built with. Seen on an H200 with 9.14 in the system
     and 9.19 in PyTorch's packages: "cuDNN version incompatibility", then illegal memory accesses.
 
     Args:
-        environment: gets CUDNN_HOME, where Transformer Engine looks first, unless it names another.
+        environment: CUDNN_HOME, where Transformer Engine looks first, is set here; if it already names
+            another folder, nothing is loaded.
         packages: folder of installed packages.
     """
     folder = packages / "nvidia" / "cudnn"
@@ -146,20 +147,20 @@ def load_cudnn_of_torch(environment: MutableMapping[str, str], packages: Path) -
     if environment.setdefault("CUDNN_HOME", str(folder)) == str(folder):
         libraries = folder.glob("lib/libcudnn*.so*")
         for library in sorted(libraries, key=_place_of_cudnn_library):
-            # One that cannot be loaded shows where it is needed; without a GPU nothing needs it.
+            # A library that cannot be loaded fails where it is needed; without a GPU nothing needs it.
             with contextlib.suppress(OSError):
                 ctypes.CDLL(str(library))
 
 
 def _place_of_cudnn_library(path: Path) -> int:
-    """Return where a library comes: after those that it is linked with."""
+    """Return a library's place in the loading order: after those that it is linked with."""
     first = ("libcudnn_graph", "libcudnn_ops")
     name = path.name.split(".")[0]
     return first.index(name) if name in first else len(first)
 
 
 def silence_megatron_messages() -> None:
-    """Keep the log of a run free of warnings about Megatron's own calls."""
+    """Keep warnings about Megatron's own calls out of a run's log."""
     for message, category in _RUN_MESSAGES:
         warnings.filterwarnings("ignore", message=message, category=category)
 
@@ -177,13 +178,13 @@ def apply_cpu_patches() -> None:
 
 
 def _patch_torch_cuda() -> None:
-    """Answer ``torch.cuda`` calls that Megatron makes outside any CUDA-only path.
+    """Answer the ``torch.cuda`` calls that Megatron makes outside any CUDA-only path.
 
     Reason: p2p communication and buffers pass ``torch.cuda.current_device()`` as a device and call
     ``torch.cuda.synchronize`` after exchanges; 0.19 also touches streams and events.
     """
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment]
-    # One function object each: torch.compile keeps a table of torch's functions by identity.
+    # Each gets its own function object: torch.compile keeps a table of torch's functions by identity.
     for name in ("synchronize", "set_device", "empty_cache"):
         setattr(torch.cuda, name, lambda *args, **kwargs: None)
     for name in ("current_stream", "default_stream"):
@@ -194,10 +195,10 @@ def _patch_torch_cuda() -> None:
 
 
 def _patch_buffers_of_one_rank() -> None:
-    """Skip the reduction of gradients and the gathering of parameters over a group of one rank.
+    """Skip gradient reduction and parameter gathering over a group of one rank.
 
     Reason: gloo copies the whole gradient buffer twice and the parameter buffer once, onto themselves,
-    in every step: a twentieth of a small model's step. NCCL knows that there is nothing to do.
+    in every step: 1/20 of the time of a small model's step. NCCL knows that there is nothing to do.
     """
     with importing_megatron():
         from megatron.core.distributed import param_and_grad_buffer
@@ -220,8 +221,8 @@ def _patch_buffers_of_one_rank() -> None:
 def without_results_manager() -> Iterator[None]:
     """Keep Megatron's checkpoint writer from starting a manager process for its results.
 
-    Reason: the process outlives a rank that is killed, and its pipe breaks (EOFError) where a write
-    fails. checkpoint/strategy.py hands results over itself.
+    Reason: that process outlives a killed rank, and its pipe breaks (EOFError) when a write fails.
+    checkpoint/strategy.py hands over the results itself.
     """
     with importing_megatron():
         from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -234,7 +235,7 @@ def without_results_manager() -> Iterator[None]:
 
 
 class NoStream:
-    """Stand-in for a CUDA stream or event: the CPU runs in program order, so waiting is done."""
+    """Stand-in for a CUDA stream or event. The CPU runs in program order, so there is no need to wait."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass

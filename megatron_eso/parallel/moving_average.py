@@ -23,7 +23,7 @@ class MovingAverage:
         }
 
     def restart(self) -> None:
-        """Begin again at the current master weights."""
+        """Restart the average at the current master weights."""
         with torch.no_grad():
             for parameter, shard in shards(self._optimizer).items():
                 self.parts[parameter].copy_(shard.master)
@@ -38,7 +38,7 @@ class MovingAverage:
         if not ranges:  # a rank may hold no part of any parameter
             return
         with torch.no_grad():
-            # All at once: one by one they would be a launch each on a GPU.
+            # All in one call: one by one, each would be a kernel launch on a GPU.
             torch._foreach_lerp_(  # type: ignore[attr-defined]
                 [self.parts[parameter] for parameter in ranges],
                 [shard.master for shard in ranges.values()],
@@ -47,13 +47,13 @@ class MovingAverage:
 
     @contextlib.contextmanager
     def applied(self, chunks: list[nn.Module]) -> Iterator[None]:
-        """Within the context the model's weights are the averaged ones; all ranks must enter.
+        """Use the averaged weights in the model inside this context; all ranks must enter it.
 
-        Afterwards they are made of the masters again, as an update makes them: no copy is kept. After an
-        error, which may be this rank's alone, they stay averaged, for no rank may wait for others then.
+        Afterwards the weights are written from the masters again, as in an update: no copy is kept. After
+        an error, which may be this rank's alone, they stay averaged: no rank may wait for others then.
         """
         ranges = shards(self._optimizer)
-        # In fp32 the masters lie in the weights, and would be overwritten with them.
+        # In fp32 the masters share the weights' memory, and would be overwritten with them.
         kept = {
             parameter: shard.master.clone()
             for parameter, shard in ranges.items()
@@ -76,7 +76,7 @@ class MovingAverage:
         ranges: dict[nn.Parameter, Shard],
         parts: dict[nn.Parameter, Tensor],
     ) -> None:
-        """Make the weights of what the data-parallel ranks hold of them."""
+        """Write the model's weights, gathered from the parts that the data-parallel ranks hold."""
         with torch.no_grad():
             for parameter in (p for chunk in chunks for p in chunk.parameters()):
                 start = ranges[parameter].start if parameter in ranges else 0

@@ -1,7 +1,7 @@
-"""Normalisation layers for Megatron's specs without Transformer Engine or Apex.
+"""Normalization layers for Megatron's specs without Transformer Engine or Apex.
 
-Megatron's own wrapper of torch's norms refuses sequence parallelism. These mark their parameters
-with ``sequence_parallel``, which makes Megatron sum their gradients over tensor ranks.
+Megatron's own wrapper of torch's norms refuses sequence parallelism. The layers here mark their
+parameters with ``sequence_parallel``, so that Megatron sums their gradients over tensor ranks.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square normalisation over the last dimension."""
+    """Root-mean-square normalization over the last dimension."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -19,14 +19,14 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x times its scale, divided by its root mean square."""
-        # torch has a fused kernel on a GPU; in 16 bits it computes in float32.
+        # On a GPU torch has a fused kernel; for 16-bit tensors it computes in float32.
         if x.device.type == "cpu" and x.dtype is self.weight.dtype and x.element_size() >= 4:
             return _RMSNorm.apply(x, self.weight, self.eps)
         return super().forward(x)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """On a CPU torch composes the norm of a dozen passes over memory, backwards twice that.
+    """RMS norm in few passes over memory; torch's own on a CPU takes a dozen, and backward twice that.
 
     With r = 1 / sqrt(mean(x^2) + eps):  y = r w x,  dx = r w dy - x r^3 / H sum(w x dy),  dw = sum(r x dy).
     """
@@ -50,7 +50,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation over the last dimension, with scale and shift."""
+    """Layer normalization over the last dimension, with scale and shift."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)

@@ -1,4 +1,4 @@
-"""Megatron's distributed optimizer and gradient buffers around the model chunks of this rank."""
+"""Megatron's distributed optimizer and gradient buffers around this rank's model chunks."""
 
 import contextlib
 import time
@@ -34,7 +34,7 @@ def wrap_for_training(
 ) -> list[nn.Module]:
     """Return the chunks with gradient buffers that the distributed optimizer reduces.
 
-    Gradients are summed, not averaged: the loss is divided by global counts already.
+    Gradients are summed, not averaged: the loss is already divided by global counts.
     """
     ddp = buffer_settings(parallel, config, on_gpu=on_gpu)
     config.finalize_model_grads_func = clock
@@ -50,7 +50,7 @@ def wrap_for_training(
 def _tell_schedules(config: TransformerConfig, wrapped: list[DistributedDataParallel]) -> None:
     """Let Megatron's schedules say which micro-batch is the last, and when stages reduce and gather.
 
-    Left to themselves the gradient buffers count how often each parameter was ready in the first step.
+    Otherwise the gradient buffers go by how often each parameter was ready in the first step.
     """
     several = len(wrapped) > 1
     for name, calls in {
@@ -59,14 +59,14 @@ def _tell_schedules(config: TransformerConfig, wrapped: list[DistributedDataPara
         "param_sync_func": [chunk.start_param_sync for chunk in wrapped],
     }.items():
         setattr(config, name, calls if several else calls[0])
-    config.overlap_p2p_comm = several  # the schedule that is not interleaved has no such thing
+    config.overlap_p2p_comm = several  # only the interleaved schedule has this
 
 
 @contextlib.contextmanager
 def whole_weights(chunks: list[nn.Module]) -> Iterator[None]:
-    """Within it no parameters are being gathered: they may be read, or replaced and restored.
+    """Keep all parameters gathered inside, so that code may read them, or replace and restore them.
 
-    Otherwise they are gathered by the next forward pass, which would undo a replacement.
+    Otherwise the next forward pass may gather them, which would undo a replacement.
     """
     waiting = [
         chunk
@@ -86,7 +86,7 @@ def whole_weights(chunks: list[nn.Module]) -> Iterator[None]:
 def buffer_settings(
     parallel: ParallelConfig, config: TransformerConfig, *, on_gpu: bool
 ) -> DistributedDataParallelConfig:
-    """Return how Megatron keeps and exchanges gradients and parameters."""
+    """Return Megatron's settings for keeping and exchanging gradients and parameters."""
     overlap = on_gpu if parallel.overlap is None else parallel.overlap
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -102,7 +102,7 @@ def buffer_settings(
 def optimizer_settings(
     optimizer: OptimizerConfig, config: TransformerConfig
 ) -> MegatronOptimizerConfig:
-    """Return Megatron's configuration of the optimizer."""
+    """Return Megatron's optimizer configuration."""
     return MegatronOptimizerConfig(
         optimizer="adam",
         lr=optimizer.learning_rate,
@@ -125,7 +125,7 @@ def build_optimizer(
     settings = optimizer_settings(optimizer, config)
     built: Any = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
     for group in built.param_groups:
-        # Megatron marks norms and biases here and leaves the product to its learning-rate scheduler.
+        # Megatron marks norms and biases with wd_mult, and leaves this product to its scheduler.
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
     for inner in built.chained_optimizers:
         _fuse(inner.optimizer)
@@ -135,8 +135,8 @@ def build_optimizer(
 def _fuse(optimizer: Any) -> None:
     """Let PyTorch's AdamW update a parameter in one pass over it, where Megatron found no other Adam.
 
-    Its default passes over the memory once for each of a dozen operations. Megatron builds it without
-    this switch, which is read from the parameter groups in every step.
+    By default AdamW passes over the memory once for each of a dozen operations. Megatron builds it without
+    the switch, which AdamW reads from the parameter groups in every step.
     """
     if type(optimizer) is torch.optim.AdamW:
         for group in optimizer.param_groups:
@@ -144,17 +144,17 @@ def _fuse(optimizer: Any) -> None:
 
 
 def gradient_norm(optimizer: Any) -> float:
-    """Make the reduced gradients ready and return their global norm before clipping."""
+    """Prepare the reduced gradients; return their global norm before clipping."""
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 
 
 def apply_gradients(optimizer: Any, *, learning_rate: float, max_norm: float, norm: float) -> None:
-    """Clip the gradients and take the step; after :func:`gradient_norm`, whose result is ``norm``."""
+    """Clip the gradients and take the step; call after :func:`gradient_norm`, which returns ``norm``."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     if 0 < max_norm < norm:
-        # Megatron's own clipping makes a scaled copy of every gradient where Apex is missing.
+        # Without Apex, Megatron's own clipping makes a scaled copy of every gradient.
         parameters = [x for inner in optimizer.chained_optimizers for x in inner.get_parameters()]
         gradients = [x.grad for x in parameters if x.grad is not None]
         if gradients:  # a rank may hold no part of any parameter
@@ -163,9 +163,9 @@ def apply_gradients(optimizer: Any, *, learning_rate: float, max_norm: float, no
 
 
 def write_fp8_weights(optimizer: Any, chunks: Iterable[Any]) -> None:
-    """Round the masters into the weights that are kept in FP8, as an update does; every rank must call.
+    """Round the masters into the weights kept in FP8, as an update does. All ranks must call this.
 
-    Loading comes to this last: the rounding depends on the scales, which are part of what is loaded.
+    Loading does this last: the rounding depends on the scales, which are loaded too.
     """
     wrapped = list(chunks)
     if not _fp8_weights(wrapped):
@@ -180,7 +180,7 @@ def write_fp8_weights(optimizer: Any, chunks: Iterable[Any]) -> None:
 def _renew_transposes(chunks: Iterable[nn.Module]) -> None:
     """Transpose FP8 weights anew: the backward pass reads their transposes.
 
-    Megatron does so where it waits for a gathering that was under way (0.16.1), not after a forced one.
+    Megatron does this only when it waits for a gather under way (0.16.1), not after a forced one.
     """
     found = _fp8_weights(chunks)
     if found:
@@ -194,8 +194,8 @@ def _fp8_weights(chunks: Iterable[nn.Module]) -> list[nn.Parameter]:
 class PassClock:
     """Reduces gradients at the end of the passes, and times this rank's own work until then.
 
-    What comes after is also waiting for others, which hides a slow rank. A GPU's work is timed there: the
-    host has issued it long before it is done.
+    Time after that includes waiting for other ranks, which hides a slow rank. A GPU's work is timed on the
+    GPU: the host issues it long before it is done.
     """
 
     def __init__(self, *, is_cuda: bool) -> None:
@@ -203,11 +203,11 @@ class PassClock:
         self._begin = self._end = self._now()
 
     def start(self) -> None:
-        """Begin to count: the rows are there, the passes come next."""
+        """Start the clock: the rows are there, the passes come next."""
         self._begin = self._now()
 
     def seconds(self) -> float:
-        """Return the seconds of the last passes, once the device has done them."""
+        """Return how long the last passes took, in seconds, once the device has done them."""
         if self._is_cuda:
             return self._begin.elapsed_time(self._end) / 1e3
         return self._end - self._begin
@@ -226,7 +226,7 @@ class PassClock:
         pg_collection: Any = None,
         force_all_reduce: bool | None = False,
     ) -> None:
-        """Reduce without Megatron's division by tokens: the loss holds the global counts."""
+        """Reduce without Megatron's division by tokens: the loss already has the global counts."""
         self._end = self._now()
         with phase("gradient sum"):
             finalize_model_grads(

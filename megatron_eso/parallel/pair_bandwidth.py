@@ -27,10 +27,10 @@ _TIMEOUT = timedelta(seconds=45)
 
 
 def measure(host: str, port: int, rank: int) -> float:
-    """Return the GB/s of an all-reduce between two processes, of which rank 0 is on ``host``.
+    """Return the GB/s of an all-reduce between two processes; rank 0 is on ``host``.
 
     Raises:
-        RuntimeError: if the other does not answer (torch's errors derive from it).
+        RuntimeError: if the other process does not answer (torch's errors derive from it).
     """
     store = TCPStore(host, port, 2, is_master=rank == 0, timeout=_TIMEOUT)
     is_gpu = torch.cuda.is_available()
@@ -41,7 +41,7 @@ def measure(host: str, port: int, rank: int) -> float:
     try:
         values = torch.ones((_MIB_GPU if is_gpu else _MIB_CPU) << 18, device=device)
         seconds = [_time(values, device) for _ in range(1 + _REPEATS)][1:]
-        # Rank 0's process holds the store: it leaves last.
+        # Rank 0 holds the store, and must not leave while the other needs it.
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -65,14 +65,14 @@ def main() -> None:
     options = parser.parse_args()
     node, nodes = node_name(os.environ), options.nodes.split(",")
     mine, found = nodes.index(node), {}
-    # An NCCL that gives up raises here, as gloo does, instead of ending the process with its other pairs.
+    # With this, an NCCL timeout raises here, as gloo's does; else it ends the process with its other pairs.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     for number, pairs in enumerate(rounds(len(nodes))):
         for pair in pairs:
             if mine not in pair:
                 continue
             other = nodes[pair[1 - pair.index(mine)]]
-            # Should the process end here, what it leaves says with whom.
+            # If the process dies here, the file says with which neighbor.
             found[other] = {"error": "not finished"}
             options.folder.mkdir(parents=True, exist_ok=True)
             write_json(options.folder / f"{node}.pairs.json", found)

@@ -1,8 +1,8 @@
-"""Parameters seen two ways: as pieces of layout-free global tensors, and as data-parallel shards.
+"""Two views of the parameters: pieces of layout-free global tensors, and data-parallel shards.
 
-Megatron's sharded state dict says where a rank's tensor stands in the whole model; its distributed
+Megatron's sharded state dict says where a rank's tensor stands in the whole model. Its distributed
 optimizer says which flat range of a parameter this data-parallel rank updates. Initial weights, the
-moving average, checkpoints and comparisons across layouts are all written in these two terms.
+moving average, checkpoints and comparisons across layouts all use these two views.
 """
 
 from collections.abc import Iterable, Iterator
@@ -32,7 +32,7 @@ class Piece:
     global_shape: tuple[int, ...]
     """Shape of the whole tensor (of one layer)."""
     slices: tuple[slice, ...]
-    """Where the piece stands in it."""
+    """Where the piece stands in the whole tensor."""
     data: Tensor
     """The piece; a view of the parameter."""
 
@@ -52,11 +52,11 @@ class Shard:
     master: Tensor
     """float32 master weights of the range, flat."""
     state: dict[str, Tensor]
-    """The optimizer's state of the range; flat tensors and the step count."""
+    """The optimizer's state for the range: flat tensors, and the step count."""
 
 
 def device_of(chunks: Iterable[nn.Module]) -> torch.device:
-    """Return the device of a model's parameters, and so of the exchanges between its ranks."""
+    """Return the device of a model's parameters, and thus of exchanges between its ranks."""
     return next(parameter.device for chunk in chunks for parameter in chunk.parameters())
 
 
@@ -70,7 +70,7 @@ def sharded_parameters(chunks: Iterable[nn.Module]) -> Iterator[Any]:
 
 
 def pieces_of(entry: Any, data: Tensor | None = None) -> list[Piece]:
-    """Return the pieces of one sharding description, of its own data or of ``data`` in its shape."""
+    """Return the pieces of one sharding description, with its own data or ``data`` of the same shape."""
     if isinstance(entry, ShardedTensorFactory):
         built = entry.build_fn(
             entry.key, entry.data if data is None else data, entry.replica_id, None
@@ -100,16 +100,16 @@ def _piece(tensor: ShardedTensor, data: Tensor) -> Piece:
 
 
 def await_gathered(module: nn.Module) -> None:
-    """Wait until a module's own parameters are whole, for code that uses them without calling it.
+    """Wait until a module's own parameters are gathered, for code that uses them without calling it.
 
-    Megatron waits in hooks before a module's forward (parallel.overlap).
+    With parallel.overlap Megatron waits in hooks before a module's forward.
     """
     for hook in module._forward_pre_hooks.values():
         hook(module, ())
 
 
 def shards(optimizer: Any) -> dict[nn.Parameter, Shard]:
-    """Return the shard of each parameter that this data-parallel rank updates part of.
+    """Return, for each parameter that this data-parallel rank updates a part of, its shard.
 
     Reads Megatron's DistributedOptimizer; tests/test_megatron_patches.py pins the methods used.
     """
@@ -126,7 +126,7 @@ def shards(optimizer: Any) -> dict[nn.Parameter, Shard]:
 def gather_full(
     parameter: nn.Parameter, start: int, part: Tensor | None, group: dist.ProcessGroup
 ) -> Tensor:
-    """Return a float32 tensor in the parameter's shape from every data-parallel rank's flat part.
+    """Return a whole float32 tensor of the parameter's shape from the ranks' flat parts.
 
     Args:
         parameter: gives shape and device.
@@ -150,9 +150,9 @@ def gather_on(
     *,
     receiver: int,
 ) -> Tensor | None:
-    """Return what :func:`gather_full` does, on one rank of the group alone; None elsewhere.
+    """Return what :func:`gather_full` does, but only on one rank of the group; None elsewhere.
 
-    What was gathered on a GPU is returned on the CPU: many such tensors need no room on the GPU.
+    A tensor gathered on a GPU is returned on the CPU, so that many such tensors take no GPU memory.
 
     Args:
         parameter: gives shape and device.
@@ -174,16 +174,16 @@ def gather_on(
 
 
 def dealt_parameters(chunks: Iterable[nn.Module], num_ranks: int) -> list[tuple[Any, int]]:
-    """Return what :func:`sharded_parameters` yields, each with the rank that :func:`dealt` gives it to."""
+    """Return the entries of :func:`sharded_parameters`, each with the rank that :func:`dealt` gives."""
     entries = list(sharded_parameters(chunks))
     return list(zip(entries, dealt((e.data for e in entries), num_ranks), strict=True))
 
 
 def dealt(parameters: Iterable[nn.Parameter], num_ranks: int) -> list[int]:
-    """Return, for each parameter, which of some ranks handles it whole, so that all handle about as much.
+    """Return, for each parameter, the rank that handles it whole, so that all have about equal work.
 
-    The largest first, each to the rank with the least so far (Graham, "Bounds on Multiprocessing Timing
-    Anomalies", 1969: at most 4/3 of the best). The same on every rank that has parameters of these sizes.
+    The largest go first, each to the rank with the least so far (Graham, "Bounds on Multiprocessing Timing
+    Anomalies", 1969: at most 4/3 of the best). Ranks with parameters of the same sizes get the same list.
     """
     sizes = [parameter.numel() for parameter in parameters]
     ranks, loads = [0] * len(sizes), [0] * num_ranks
@@ -194,9 +194,9 @@ def dealt(parameters: Iterable[nn.Parameter], num_ranks: int) -> list[int]:
 
 
 def own_memory(part: Tensor) -> Tensor:
-    """Return a tensor on the CPU that is no view of a larger one, which writers would copy or save whole.
+    """Return a CPU tensor that is no view: of a view, writers would copy or save the whole base.
 
-    On the CPU it is the same memory: write it, or fork, before it changes.
+    A tensor on the CPU is not copied: write the result, or fork, before the memory changes.
     """
     return torch.from_numpy(part.detach().cpu().numpy())
 
@@ -204,10 +204,10 @@ def own_memory(part: Tensor) -> Tensor:
 def set_moments(
     optimizer: Any, shard: Shard, exp_avg: Tensor, exp_avg_sq: Tensor, step: int
 ) -> None:
-    """Set Adam's moments and step count of a shard; the tensors become the optimizer's.
+    """Set Adam's moments and step count for a shard; the optimizer takes over the tensors.
 
-    Torch's AdamW counts steps per parameter, in a tensor of its own; Transformer Engine's FusedAdam
-    and Apex's count them per group. Megatron's own loading shares one step tensor between all
+    Torch's AdamW counts steps per parameter, each in its own tensor; the FusedAdam of Transformer Engine
+    and of Apex counts them per group. Megatron's own loading shares one step tensor among all
     parameters, which AdamW then increments once per parameter.
     """
     for inner in optimizer.chained_optimizers:
@@ -218,7 +218,7 @@ def set_moments(
         state = inner.optimizer.state[group["params"][order]]
         state["exp_avg"], state["exp_avg_sq"] = exp_avg, exp_avg_sq
         if isinstance(inner.optimizer, torch.optim.AdamW):
-            # The fused update wants the count beside the moments.
+            # The fused update needs the count on the moments' device.
             state["step"] = torch.tensor(float(step), device=exp_avg.device)
         else:
             group["step"] = step

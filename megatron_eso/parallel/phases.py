@@ -1,7 +1,7 @@
-"""Marks of what a step is doing, for the profiler: they cost nothing that is worth counting.
+"""Marks that tell the profiler what a step is doing; their cost is negligible.
 
-While a step is profiled the device is waited for at both ends of a phase, so that what it computes counts
-where it was issued. That makes the profiled step slower.
+While a step is profiled, each phase waits for the device at both ends, so that the device's work counts in
+the phase that issued it. That makes the profiled step slower.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ _waits = False
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Mark what runs within as one phase of the step; an inner phase counts for itself alone."""
+    """Mark what runs inside as one phase of the step. Time of an inner phase counts only there."""
     with torch.profiler.record_function(PREFIX + name):
         _wait()
         yield
@@ -24,7 +24,7 @@ def phase(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def waiting_for_device() -> Iterator[None]:
-    """Within it phases wait for a GPU."""
+    """Make phases inside wait for the GPU, if there is one."""
     global _waits
     _waits = torch.cuda.is_available()
     try:

@@ -22,7 +22,7 @@ def run_micro_batches(
     stack_rows: int,
     forward_only: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return what ``forward_step``'s loss function reported per micro-batch; empty off the last stage.
+    """Return the loss function's report for each micro-batch; empty except on the last stage.
 
     Args:
         forward_step: takes an iterator of micro-batches and a model chunk; returns the chunk's output
@@ -30,7 +30,7 @@ def run_micro_batches(
         micro_batches: stack rows, all of one shape.
         chunks: model chunks of this rank.
         sequence_length: L, for the pipeline's exchange buffers.
-        stack_rows: R, likewise.
+        stack_rows: R, stack rows of a micro-batch, also for these buffers.
         forward_only: no gradients.
     """
     micro_batches = list(micro_batches)

@@ -1,7 +1,7 @@
 """The one place that asks Transformer Engine about itself: version, cuDNN, and its choice of attention.
 
-It is imported lazily: nothing here needs it until it is asked for. What is private to it (its table of
-attention backends, the names of its log) is used here alone; docs/gpu.md lists what was used from where.
+It is imported only when it is asked about. Its private parts (its table of attention backends, the names of
+its log) are used only here; docs/gpu.md lists what was used from where.
 """
 
 import importlib
@@ -37,7 +37,7 @@ def describe_machine() -> Machine:
         dpa: Any = importlib.import_module(f"{_DPA}.dot_product_attention")
     except ImportError as error:
         return Machine(gpu=gpu, capability=capability, te_failure=_first_line(error))
-    except (OSError, RuntimeError) as error:  # its libraries are there and do not load
+    except (OSError, RuntimeError) as error:  # its libraries are there but do not load
         failure = f"{type(error).__name__}: {_first_line(error)}"
         return Machine(gpu=gpu, capability=capability, te_failure=failure)
     return Machine(
@@ -45,7 +45,7 @@ def describe_machine() -> Machine:
         capability=capability,
         te=version_of(te.__version__),
         cudnn=_cudnn_version() if gpu else (0, 0, 0),
-        # Read once, when it was imported; what the environment says now may be too late.
+        # Transformer Engine reads the variable once, at import; a later change has no effect.
         dpa_recipe=getattr(dpa, "_dpa_fp8_recipe", os.environ.get(DPA_RECIPE, "")),
     )
 
@@ -63,19 +63,19 @@ def version_of(text: str) -> Version:
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """Which of its attention backends Transformer Engine would run, and why not the others."""
+    """Which attention backend Transformer Engine would run, and why not the others."""
 
     chosen: str
     """One of BACKENDS, or empty."""
     reasons: tuple[str, ...]
-    """What it said about those it left out."""
+    """What it said about the backends it rejected."""
 
 
 def attention_choice(config: RunConfig) -> AttentionChoice:
-    """Ask Transformer Engine which backend it takes for the causal rows of a run; needs a GPU.
+    """Return the backend that Transformer Engine takes for a run's causal rows; needs a GPU.
 
     Raises:
-        ConfigError: if this version answers in a form that is not known.
+        ConfigError: if this version's answer has an unknown form.
     """
     utils: Any = importlib.import_module(f"{_DPA}.utils")
     with _said_by(utils) as reasons:
@@ -94,7 +94,7 @@ def require_fused_attention(config: RunConfig) -> AttentionChoice | None:
     """Refuse a run whose Transformer Engine attention would not be cuDNN's fused kernel.
 
     Returns:
-        The choice, or None if the run does not use Transformer Engine's attention.
+        Transformer Engine's choice, or None if the run does not use its attention.
     """
     if not wants_te_attention(config):
         return None
@@ -110,7 +110,7 @@ def require_fused_attention(config: RunConfig) -> AttentionChoice | None:
 
 
 def _attention_parameters(utils: Any, config: RunConfig) -> Any:
-    """Return the question in the terms of the installed version, whose fields differ."""
+    """Return the question to Transformer Engine, with the fields that the installed version has."""
     model, parallel = config.model, config.parallel
     ranks, length = parallel.tensor * parallel.context, config.train.sequence_length
     fp8 = config.precision.fp8_attention
@@ -130,7 +130,7 @@ def _attention_parameters(utils: Any, config: RunConfig) -> Any:
         "window_size": (-1, 0),
         "bottom_right_diagonal": False,
         "core_attention_bias_shape": None,
-        "core_attention_bias_requires_grad": False,  # true unless said: no deterministic kernel then
+        "core_attention_bias_requires_grad": False,  # by default true: no deterministic kernel
         "deterministic": config.precision.deterministic,
         "is_training": True,
         "fp8": fp8,
@@ -141,14 +141,14 @@ def _attention_parameters(utils: Any, config: RunConfig) -> Any:
 
 
 def _attention_recipe() -> Any:
-    """Return the recipe of FP8 attention, whatever that of the linear layers is."""
+    """Return the recipe of FP8 attention, which does not depend on that of the linear layers."""
     recipe: Any = importlib.import_module("transformer_engine.common.recipe")
     return recipe.DelayedScaling(fp8_format=recipe.Format.HYBRID, fp8_dpa=True)
 
 
 @contextmanager
 def _said_by(utils: Any) -> Iterator[list[str]]:
-    """Collect what Transformer Engine logs while it chooses: it returns no reasons."""
+    """Collect what Transformer Engine logs while it chooses, since it returns no reasons."""
     said: list[str] = []
 
     class Collect(logging.Handler):
@@ -159,7 +159,7 @@ def _said_by(utils: Any) -> Iterator[list[str]]:
     logger, settings = logging.getLogger("DotProductAttention"), utils.AttentionLogging
     before = settings._log_level, logger.level, logger.propagate, logger.handlers
     collect: list[logging.Handler] = [Collect()]
-    # In the place of its own handler, which it adds with its first layer and which prints.
+    # This replaces its own handler, which prints, and which its first layer adds.
     settings._log_level, logger.propagate, logger.handlers = logging.DEBUG, False, collect
     try:
         yield said

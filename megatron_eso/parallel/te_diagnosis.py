@@ -1,4 +1,4 @@
-"""What ``megatron-eso doctor`` says about Transformer Engine, and whether what is asked for is there."""
+"""What ``megatron-eso doctor`` says about Transformer Engine, and whether it can run a configuration."""
 
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,7 @@ from megatron_eso.parallel.te_adapter import (
     version_of,
 )
 
-# Any of these with Transformer Engine OLDEST_TE to NEWEST_TE; the corners are in tests/test_te_versions.py.
+# Each goes with Transformer Engine OLDEST_TE to NEWEST_TE; tests/test_te_versions.py has the corners.
 MEGATRON_RELEASES: tuple[Version, ...] = ((0, 16), (0, 19))
 NEWEST_TE: Version = (2, 20)
 
@@ -36,12 +36,12 @@ class Finding:
 
 
 def te_findings(machine: Machine, megatron: Version, config: RunConfig) -> list[Finding]:
-    """Return what is there and what follows; asks Transformer Engine only where it and a GPU are.
+    """Return what is installed and what follows; asks Transformer Engine only if it and a GPU are there.
 
     Args:
         machine: what was found.
         megatron: version of Megatron-Core.
-        config: a run whose attention is asked about.
+        config: the run whose choice of attention is asked for.
     """
     if machine.te is None:
         follows = "backend=auto takes Megatron-Core's own layers; fp8 and attention=te are refused"
@@ -59,7 +59,7 @@ def te_findings(machine: Machine, megatron: Version, config: RunConfig) -> list[
 
 
 def refusals(machine: Machine, config: RunConfig) -> list[str]:
-    """Return why a run would be refused on this machine, the choice of attention included."""
+    """Return why this machine would refuse a run, also for its choice of attention."""
     found = broken(MACHINE_RULES, config, machine)
     if not found and wants_te_attention(config):
         try:
@@ -75,9 +75,9 @@ def megatron_version() -> Version:
 
 
 def require_pair() -> None:
-    """Raise a :class:`ConfigError` unless the packages installed are a pair that docs/gpu.md names.
+    """Raise a :class:`ConfigError` unless the installed packages are a pair that docs/gpu.md names.
 
-    Reads metadata alone, so that building an image can ask without a GPU.
+    Reads only metadata, so that an image build can check without a GPU.
     """
     te, megatron = _installed("transformer-engine"), megatron_version()
     if not _is_pair(te, megatron):

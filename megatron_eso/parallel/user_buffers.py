@@ -1,8 +1,8 @@
-"""Transformer Engine's user buffers: tensor ranks exchange pieces while products of others are computed.
+"""Transformer Engine's user buffers: tensor ranks exchange pieces while other pieces are multiplied.
 
-The buffers have one shape, [L R / C, H], from the start of a process on: every micro-batch of a step has
-it, and an evaluation fills its micro-batches up to it (eval/evaluate.py). Letters: L = tokens in a row, R =
-stack rows of a micro-batch, C = context ranks, H = hidden size.
+The buffers keep one shape, [L R / C, H], for the life of the process. Every micro-batch of a step has it,
+and an evaluation fills up its micro-batches to it (eval/evaluate.py). Letters: L = tokens in a row,
+R = stack rows of a micro-batch, C = context ranks, H = hidden size.
 """
 
 import importlib
@@ -14,10 +14,10 @@ from megatron_eso.errors import ConfigError
 
 
 def start_user_buffers(config: RunConfig) -> None:
-    """Allocate the buffers of a run with ``parallel.tensor_overlap``; before its layers are built.
+    """Allocate the buffers of a run with ``parallel.tensor_overlap``; call before its layers are built.
 
     Raises:
-        ConfigError: with what Transformer Engine says, if this machine cannot have them.
+        ConfigError: with Transformer Engine's message, if this machine cannot have them.
     """
     parallel, precision = config.parallel, config.precision
     if not derive.has_user_buffers(parallel, precision):
@@ -35,7 +35,7 @@ def start_user_buffers(config: RunConfig) -> None:
             shape=shape,
             tp_size=parallel.tensor,
             quantization_modes=quantization,
-            bootstrap_backend="nccl",  # there anyway; the default may be MPI
+            bootstrap_backend="nccl",  # always available here; the default may be MPI
         )
     except (AssertionError, RuntimeError) as error:
         raise ConfigError(

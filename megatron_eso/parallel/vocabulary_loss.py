@@ -1,15 +1,15 @@
 """The head and the log-probability of each target, with one chunk of logits in memory at a time.
 
-The head is the widest product of the model, and passes over its logits cost as much time as a third of
-it. So a chunk's logits are made, exponentiated in place in pieces that fit a cache, and used up: where
-the caller knows the loss's gradient (up to a common factor), the head's gradients are summed in the
-forward pass; otherwise the backward pass makes each chunk's logits again.
+The head is the model's widest product, and passes over its logits cost a third of the product's time. So
+a chunk's logits are computed, exponentiated in place in pieces that fit a cache, and used up. Where the
+caller knows the loss's gradient (up to a common factor), the forward pass sums the head's gradients;
+otherwise the backward pass computes each chunk's logits again.
 
 With e = exp(logit - highest), S = sum of e, and g = dloss / dlog p(target):
 
     log p = logit_target - highest - log S,   dloss/dlogit = (-g / S) (e - S onehot_target)
 
-so the factor -g / S goes to the [n, H] side of both products and no further pass over [n, V] is needed.
+so the factor -g / S is applied to the [n, H] side of both products, without another pass over [n, V].
 Letters: N = entries with loss, n = entries of a chunk, H = hidden size, V = padded vocabulary, T = tensor
 ranks; a rank holds V/T columns.
 """
@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Logits of a chunk. A CPU gains nothing above the size at which products run at full speed.
+# Logits of a chunk. A CPU gains nothing beyond the size at which products reach full speed.
 _CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 # Logits that are exponentiated together on a CPU: 2 MiB of float32, which a core's cache holds.
 _PIECE_ELEMENTS = 2**19
-# Gradients this close to proportional (relative, each) differ by rounding alone.
+# Gradients that differ from proportional by less than this (relative, each) differ only by rounding.
 _SAME = 1e-4
 
 
@@ -40,32 +40,32 @@ class Head:
     bias: Tensor | None
     """[V/T]."""
     num_real_tokens: int
-    """Ids that count: the vocabulary without the mask token, whose id is the last."""
+    """Number of token ids that count: the vocabulary without the mask token, whose id is the last."""
     group: dist.ProcessGroup
     """Tensor-parallel group."""
     sums_inputs: bool = True
-    """Sum the gradient of the hidden states over the group; False where the gather before does."""
+    """Sum the gradient of the hidden states over the group. False where the gather before does so."""
 
 
 def target_log_probs(
     hidden: Tensor, targets: Tensor, head: Head, *, loss_gradient: Tensor | None = None
 ) -> Tensor:
-    """Return log p(target) of each entry, normalised over the real tokens.
+    """Return log p(target) of each entry, normalized over the real tokens.
 
-    The mask token and the padded columns are left out of the normalisation: they can never be a
-    token of the data, and leaving them in would shift every likelihood.
+    The mask token and the padded columns are left out of the normalization: they can never be a
+    token of the data, and including them would shift every likelihood.
 
     Args:
         hidden: [N, H], the same on every tensor rank.
         targets: [N] token ids, below ``num_real_tokens``.
         head: the output layer.
-        loss_gradient: [N] what the loss's gradient with respect to the result will be, up to a common
-            factor, if that is known: then the backward pass need not compute the logits again. On a CPU it
-            does if the gradient turns out to be another; on a GPU looking would mean waiting for all that
-            was issued, so there the gradients become not-a-number, which the step guard sees.
+        loss_gradient: [N] the loss's gradient with respect to the result, up to a common factor, if it is
+            known in advance: then the backward pass need not compute the logits again. If the gradient
+            turns out different, a CPU computes them again. On a GPU, checking would mean waiting for all
+            issued work, so there the gradients become not-a-number, which the step guard sees.
 
     Returns:
-        [N] float32 (float64 for such inputs), the same on every tensor rank; differentiable with
+        [N] float32 (float64 for float64 inputs), the same on every tensor rank; differentiable with
         respect to ``hidden``, ``head.weight`` and ``head.bias``.
     """
     known = loss_gradient if torch.is_grad_enabled() else None
@@ -110,7 +110,7 @@ class _TargetLogProbs(torch.autograd.Function):
 
 
 class _Chunk:
-    """A chunk's exponentiated logits; they are used up by the gradients."""
+    """A chunk's exponentiated logits. Computing the gradients overwrites them."""
 
     def __init__(self, hidden: Tensor, targets: Tensor, head: Head, space: Tensor) -> None:
         torch.mm(hidden, head.weight.t(), out=space)
@@ -142,7 +142,7 @@ class _Gradients:
     def __init__(self, hidden: Tensor, head: Head) -> None:
         weight = head.weight
         self._head = head
-        # Sums over chunks are kept in float32 or better.
+        # Sums over chunks are kept in float32, or float64 for float64 weights.
         wide = torch.float64 if weight.dtype is torch.float64 else torch.float32
         self._hidden = torch.empty_like(hidden)
         self._weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
@@ -162,7 +162,7 @@ class _Gradients:
             self._bias += e.t().to(self._bias.dtype) @ factor[:, 0].to(self._bias.dtype)
 
     def total(self, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the sums times a factor (None: 1), the hidden states' over all tensor ranks."""
+        """Return the sums times a factor (None: 1); that of the hidden states is over all tensor ranks."""
         found = [x for x in (self._hidden, self._weight, self._bias) if x is not None]
         if factor is not None:
             found = [x.mul_(factor.to(x.dtype)) for x in found]
@@ -173,9 +173,9 @@ class _Gradients:
 
 
 def _chunks(hidden: Tensor, head: Head) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the entries of each chunk, as many as fit, evenly; and the space for their logits.
+    """Yield each chunk's entries, evenly dealt and as many as fit, with the space for their logits.
 
-    All chunks share one space: on a CPU the pages of a new one would cost a tenth of the time.
+    All chunks share one space: on a CPU, the pages of a new one would cost a tenth of the time.
     """
     number, width = len(hidden), head.weight.shape[0]
     most = max(1, _CHUNK_ELEMENTS.get(hidden.device.type, 2**27) // width)
@@ -197,7 +197,7 @@ def _exponentiate(e: Tensor, highest: Tensor) -> Tensor:
 
 
 def _common_factor(grad: Tensor, known: Tensor) -> Tensor | None:
-    """Return c with grad = c * known for all entries; if there is none, None, or nan on a GPU."""
+    """Return c such that grad = c * known for all entries; if there is none, None (nan on a GPU)."""
     factor = (grad * known).sum() / (known * known).sum().clamp(min=torch.finfo(grad.dtype).tiny)
     expected = factor * known
     is_same = ((grad - expected).abs() <= _SAME * expected.abs()).all()

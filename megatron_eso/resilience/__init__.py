@@ -1,1 +1,1 @@
-"""Runs that survive: signals, checks before hours of work."""
+"""Signals that end a run in good order."""

@@ -1,4 +1,4 @@
-"""Signals that end a run in good order: the handler only sets a flag, the loop asks for it."""
+"""Signals that end a run in good order: the handler only sets a flag, and the loop polls it."""
 
 import faulthandler
 import signal
@@ -16,10 +16,10 @@ class StopRequest:
         self._came = 0.0
 
     def install(self) -> None:
-        """Catch the signals in this process (main thread only), also those that came before."""
+        """Catch the stop signals in this process (main thread only), also those held back until now."""
         for number in STOPPING:
             signal.signal(number, self._remember)
-        # The launcher asks a rank that hangs where it stands.
+        # With this signal the launcher asks a hanging rank for its stack traces.
         faulthandler.register(signal.SIGUSR2, all_threads=True)
         release_signals()
 

@@ -1,8 +1,8 @@
-"""The step guard: a step whose loss or gradient looks wrong is run again, then left out, or the run stops.
+"""The step guard: runs a step with a bad loss or gradient again; if still bad, skips it or stops the run.
 
 Everything random in a step is a function of (seed, step, row), and a step that is not applied leaves no
-trace. So a second run of it gives the same numbers, but for rounding on a GPU, unless hardware or memory
-failed in between: that tells a transient fault from a bad batch.
+trace. So a second run gives the same numbers, except for rounding on a GPU, unless hardware or memory
+failed in one of the two. That tells a transient fault from a bad batch.
 """
 
 import logging
@@ -17,11 +17,11 @@ from megatron_eso.train.session import Session
 from megatron_eso.train.step import Quality, ReadRows, StepReport, finite_is_good, train_step
 
 log = logging.getLogger(__name__)
-_ROUNDING = 0.01  # of a loss; sums whose order depends on timing differ by far less
+_ROUNDING = 0.01  # share of the loss; sums whose order depends on timing differ by far less
 
 
 class Verdict(Enum):
-    """What becomes of a step that is bad twice."""
+    """What to do with a step that is bad twice."""
 
     WARN = "warn"
     STOP = "stop"
@@ -30,7 +30,7 @@ class Verdict(Enum):
 
 
 class StepGuard:
-    """Does training steps and judges them; all ranks see the same numbers and decide the same."""
+    """Runs training steps and judges them. All ranks see the same numbers, so they decide the same."""
 
     def __init__(
         self, session: Session, read: ReadRows, go_back: Callable[[], bool], run: Path
@@ -41,16 +41,17 @@ class StepGuard:
             session: the run.
             read: reads the rows of a step.
             go_back: loads the newest checkpoint; returns False if there is none.
-            run: run folder, for the ledger (rank 0 writes it).
+            run: run folder; rank 0 writes the ledger in it.
         """
         self._session, self._read, self._go_back, self._run = session, read, go_back, run
         self._settings = session.config.resilience
 
     def step(self) -> StepReport | None:
-        """Do the next step; return its report, or None if its batch was left out.
+        """Run the next step; return its report, or None if its batch was left out.
 
         Raises:
-            TrainingError: if a step is bad twice and the policy is to stop, or too many were left out.
+            TrainingError: if the step is bad twice and the policy is to stop, to go back where there is
+                no checkpoint, or to leave out one batch more than ``resilience.max_skipped_steps``.
         """
         state = self._session.state
         if state.step in state.left_out:
@@ -130,7 +131,7 @@ class StepGuard:
         if not settings.spike_window or len(losses) < settings.spike_window:
             return False
         mean = statistics.fmean(losses)
-        # Losses that hardly differ must not make every small change a spike.
+        # Where losses hardly differ, a small change must not count as a spike.
         spread = max(statistics.pstdev(losses), 1e-3 * abs(mean))
         return loss > mean + settings.spike_deviations * spread
 

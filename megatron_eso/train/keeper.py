@@ -1,4 +1,4 @@
-"""The checkpoints of a run as the loop sees them: continue, save, finish, go back."""
+"""What the training loop asks of a run's checkpoints: continue, save, finish, go back."""
 
 import json
 import logging
@@ -32,11 +32,13 @@ from megatron_eso.train.run_folder import RunFolder
 from megatron_eso.train.session import Session, TrainState
 
 log = logging.getLogger(__name__)
-_ROOM = 1.1  # of the tensors' size: what else is in a checkpoint, and what others write meanwhile
+_ROOM = (
+    1.1  # times the tensors' size, for a checkpoint's other files and what others write meanwhile
+)
 
 
 class Keeper:
-    """Keeps a run's state; every method must be called by all ranks."""
+    """Saves and restores a run's state. All ranks must call every method."""
 
     def __init__(
         self, session: Session, folder: RunFolder, reader: RowReader, heart: Heart
@@ -45,12 +47,12 @@ class Keeper:
 
         Args:
             session: the run.
-            folder: of the run; the first rank holds its lease (:meth:`RunFolder.take`).
-            reader: its training data.
-            heart: is told of saves and of waiting for them.
+            folder: the run's folder; the first rank holds its lease (:meth:`RunFolder.take`).
+            reader: the run's training data.
+            heart: told of saves, and of waiting for them.
 
         Raises:
-            CheckpointError: if node-local copies are asked for and cannot be written on some node.
+            CheckpointError: if node-local copies are configured and some node cannot write them.
         """
         self._session, self._folder, self._reader, self._heart = session, folder, reader, heart
         self._is_first = session.ranks.rank == 0
@@ -77,10 +79,10 @@ class Keeper:
             self._local = LocalCopies(session.config, folder.path, run_id, data)
 
     def resume_or_start(self) -> None:
-        """Load the newest valid checkpoint; else load or draw the weights that the run starts from.
+        """Load the newest valid checkpoint; if there is none, load or draw the run's first weights.
 
         Raises:
-            CheckpointError: if there are checkpoints and none is whole, or there is no room for one.
+            CheckpointError: if there are checkpoints but none is whole, or the next one has no room.
         """
         folder = self._newest()
         shared_step = folder.step if folder else -1
@@ -103,7 +105,7 @@ class Keeper:
     def go_back(self) -> bool:
         """Load the newest checkpoint again; return False if there is none.
 
-        What was learnt about bad steps is kept.
+        The list of left-out steps is kept.
         """
         self.saver.finish()
         folder = self._newest()
@@ -116,7 +118,7 @@ class Keeper:
         return True
 
     def copy_locally(self) -> None:
-        """Begin a node-local copy of the current step, if the run keeps them and one is due."""
+        """Begin a node-local copy of the current step, if the run keeps such copies and one is due."""
         session, local = self._session, self._local
         every = session.config.checkpoint.local_every_steps
         if local is None or session.state.step % every:
@@ -129,19 +131,19 @@ class Keeper:
             events.record(self._folder.path, "local_copy", step=state.step, seconds=seconds)
 
     def poll_kept_step(self) -> int:
-        """Take in a node-local copy that is done; return where a restart would continue, -1: nowhere."""
+        """Take in a finished node-local copy; return the step a restart would continue from, -1: none."""
         if self._local is not None:
             self._local.is_busy()
         return max(self.saver.kept_step, self._local.kept_step if self._local else -1)
 
     def save(self) -> float | None:
-        """Begin a checkpoint of the current step; return its stall in seconds, None if there is no room.
+        """Begin to save the current step; return the stall in seconds, or None if the disk has no room.
 
-        A step that is kept already is not written again.
+        A step that is already kept is not written again.
         """
         session, begin = self._session, time.perf_counter()
         self._heart.enter("checkpoint")
-        self.saver.finish()  # the room that a save under way will take is then counted
+        self.saver.finish()  # else the room that the save under way still takes would count as free
         step = session.state.step
         if self.saver.kept_step == step:
             return time.perf_counter() - begin
@@ -168,7 +170,7 @@ class Keeper:
         return self.saver.kept_step == self._session.state.step
 
     def release(self) -> None:
-        """Give back what was held for the run: the lease, unless it is the job script's, and copies."""
+        """Release the run's lease, unless the job script holds it, and its node-local copies."""
         if self._local is not None:
             self._local.close(remove=self.saver.kept_step == self._session.state.step)
         if self._is_first and not is_of_job_script(os.environ):
@@ -196,7 +198,7 @@ class Keeper:
         log.info("weights (%s) from %s", kind, folder.path)
 
     def _require_none(self) -> None:
-        """Raise if the run has checkpoints, which no one could load: it must not silently start anew."""
+        """Raise if the run has checkpoints: none could be loaded, and it must not silently start over."""
         root = self._folder.checkpoints
         names = from_first_rank(
             lambda: [f.path.name for f in list_folders(root) if f.is_committed or f.is_set_aside],
@@ -210,10 +212,10 @@ class Keeper:
             )
 
     def _leave_behind(self, shared_step: int) -> None:
-        """Take out of the way what is newer than the state gone on from: it is of a course that was left.
+        """Set aside what is newer than the state the run continues from: that course was abandoned.
 
         Args:
-            shared_step: newest checkpoint that is whole; those of later steps are not. -1: there is none.
+            shared_step: step of the newest whole checkpoint; later ones are not whole. -1: there is none.
         """
         root = self._folder.checkpoints
         for folder in from_first_rank(
@@ -228,7 +230,7 @@ class Keeper:
             self._local.forget_beyond(self._session.state.step)
 
     def _load_local(self, shared_step: int) -> bool:
-        """Load the node-local copies if they are newer than the shared checkpoint."""
+        """Load the node-local copies if newer than the shared checkpoint; return whether it did."""
         session = self._session
         if self._local is None or session.config.checkpoint.resume == "never":
             return False
@@ -281,7 +283,7 @@ class Keeper:
             )
 
     def _require_same_tokenizer(self, path: Path, facts: dict[str, Any]) -> None:
-        """Refuse weights whose token ids stand for other tokens than the data's, where both are known."""
+        """Refuse weights trained with another tokenizer than the data's, where both are known."""
         theirs = facts.get("data", {}).get("tokenizer")
         mine = self._reader.fingerprint().get("tokenizer")
         if theirs and mine and theirs != mine:
@@ -292,7 +294,7 @@ class Keeper:
             )
 
     def _missing_room(self) -> str:
-        """Return why the disk does not hold one more checkpoint, or an empty string, on all ranks."""
+        """Return, on all ranks, why the disk has no room for one more checkpoint; empty if it has."""
         folder, step = self._folder.checkpoints, self._session.state.step
         needed = self._stored_bytes * _ROOM
 
@@ -314,12 +316,12 @@ class Keeper:
 
 
 def facts_of_run(session: Session, data: dict[str, Any], tokenizer: Path) -> dict[str, Any]:
-    """Return the facts of a run's checkpoint of the current step.
+    """Return the facts to store with a checkpoint of the run's current step.
 
     Args:
         session: the run.
         data: fingerprint of its training data.
-        tokenizer: where its tokenizer is kept; it need not exist.
+        tokenizer: path of its tokenizer; the file need not exist.
     """
     return facts_of(
         session.config,

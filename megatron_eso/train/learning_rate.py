@@ -1,4 +1,4 @@
-"""Learning rate as a function of the step: linear warm-up, then constant, cosine or wsd."""
+"""The learning rate as a function of the step: linear warm-up, then constant, cosine or wsd."""
 
 import math
 
@@ -22,13 +22,13 @@ def learning_rate(step: int, optimizer: OptimizerConfig, total_steps: int) -> fl
 
 
 def change_of_schedule(step: int, optimizer: OptimizerConfig, *, before: int, now: int) -> str:
-    """Return what happens to the learning rate when a run of other length goes on; empty: nothing.
+    """Return how the learning rate jumps when a run continues with another length; empty if it does not.
 
     Args:
         step: steps done, at least one.
         optimizer: the schedule.
-        before: steps of the run when they were done.
-        now: steps of the run from here on.
+        before: total steps of the run when they were done.
+        now: total steps of the run from here on.
     """
     following = learning_rate(step, optimizer, now)
     if following == learning_rate(step, optimizer, before):

@@ -40,19 +40,19 @@ from megatron_eso.train.stragglers import Stragglers
 from megatron_eso.train.validation import StopAskedError, Validation
 
 log = logging.getLogger(__name__)
-_PROGRESS_SECONDS = 10.0  # between notes in the ledger of how far the run is
+_PROGRESS_SECONDS = 10.0  # between progress notes in the ledger
 
 
 class Run:
     """A run in progress on this rank."""
 
     def __init__(self, config: RunConfig, ranks: Ranks, stop: StopRequest | None = None) -> None:
-        """Set everything up and load the newest checkpoint; all ranks must call.
+        """Set everything up and load the newest checkpoint. All ranks must call this.
 
         Args:
             config: the run.
             ranks: this process's place.
-            stop: catches signals already; None: begin to.
+            stop: already catches signals; None: begin to catch them.
         """
         begin = time.time()
         if stop is None:
@@ -76,12 +76,12 @@ class Run:
             raise
 
     def _set_up(self, begin: float) -> None:
-        """Take the folder, open the data, continue or start, and only then change what the folder says."""
+        """Take the folder, open the data, continue or start; only then write to the folder."""
         session, config = self.session, self.session.config
         self._earlier: RunConfig | None = None
         self._on_first_rank(self._take_folder)
         self._note("setup", began=begin, joined=session.joined)
-        # One rank whose store, cache or disk fails must not leave the others waiting for it.
+        # Where a rank's store, cache or disk fails, the others must not wait for it.
         self.reader = together(lambda: _open_rows(config), session.torch_device)
         tokenizer = self.reader.manifests[0].tokenizer_sha256
         self.validation = together(lambda: Validation(config, tokenizer), session.torch_device)
@@ -102,7 +102,7 @@ class Run:
 
     @property
     def is_first(self) -> bool:
-        """True on the rank that writes."""
+        """True on rank 0, the rank that writes."""
         return self.session.ranks.rank == 0
 
     def train(self) -> int:
@@ -124,7 +124,9 @@ class Run:
                 before = session.state.step
                 self._step()
                 step = session.state.step
-                is_new = step > before  # else the run went back, to what was evaluated and saved
+                is_new = (
+                    step > before
+                )  # else the run went back to a step already evaluated and saved
                 try:
                     if is_new and _is_due(step, config.train.eval_every_steps) and step < total:
                         self._evaluate()
@@ -134,7 +136,9 @@ class Run:
                     return self._stop_early()
                 if is_new and _is_due(step, config.train.save_every_steps) and step < total:
                     self._save()
-                    if self._must_stop():  # it came during the save: this checkpoint is the last
+                    if (
+                        self._must_stop()
+                    ):  # the signal came during the save: this is the last checkpoint
                         return self._stop_early()
                 self.keeper.copy_locally()
         return self._finish()
@@ -143,7 +147,7 @@ class Run:
         try:
             report = self.guard.step()
         except TrainingError:
-            self._save()  # what was good before this step
+            self._save()  # the good state from before this step
             self.keeper.finish()
             raise
         self.heart.step = self.session.state.step
@@ -160,7 +164,7 @@ class Run:
             self._note("progress", step=report.step)
 
     def _must_stop(self) -> bool:
-        """Return whether a signal came to any rank; the save under way goes on with the same exchange."""
+        """Return whether any rank got a signal. The same exchange advances the save under way."""
         saver = self.keeper.saver
         stop, *saving = any_rank([self.stop.is_set, *saver.flags()], self.session.torch_device)
         saver.advance(*saving)
@@ -199,7 +203,7 @@ class Run:
         return Rows(torch.from_numpy(read.tokens), torch.from_numpy(read.is_valid))
 
     def _on_first_rank(self, action: Callable[[], None]) -> None:
-        """Do what only the rank that writes does; what is wrong there ends all ranks."""
+        """Run ``action`` on rank 0; if it fails there, raise its error on all ranks."""
         found: UserError | None = None
         if self.is_first:
             try:
@@ -229,7 +233,7 @@ class Run:
         return self.reader.tokenizer_json() if self.is_first else b""
 
     def _compare_lengths(self) -> None:
-        """Refuse a run that is shorter than what is done; warn if its schedule is another one now."""
+        """Refuse a run shorter than the steps it has done; warn if its learning-rate schedule changed."""
         step, total = self.session.state.step, self.session.derived.total_steps
         if step > total:
             raise ConfigError(
@@ -253,7 +257,7 @@ class Run:
             self._leave_out(begin)
 
     def _evaluate(self) -> dict:
-        """Score every validation set; return the scores by set."""
+        """Score every validation set; return the scores by the set's name."""
         begin = time.perf_counter()
         self.heart.enter("evaluation")
         with phase("evaluation"):
@@ -266,7 +270,7 @@ class Run:
         return {name: [score.as_dict() for score in scores] for name, scores in found.items()}
 
     def _leave_out(self, begin: float) -> None:
-        """Leave the time since ``begin`` out of the speed."""
+        """Exclude the time since ``begin`` from the reported speed."""
         if self.metrics is not None:
             self.metrics.pause(begin)
 
@@ -283,7 +287,7 @@ class Run:
         return STOPPED_EXIT_CODE
 
     def _save_last(self, before: str) -> None:
-        """Save the step that the run ends with; its exit code says that there is this checkpoint."""
+        """Save the run's last step; the exit code promises that this checkpoint exists."""
         self._save()
         if not self.keeper.finish():
             raise CheckpointError(
@@ -292,16 +296,16 @@ class Run:
             )
 
     def _say_why_not_begun(self, why: str) -> None:
-        """Tell our job script why set-up failed: it takes ranks that leave no status for crashed ones.
+        """Tell our job script why set-up failed: it treats ranks that leave no status as crashed.
 
-        Elsewhere a start that is refused changes nothing in the folder.
+        Without a job script, a refused start changes nothing in the folder.
         """
         if is_of_job_script(os.environ) and self.folder.is_taken():
-            with contextlib.suppress(OSError):  # the folder may be what is wrong
+            with contextlib.suppress(OSError):  # the folder itself may be the problem
                 self.folder.write_status("failed", reason=why)
 
     def _say_why(self, why: str) -> None:
-        """Say that and why the run ends, where another attempt has not taken the folder over."""
+        """Record why the run failed, unless another attempt has taken over the folder."""
         if self.is_first and not self.folder.is_taken():
             self.keeper.release()
             return
@@ -325,7 +329,7 @@ class Run:
         )
 
     def _begin_reports(self, peak: float) -> None:
-        """Say what the run is, and open the files of what it reports."""
+        """Log what the run is, and open the files for its reports."""
         for line in [*self.session.derived.lines(), *choices(self.session)]:
             log.info(line)
         log.info("matmul peak of all ranks: %.1f GFLOP/s (measured)", peak / 1e9)

@@ -1,4 +1,4 @@
-"""What a run reports while it goes: a progress line, metrics.jsonl and TensorBoard, from rank 0."""
+"""What a run reports as it trains, from rank 0: progress lines, metrics.jsonl and TensorBoard."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Metrics:
-    """Collects step reports and writes every ``train.log_every_steps``-th."""
+    """Collects step reports; writes every ``train.log_every_steps`` steps."""
 
     def __init__(self, session: Session, folder: Path, *, peak: float) -> None:
         """Open the files.
@@ -31,7 +31,7 @@ class Metrics:
             peak: FLOP/s of a large matmul on all ranks together.
 
         Raises:
-            OSError: if one cannot be opened.
+            OSError: if a file cannot be opened.
         """
         config = session.config
         self._session, self._peak = session, peak
@@ -53,7 +53,7 @@ class Metrics:
         self._phases: dict[str, float] = {}
 
     def add(self, report: StepReport) -> bool:
-        """Take in a step; write a line if it is due and return whether it was."""
+        """Take in a step; write a line if one is due, and return whether it was."""
         self._steps += 1
         for phase, seconds in report.seconds.items():
             self._phases[phase] = self._phases.get(phase, 0.0) + seconds
@@ -68,7 +68,7 @@ class Metrics:
         return True
 
     def pause(self, begin: float) -> None:
-        """Leave out of the speed the time since ``begin`` (an evaluation or a save)."""
+        """Exclude the time since ``begin`` (an evaluation or a save) from the reported speed."""
         self._since += time.perf_counter() - begin
 
     def add_scores(self, step: int, name: str, scores: list[Score]) -> None:
@@ -125,7 +125,7 @@ class Metrics:
         }
 
     def _utilisation(self, seconds_per_step: float) -> dict[str, float]:
-        """Return the shares of a known GPU's peaks: of the model's operations, and of all that ran."""
+        """Return MFU and HFU: the model's FLOPs, and all FLOPs that ran, over each known GPU peak."""
         found = {}
         for name, peak in self._gpu_peaks.items():
             found[f"mfu{name}"] = self._flops / seconds_per_step / peak
@@ -144,7 +144,7 @@ class Metrics:
 
 
 def measured_peak(session: Session) -> float:
-    """Return the FLOP/s of large matmuls on all ranks at once; every rank must call."""
+    """Return the total FLOP/s of large matmuls run on all ranks together. All ranks must call this."""
     from megatron_eso.model.megatron_config import DTYPES
     from megatron_eso.parallel.exchange import sum_over_ranks
 
@@ -154,7 +154,7 @@ def measured_peak(session: Session) -> float:
 
 
 def _gpu_peaks(session: Session) -> dict[str, float]:
-    """Return the peaks of all ranks' GPUs: BF16 and, where it is used, FP8; nothing on CPUs."""
+    """Return the summed peaks of all ranks' GPUs: BF16, and FP8 where it is used; empty on CPUs."""
     name = session.device.gpu_name()
     peak = peak_of(name)
     if peak is None:
@@ -167,7 +167,7 @@ def _gpu_peaks(session: Session) -> dict[str, float]:
 
 
 def _share(values: dict[str, Any]) -> str:
-    """Return how near the run is to the peaks: a known GPU's, else that of measured matmuls."""
+    """Return how near the run is to peak: a known GPU's, else that of measured matmuls."""
     if "mfu" not in values:
         return f"{values['share_of_matmul_peak']:.0%} of matmul"
     text = f"MFU {values['mfu']:.1%}, HFU {values['hfu']:.1%}"

@@ -35,13 +35,16 @@ class PhaseTime:
 
     name: str
     seconds: float
-    """Without the phases inside it."""
+    """Time in this phase, without the phases inside it."""
     communication: float
-    """Of these, spent on exchanges between ranks that no computation on the device hides."""
+    """The part of ``seconds`` spent on exchanges between ranks not hidden by computation on the device."""
 
 
 class Profile:
-    """Profiles the steps that ``train.profile_steps`` names, on the ranks that are to; all must call."""
+    """Profiles the steps in ``train.profile_steps`` on the ranks in ``train.profile_ranks``.
+
+    All ranks must call it.
+    """
 
     def __init__(
         self,
@@ -56,8 +59,8 @@ class Profile:
             settings: which steps, on which ranks.
             folder: run folder.
             rank: this rank.
-            left_out: is told when the writing of a profile began, once all ranks have ended it: that time
-                is none of the step.
+            left_out: called with the time at which the writing of profiles began, once all ranks are
+                done: that time is not part of the step.
         """
         self._steps, self._is_asked = (
             frozenset(settings.profile_steps),
@@ -67,7 +70,7 @@ class Profile:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Profile what runs within, if step ``number`` (as in the log) is to be."""
+        """Profile what runs inside, if step ``number`` (as in the log) is one to profile."""
         if number not in self._steps:
             yield
             return
@@ -84,7 +87,7 @@ class Profile:
         begin = time.perf_counter()
         if profiler is not None:
             self._write(number, profiler)
-        dist.barrier()  # else others wait within the next step, whose time that would be
+        dist.barrier()  # else the other ranks wait in the next step, and its time includes the wait
         self._left_out(begin)
 
     def _write(self, number: int, profiler: torch.profiler.profile) -> None:
@@ -110,8 +113,8 @@ def write_trace(profiler: torch.profiler.profile, path: Path) -> None:
     """Write a Chrome trace.
 
     Raises:
-        OSError: if the file is missing or cut off afterwards, which torch's profiler does not tell; what
-            there is of it is removed.
+        OSError: if the file is missing or truncated afterwards, which torch's profiler does not report.
+            A partial file is removed.
     """
     path.unlink(missing_ok=True)
     try:
@@ -126,7 +129,7 @@ def write_trace(profiler: torch.profiler.profile, path: Path) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Return whether a file ends as a JSON object does; traces are too large to read."""
+    """Return whether a file ends as a JSON object does. Traces are too large to read whole."""
     if not path.is_file() or not path.stat().st_size:
         return False
     with open(path, "rb") as file:
@@ -138,7 +141,7 @@ def phase_times(events: Iterable[Any]) -> list[PhaseTime]:
     """Return the phases of a profiled step in the order in which they began.
 
     Args:
-        events: of torch's profiler: ``name``, ``time_range`` in microseconds, ``device_type``.
+        events: torch's profiler events, with ``name``, ``time_range`` in microseconds, ``device_type``.
     """
     phases: list[tuple[str, Interval]] = []
     exchanges: list[Interval] = []
@@ -181,7 +184,7 @@ def table(phases: list[PhaseTime]) -> list[str]:
 
 
 def _union(intervals: Iterable[Interval]) -> list[Interval]:
-    """Return disjoint intervals, in order, that cover the same time."""
+    """Return sorted, disjoint intervals that cover the same time."""
     merged: list[Interval] = []
     for begin, end in sorted(intervals):
         if merged and begin <= merged[-1][1]:
@@ -192,7 +195,7 @@ def _union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def _without(intervals: list[Interval], taken: list[Interval]) -> list[Interval]:
-    """Return what is left of disjoint intervals outside others; both in order."""
+    """Return the parts of ``intervals`` outside ``taken``; both must be sorted and disjoint."""
     left = []
     for begin, end in intervals:
         for first, last in taken:

@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds, who may write to it, and whether it is the same run.
+"""The run folder: what it holds, who may write to it, and whether it belongs to the same run.
 
 config.yaml      resolved configuration      run.json     commit, versions, layout
 log.txt          plain log                   metrics.jsonl  one object per logged step
@@ -28,7 +28,7 @@ from megatron_eso.files import require_room, write_json, write_whole
 from megatron_eso.launch import lease
 from megatron_eso.launch.environment import is_of_job_script
 
-# What may differ when a run continues: how it is computed and reported, not what.
+# What may differ when a run continues: how it is computed and reported, not what is computed.
 _FREE_SECTIONS = {"parallel", "precision", "checkpoint", "eval", "resilience"}
 _FREE_KEYS = {
     "name", "folder", "train.steps", "train.tokens", "train.micro_batch_rows",
@@ -40,7 +40,7 @@ _FREE_KEYS = {
 
 
 class RunFolder:
-    """Paths of a run and the files that are written once or replaced."""
+    """A run's paths, and its files that are written once or replaced."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,8 +51,8 @@ class RunFolder:
         """Make the folder and take its lease, before anything in it is touched.
 
         Raises:
-            CheckpointError: if another run or a newer attempt holds it.
-            OSError: if it cannot be written.
+            CheckpointError: if another run or a newer attempt holds the lease.
+            OSError: if the folder cannot be written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lease.acquire(self.checkpoints, lease.owner_name(os.environ))
@@ -67,26 +67,26 @@ class RunFolder:
         return held is not None and held["owner"] == lease.owner_name(os.environ)
 
     def give_back(self) -> None:
-        """Give the lease back if it is held, unless it is the job script's."""
+        """Release the lease if this process holds it, unless it is the job script's."""
         if self.is_taken() and not is_of_job_script(os.environ):
             lease.release(self.checkpoints, lease.owner_name(os.environ))
 
     def earlier_config(self, config: RunConfig) -> RunConfig | None:
-        """Return the configuration of the run that is in the folder; None if none is.
+        """Return the configuration of the run in the folder; None if there is no run.
 
         Raises:
-            ConfigError: if it is another run than the one of ``config``.
+            ConfigError: if that run has other settings than ``config``.
         """
         stored = self.path / "config.yaml"
         has_checkpoint = any(
             folder.is_committed or folder.is_set_aside for folder in list_folders(self.checkpoints)
         )
-        # A start that failed before its first step leaves nothing that must be kept.
+        # A start that failed before its first step leaves nothing worth keeping.
         has_begun = has_checkpoint or (self.path / "metrics.jsonl").exists()
         if not stored.exists() or not has_begun:
             return None
         earlier = load_config(stored)
-        # A checkpoint tells by its fingerprint whether data is the same, wherever it lies now.
+        # A checkpoint's fingerprint tells whether the data is the same, wherever it now lies.
         changed = _differences(
             _compared(earlier, with_paths=not has_checkpoint),
             _compared(config, with_paths=not has_checkpoint),
@@ -103,7 +103,7 @@ class RunFolder:
         """Write configuration, provenance and a copy of the tokenizer, each whole or not at all.
 
         Raises:
-            OSError: with the name of the file that cannot be written.
+            OSError: if a file cannot be written; names the file.
         """
         save_config(config, self.path / "config.yaml")
         write_json(self.path / "run.json", _provenance())
@@ -111,7 +111,7 @@ class RunFolder:
 
     def open_log(self) -> None:
         """Send log messages to log.txt and the terminal."""
-        # A log line that a full disk refuses is on the terminal; its traceback would tell nothing more.
+        # With a full disk the line is still on the terminal; logging's traceback would add nothing.
         logging.raiseExceptions = False
         handlers = [
             logging.FileHandler(self.path / "log.txt"),
@@ -128,13 +128,13 @@ class RunFolder:
             logging.getLogger(noisy).setLevel(logging.ERROR)
 
     def write_status(self, state: str, **facts: Any) -> None:
-        """Say where the run is: running, finished, stopped or failed."""
+        """Write the run's state: running, finished, stopped or failed."""
         status = {"state": state, **facts, "updated": time.time()}
-        write_json(self.path / "status.json", status, durable=False)  # written often, for onlookers
+        write_json(self.path / "status.json", status, durable=False)  # written often, for observers
 
 
 def _compared(config: RunConfig, *, with_paths: bool) -> dict[str, Any]:
-    """Return the settings, with or without the places of the training data."""
+    """Return the settings, with or without the paths of the training data."""
     settings = asdict(config)
     for source in settings["data"]["sources"]:
         if not with_paths:

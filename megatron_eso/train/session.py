@@ -1,7 +1,7 @@
-"""Everything a running training process holds, and how it is put together.
+"""Everything a training process holds, and how it is put together.
 
-``TrainState`` is what a restart needs beside the tensors: all randomness and the place in the data
-follow from the step.
+``TrainState`` is all that a restart needs besides the tensors: all randomness and the position in the
+data follow from the step.
 """
 
 import os
@@ -46,18 +46,18 @@ from megatron_eso.parallel.user_buffers import start_user_buffers
 
 @dataclass
 class TrainState:
-    """What changes from step to step, beside the tensors."""
+    """What changes from step to step, besides the tensors."""
 
     step: int = 0
     """Steps done; the next step has this number."""
     left_out: list[int] = field(default_factory=list)
-    """Steps whose batch is not trained on: the step guard found it bad."""
+    """Steps whose batch is not trained on, because the step guard found it bad."""
     losses: list[float] = field(default_factory=list)
-    """Newest losses, which the step guard compares the next one with."""
+    """The newest losses; the step guard compares the next one with them."""
 
     @property
     def num_updates(self) -> int:
-        """Times the optimizer has changed the weights."""
+        """Number of times the optimizer has changed the weights."""
         return self.step - sum(step < self.step for step in self.left_out)
 
     def replace_by(self, other: "TrainState") -> None:
@@ -81,7 +81,7 @@ class Session:
     state: TrainState
     clock: PassClock
     joined: float
-    """Time (wall clock) at which the first exchange between all ranks was done."""
+    """Wall-clock time at which the first exchange between all ranks was done."""
 
     @property
     def replica(self) -> Replica:
@@ -89,10 +89,10 @@ class Session:
         return Replica(self.config, self.layout, self.torch_device, self.chunks)
 
     def draw_weights(self, draw_on: torch.device | str = "cpu") -> None:
-        """Give the model, the masters and the average the run's initial weights.
+        """Set the model, the masters and the average to the run's initial weights.
 
         Args:
-            draw_on: a GPU is faster, but its numbers are not those that a run begins with.
+            draw_on: a GPU is faster, but draws other numbers than those that a run begins with.
         """
         seed, optimizer = self.config.train.seed, self.optimizer
         initialize(self.chunks, self.config.model, seed=seed, optimizer=optimizer, draw_on=draw_on)
@@ -106,7 +106,7 @@ class Session:
 
 
 def start_ranks(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, Device, Layout]:
-    """Check the configuration for this number of ranks, join the groups, resolve ``auto`` settings."""
+    """Check the configuration and join the groups; return it with ``auto`` settings resolved."""
     check(config, ranks.world_size)
     device = choose_device(ranks.local_rank)
     if config.precision.deterministic and device.is_cuda:
@@ -138,7 +138,7 @@ def build_session(
         config: the run.
         ranks: this process's place.
         for_training: also build gradient buffers, optimizer and moving average.
-        draw_weights: with initial weights; without, they are undefined until some are loaded or drawn.
+        draw_weights: draw initial weights; else they are undefined until loaded or drawn.
     """
     config, device, layout = start_ranks(config, ranks)
     any_rank([False], device.torch_device)
@@ -181,7 +181,7 @@ def build_session(
 
 
 def choices(session: Session) -> list[str]:
-    """Return lines that say what settings became on this machine: formats, layers, kernels, graphs."""
+    """Return lines that say how settings resolved on this machine: formats, layers, kernels, graphs."""
     config, device = session.config, session.device
     precision, parallel = config.precision, config.parallel
     lines = [
@@ -212,10 +212,10 @@ def _is_graphed(config: RunConfig, device: Device) -> bool:
 
 
 def attention_kernel(config: RunConfig, device: Device) -> str:
-    """Return the name of the kernel that the attention will run.
+    """Return a description of the kernel that attention will run.
 
     Raises:
-        ConfigError: if the device has none for this head size and number format.
+        ConfigError: if the device has no kernel for this head size and number format.
     """
     precision = config.precision
     if precision.attention not in ("split", "te"):

@@ -1,4 +1,4 @@
-"""Output that a run goes on without: what cannot be written is told once for each time that it fails."""
+"""Output that a run can do without: a failure to write is logged once, until a write succeeds again."""
 
 import logging
 from collections.abc import Callable
@@ -12,13 +12,13 @@ log = logging.getLogger(__name__)
 
 
 class SpareOutput:
-    """Tries to write; a full disk costs this output, with a warning, but never the run."""
+    """Tries to write. A full disk costs this output, with a warning, but never the run."""
 
     def __init__(self, what: str) -> None:
         self._what, self._is_failing = what, False
 
     def attempt(self, write: Callable[[], None]) -> None:
-        """Write; warn where that fails and did not fail the last time."""
+        """Write; warn if that fails and the attempt before did not."""
         try:
             write()
         except OSError as error:
@@ -33,7 +33,7 @@ class Board:
     """TensorBoard's event files."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the first.
+        """Open the first event file.
 
         Raises:
             OSError: if the folder cannot be written.
@@ -42,11 +42,11 @@ class Board:
         self._writer: SummaryWriter | None = SummaryWriter(str(folder))
 
     def add(self, values: dict[str, float], step: int) -> None:
-        """Write numbers by their tags, into a new file where the one before has failed.
+        """Write numbers by their tags, to a new file if the last one has failed.
 
         Raises:
-            OSError: if they cannot be written, also where the failure is that of an earlier write: a
-                thread writes, and ends for ever when it cannot.
+            OSError: if they, or numbers from an earlier call, cannot be written: a thread writes them,
+                and its first failure ends it for good.
         """
         if self._writer is None:
             require_room(self._folder)  # else every try would leave an empty file
@@ -75,4 +75,4 @@ class Board:
         try:
             self.close()
         except OSError:
-            pass  # what it had not written is lost: the caller tells so
+            pass  # what was not yet written is lost; the caller reports it

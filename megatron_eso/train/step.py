@@ -1,4 +1,4 @@
-"""One optimizer step: rows of this rank -> stack rows -> model -> sums -> gradients -> update.
+"""One optimizer step: this rank's rows -> stack rows -> model -> sums -> gradients -> update.
 
 The loss stands beside the model call in ``forward_step``; everything above it is bookkeeping.
 """
@@ -38,7 +38,7 @@ ReadRows = Callable[[int, list[int]], Rows]
 
 
 class Quality(IntEnum):
-    """What a step looks like; the worst judgement of any rank counts."""
+    """How good a step looks. The worst judgment of any rank counts."""
 
     GOOD = 0
     SPIKE = 1
@@ -50,17 +50,17 @@ Judge = Callable[[float, float], Quality]
 
 
 def finite_is_good(loss: float, norm: float) -> Quality:
-    """Judge a step by its loss and gradient norm being finite."""
+    """Return GOOD if loss and gradient norm are finite, else NOT_FINITE."""
     return Quality.GOOD if math.isfinite(loss) and math.isfinite(norm) else Quality.NOT_FINITE
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did, the same on every rank."""
+    """What one step did; the same on every rank."""
 
     step: int
     quality: Quality
-    """Anything but good: nothing was applied, the weights and the state stayed as they were."""
+    """Unless good, nothing was applied: the weights and the state stayed as they were."""
     loss: float
     loss_diffusion: float
     """Weighted diffusion nats per token of the diffusion rows; nan if there are none."""
@@ -79,7 +79,7 @@ class StepReport:
 
 
 def micro_batches_of_rank(session: Session) -> list[MicroBatch]:
-    """Return which rows of the global batch this data-parallel rank computes, by micro-batch."""
+    """Return which rows of the global batch this data-parallel rank computes, per micro-batch."""
     derived = session.derived
     diffusion, sequential = derived.num_diffusion_rows, derived.num_sequential_rows
     return deal(
@@ -92,7 +92,7 @@ def micro_batches_of_rank(session: Session) -> list[MicroBatch]:
 
 
 def train_step(session: Session, read: ReadRows, judge: Judge = finite_is_good) -> StepReport:
-    """Do the next optimizer step, if no rank finds it bad; only then the state moves on."""
+    """Run the next step. Weights and state change only if no rank finds it bad."""
     config, step = session.config, session.state.step
     begin = time.perf_counter()
     if config.model.dropout > 0:
@@ -159,7 +159,7 @@ def _apply(session: Session, rate: float, norm: float) -> None:
 def stack_rows_of_step(
     session: Session, rows: Rows, micro_batches: list[MicroBatch]
 ) -> list[StackRows]:
-    """Return this rank's part of the stack rows of its micro-batches, on its device."""
+    """Return this rank's part of its micro-batches' stack rows, on its device."""
     config = session.config
     draw = Draw(config.train.seed, session.state.step, num_time_strata(session))
     built, first = [], 0
@@ -204,7 +204,7 @@ def forward_backward(
     for chunk in session.chunks:
         chunk.zero_grad_buffer()  # type: ignore[operator]
     session.optimizer.zero_grad()
-    with phase("backward"):  # and what the schedule does between passes
+    with phase("backward"):  # includes what the schedule does between passes
         reports = run_micro_batches(
             forward_step,
             [with_loss_gradient(rows, counts) for rows in stack],

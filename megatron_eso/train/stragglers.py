@@ -1,8 +1,8 @@
-"""Which rank is slow: percentiles of each rank's own time in a step, compared over ranks.
+"""Which rank is slow: percentiles of each rank's own time in a step, compared across ranks.
 
-A step takes as long on every rank, since they wait for each other. Two times are a rank's own: from
-its rows to the end of its passes (before gradients are reduced; model-parallel ranks still share it),
-and, on a CPU, the processor time it used.
+A step takes equally long on every rank, since ranks wait for each other. Two times are a rank's own:
+from its rows to the end of its passes (before gradients are reduced; model-parallel ranks still share
+it), and, on a CPU, the processor time it used.
 """
 
 import logging
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_eso.train.step import StepReport
 
 log = logging.getLogger(__name__)
-_SLOW = 1.2  # a rank whose median is this many times that of all ranks is named
+_SLOW = 1.2  # a rank is named if its median exceeds the median over ranks by this factor
 
 
 class Stragglers:
@@ -51,7 +51,7 @@ class Stragglers:
 
 
 def describe(everywhere: list[dict[str, dict[str, float]]]) -> list[str]:
-    """Return the report's lines: the spread over ranks, and every rank that is slow."""
+    """Return the report's lines: the spread over ranks, and every slow rank."""
     lines = []
     for kind in ("passes", "processor"):
         medians = [found[kind]["p50"] for found in everywhere]

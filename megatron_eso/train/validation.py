@@ -1,4 +1,4 @@
-"""Held-out scores of a run in progress; a signal that asks for a stop ends them early."""
+"""Held-out scores of a run in progress. A stop signal ends an evaluation early."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ _UNIGRAM_ROWS = 2048  # training rows that the unigram comparison counts
 
 
 class StopAskedError(Exception):
-    """A signal came while an evaluation ran; raised on all ranks at the same place."""
+    """A stop signal came during an evaluation. Raised on all ranks at the same place."""
 
 
 class Validation:
@@ -54,7 +54,7 @@ class Validation:
         return found
 
     def unigram(self, config: RunConfig, training: RowReader) -> dict[str, Score]:
-        """Score the validation sets with token frequencies of (some of) the training data."""
+        """Score the validation sets with the token frequencies of (some of) the training data."""
         examples = training.example_rows(_UNIGRAM_ROWS)
         counted = torch.from_numpy(examples.tokens[examples.is_valid])
         scores = {}
