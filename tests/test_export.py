@@ -345,7 +345,9 @@ def trained_with(folder, tokenizer, tmp_path):
 def test_a_tokenizer_with_fewer_ids_than_that_of_training_is_refused(checkpoints, tmp_path):
     own, given = (small_tokenizer(tmp_path / f"{n}.json", n) for n in (60, 50))
     folder = trained_with(newest(checkpoints / "one"), own, tmp_path)
-    with pytest.raises(CheckpointError, match=r"has 50 ids, the one that .* trained with has 60"):
+    with pytest.raises(
+        CheckpointError, match=r"has 50 ids, but the one that .* trained with has 60"
+    ):
         export(folder, tmp_path / "out", tokenizer=given)
     assert not (tmp_path / "out").exists()
 
@@ -362,7 +364,7 @@ def test_another_tokenizer_is_remarked(checkpoints, tmp_path):
     shutil.rmtree(folder)
     folder = trained_with(newest(checkpoints / "one"), None, tmp_path)
     (remark,) = export(folder, tmp_path / "out", tokenizer=fewer, verify=False)["remarks"]
-    assert "the tokenizer has 50 ids, the embedding 60" in remark
+    assert "the tokenizer has 50 ids, but the embedding 60" in remark
     assert remark in inspect(tmp_path / "out").remarks
 
 
@@ -505,3 +507,10 @@ def test_the_command_needs_no_megatron_and_no_process_group(checkpoints, tmp_pat
     assert run("verify", tmp_path / "out").returncode == 1
     done = run("export", checkpoints / "tensor", "--out", tmp_path / "out")
     assert (done.returncode, done.stderr[:6]) == (4, "error:")
+
+
+def test_a_file_in_place_of_a_checkpoint_is_called_a_file(tmp_path):
+    (tmp_path / "f").touch()
+    for name, said in (("f", "f is a file"), ("g", "g does not exist")):
+        with pytest.raises(CheckpointError, match=said):
+            open_source(tmp_path / name, use_ema=False)

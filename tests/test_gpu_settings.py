@@ -60,7 +60,7 @@ def test_ranks_that_one_task_of_slurm_has_started_do_not_share_its_only_gpu():
 @pytest.mark.parametrize(
     ("num_ranks", "num_gpus", "said"),
     [
-        (1, 8, ["1 of the 8 GPUs seen here is used; all are with --ranks 8"]),
+        (1, 8, ["1 of the 8 GPUs seen here is used; --ranks 8 uses all of them"]),
         (8, 8, []),
         (16, 8, []),
     ],

@@ -273,7 +273,7 @@ def test_an_imported_model_trains_at_any_layout(stock, tmp_path, two_ranks, layo
         ({"num_key_value_heads": 1}, r"k_proj.*by config.json .*\(16, 32\).*num_key_value_heads"),
         (
             {"num_key_value_heads": 3},
-            "num_attention_heads=4 is no multiple of num_key_value_heads=3",
+            "num_attention_heads=4 is not a multiple of num_key_value_heads=3",
         ),
         ({"head_dim": 8}, r"q_proj.*\(64, 32\).*by config.json \[\(32, 32\).*head_dim"),
         ({"hidden_size": None}, "hidden_size is missing"),
@@ -324,7 +324,7 @@ def test_a_tokenizer_that_is_given_is_kept(stock, tmp_path):
 def test_a_tokenizer_with_more_ids_than_the_embedding_is_not_to_be_cut_for(stock, tmp_path):
     given = small_tokenizer(tmp_path / "given.json", 70)
     (remark,) = import_hf(stock("llama"), tmp_path / "ours", tokenizer=given).remarks
-    assert "70 ids, the embedding 61" in remark
+    assert "70 ids, but the embedding 61" in remark
     assert "--cut-vocabulary" not in remark
 
 
@@ -435,7 +435,7 @@ def test_verify_names_the_option_that_is_missing_or_has_no_effect(stock, tmp_pat
     export(tmp_path / "ours", tmp_path / "out", kind="backbone", verify=False)
     (tmp_path / "ours").rename(tmp_path / "moved")
     for words, message in (
-        (["out"], r"ours, which is not there any more; .*--against"),
+        (["out"], r"ours, which no longer exists; .*--against"),
         (["moved"], "--expected"),
         (["out", "--tensor", "2"], "apply only to --expected"),
         (["out", "--against", "moved", "--expected", "e.safetensors"], "give one of them"),

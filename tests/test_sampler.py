@@ -448,6 +448,8 @@ def test_what_a_left_to_right_plan_would_ignore_is_refused(name, settings):
         plan_for(ObjectiveConfig(name=name, alpha_0=0.5), canvas, asked, Choice())
     plain = PlanSettings(method="left-to-right")
     assert plan_for(ObjectiveConfig(name=name), canvas, plain, Choice()).counts == [1] * 8
+    with pytest.raises(ConfigError, match=f"--{next(iter(settings)).replace('_', '-')}"):
+        plan_for(ObjectiveConfig(name="ar"), canvas, PlanSettings(**settings), Choice())
 
 
 @pytest.mark.parametrize("amount", [{"num_steps": 4}, {"tokens_per_step": 2}], ids=str)
@@ -525,7 +527,7 @@ def test_a_live_row_shows_no_padding():
 
 def test_samples_that_find_no_room_are_counted_and_named(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(DataError, match=r"those that fitted are in .*\.s\.jsonl\.partial"):
+    with pytest.raises(DataError, match=r"\.s\.jsonl\.partial holds those of the .* that fitted"):
         with SampleFile(tmp_path / "s.jsonl", total=100) as file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
             try:

@@ -81,7 +81,7 @@ def check_metrics(objective: ObjectiveConfig, metrics: Collection[str]) -> None:
     """
     for metric in metrics:
         if metric not in METRICS:
-            raise ConfigError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
+            raise ConfigError(f"metric {metric!r} is not one of {', '.join(METRICS)} or all")
     if objective.name in ("mdlm", "bd3lm") and "nelbo" not in metrics:
         raise ConfigError(
             f"a model of objective.name={objective.name} has no exact likelihood under an order, only "

@@ -45,8 +45,8 @@ def sequence_log_probability(
     """
     if replica.layout.pipeline_size > 1:
         raise ConfigError(
-            f"parallel.pipeline={replica.layout.pipeline_size}: a tensor to differentiate exists at "
-            "pipeline=1 alone; use accumulate_gradients, which takes the loss as a function"
+            f"parallel.pipeline={replica.layout.pipeline_size}: a tensor to differentiate exists only at "
+            "pipeline=1; use accumulate_gradients, which takes the loss as a function"
         )
     rows = _likelihood_rows(replica, tokens, orders, is_valid)
     with by_itself(replica.chunks):

@@ -60,7 +60,9 @@ def read_expected(path: Path, vocab_size: int) -> dict[str, dict[str, Tensor]]:
         raise CheckpointError(f"{path} lacks {', '.join(lacking)}")
     found = flat["diffusion.logprobs_sorted"].shape[2]
     if found != vocab_size:
-        raise CheckpointError(f"{path} is of {found} tokens, the model has {vocab_size}")
+        raise CheckpointError(
+            f"{path} is of a vocabulary of {found} tokens, but the model has {vocab_size}"
+        )
     return {
         case: {name: flat[f"{case}.{name}"] for name in needed} for case, needed in _NEEDED.items()
     }

@@ -123,13 +123,13 @@ def tokenizer_remarks(
     ids, rows = tokenizer.vocab_size - 1, model.vocab_size - 1
     if ids < rows and trained_with is not None:
         raise CheckpointError(
-            f"tokenizer {tokenizer.path} has {ids} ids, the one that the model was trained with has "
+            f"tokenizer {tokenizer.path} has {ids} ids, but the one that the model was trained with has "
             f"{rows} (sha256 {trained_with}): text would be encoded and decoded wrongly; give that one "
             "(--tokenizer FILE)"
         )
     if ids < rows:
         return [
-            f"the tokenizer has {ids} ids, the embedding {rows}: sample and eval refuse the two together; "
+            f"the tokenizer has {ids} ids, but the embedding {rows}: sample and eval refuse them together; "
             "give the tokenizer the model was trained with (--tokenizer FILE), or, if the embedding has "
             "spare rows, import the model with --cut-vocabulary"
         ]
@@ -218,7 +218,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); export again") from None
     if not isinstance(facts, dict):
-        raise CheckpointError(f"{file} is damaged: it is no object; export again")
+        raise CheckpointError(f"{file} is damaged: it is not an object; export again")
     wrong = [
         f"{name}={facts.get(name)!r:.40}"
         for name, kind in _FACTS.items()

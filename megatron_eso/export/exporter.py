@@ -110,7 +110,7 @@ def require_room(out: Path, needed: int, *, advice: str = "") -> None:
     free = shutil.disk_usage(parent).free
     if free < needed + (16 << 20):
         raise CheckpointError(
-            f"--out {out} needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on its disk; "
+            f"--out {out} needs {needed / 2**30:.2f} GiB, but {free / 2**30:.2f} GiB are free on its disk; "
             f"make room or choose another disk{advice}"
         )
 
@@ -132,7 +132,7 @@ def _tokenizer_path(folder: CheckpointFolder, asked: Path | None) -> Path | None
     path = tokenizer_path(folder) if asked is None else asked
     if path is not None and asked is None and not path.is_file():
         raise CheckpointError(
-            f"the run's tokenizer {path} is not there any more; give it with --tokenizer FILE"
+            f"the run's tokenizer {path} no longer exists; give it with --tokenizer FILE"
         )
     return path
 
@@ -170,7 +170,7 @@ def _specs(source: Source, rule: Rule, layer: int | None, dtype: torch.dtype) ->
     if layer is not None:
         if shape[0] != source.model.num_layers:
             raise CheckpointError(
-                f"{rule.ours} holds {shape[0]} layers, the description says {source.model.num_layers}"
+                f"{rule.ours} holds {shape[0]} layers, but the description says {source.model.num_layers}"
             )
         shape = shape[1:]
     shapes = rule.transform.shapes(source.model, shape)

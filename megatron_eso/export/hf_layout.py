@@ -70,13 +70,14 @@ def objective_of(
     unknown = set(noted) - {field.name for field in fields(ObjectiveConfig)}
     if unknown:
         raise CheckpointError(
-            f"{FACTS} is of another version: objective.{', objective.'.join(sorted(unknown))} unknown here"
+            f"{FACTS} is of another version: it has objective.{', objective.'.join(sorted(unknown))}, "
+            "unknown here"
         )
     objective = ObjectiveConfig(**noted | {n: config[n] for n in _OF_OBJECTIVE if n in config})
     if not has_mask(config) or "objective" in facts or "alpha_0" in config:
         return objective, []
     return objective, [
-        f"{FACTS} does not name the objective: taken to be eso with alpha_0 = {objective.alpha_0}"
+        f"{FACTS} does not name the objective; it is taken to be eso with alpha_0 = {objective.alpha_0}"
     ]
 
 
@@ -107,14 +108,14 @@ def _reasons(config: dict[str, Any]) -> list[str]:
     reasons = [f"{name} is missing in config.json" for name in needed if not config.get(name)]
     if not reasons and int(config["num_attention_heads"]) % _num_kv_heads(config):
         reasons.append(
-            f"num_attention_heads={config['num_attention_heads']} is no multiple of "
+            f"num_attention_heads={config['num_attention_heads']} is not a multiple of "
             f"num_key_value_heads={_num_kv_heads(config)}"
         )
     mask, size = config.get("mask_token_id"), config.get("vocab_size")
     if mask is not None and size is not None and mask != size - 1:
         reasons.append(
-            f"mask_token_id={mask} with vocab_size={size}: the mask token is the last id here; without "
-            "mask_token_id in config.json a new one is added"
+            f"mask_token_id={mask} with vocab_size={size}: the mask token must be the last id; remove "
+            "mask_token_id from config.json to have a new one added"
         )
     activation = config.get("hidden_act", "silu")
     wanted = "gelu_pytorch_tanh" if kind == "esolm_dit" else "silu"
@@ -125,16 +126,16 @@ def _reasons(config: dict[str, Any]) -> list[str]:
         name = scaling.get("rope_type", scaling.get("type", "default"))
         if name != "default":
             reasons.append(
-                f"{spelling} of type {name!r}: the rotary table here is plain (model.rotary_base); with "
-                "scaled angles the imported model would be another one"
+                f"{spelling} of type {name!r}: the rotary table here is plain (model.rotary_base), so "
+                "without the scaled angles this would be another model"
             )
         if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-            reasons.append("partial_rotary_factor: whole heads are rotated here")
+            reasons.append("partial_rotary_factor: only whole heads are rotated here")
     plain, new = config.get("rope_theta"), (config.get("rope_parameters") or {}).get("rope_theta")
     if plain is not None and new is not None and plain != new:
         reasons.append(f"rope_theta={plain} and rope_parameters.rope_theta={new} disagree")
     if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or []):
         reasons.append("sliding-window attention: every entry sees all earlier ones here")
     if config.get("quantization_config"):
-        reasons.append("quantised weights: import the unquantised ones")
+        reasons.append("quantized weights: import the unquantized ones")
     return reasons

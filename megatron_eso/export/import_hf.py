@@ -149,8 +149,8 @@ def describe_hf(
     if words is not None and words.vocab_size != model.vocab_size:
         is_spare = words.vocab_size < model.vocab_size
         remarks.append(
-            f"the tokenizer has {words.vocab_size - 1} ids, the embedding {rows}: to train on text "
-            "prepared with it import with "
+            f"the tokenizer has {words.vocab_size - 1} ids, but the embedding {rows}: to train on text "
+            "prepared with it, import with "
             + (
                 "--cut-vocabulary"
                 if is_spare
@@ -177,7 +177,7 @@ def _read_config(source: Path) -> dict[str, Any]:
             "safetensors weights"
         ) from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{source}/config.json is no object of settings")
+        raise CheckpointError(f"{source}/config.json does not hold settings (it is not an object)")
     return config
 
 
@@ -233,7 +233,7 @@ def _joined(tensors: ExportedTensors, rule: Rule, layer: int | None, known: Desc
     found = [tuple(part.shape) for part in parts]
     if found != shapes:
         raise CheckpointError(
-            f"{', '.join(names)}: shapes {found}, by config.json {shapes}; correct "
+            f"{', '.join(names)}: shapes {found}, but by config.json {shapes}; correct "
             "vocab_size, hidden_size, intermediate_size, num_attention_heads, num_key_value_heads or "
             "head_dim there"
         )

@@ -55,7 +55,7 @@ def _lines(source: Source) -> list[Line]:
         kind, _, ours = name.partition(".")
         becomes = table.get(ours, "no place in the export")
         if kind not in ("weights", "ema"):
-            becomes = "optimizer state: training alone needs it"
+            becomes = "optimizer state: only training needs it"
         lines.append(Line(name, stored.shape, NAMES.get(stored.dtype, str(stored.dtype)), becomes))
     return lines
 
@@ -73,7 +73,7 @@ def _remarks(source: Source) -> list[str]:
     reasons = inexpressible(source.model, source.objective.name)
     if source.objective.name == "ar":
         reasons.append(
-            "objective.name=ar: a next-token model, exported with --format backbone alone"
+            "objective.name=ar: a next-token model, exported only with --format backbone"
         )
     remarks += [f"cannot be exported: {reason}" for reason in reasons]
     remarks += [f"not exported: {reason}" for reason in not_exported(source)]
@@ -111,6 +111,6 @@ def read_header(path: Path) -> dict[str, dict]:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(size))
     except (OSError, ValueError, struct.error) as error:
-        raise CheckpointError(f"{path} is no safetensors file: {error}") from None
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
     header.pop("__metadata__", None)
     return header

@@ -122,7 +122,7 @@ def _require_our_variant(settings: dict[str, Any]) -> None:
         if name in algo and algo[name] != value
     ]
     if wrong:
-        raise CheckpointError("the checkpoint's model is another one: " + "; ".join(wrong))
+        raise CheckpointError("the checkpoint holds another kind of model: " + "; ".join(wrong))
 
 
 def _num_heads(tensors: Mapping[str, Tensor], settings: dict[str, Any], asked: int | None) -> int:
@@ -136,7 +136,9 @@ def _num_heads(tensors: Mapping[str, Tensor], settings: dict[str, Any], asked: i
         raise CheckpointError("the file does not say the number of heads; give --num-heads")
     heads = int(heads)
     if hidden % heads or (hidden // heads) % 2:
-        raise CheckpointError(f"{heads} heads do not divide the width {hidden} into even sizes")
+        raise CheckpointError(
+            f"{heads} heads do not divide the width {hidden} into even sizes; give --num-heads"
+        )
     if rotary is not None:
         size = hidden // heads
         exponent = torch.arange(0, size, 2, dtype=torch.float64) / size

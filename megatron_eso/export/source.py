@@ -37,8 +37,10 @@ def find_folder(path: Path) -> CheckpointFolder:
     Raises:
         CheckpointError: if there is none, or the named one is damaged.
     """
-    if not path.is_dir():
+    if not path.exists():
         raise CheckpointError(f"{path} does not exist")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; give a checkpoint folder or a run folder")
     for root in (path, path / "checkpoints"):
         whole = [folder for folder in list_folders(root) if not folder.damage(hashes=False)]
         if whole:

@@ -187,7 +187,7 @@ def read_config(folder: Path) -> Any:
     kind = kinds.get(content.get("model_type"))
     if kind is None:
         raise CheckpointError(
-            f"{folder} holds a {content.get('model_type')!r}, which is no export of ours"
+            f"{folder} holds a {content.get('model_type')!r}, which is not an export of this program"
         )
     unread = (
         "auto_map",

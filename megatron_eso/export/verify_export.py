@@ -112,15 +112,15 @@ def verify_folder(folder: Path, against: Path | None) -> Verified:
     facts = read_facts(folder)
     if not facts:
         raise CheckpointError(
-            f"{folder} holds no {FACTS}: it is no export of ours; a checkpoint is compared with the "
-            "official code's numbers: give them with --expected FILE"
+            f"{folder} holds no {FACTS}: it is not an export of this program; to compare a checkpoint with "
+            "the official code, give its numbers with --expected FILE"
         )
     if facts["dtype"] not in DTYPES:
         raise CheckpointError(f"{folder / FACTS}: dtype={facts['dtype']} is unknown; export again")
     if against is None and not Path(facts["source"]).exists():
         raise CheckpointError(
-            f"{folder} was made from {facts['source']}, which is not there any more; say where that "
-            "checkpoint is now with --against FOLDER"
+            f"{folder} was made from {facts['source']}, which no longer exists; say where that checkpoint "
+            "is now with --against FOLDER"
         )
     source = open_source(against or Path(facts["source"]), use_ema=facts["weights"] == "ema")
     dtype = DTYPES[facts["dtype"]]

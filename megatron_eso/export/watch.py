@@ -32,7 +32,7 @@ def watch_run(
         is_over: asked after each round; the command line stops on Ctrl-C.
     """
     if not run.is_dir():
-        raise CheckpointError(f"{run} does not exist; --watch needs the folder of a run")
+        raise CheckpointError(f"{run} is not a folder; --watch needs a run folder")
     while True:
         # Checked in each round: a run that has just started makes the folder at its first save.
         root = run / "checkpoints" if (run / "checkpoints").is_dir() else run

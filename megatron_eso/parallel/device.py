@@ -63,7 +63,7 @@ def require_no_gpu_was_asked_for(environ: Mapping[str, str]) -> None:
             f"this job asked for {number} GPUs a node (cluster.gpus_per_node), but PyTorch "
             f"{torch.__version__} on {platform.node()} sees none (CUDA_VISIBLE_DEVICES="
             f"{environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): its build may have no CUDA, or the "
-            "driver is missing or too old; `megatron-eso doctor` tells"
+            "driver is missing or too old; `megatron-eso doctor` shows more"
         )
 
 
@@ -79,7 +79,7 @@ def gpu_of_rank(local_rank: int, num_gpus: int, environ: Mapping[str, str]) -> i
         raise ConfigError(
             f"rank {local_rank} of this node (LOCAL_RANK) has no GPU: {num_gpus} can be seen "
             f"(CUDA_VISIBLE_DEVICES={environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); start one rank "
-            "a GPU (--ranks, parallel.local_ranks, the job's tasks on a node)"
+            "per GPU (--ranks, parallel.local_ranks, the job's tasks per node)"
         )
     return local_rank
 
@@ -90,7 +90,7 @@ def idle_gpus(device: Device, num_ranks: int) -> list[str]:
     if num_ranks >= seen:
         return []
     used = f"{num_ranks} of the {seen} GPUs seen here {'is' if num_ranks == 1 else 'are'} used"
-    return [f"{used}; all are with --ranks {seen}"]
+    return [f"{used}; --ranks {seen} uses all of them"]
 
 
 # With these, results of NCCL, cuBLAS and Transformer Engine do not depend on timing (Megatron-LM asks for
@@ -112,7 +112,7 @@ def be_deterministic(environ: MutableMapping[str, str]) -> None:
         if not set(environ.setdefault(name, right[0]).split(",")) <= set(right):
             raise ConfigError(
                 f"precision.deterministic=true with {name}={environ[name]} in the environment: it must be "
-                f"of {', '.join(right)}; unset it or set precision.deterministic=false"
+                f"among {', '.join(right)}; unset it or set precision.deterministic=false"
             )
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

@@ -29,7 +29,7 @@ def _machine() -> list[Finding]:
         Finding(
             "memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free", ""
         ),
-        Finding("GPU", names, "NCCL, one rank a GPU" if gpus else "gloo ranks on the CPU"),
+        Finding("GPU", names, "NCCL, one rank per GPU" if gpus else "gloo ranks on the CPU"),
     ]
 
 

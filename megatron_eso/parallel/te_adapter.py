@@ -83,7 +83,7 @@ def attention_choice(config: RunConfig) -> AttentionChoice:
     if len(answer) != 6:
         raise ConfigError(
             f"Transformer Engine's choice of attention has {len(answer)} parts, not 6: this version is "
-            "not known; use one of docs/gpu.md, or precision.attention=split"
+            "unknown; use one that docs/gpu.md names, or set precision.attention=split"
         )
     flash, _, fused, _, unfused, _ = answer
     chosen = [name for name, is_on in zip(BACKENDS, (flash, fused, unfused), strict=True) if is_on]
@@ -102,8 +102,8 @@ def require_fused_attention(config: RunConfig) -> AttentionChoice | None:
     if choice.chosen != "FusedAttention":
         raise ConfigError(
             f"Transformer Engine would compute attention by {choice.chosen or 'no backend at all'}, not by "
-            "its fused kernel; set precision.attention=split and precision.fp8_attention=false, or put "
-            "right what it says:\n"
+            "its fused kernel; set precision.attention=split and precision.fp8_attention=false, or mend "
+            "what it names:\n"
             + "\n".join(f"  - {reason}" for reason in choice.reasons or ("(it gave no reason)",))
         )
     return choice

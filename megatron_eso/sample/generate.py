@@ -125,13 +125,13 @@ def _refuse_what_does_not_apply(
         if settings.method not in ("auto", "left-to-right") or settings.alpha_0 or steps:
             raise ConfigError(
                 "a model of objective.name=ar decides one token at a time from left to right: --plan, "
-                "--alpha-0 and --num-steps do not apply"
+                "--alpha-0, --num-steps and --tokens-per-step do not apply; leave them out"
             )
         return
     if objective.name != "eso" and settings.alpha_0 not in (None, 1.0):
         raise ConfigError(
             f"--alpha-0 {settings.alpha_0}: a model of objective.name={objective.name} decides every "
-            "token by diffusion (1)"
+            "token by diffusion; leave --alpha-0 out (or 1)"
         )
     if settings.method == "left-to-right" and (settings.alpha_0 or steps):
         raise ConfigError(

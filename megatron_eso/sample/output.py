@@ -55,8 +55,8 @@ class SampleFile:
             yield
         except OSError as error:  # a full disk
             raise DataError(
-                f"cannot write {self._path}: {error.strerror}; of {self._done} samples those that fitted "
-                f"are in {self._partial}"
+                f"cannot write {self._path}: {error.strerror}; {self._partial} holds those of the "
+                f"{self._done} samples that fitted"
             ) from error
 
 

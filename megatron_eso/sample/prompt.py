@@ -95,7 +95,8 @@ def rows_with_gaps(
 def _check_length(length: int, model: ModelConfig) -> None:
     if length > model.max_length:
         raise ConfigError(
-            f"rows of {length} tokens are longer than the model's rotary table ({model.max_length})"
+            f"rows of {length} tokens are longer than the model's rotary table ({model.max_length}); make "
+            "them shorter (--length, --infill)"
         )
 
 

@@ -144,8 +144,8 @@ def check_choice(choice: Choice) -> None:
     # Written so that not-a-number is refused.
     if not 0 <= choice.temperature < float("inf") or not 0 < choice.top_p <= 1:
         raise ConfigError(
-            f"temperature={choice.temperature} must be a number from 0 on and top_p={choice.top_p} must "
-            "be in (0, 1]"
+            f"temperature={choice.temperature} must be a finite number, 0 or above, and "
+            f"top_p={choice.top_p} must be in (0, 1]"
         )
     if not 0 <= choice.seed < 2**64:
         raise ConfigError(f"seed={choice.seed} must be in [0, 2**64), the generator's keys")
@@ -163,6 +163,6 @@ def _check(replica: Replica, choice: Choice) -> None:
         )
     if config.precision.fp8 != "off":
         raise ConfigError(
-            f"precision.fp8={config.precision.fp8}: products in FP8 take 8 tokens or a multiple of them, "
-            "sampling asks for as few as one; load the checkpoint anew, in bf16"
+            f"precision.fp8={config.precision.fp8}: products in FP8 take multiples of 8 tokens, but "
+            "sampling asks for as few as one; load the checkpoint in bf16"
         )

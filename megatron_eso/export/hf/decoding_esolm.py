@@ -138,7 +138,7 @@ def likelihood_orders(predicted, valid, order, alpha_0, seed, row_numbers):
                 local = [int(i) for i in order[row]][: len(places)]
                 if sorted(local) != list(range(len(places))):
                     raise ValueError(
-                        f"order of row {row} is no permutation of {len(places)} tokens"
+                        f"order of row {row} is not a permutation of {len(places)} tokens"
                     )
             given = (valid[row] & ~predicted[row]).nonzero()[:, 0].tolist()
             padding = (~valid[row]).nonzero()[:, 0].tolist()

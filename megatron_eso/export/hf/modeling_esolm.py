@@ -221,7 +221,7 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
                 return CausalLMOutput(loss=self._loss(input_ids, valid, labels, generator))
             raise ValueError(
                 f"input_ids hold no mask token (id {self.config.mask_token_id}), so nothing is predicted: "
-                "logits stand AT masks and are no next tokens'; see generate() and log_likelihood()"
+                "logits stand AT masks, not before the next token; see generate() and log_likelihood()"
             )
         order = sort_order(is_mask, valid) if order is None else order
         positions = (valid.long().cumsum(1) - 1).clamp(min=0)
