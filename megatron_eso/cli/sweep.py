@@ -13,6 +13,7 @@ app = application(
 )
 SweepFile = Annotated[Path, typer.Argument(help="Sweep configuration (YAML)")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ...")]
+Keep = Annotated[list[str] | None, typer.Option(help="Fit this cell though doubtful or diverged")]
 
 
 @app.command()
@@ -124,15 +125,18 @@ def collect(
 def fit(
     table: Annotated[Path, typer.Argument(help="cells.csv or cells.parquet")],
     budget: Annotated[float | None, typer.Option(help="Extrapolate to these FLOPs")] = None,
+    keep: Keep = None,
 ) -> None:
     """Fit IsoFLOP parabolas, power laws and L = E + A/N^a + B/D^b; print them with intervals.
+
+    Left out and named are cells that diverged, or that a smaller model on no more tokens clearly beats.
 
     Examples:
         megatron-eso sweep fit runs/sweep-laptop/cells.csv --budget 1e13
     """
     from megatron_eso.scaling import commands
 
-    typer.echo(commands.fit(table, budget))
+    typer.echo(commands.fit(table, budget, keep or []))
 
 
 @app.command()
@@ -141,6 +145,7 @@ def report(
     out: Annotated[Path, typer.Option(help="HTML page; a PNG is written beside it")],
     budget: Annotated[float | None, typer.Option(help="Extrapolate to these FLOPs")] = None,
     note: Annotated[Path | None, typer.Option(help="Text to print on top")] = None,
+    keep: Keep = None,
 ) -> None:
     """Write one self-contained page: IsoFLOP curves, fits, residuals, frontier, tables.
 
@@ -149,4 +154,4 @@ def report(
     """
     from megatron_eso.scaling import commands
 
-    typer.echo(commands.report(table, out, budget, note))
+    typer.echo(commands.report(table, out, budget, note, keep or []))
