@@ -28,6 +28,10 @@ class CheckpointError(UserError):
     exit_code = 4
 
 
+class LostLeaseError(CheckpointError):
+    """Another attempt has taken the run's folder over, so this one may not publish."""
+
+
 class TrainingError(UserError):
     """Training cannot go on: a loss that is not finite, say."""
 

@@ -592,6 +592,72 @@ def test_prompt_labels_give_no_loss_but_are_seen(with_alpha_0):
     assert float(loss.detach()) == pytest.approx(float(-exact.sum() / 6), rel=1e-5)
 
 
+@pytest.mark.parametrize("alpha_0", [0.0, 0.5, 1.0])
+def test_padding_that_labels_alone_tell_of_is_refused(with_alpha_0, alpha_0):
+    """It would be given text, which all tokens see: the loss of the same rows is another one then."""
+    model, tokens = with_alpha_0(alpha_0), rows(2, 8)
+    padded = torch.nn.functional.pad(tokens, (0, 3), value=3)
+    labels = torch.nn.functional.pad(tokens, (0, 3), value=-100)
+    draws = dict(generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match=r"labels of -100 and no attention_mask .* 0 at padding"):
+        model(input_ids=padded, labels=labels, **draws)
+    for given in (0, 1):  # padding; text that is given behind an open place
+        mask = torch.nn.functional.pad(torch.ones_like(tokens), (0, 3), value=given)
+        loss = model(input_ids=padded, labels=labels, attention_mask=mask, **draws).loss
+        assert bool(loss.isfinite())
+    if alpha_0 == 0:
+        right = model(input_ids=tokens, labels=tokens).loss
+        mask = (labels != -100).long()
+        found = model(input_ids=padded, labels=labels, attention_mask=mask).loss
+        assert float(found.detach()) == pytest.approx(float(right.detach()), rel=1e-6)
+        assert float(loss.detach()) != pytest.approx(float(right.detach()), rel=1e-3)
+
+
+def test_rows_that_are_given_as_a_whole_may_stand_beside_others(with_alpha_0):
+    model, tokens = with_alpha_0(0.0), rows(2, 8)
+    labels = tokens.clone()
+    labels[1] = -100
+    with torch.no_grad():
+        one = model(input_ids=tokens[:1], labels=tokens[:1]).loss
+        assert float(model(input_ids=tokens, labels=labels).loss) == pytest.approx(float(one))
+
+
+def test_the_collators_of_transformers_tell_padding(with_alpha_0, folder):
+    from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
+
+    model = with_alpha_0(0.0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.decode([3])
+    texts = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
+    nats = [
+        -model.log_likelihood([[]], torch.tensor([text])).log_likelihood.item() for text in texts
+    ]
+    plain = [{"input_ids": text} for text in texts]
+    for collate, data in (
+        (DataCollatorForLanguageModeling(tokenizer, mlm=False), plain),
+        (DataCollatorForSeq2Seq(tokenizer), [d | {"labels": d["input_ids"]} for d in plain]),
+    ):
+        batch = collate(data)
+        assert (batch["labels"] == -100).sum() == 3 and batch["attention_mask"].sum() == 9
+        loss = model(**batch).loss
+        assert float(loss.detach()) == pytest.approx(sum(nats) / 9, rel=1e-5)
+
+
+def test_padding_without_a_mask_is_remarked_of_a_canvas_too(model, monkeypatch):
+    said = []
+    log = SimpleNamespace(warning_once=said.append)
+    monkeypatch.setattr("megatron_eso.export.hf.generation_esolm.log", log)
+    monkeypatch.setattr(model.generation_config, "pad_token_id", 3)
+    canvas = rows(2, 5)
+    canvas[:, 3], canvas[1, :2] = MASK, 3
+    model(input_ids=canvas, attention_mask=(canvas != 3).long())
+    assert not said
+    model(input_ids=canvas)
+    labels = torch.full_like(canvas, -100)  # as a canvas has them wherever something is given
+    model(input_ids=canvas, labels=labels.masked_fill(canvas == MASK, 7))
+    assert len(said) == 2 and "pad_token_id=3" in said[0]
+
+
 def test_shifted_labels_are_refused(model):
     with pytest.raises(ValueError, match="shifted"):
         model(input_ids=rows(), labels=rows().roll(-1, 1))

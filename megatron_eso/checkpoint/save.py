@@ -3,14 +3,15 @@
 A save goes through three phases that all ranks agree on. First every rank writes its shard (in a forked
 process when asynchronous). Then rank 0 publishes (in a thread: small files, check of the lease, manifest,
 and last the marker). Then the save is committed. A failure in any phase, on any rank, ends that save on
-all of them: its folder is removed, older checkpoints stay as they were, and training goes on.
+all of them: its folder is removed, older checkpoints stay as they were, and training goes on. Once the save
+is committed, the same thread removes older checkpoints; the next save waits for their room.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from megatron_eso.checkpoint.folder import (
 )
 from megatron_eso.checkpoint.strategy import Plan, Planner
 from megatron_eso.config.schema import CheckpointConfig
-from megatron_eso.errors import CheckpointError
+from megatron_eso.errors import CheckpointError, LostLeaseError
 from megatron_eso.files import write_json
 from megatron_eso.launch import events, lease
 from megatron_eso.parallel.exchange import any_rank, gather_messages
@@ -43,6 +44,7 @@ class Phase(Enum):
     IDLE = "idle"
     WRITING = "writing"
     PUBLISHING = "publishing"
+    TIDYING = "tidying"
 
 
 @dataclass
@@ -56,6 +58,10 @@ class _Save:
     child: Child | None = None
     written: Any = None
     failure: str = ""
+    verdict: threading.Lock = field(default_factory=threading.Lock)
+    """Held to decide between the two, of which one alone can be."""
+    is_committed: bool = False
+    is_given_up: bool = False
 
 
 class Saver:
@@ -86,7 +92,13 @@ class Saver:
         self._planner, self._phase = Planner(), Phase.IDLE
         self._save: _Save | None = None
         self._thread: threading.Thread | None = None
+        self._outlived: dict[Path, threading.Thread] = {}  # threads of saves that were given up
         self._renewed, self._lost_lease = time.monotonic(), ""
+
+    @property
+    def is_saving(self) -> bool:
+        """True while a save is neither committed nor has failed."""
+        return self._phase in (Phase.WRITING, Phase.PUBLISHING)
 
     def save(self, step: int, state: dict[str, Any], sidecar: dict[str, Any]) -> float:
         """Begin a checkpoint of ``step``; return how long training stalled, in seconds.
@@ -140,8 +152,10 @@ class Saver:
             self._abandon()
         elif not is_busy and self._phase is Phase.WRITING:
             self._publish(save)
+        elif not is_busy and self._phase is Phase.PUBLISHING:
+            self.kept_step, self._phase = save.folder.step, Phase.TIDYING
+            save.begin = time.perf_counter()
         elif not is_busy:
-            self.kept_step = save.folder.step
             self._save, self._phase, self._thread = None, Phase.IDLE, None
 
     def poll(self) -> None:
@@ -150,7 +164,7 @@ class Saver:
         self.advance(busy, failed, lost)
 
     def finish(self) -> None:
-        """Wait until the save under way, if any, is committed or has failed."""
+        """Wait until the save under way, if any, is committed, and older ones are gone, or has failed."""
         pause = 0.005
         while self._save is not None:
             self.poll()
@@ -167,9 +181,9 @@ class Saver:
             f"not done after {waited:.0f} s (checkpoint.timeout_seconds="
             f"{self.settings.timeout_seconds:g})"
         )
-        if self._phase is Phase.PUBLISHING:
-            is_busy = self._thread is not None and self._thread.is_alive()
-        elif save.child is None:
+        if self._phase is not Phase.WRITING:
+            return self._look_at_thread(save, late if is_late else "")
+        if save.child is None:
             is_busy = False
         else:
             is_busy = save.child.is_running
@@ -180,14 +194,33 @@ class Saver:
             save.failure = save.failure or late
         return is_busy, save.failure
 
+    def _look_at_thread(self, save: _Save, late: str) -> tuple[bool, str]:
+        """Return whether rank 0's thread is at work on this phase, and why it failed if it did."""
+        is_alive = self._thread is not None and self._thread.is_alive()
+        if self._phase is Phase.TIDYING:
+            if is_alive and late:
+                log.warning(
+                    "removing old checkpoints under %s: %s; training goes on", self.root, late
+                )
+            return is_alive and not late, ""
+        if is_alive and late:
+            with save.verdict:
+                save.is_given_up = not save.is_committed
+            save.failure = late if save.is_given_up else ""
+            return save.is_given_up, save.failure
+        return is_alive and not save.is_committed, "" if is_alive else save.failure
+
     def _make(self, folder: CheckpointFolder) -> str:
         try:
             if self._owner:
                 lease.require_lease(self.root, self._owner)
+            outlived = self._outlived.get(folder.path)
+            if outlived is not None and outlived.is_alive():
+                return "an earlier save of this step, which was given up, still holds its folder"
             if folder.path.exists():
                 remove(folder)
             folder.path.mkdir(parents=True)
-        except CheckpointError as error:
+        except LostLeaseError as error:
             self._lost_lease = str(error)
             return self._lost_lease
         except OSError as error:
@@ -207,7 +240,7 @@ class Saver:
             self._thread.start()
 
     def _write_marker(self, save: _Save, written: list[Any]) -> None:
-        path = save.folder.path
+        path, is_whole = save.folder.path, False
         try:
             save.plan.publish(path, [results for results, _ in written])
             write_json(path / SIDECAR, save.sidecar)
@@ -216,12 +249,19 @@ class Saver:
             save.folder.commit(
                 {name: entry for _, files in written for name, entry in files.items()}
             )
-        except CheckpointError as error:
+            is_whole = True
+        except LostLeaseError as error:
             self._lost_lease = str(error)
         except Exception as error:  # reported by every rank: nothing is swallowed
             save.failure = f"{type(error).__name__}: {error}"
-        else:
-            seconds = time.perf_counter() - save.begin
+        seconds = time.perf_counter() - save.begin
+        with save.verdict:
+            save.is_committed = is_whole and not save.is_given_up
+        if not save.is_committed and not self._lost_lease:
+            remove(
+                save.folder
+            )  # given up, say: the run may have gone back since, and left its course
+        if save.is_committed:
             log.info("checkpoint %s committed after %.1f s", path, seconds)
             events.record(self.root.parent, "committed", step=save.folder.step, seconds=seconds)
             self._prune(save.folder.step)
@@ -235,14 +275,15 @@ class Saver:
 
     def _abandon(self, *, remove_folder: bool = True) -> None:
         """End the save under way without a result, on all ranks."""
-        save, self._save, self._phase = self._save, None, Phase.IDLE
-        if save is None:
+        save, phase, self._save, self._phase = self._save, self._phase, None, Phase.IDLE
+        if save is None or phase is Phase.TIDYING:  # that one is committed
             return
         if save.child is not None:
             save.child.kill("another rank failed")
         dist.barrier()  # from here on, no rank writes into the folder
-        is_published = self._thread is not None and self._thread.is_alive()
-        if dist.get_rank() == 0 and remove_folder and not is_published:
+        if self._thread is not None and self._thread.is_alive():
+            self._outlived[save.folder.path] = self._thread  # it removes the folder when it ends
+        elif dist.get_rank() == 0 and remove_folder:
             remove(save.folder)
         self._thread = None
         self._report_failure(save.folder, save.failure)
@@ -264,7 +305,7 @@ class Saver:
         self._renewed = time.monotonic()
         try:
             lease.require_lease(self.root, self._owner)
-        except CheckpointError as error:
+        except LostLeaseError as error:
             self._lost_lease = str(error)
         except OSError as error:
             log.warning("the lease of %s could not be renewed: %s", self.root, error)

@@ -20,6 +20,8 @@ def status(
 ) -> None:
     """Show job, step, loss, speed, last checkpoint, bad nodes and where the time went.
 
+    Of a run folder also where Slurm cannot be asked: then what the folder says.
+
     Examples:
         megatron-eso status
         megatron-eso status runs/quickstart
@@ -27,7 +29,13 @@ def status(
     from megatron_eso.errors import ClusterError
     from megatron_eso.launch import records, report, slurm
 
-    jobs = slurm.queue()
+    jobs, unasked = [], ""
+    try:
+        jobs = slurm.queue()
+    except ClusterError as error:
+        if not runs:
+            raise
+        unasked = f"Slurm could not be asked: {str(error).splitlines()[0]}"
     by_folder = {job.run: job for job in jobs if job.run}
     folders = runs or [Path(job.folder) for job in jobs if job.run]
     missing = [str(folder) for folder in folders if not folder.is_dir()]
@@ -40,8 +48,10 @@ def status(
     ]
     now = time.time()
     if len(found) == 1:
-        typer.echo("\n".join(report.describe(*found[0], now)))
+        typer.echo("\n".join(report.describe(*found[0], now, unasked=unasked)))
         return
+    if unasked:
+        typer.echo(unasked)
     for folder, job in found:
         typer.echo(report.one_line(folder, job, now))
     if not folders:

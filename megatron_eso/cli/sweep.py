@@ -13,6 +13,7 @@ app = application(
 )
 SweepFile = Annotated[Path, typer.Argument(help="Sweep configuration (YAML)")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ...")]
+Keep = Annotated[list[str] | None, typer.Option(help="Fit this cell though doubtful or diverged")]
 
 
 @app.command()
@@ -137,17 +138,20 @@ def collect(
 def fit(
     table: Annotated[Path, typer.Argument(help="cells.csv or cells.parquet")],
     budget: Annotated[float | None, typer.Option(help="Extrapolate to this many FLOPs")] = None,
+    keep: Keep = None,
 ) -> None:
     """Fit scaling laws to a table of cells and print them.
 
     These are IsoFLOP parabolas, power laws and L = E + A/N^a + B/D^b, with intervals.
+
+    Left out and named are cells that diverged, or that a smaller model on no more tokens clearly beats.
 
     Examples:
         megatron-eso sweep fit runs/sweep-laptop/cells.csv --budget 1e13
     """
     from megatron_eso.scaling import commands
 
-    typer.echo(commands.fit(table, budget))
+    typer.echo(commands.fit(table, budget, keep or []))
 
 
 @app.command()
@@ -156,6 +160,7 @@ def report(
     out: Annotated[Path, typer.Option(help="HTML page; a PNG is written beside it")],
     budget: Annotated[float | None, typer.Option(help="Extrapolate to this many FLOPs")] = None,
     note: Annotated[Path | None, typer.Option(help="Text file to show at the top")] = None,
+    keep: Keep = None,
 ) -> None:
     """Write a self-contained HTML page of a study.
 
@@ -166,4 +171,4 @@ def report(
     """
     from megatron_eso.scaling import commands
 
-    typer.echo(commands.report(table, out, budget, note))
+    typer.echo(commands.report(table, out, budget, note, keep or []))

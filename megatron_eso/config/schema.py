@@ -275,7 +275,8 @@ class CheckpointConfig:
     asynchronous: bool = True
     """Write while training goes on; the stall is reported for each save."""
     timeout_seconds: float = within(1800.0, above=0)
-    """Limit for one save; one that takes longer has failed: its writers are ended, training goes on."""
+    """Limit for one save, in seconds. One that is not committed by then has failed: its writers are ended,
+    training goes on. Removing older checkpoints afterwards does not count."""
     local_folder: str | None = path_to(Place.NODE, None)
     """Folder on this node, in memory (/dev/shm) or on a local disk, for frequent copies of each rank's
     own state; a restart at the same layout takes the newest valid of these and the shared checkpoints.

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_eso.errors import CheckpointError, ClusterError
+from megatron_eso.errors import CheckpointError, ClusterError, LostLeaseError
 from megatron_eso.files import write_json
 from megatron_eso.launch import slurm
 from megatron_eso.launch.environment import attempt_name, is_of_job_script
@@ -62,16 +62,16 @@ def require_lease(
     """Return if ``owner`` still holds the lease (and renew it); call before publishing.
 
     Raises:
-        CheckpointError: if another attempt took it or the file is gone.
+        LostLeaseError: if another attempt took it or the file is gone.
     """
     held = read(folder)
     if not held:
-        raise CheckpointError(
+        raise LostLeaseError(
             f"{folder / LEASE_FILE} is missing or damaged, so {owner} has no lease: it publishes nothing "
             "and must end; the same command continues the run"
         )
     if held["owner"] != owner:
-        raise CheckpointError(
+        raise LostLeaseError(
             f"{folder / LEASE_FILE}: {owner} lost its lease to {held['owner']}: a newer attempt of this "
             "run is at work, so this one publishes nothing and must end"
         )

@@ -20,11 +20,12 @@ _STEP = re.compile(r"step_(\d{10})")  # as checkpoint/folder.py, which job scrip
 
 
 class Records:
-    """The files of RUN/slurm."""
+    """The files of RUN/slurm, a folder that is made unless someone only looks on."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, *, is_onlooker: bool = False) -> None:
         self.run, self.folder = run, run / "slurm"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not is_onlooker:
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def add_event(self, attempt: str, event: str, **facts: Any) -> None:
         """Append one line to attempts.jsonl."""

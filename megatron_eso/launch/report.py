@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_eso.files import read_json
 from megatron_eso.launch import slurm
 from megatron_eso.launch.events import read_events
+from megatron_eso.launch.ledger import account
 from megatron_eso.launch.records import Records
 
 _TAIL_BYTES = 4096
@@ -127,9 +128,16 @@ def one_line(run: Path, job: slurm.QueuedJob | None, now: float) -> str:
     return f"{text}  {why}".rstrip()
 
 
-def describe(run: Path, job: slurm.QueuedJob | None, now: float) -> list[str]:
-    """Return everything known of a run."""
-    records = Records(run)
+def describe(run: Path, job: slurm.QueuedJob | None, now: float, *, unasked: str = "") -> list[str]:
+    """Return everything known of a run.
+
+    Args:
+        run: its folder.
+        job: its line of the queue, if any.
+        now: the time.
+        unasked: why Slurm says nothing of it; empty: it was asked.
+    """
+    records = Records(run, is_onlooker=True)
     status, submitted = records.status(), read_json(run / "slurm" / "job.json")
     lines = [f"run       {run}"]
     number = job.job if job else submitted.get("job", "")
@@ -142,6 +150,8 @@ def describe(run: Path, job: slurm.QueuedJob | None, now: float) -> list[str]:
         lines += [f"          {why}"] if why else []
         if slurm.lacks_nodes(job):
             lines += [f"          {group}" for group in slurm.nodes_out_of_service()]
+    elif unasked:
+        lines.append(f"job       {number}: {unasked}" if number else f"          {unasked}")
     elif number:
         final = slurm.final_state(number)
         lines.append(f"job       {number} {final or 'has left the queue'}")
@@ -152,7 +162,10 @@ def describe(run: Path, job: slurm.QueuedJob | None, now: float) -> list[str]:
             )
     lines.append(f"progress  {_progress(run, status)}")
     if "updated" in status:
-        lines.append(f"updated   {_clock(now - status['updated'])} ago, state {status['state']}")
+        why = f": {str(status['reason']).splitlines()[0]}" if status.get("reason") else ""
+        lines.append(
+            f"updated   {_clock(now - status['updated'])} ago, state {status['state']}{why}"
+        )
     kept = records.checkpoint_step()
     lines.append(f"saved     step {kept}" if kept >= 0 else "saved     no checkpoint yet")
     for node, entry in records.bad_nodes(now).items():
@@ -166,9 +179,12 @@ def describe(run: Path, job: slurm.QueuedJob | None, now: float) -> list[str]:
     spent = goodput(
         records.events(), step=kept, is_running=bool(job and job.state == "RUNNING"), now=now
     )
-    begun = start_up(records.events(), read_events(run))
+    ledger = read_events(run)
+    begun = start_up(records.events(), ledger)
     lines += [f"start-up  {begun.line()}"] if begun else []
-    return lines + ([f"goodput   {line}" for line in spent.lines()] if spent else [])
+    # A run that no job of ours did: `megatron-eso goodput` tells more.
+    told = spent.lines() if spent else account(ledger).lines()[:2] if ledger else []
+    return lines + [f"goodput   {line}" for line in told]
 
 
 def _progress(run: Path, status: dict) -> str:

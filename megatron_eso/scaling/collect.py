@@ -6,23 +6,30 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from megatron_eso.config.load import load_config
 from megatron_eso.errors import DataError, UserError
 from megatron_eso.files import read_json, write_whole
-from megatron_eso.scaling.grid import Cell
+from megatron_eso.scaling.doubts import why_diverged
+from megatron_eso.scaling.grid import Cell, as_run
 from megatron_eso.scaling.runner import cell_folder, read_metrics, read_state
 
 Row = dict[str, Any]
-DIVERGED_ABOVE_START = 1.02  # a final loss this much above the first logged one
 
 
 def collect(sweep_folder: Path, cells: list[Cell]) -> tuple[list[Row], list[Row]]:
-    """Return (rows of cells, rows of steps) of a study; illegal cells are left out."""
+    """Return (rows of cells, rows of steps) of a study; illegal cells are left out.
+
+    A cell whose settings were changed since is told of as it ran.
+    """
     cell_rows, step_rows = [], []
     for cell in cells:
         if cell.problems:
             continue
+        state = read_state(sweep_folder, cell)
+        if state.state == "changed":
+            cell = as_run(cell, load_config(cell_folder(sweep_folder, cell) / "cell.yaml"))
         steps = [line for line in _metrics(sweep_folder, cell) if "loss" in line]
-        cell_rows.append(_cell_row(sweep_folder, cell, steps))
+        cell_rows.append(_cell_row(sweep_folder, cell, state.state, steps))
         total = cell.run.train.steps or 1
         step_rows += [
             {
@@ -44,12 +51,11 @@ def _metrics(sweep_folder: Path, cell: Cell) -> list[dict]:
     return read_metrics(cell_folder(sweep_folder, cell) / "run")
 
 
-def _cell_row(sweep_folder: Path, cell: Cell, steps: list[dict]) -> Row:
+def _cell_row(sweep_folder: Path, cell: Cell, state: str, steps: list[dict]) -> Row:
     run_folder = cell_folder(sweep_folder, cell) / "run"
-    state = read_state(sweep_folder, cell)
     metric, value, error = _validation(run_folder / "evaluation.json")
     losses = [line["loss"] for line in steps]
-    has_diverged = bool(losses) and losses[-1] > DIVERGED_ABOVE_START * losses[0]
+    remark = why_diverged(losses)
     parallel = cell.run.parallel
     provenance = read_json(run_folder / "run.json")
     return {
@@ -64,13 +70,15 @@ def _cell_row(sweep_folder: Path, cell: Cell, steps: list[dict]) -> Row:
         "flops": cell.flops,
         "flops_full_attention": cell.flops_full_attention,
         "flops_published": cell.flops_published,
-        "steps_done": state.step,
+        "steps_done": int(steps[-1]["step"]) if steps else 0,
         "steps": cell.run.train.steps,
-        "state": "diverged" if has_diverged else state.state,
+        "state": "diverged" if remark and state == "finished" else state,
+        "remark": remark,
         "train_loss": losses[-1] if losses else None,
         "loss": value,
         "loss_error": error,
         "metric": metric,
+        "unigram_loss": _mean(run_folder / "evaluation.json", "unigram"),
         "learning_rate": cell.run.optimizer.learning_rate,
         "sequence_length": cell.run.train.sequence_length,
         "vocab_size": cell.run.model.vocab_size,
@@ -87,16 +95,24 @@ def _validation(path: Path) -> tuple[str | None, float | None, float | None]:
 
     ar has an exact likelihood; the others' bound is the NELBO.
     """
-    scores = read_json(path)
-    found = [entry for entries in scores.values() for entry in entries]
-    for prefix in ("nelbo", "likelihood", ""):
-        chosen = [entry for entry in found if entry["metric"].startswith(prefix)]
+    for prefix in ("nelbo", "likelihood"):
+        chosen = _scores(path, prefix)
         if chosen:
-            tokens = sum(entry["num_tokens"] for entry in chosen)
-            mean = sum(e["nats_per_token"] * e["num_tokens"] for e in chosen) / tokens
             errors = [e["standard_error"] for e in chosen if e["standard_error"] is not None]
-            return chosen[0]["metric"], mean, max(errors, default=None)
+            return chosen[0]["metric"], _mean(path, prefix), max(errors, default=None)
     return None, None, None
+
+
+def _mean(path: Path, prefix: str) -> float | None:
+    """Return the mean of a metric over validation sets, in nats per token; None if it was not scored."""
+    chosen = _scores(path, prefix)
+    tokens = sum(entry["num_tokens"] for entry in chosen)
+    return sum(e["nats_per_token"] * e["num_tokens"] for e in chosen) / tokens if chosen else None
+
+
+def _scores(path: Path, prefix: str) -> list[dict[str, Any]]:
+    found = [entry for entries in read_json(path).values() for entry in entries]
+    return [entry for entry in found if entry["metric"].startswith(prefix)]
 
 
 def tensorboard_steps(folder: Path, tag: str) -> list[Row]:

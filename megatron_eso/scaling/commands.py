@@ -1,12 +1,13 @@
 """What the subcommands of ``megatron-eso sweep`` do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.files import write_whole
 from megatron_eso.scaling import collect as collecting
+from megatron_eso.scaling.doubts import doubts, no_better_than_unigram, why_not_finished
 from megatron_eso.scaling.grid import make_grid
 from megatron_eso.scaling.runner import (
     Look,
@@ -118,15 +119,28 @@ def collect(
     for name, rows in tables.items():  # both or none
         collecting.require_rows(rows, folder / name)
     written = (collecting.write_table(rows, folder / name) for name, rows in tables.items())
-    return _say([path for paths in written for path in paths])
+    said = _say([path for paths in written for path in paths])
+    return "\n".join([said, *_not_to_be_fitted(tables["cells"])])
 
 
-def fit(table: Path, budget: float | None) -> str:
+def _not_to_be_fitted(rows: list[collecting.Row]) -> list[str]:
+    """Return a line for each cell that a fit will leave out, or that has learnt next to nothing."""
+    reasons = {str(row["cell"]): why_not_finished(row) for row in rows}
+    usable = [row for row in rows if not reasons[row["cell"]]]
+    doubted = zip(usable, doubts(usable), strict=True)
+    lines = [f"will be left out: {cell}: {why}" for cell, why in reasons.items() if why]
+    lines += [f"will be left out: {row['cell']}: {why}" for row, why in doubted if why]
+    idle = no_better_than_unigram(usable)
+    words = "predicts no better than token frequencies (unigram_loss)"
+    return lines + [f"{cell} {words}" for cell in idle]
+
+
+def fit(table: Path, budget: float | None, keep: Sequence[str] = ()) -> str:
     """Return the fits of a table as text."""
     from megatron_eso.scaling.study import fit_study, study_text
 
     _check_budget(budget)
-    return study_text(fit_study(collecting.read_table(table), budget=budget))
+    return study_text(fit_study(collecting.read_table(table), budget=budget, keep=keep))
 
 
 def _check_budget(budget: float | None) -> None:
@@ -134,7 +148,9 @@ def _check_budget(budget: float | None) -> None:
         raise ConfigError(f"--budget {budget:g} must be a number of FLOPs above 0")
 
 
-def report(table: Path, out: Path, budget: float | None, note: Path | None) -> str:
+def report(
+    table: Path, out: Path, budget: float | None, note: Path | None, keep: Sequence[str] = ()
+) -> str:
     """Write the report; return where it is."""
     from megatron_eso.scaling.report import require_page, write_report
     from megatron_eso.scaling.study import fit_study
@@ -142,7 +158,7 @@ def report(table: Path, out: Path, budget: float | None, note: Path | None) -> s
     text = _read_note(note) if note else ""
     _check_budget(budget)
     require_page(out)
-    study = fit_study(collecting.read_table(table), budget=budget)
+    study = fit_study(collecting.read_table(table), budget=budget, keep=keep)
     return _say(write_report(study, out, note=text))
 
 

@@ -8,6 +8,7 @@ import hashlib
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_eso.config.check import violations
 from megatron_eso.config.load import load_config, to_yaml
@@ -101,6 +102,11 @@ def objective_names(objectives: list[ObjectiveConfig]) -> list[str]:
     return names
 
 
+def as_run(cell: Cell, run: RunConfig) -> Cell:
+    """Return a cell with the settings that it ran with, and the sizes, tokens and FLOPs of these."""
+    return replace(cell, run=run, **_counts(run))
+
+
 def grid_table(cells: list[Cell]) -> str:
     """Return the grid for a terminal, with totals."""
     lines = [
@@ -179,7 +185,7 @@ def _cell(
     base_ranks = run.parallel.local_ranks
     inner = parameters_without_embeddings(run)
     batch_tokens = run.train.global_batch_rows * run.train.sequence_length
-    honest, full, published = _flops_per_step(run)
+    honest, _, published = _flops_per_step(run)
     counted = honest if sweep.flops_convention == "honest" else published
     exact = level / counted if sweep.budgets else level * inner / batch_tokens
     steps = round(exact)
@@ -198,12 +204,7 @@ def _cell(
         objective=objective,
         size=size,
         budget=level,
-        num_parameters=num_parameters(run.model),
-        num_parameters_without_embeddings=inner,
-        tokens=steps * batch_tokens,
-        flops=honest * steps,
-        flops_full_attention=full * steps,
-        flops_published=published * steps,
+        **_counts(run),
         gpu_hours=hours,
         dollars=hours * hardware.dollars_per_gpu_hour,
         rules={
@@ -240,6 +241,20 @@ def _with_rules(sweep: SweepConfig, run: RunConfig, name: str, steps: int, inner
             warmup_steps=min(math.ceil(sweep.warmup_share * steps), max(steps - 1, 0)),
         ),
     )
+
+
+def _counts(run: RunConfig) -> dict[str, Any]:
+    """Return the fields of a cell that follow from its settings alone."""
+    steps = run.train.steps or 0
+    honest, full, published = _flops_per_step(run)
+    return {
+        "num_parameters": num_parameters(run.model),
+        "num_parameters_without_embeddings": parameters_without_embeddings(run),
+        "tokens": steps * run.train.global_batch_rows * run.train.sequence_length,
+        "flops": honest * steps,
+        "flops_full_attention": full * steps,
+        "flops_published": published * steps,
+    }
 
 
 def _flops_per_step(run: RunConfig) -> tuple[float, float, float]:

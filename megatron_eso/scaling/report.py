@@ -94,6 +94,9 @@ def _draw_isoflop(axis: Any, fit: ObjectiveFit) -> None:
             axis.plot(minimum.parameters, minimum.loss, "*", color=color, markersize=14)
         else:
             axis.plot(sizes, [y for _, y, _ in chosen], ":", color=color)
+    if fit.doubtful:
+        axis.plot([row["parameters"] for row in fit.doubtful], [row["loss"] for row in fit.doubtful],
+                  "x", color="black", label="left out: doubtful")  # fmt: skip
     refused = "" if all(m.coefficients for m in fit.minima) else "  (dotted: minimum refused)"
     axis.set(xscale="log", xlabel="parameters", ylabel="validation nats per token",
              title=fit.objective + refused)  # fmt: skip
@@ -142,7 +145,11 @@ def _draw_residuals(axis: Any, study: Study) -> None:
 
 
 def _page(study: Study, picture: str, note: str) -> str:
-    rows = [row for fit in study.objectives for row in fit.rows]
+    rows = [
+        row
+        for fit in study.objectives
+        for row in (*fit.rows, *(row | {"state": "left out: doubtful"} for row in fit.doubtful))
+    ]
     head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in COLUMNS)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(_cell(row.get(c)))}</td>" for c in COLUMNS) + "</tr>"

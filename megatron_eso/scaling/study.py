@@ -1,15 +1,18 @@
 """A table of cells becomes the study's conclusions: minima, laws, multipliers, a recommendation.
 
-Cells that diverged, stopped or are unfinished take no part and are listed; a conclusion that rests on
-too few of them is marked provisional with the reason.
+Cells that diverged, stopped, are unfinished or doubtful (doubts.py) take no part and are listed; a
+conclusion that rests on too few of them is marked provisional with the reason. What the doubtful ones would
+change is said.
 """
 
+import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_eso.errors import DataError
+from megatron_eso.errors import ConfigError, DataError
+from megatron_eso.scaling.doubts import doubts, no_better_than_unigram, why_not_finished
 from megatron_eso.scaling.isoflop import (
     Minimum,
     PowerLaw,
@@ -42,6 +45,10 @@ class ObjectiveFit:
     """Compute over the reference objective's for the same loss, at each measured minimum."""
     provisional: list[str]
     """Reasons not to trust this yet; empty: none known."""
+    doubtful: list[Row] = field(default_factory=list)
+    """Finished cells that are left out."""
+    with_doubtful: "ObjectiveFit | None" = None
+    """The fit of these too; None: there are none."""
 
 
 @dataclass(frozen=True)
@@ -53,41 +60,55 @@ class Study:
     budget: float | None
 
 
-def fit_study(rows: Sequence[Row], *, budget: float | None = None) -> Study:
+def fit_study(
+    rows: Sequence[Row], *, budget: float | None = None, keep: Sequence[str] = ()
+) -> Study:
     """Return all fits of a table of cells.
 
     Args:
         rows: see :mod:`megatron_eso.scaling.collect`.
         budget: FLOPs to extrapolate to; None: four times the largest measured.
+        keep: cells that take part although they are doubtful or diverged.
 
     Raises:
         DataError: if columns or numbers are missing, tokenizers, data or lengths are mixed, or no cell
             can be used.
+        ConfigError: if ``keep`` names what is no cell of the table.
     """
     _require_columns(rows)
-    usable, left_out = [], []
-    for row in rows:
-        reason = _why_left_out(row)
-        if reason:
-            left_out.append((str(row.get("cell")), reason))
-        else:
-            usable.append(row)
+    _require_cells(rows, keep)
+    reasons = [_why_left_out(row, keep) for row in rows]
+    usable = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
+    left_out = [(str(row.get("cell")), why) for row, why in zip(rows, reasons, strict=True) if why]
     if not usable:
         raise DataError(
             f"none of {len(rows)} cells is finished with a loss; first: {': '.join(left_out[0])}"
         )
     _require_numbers(usable)
     _refuse_mixtures(usable)
-    names = list(dict.fromkeys(row["objective"] for row in usable))
-    reference = _points(_minima([r for r in usable if r["objective"] == "ar"]))
+    doubted = [
+        (row, why)
+        for row, why in zip(usable, doubts(usable), strict=True)
+        if why and str(row.get("cell")) not in keep
+    ]
+    for row, why in doubted:
+        left_out.append((str(row.get("cell")), f"{why}; --keep {row.get('cell')} fits it too"))
+    doubtful = [row for row, _ in doubted]
+    trusted = [row for row in usable if not any(row is other for other in doubtful)]
+    reference = _points(_minima([row for row in trusted if row["objective"] == "ar"]))
     fits = [
-        _fit_objective(
+        _with_and_without(
             name,
-            [r for r in usable if r["objective"] == name],
+            [row for row in trusted if row["objective"] == name],
+            [row for row in doubtful if row["objective"] == name],
             reference if name != "ar" else None,
-            sum(1 for r in rows if r["objective"] == name and _why_left_out(r)),
+            sum(
+                bool(why)
+                for row, why in zip(rows, reasons, strict=True)
+                if row["objective"] == name
+            ),
         )
-        for name in names
+        for name in dict.fromkeys(row["objective"] for row in usable)
     ]
     largest = max(float(row.get("budget") or row["flops"]) for row in usable)
     return Study(fits, left_out, budget or 4 * largest)
@@ -120,20 +141,27 @@ def study_text(study: Study) -> str:
     lines = []
     for fit in study.objectives:
         lines.append(f"{fit.objective}: {len(fit.rows)} runs")
-        for minimum in fit.minima:
-            lines.append(f"  {minimum.budget:.3g} FLOPs: {_minimum_text(minimum)}")
-        for name, law in (("N*", fit.size_law), ("D*", fit.token_law), ("L*", fit.loss_law)):
-            if law:
-                lines.append(f"  {name} ~ C^{law.exponent:.3f}{_interval_text(law.interval)}")
-        if fit.parametric:
-            lines.append(f"  {parametric_text(fit.parametric)}")
+        lines += _laws_text(fit)
         if fit.multipliers:
             low, high = min(fit.multipliers), max(fit.multipliers)
             lines.append(f"  needs {low:.3g} to {high:.3g} times ar's compute for the same loss")
         lines += [f"  provisional: {reason}" for reason in fit.provisional]
         lines.append(f"  {recommendation(fit, study.budget or 0)}")
+        if fit.with_doubtful:
+            names = ", ".join(str(row.get("cell")) for row in fit.doubtful)
+            lines.append(f"  if {names} took part:")
+            lines += [f"  {line}" for line in _laws_text(fit.with_doubtful)]
+            lines.append(f"    {recommendation(fit.with_doubtful, study.budget or 0)}")
     lines += [f"left out: {name}: {reason}" for name, reason in study.left_out]
     return "\n".join(lines)
+
+
+def _laws_text(fit: ObjectiveFit) -> list[str]:
+    lines = [f"  {m.budget:.3g} FLOPs: {_minimum_text(m)}" for m in fit.minima]
+    for name, law in (("N*", fit.size_law), ("D*", fit.token_law), ("L*", fit.loss_law)):
+        if law:
+            lines.append(f"  {name} ~ C^{law.exponent:.3f}{_interval_text(law.interval)}")
+    return lines + ([f"  {parametric_text(fit.parametric)}"] if fit.parametric else [])
 
 
 def parametric_text(law: Parametric) -> str:
@@ -152,11 +180,20 @@ def _interval_text(interval: tuple[float, float] | None) -> str:
     return f" ({interval[0]:.3g} to {interval[1]:.3g})" if interval else ""
 
 
-def _why_left_out(row: Row) -> str:
-    if row.get("state") != "finished":
-        return f"state {row.get('state')} at step {row.get('steps_done')} of {row.get('steps')}"
-    loss = row.get("loss")
-    return "" if isinstance(loss, int | float) and loss == loss else "no validation loss"
+def _why_left_out(row: Row, keep: Sequence[str]) -> str:
+    is_kept = row.get("state") == "diverged" and str(row.get("cell")) in keep
+    return why_not_finished(row | {"state": "finished"} if is_kept else row)
+
+
+def _require_cells(rows: Sequence[Row], names: Sequence[str]) -> None:
+    known = [str(row.get("cell")) for row in rows]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            raise ConfigError(
+                f"--keep {name} is no cell of the table"
+                + (f"; near: {', '.join(near)}" if near else "")
+            )
 
 
 def _require_columns(rows: Sequence[Row]) -> None:
@@ -227,11 +264,27 @@ def _points(minima: list[Minimum]) -> tuple[list[float], list[float]]:
     return [m.budget for m in good], [m.loss for m in good if m.loss is not None]
 
 
+def _with_and_without(
+    name: str,
+    rows: list[Row],
+    doubtful: list[Row],
+    reference: tuple[list[float], list[float]] | None,
+    num_unfinished: int,
+) -> ObjectiveFit:
+    """Return the fit of an objective's cells, with that of the doubtful ones too beside it."""
+    fit = _fit_objective(name, rows, reference, num_unfinished)
+    if not doubtful:
+        return fit
+    also = _fit_objective(name, [*rows, *doubtful], reference, num_unfinished)
+    reasons = [*fit.provisional, f"{len(doubtful)} cells are left out as doubtful"]
+    return replace(fit, doubtful=doubtful, with_doubtful=also, provisional=reasons)
+
+
 def _fit_objective(
     name: str,
     rows: list[Row],
     reference: tuple[list[float], list[float]] | None,
-    num_left_out: int,
+    num_unfinished: int,
 ) -> ObjectiveFit:
     minima = _minima(rows)
     good = [m for m in minima if m.parameters is not None]
@@ -250,8 +303,14 @@ def _fit_objective(
         reasons.append(f"{len(good)} interior minima; intervals need 3")
     if parametric and not parametric.is_determined:
         reasons.append("the parametric law is at its bounds: these runs do not determine it")
-    if num_left_out:
-        reasons.append(f"{num_left_out} cells diverged or are unfinished")
+    if num_unfinished:
+        reasons.append(f"{num_unfinished} cells diverged or are unfinished")
+    idle = no_better_than_unigram(rows)
+    if idle:
+        reasons.append(
+            f"{len(idle)} of {len(rows)} cells predict no better than token frequencies (unigram_loss): "
+            + ", ".join(idle)
+        )
     return ObjectiveFit(
         name, rows, minima, size_law, token_law, loss_law, parametric, multipliers, reasons
     )

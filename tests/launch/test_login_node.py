@@ -109,6 +109,40 @@ def test_status_of_a_hundred_runs_asks_slurm_once(node, tmp_path):
     assert node.asked() == ["squeue"]
 
 
+def test_status_of_a_run_tells_what_its_folder_says_where_slurm_cannot_be_asked(node, tmp_path):
+    """A laptop, or a login node whose controller does not answer; the folder may be another user's."""
+    make_runs(tmp_path, 2)
+    run = tmp_path / "run0"
+    (run / "slurm").rmdir()
+    (run / "checkpoints" / "step_0000000040").mkdir(parents=True)
+    (run / "checkpoints" / "step_0000000040" / "COMMITTED").touch()
+    times = [(1000.0, "setup", {}), (1010.0, "ready", {"step": 0}), (1110.0, "stop", {"step": 50})]
+    lines = [dict(event=e, time=t, clock=t, boot="b", pid=1, **more) for t, e, more in times]
+    (run / "events.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    status = json.loads((run / "status.json").read_text())
+    status |= {"state": "failed", "reason": "loss is nan\nin step 51"}
+    (run / "status.json").write_text(json.dumps(status))
+    (tmp_path / "run1/slurm/job.json").write_text('{"job": "7"}')
+    node.answers("squeue", "Unable to contact slurm controller\n", code=1)
+    said = node.run("status", run)
+    assert "Slurm could not be asked: Slurm's controller does not answer" in said
+    (node.bin / "squeue").unlink()
+    node.environment["PATH"] = str(node.bin)
+    said = node.run("status", run)
+    for words in (
+        "Slurm could not be asked: squeue is not on PATH", "step 50/100  loss 2.5000", "saved     step 40",
+        "state failed: loss is nan", "effective training time  90.9% of", "starts 1, faults 0",
+    ):  # fmt: skip
+        assert words in said
+    assert not (run / "slurm").exists()
+    said = node.run("status", tmp_path / "run1")
+    assert "job       7: Slurm could not be asked" in said and "has left the queue" not in said
+    said = node.run("status", run, tmp_path / "run1")
+    assert said.count("step 50/100") == 2 and said.count("Slurm could not be asked") == 1
+    assert "squeue is not on PATH" in node.run("status", code=6)  # all of my jobs
+    assert node.asked() == ["squeue"]
+
+
 def test_a_job_of_anothers_in_the_folder_of_a_run_is_not_the_runs(node, tmp_path):
     """An interactive one, say, that was started there."""
     run = tmp_path / "run0"

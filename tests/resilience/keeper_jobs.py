@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from megatron_eso.checkpoint import find as find_module
-from megatron_eso.checkpoint.folder import list_folders
+from megatron_eso.checkpoint import folder as folder_module
+from megatron_eso.checkpoint.folder import CheckpointFolder, list_folders
 from megatron_eso.checkpoint.local import LocalCopies
 from megatron_eso.checkpoint.state import collect
 from megatron_eso.cli.model_loading import load
@@ -148,6 +149,62 @@ def saved_without_an_answer(folder: str) -> list[bool]:
         saved = [keeper.save() is not None]
     saved.append(keeper.save() is not None)
     return [*saved, keeper.finish()]
+
+
+def saved_on_a_file_system(folder: str, slow: str, seconds: float) -> dict[str, Any]:
+    """Save steps 1, 2 and 2 at a limit of 4 seconds, where one thing is slow; return what came of it.
+
+    Args:
+        folder: run folder.
+        slow: ``publish``: rank 0's small files of step 2; ``remove``: taking an old checkpoint away;
+            ``refuse``: publishing step 2 meets a file that it cannot use.
+        seconds: how long that takes.
+    """
+
+    def hold(step: int) -> None:
+        if step == 2 and slow == "publish":
+            time.sleep(seconds)
+        if step == 2 and slow == "refuse":
+            raise CheckpointError("no hash of that file")
+
+    commit, remove = CheckpointFolder.commit, folder_module.remove
+
+    def slow_commit(of: CheckpointFolder, known: Any = None) -> None:
+        hold(of.step)
+        commit(of, known)
+
+    def slow_remove(of: CheckpointFolder) -> None:
+        time.sleep(seconds if slow == "remove" else 0)
+        remove(of)
+
+    doubles = (
+        (CheckpointFolder, "commit", slow_commit),
+        (folder_module, "remove", slow_remove),
+    )
+    with _listening() as said, replaced(doubles):
+        session = make_empty_session(["checkpoint.timeout_seconds=4", "checkpoint.keep_last=1"])
+        keeper = _open(session, folder, "its hash")
+        keeper.resume_or_start()
+        kept = []
+        for step in (1, 2, 2):
+            session.state.step = step
+            keeper.save()
+            while slow == "remove" and keeper.saver.is_saving:  # it ends before the old one is gone
+                keeper.saver.poll()
+                time.sleep(0.01)
+            before = committed_steps(folder)
+            kept.append((keeper.finish(), before, committed_steps(folder)))
+        time.sleep(seconds + 0.5)
+    return {"kept": kept, "said": said, "left": committed_steps(folder), "folders": _names(folder)}
+
+
+def committed_steps(folder: str) -> list[int]:
+    """Return the steps of a run's committed checkpoints."""
+    return [f.step for f in list_folders(Path(folder) / "checkpoints") if f.is_committed]
+
+
+def _names(folder: str) -> list[int]:
+    return [f.step for f in list_folders(Path(folder) / "checkpoints")]
 
 
 def copied_by_a_slow_rank(folder: str, overrides: list[str]) -> int:

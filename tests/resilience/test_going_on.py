@@ -139,6 +139,40 @@ def test_training_goes_on_where_the_file_system_cannot_be_asked_for_room(two_ran
     assert found == [[False, True, True]] * 2
 
 
+SAVED = "resilience.keeper_jobs.saved_on_a_file_system"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "after"),
+    [pytest.param(3.0, [2], id="within the limit"), pytest.param(5.0, [1, 2], id="beyond it")],
+)
+def test_old_checkpoints_that_go_slowly_fail_no_save(two_ranks, run, seconds, after):
+    """The new one is there before; the next save counts on the room, so it waits, within reason."""
+    first, second = two_ranks.run(SAVED, str(run), "remove", seconds)
+    for found in (first, second):
+        assert not any("SAVE FAILED" in line for line in found["said"])
+        assert found["kept"][1] == (True, [1, 2], after)
+        assert found["left"] == [2]
+    assert any("removing old checkpoints" in line for line in first["said"]) == (seconds == 5)
+
+
+def test_a_save_published_after_its_limit_leaves_no_checkpoint_behind(two_ranks, run):
+    """It was said to be given up: the run may have gone back since, and left that course."""
+    first, second = two_ranks.run(SAVED, str(run), "publish", 7.0)
+    assert [kept for kept, *_ in first["kept"]] == [True, False, False]
+    failed = [line for line in first["said"] if "SAVE FAILED" in line]
+    assert len(failed) == 2 and "checkpoint.timeout_seconds=4" in failed[0]
+    assert "an earlier save of this step, which was given up, still holds it" in failed[1]
+    assert first["left"] == second["left"] == [1] and first["folders"] == [1]
+
+
+def test_an_error_in_publishing_is_no_lost_lease(two_ranks, run):
+    found = two_ranks.run(SAVED, str(run), "refuse", 0.0)[0]
+    assert [kept for kept, *_ in found["kept"]] == [True, False, False]
+    assert "no hash of that file" in next(line for line in found["said"] if "SAVE FAILED" in line)
+    assert found["folders"] == [1]
+
+
 def test_ranks_keep_copies_of_the_same_steps_when_one_writes_slowly(two_ranks, run, tmp_path):
     settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
     job = "resilience.keeper_jobs.copied_by_a_slow_rank"

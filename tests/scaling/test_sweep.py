@@ -20,6 +20,7 @@ from megatron_eso.config import load_config
 from megatron_eso.errors import ClusterError, ConfigError, DataError, UserError
 from megatron_eso.scaling import commands
 from megatron_eso.scaling.collect import collect, read_table, tensorboard_steps, write_table
+from megatron_eso.scaling.doubts import doubts, why_diverged
 from megatron_eso.scaling.grid import grid_table, make_grid
 from megatron_eso.scaling.report import study_figure, write_report
 from megatron_eso.scaling.runner import (
@@ -427,8 +428,8 @@ def test_a_study_goes_from_runs_to_a_page(tmp_path):
 def row(size, budget, **changes):
     loss = 3 + 0.1 * abs(size - 2)
     base = {"cell": f"c{size}{budget}", "objective": "ar", "budget": budget, "parameters": 10.0**size,
-            "tokens": 1e6, "flops": budget, "loss": loss, "state": "finished", "data": "d",
-            "vocab_size": 10, "sequence_length": 8, "steps_done": 1, "steps": 1}  # fmt: skip
+            "tokens": budget / 6 / 10.0**size, "flops": budget, "loss": loss, "state": "finished",
+            "data": "d", "vocab_size": 10, "sequence_length": 8, "steps_done": 1, "steps": 1}  # fmt: skip
     return base | changes
 
 
@@ -445,6 +446,159 @@ def test_unfinished_and_diverged_cells_are_left_out_and_make_it_provisional():
     assert len(study.left_out) == 2
     assert any("2 cells" in reason for reason in study.objectives[0].provisional)
     assert "PROVISIONAL" in recommendation(study.objectives[0], 1e10)
+
+
+# Logged every tenth step by cells of the laptop study: at rates 1.8 and 2.2, then at its own.
+DIVERGED = {
+    "ar": [7.63, 11.97, 11.32, 12.12, 9.1, 11.2, 10.59, 12.17, 12.43, 8.3, 6.74, 6.61, 7.28, 6.83, 6.47,
+           6.39, 6.47, 6.85, 6.24, 6.53, 6.34],
+    "short": [7.63, 24.55, 14.01, 7.78, 7.68, 7.26, 6.74, 6.73, 8.01, 6.47, 6.54, 6.46],
+    "eso": [7.55, 27.52, 11.58, 6.98, 6.85, 6.6, 6.86, 6.7, 6.8, 6.4, 6.6],
+    "late": [7.6, 6.0, 5.0, 4.5, 4.2, 4.0, 3.9, 3.8, 3.8, 3.8, 5.2, 5.3, 5.24],
+    "above a guess": [7.6, 7.9],
+}  # fmt: skip
+HEALTHY = {
+    "stuck": [7.63, 6.96, 6.79, 6.58, 6.5, 6.6, 6.49, 6.52, 6.29, 6.39, 6.43, 6.37, 6.27, 6.33, 6.19,
+              6.17, 6.15, 6.56, 6.03, 6.22, 6.07],
+    "noisy": [7.5, 6.8, 6.3, 7.0, 6.1, 6.9, 5.6, 6.6, 6.2, 6.8, 6.79],
+    "one outlier": [7.6, 9.9, 6.0, 5.5, 5.0, 4.8, 9.0],
+    "two lines": [7.6, 5.0],
+    "one line": [7.6],
+    "none": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("losses", DIVERGED.values(), ids=DIVERGED)
+def test_a_training_loss_that_rose_is_noticed_also_where_it_came_down_again(losses):
+    assert "its training loss" in why_diverged(losses)
+    assert why_diverged([3.0 + 0.01 * loss for loss in losses]) == ""  # within what is noise
+
+
+@pytest.mark.parametrize("losses", HEALTHY.values(), ids=HEALTHY)
+def test_a_training_loss_that_falls_with_noise_has_not_diverged(losses):
+    assert why_diverged(losses) == ""
+
+
+def test_a_cell_that_diverged_is_left_out_by_its_curve_though_it_finished(tmp_path):
+    folder, [cell] = one_cell(tmp_path)
+    run_cells(folder, [cell], trainer=trainer(tmp_path), say=lambda line: None)
+    lines = [{"step": i + 1, "loss": loss} for i, loss in enumerate(DIVERGED["ar"])]
+    metrics = folder / "cells" / cell.name / "run" / "metrics.jsonl"
+    metrics.write_text("\n".join(map(json.dumps, lines)))
+    [found], _ = collect(folder, [cell])
+    assert found["state"] == "diverged"
+    assert found["remark"] == "its training loss rose to 12.17, above the 7.63 that it began with"
+    with pytest.raises(
+        DataError, match=r"state diverged at step 21 of \d+: its training loss rose"
+    ):
+        fit_study([found])
+    fit_study([found], keep=[cell.name])
+
+
+def badly(rows, cell, loss=5.24):
+    """Return rows in which a cell, whose training went wrong, has another loss."""
+    return [
+        r | {"learning_rate": 1.0} | ({"loss": loss} if r["cell"] == cell else {}) for r in rows
+    ]
+
+
+def test_a_cell_worse_than_a_smaller_one_on_fewer_tokens_is_left_out_and_what_it_changes_said():
+    rows = badly(law_rows((1e17, 1e18, 1e19)), "1e+194.0", 4.2)
+    study = fit_study(rows)
+    [fit] = study.objectives
+    assert [r["cell"] for r in fit.doubtful] == ["1e+194.0"] and len(fit.rows) == len(rows) - 1
+    assert fit.parametric and fit.parametric.E == pytest.approx(1.7, rel=0.01)
+    assert fit.size_law and fit.with_doubtful and fit.with_doubtful.size_law
+    assert fit.with_doubtful.size_law.at(1e20) < 0.9 * fit.size_law.at(1e20)
+    assert "1 cells are left out as doubtful" in fit.provisional
+    said = study_text(study)
+    assert "if 1e+194.0 took part:" in said
+    assert (
+        "left out: 1e+194.0: loss 4.2, but 1e+18" in said and "no more weights and tokens" in said
+    )
+    assert "learning rate (1 here; learning_rate in the sweep file); --keep 1e+194.0 fits" in said
+
+
+def test_a_doubtful_cell_that_is_kept_is_fitted():
+    rows = badly(law_rows((1e17,)), "1e+171.0", 9.0)
+    assert len(fit_study(rows).objectives[0].rows) == 4
+    study = fit_study(rows, keep=["1e+171.0"])
+    assert len(study.objectives[0].rows) == 5 and not study.left_out
+
+
+def test_a_cell_above_a_smaller_and_a_larger_one_of_its_budget_is_doubtful():
+    """At the smallest budget no smaller model has fewer tokens."""
+    rows = badly(law_rows((1e17, 1e18)), "1e+171.0", 9.0)
+    found = {row["cell"]: why for row, why in zip(rows, doubts(rows), strict=True) if why}
+    assert list(found) == ["1e+171.0"]
+    assert "at the same budget a smaller model (1e+170.5: " in found["1e+171.0"]
+
+
+def test_noise_of_seeds_and_other_objectives_raise_no_doubt():
+    rows = law_rows((1e17, 1e18, 1e19))
+    noisy = [r | {"loss": r["loss"] * (1 + 0.02 * (-1) ** i)} for i, r in enumerate(rows)]
+    noisy += [r | {"objective": "mdlm", "loss": 2 * r["loss"]} for r in rows]
+    assert not any(doubts(noisy))
+    assert not any(doubts(read_table(ROOT / "docs/scaling-laptop/cells.csv")))
+    unsure = [r | {"loss_error": 2.0} for r in badly(rows, "1e+192.0")]
+    assert not any(doubts(unsure)) and any(doubts(badly(rows, "1e+192.0")))
+
+
+def test_a_cell_no_better_than_token_frequencies_is_named_and_fitted():
+    rows = [r | {"unigram_loss": 4.0} for r in law_rows((1e17, 1e18, 1e19))]
+    [fit] = fit_study(rows).objectives
+    above = [r["cell"] for r in rows if r["loss"] >= 4.0]
+    assert 0 < len(above) < len(rows) == len(fit.rows)
+    [line] = [line for line in fit.provisional if "no better than token frequencies" in line]
+    assert line.startswith(f"{len(above)} of {len(rows)} cells") and line.endswith(", ".join(above))
+
+
+def test_a_cell_to_keep_that_is_not_there_is_refused_with_the_nearest():
+    rows = law_rows((1e17, 1e18))
+    with pytest.raises(
+        ConfigError, match=r"--keep 1e\+172.00 is no cell of the table; near: 1e\+172.0"
+    ):
+        fit_study(rows, keep=["1e+172.00"])
+
+
+def test_the_commands_name_and_draw_the_cells_that_are_left_out(tmp_path):
+    write_table(badly(law_rows((1e17,)), "1e+171.0", 9.0), tmp_path / "cells")
+    table, page = tmp_path / "cells.csv", tmp_path / "page.html"
+    assert "left out: 1e+171.0" in commands.fit(table, None)
+    assert "left out" not in commands.fit(table, None, ["1e+171.0"])
+    commands.report(table, page, None, None)
+    assert "left out: doubtful" in page.read_text()
+    [axis] = [a for a in study_figure(fit_study(read_table(table))).axes if a.get_title() == "ar"]
+    labels = axis.get_legend_handles_labels()[1]
+    assert "left out: doubtful" in labels
+
+
+def test_collect_names_the_cells_that_a_fit_will_leave_out(tmp_path):
+    few = ["models=['../model/ladder/s1.yaml']", "objectives=[{name: ar}]"]
+    folder, cells = grid(tmp_path, *few)
+    run_cells(folder, cells, workers=2, trainer=trainer(tmp_path), say=lambda line: None)
+    scores = folder / "cells" / cells[-1].name / "run" / "evaluation.json"
+    found = {"metric": "likelihood", "nats_per_token": 9.0, "standard_error": 0.1, "num_tokens": 10}
+    unigram = {"metric": "unigram of the training data", "nats_per_token": 6.0, "num_tokens": 10}
+    scores.write_text(json.dumps({"v": [found, unigram]}))
+    said = commands.collect(LAPTOP, [f"folder={folder}", *few], None, "lm loss").splitlines()
+    wanted = (
+        f"will be left out: {cells[-1].name}: loss 9, but {cells[-2].name}, with no more weights"
+    )
+    assert any(line.startswith(wanted) for line in said)
+    assert any(line.startswith(f"{cells[-1].name} predicts no better than") for line in said)
+    assert read_table(folder / "cells.csv")[-1]["unigram_loss"] == 6.0
+
+
+def test_a_changed_cell_has_the_flops_of_the_settings_it_ran_with(tmp_path):
+    folder, ran = one_cell(tmp_path)
+    run_cells(folder, ran, trainer=trainer(tmp_path), say=lambda line: None)
+    before = collect(folder, ran)
+    _, changed = one_cell(tmp_path, "batch_rows=16", "learning_rate.reference=1.0e-3")
+    cells, steps = collect(folder, changed)
+    assert changed[0].name == ran[0].name and changed[0].run.train.steps < ran[0].run.train.steps
+    assert steps == before[1]
+    assert cells == [before[0][0] | {"state": "changed"}]
 
 
 def law_rows(budgets):

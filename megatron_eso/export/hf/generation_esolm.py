@@ -178,7 +178,7 @@ def generate_rows(
             "give input_ids; torch.empty(1, 0, dtype=torch.long) where there is no prompt"
         )
     found = _settings(model, generation_config, kwargs)
-    _check_prompts(tokens, attention_mask, found["pad_token_id"])
+    valid = valid_entries(tokens, attention_mask, found["pad_token_id"])
     heat = 1.0 if found["temperature"] is None else found["temperature"]
     top_p = 1.0 if found["top_p"] is None else found["top_p"]
     if (found["do_sample"] and not heat > 0) or not 0 < top_p <= 1:
@@ -188,11 +188,7 @@ def generate_rows(
     copies = 1 if found["num_return_sequences"] is None else found["num_return_sequences"]
     if copies < 1:
         raise ValueError(f"num_return_sequences={copies} must be at least 1")
-    tokens = tokens.repeat_interleave(copies, 0)
-    if attention_mask is None:
-        valid = torch.ones_like(tokens, dtype=torch.bool)
-    else:
-        valid = attention_mask.bool().repeat_interleave(copies, 0)
+    tokens, valid = (x.repeat_interleave(copies, 0) for x in (tokens, valid))
     if streamer is not None and len(tokens) > 1:
         raise ValueError(f"a streamer shows one row, not {len(tokens)}")
     prompt = tokens.shape[1]
@@ -209,8 +205,8 @@ def generate_rows(
     return result if found["return_dict_in_generate"] else result.sequences
 
 
-def _check_prompts(tokens, attention_mask, pad):
-    """Refuse shapes that are no prompts; remark what looks like padding that no mask tells from text."""
+def valid_entries(tokens, attention_mask, pad, labels=None):
+    """Return [B, L] False for padding; refuse or remark what may be padding and no mask tells."""
     if tokens.dim() != 2:
         raise ValueError(f"input_ids are [rows, tokens], not of shape {tuple(tokens.shape)}")
     if attention_mask is not None:
@@ -218,6 +214,11 @@ def _check_prompts(tokens, attention_mask, pad):
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(tokens.shape)}"
             )
+    elif labels is not None and bool(((labels[:, -1:] == -100) & (labels != -100)).any()):
+        raise ValueError(
+            "rows end in labels of -100 and no attention_mask is given: what stands there would be read as "
+            "text that every token sees; give attention_mask, 0 at padding, or 1 throughout if it is text"
+        )
     elif pad is not None and tokens.numel():
         is_padded = (tokens[:, [0, -1]] == pad).any(1)  # the longest row has no padding
         if bool(is_padded.any()) and not bool(is_padded.all()):
@@ -225,6 +226,7 @@ def _check_prompts(tokens, attention_mask, pad):
                 f"rows begin or end with pad_token_id={pad} and no attention_mask is given: it is read "
                 "as text; give the tokenizer's attention_mask if it is padding"
             )
+    return (torch.ones_like(tokens) if attention_mask is None else attention_mask).bool()
 
 
 def _share(model, plan, alpha_0, num_steps):

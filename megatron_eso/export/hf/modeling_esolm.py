@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_esolm import EsoLMConfig, EsoLMDiTConfig
 from .decoding_esolm import likelihood_orders, pad_lists
-from .generation_esolm import generate_rows
+from .generation_esolm import generate_rows, valid_entries
 
 # What callers of other models pass to forward() and what changes nothing here.
 _IGNORED = {"use_cache", "return_dict"}
@@ -195,9 +195,8 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, L] tokens with mask tokens where a prediction is wanted.
             attention_mask: [B, L] 0 for padding, on either side.
-            labels: [B, L] as for other causal models (not shifted); -100: no loss, always visible. If
-                ``input_ids`` holds mask tokens, their mean cross-entropy; otherwise times, masks and
-                orders are drawn and the Eso-LM loss is returned.
+            labels: [B, L], not shifted; -100: no loss, seen unless padding. If ``input_ids`` holds masks,
+                their mean cross-entropy; otherwise the Eso-LM loss of times, masks and orders as drawn.
             order: [B, L] prediction order; None: clean tokens, then masks, each in reading order.
             generator: of the draws; None: torch's own.
             kwargs: refused, except what changes nothing.
@@ -214,9 +213,10 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
                 f"Eso-LM's forward takes input_ids, attention_mask, labels, order; not {wrong}. It "
                 "permutes rows itself, so positions, caches and embeddings cannot be given"
             )
-        valid = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
         is_mask = input_ids == self.config.mask_token_id
-        if not bool(is_mask.any()):
+        is_canvas, pad = bool(is_mask.any()), self.generation_config.pad_token_id
+        valid = valid_entries(input_ids, attention_mask, pad, None if is_canvas else labels)
+        if not is_canvas:
             if labels is not None:
                 return CausalLMOutput(loss=self._loss(input_ids, valid, labels, generator))
             raise ValueError(

@@ -1,0 +1,136 @@
+"""Cells that are finished but did not train as their size and their tokens allow.
+
+What goes wrong in training (a learning rate that is too high, above all) makes a loss too high, never too
+low. So a loss is doubtful if others of the same objective show that a lower one was to be had:
+
+smaller  a model of no more weights, after no more tokens, reached a lower loss
+valley   at the same budget a smaller and a larger model both did
+
+Every law that is fitted falls with weights and with tokens, and has one best size a budget: it can have
+neither, and a least-squares parabola is bent by one such cell. Nothing is assumed of how it falls.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+Row = dict[str, Any]
+CLEARLY = 0.05
+"""A loss is clearly above another if by this share of it; seeds change up to 0.04 (docs/numerics.md)."""
+NUM_ERRORS = 2.0  # and by so many of the two's joint standard errors
+ROSE = 0.05  # a training loss that ends this share above its lowest has risen
+ABOVE_START = 1.02  # as has one that ends this much above the first: above a guess
+FAR_ABOVE_START = 1.1  # or was so for a while: what it had learnt by then was undone
+_NOISE = 6.0  # and by so many standard deviations of a level
+_LEAST, _SHARE = 3, 10  # of the logged steps that a level goes over
+
+
+def doubts(rows: Sequence[Row]) -> list[str]:
+    """Return for each cell why its loss is doubtful, or an empty string.
+
+    Args:
+        rows: finished cells with a loss (:mod:`megatron_eso.scaling.collect`), of any objectives.
+    """
+    found = []
+    for row in rows:
+        better = [o for o in rows if o["objective"] == row["objective"] and _is_clear(row, o)]
+        reason = _smaller(row, better) or _valley(row, better)
+        rate = row.get("learning_rate")
+        told = "" if rate is None else f" ({rate:.3g} here; learning_rate in the sweep file)"
+        found.append(
+            f"loss {row['loss']:.4g}, but {reason}: it trained badly, most often by its learning rate{told}"
+            if reason
+            else ""
+        )
+    return found
+
+
+def why_not_finished(row: Row) -> str:
+    """Return why a cell has nothing to fit, or an empty string."""
+    if row.get("state") != "finished":
+        more = f": {row['remark']}" if row.get("remark") else ""
+        return (
+            f"state {row.get('state')} at step {row.get('steps_done')} of {row.get('steps')}{more}"
+        )
+    loss = row.get("loss")
+    return "" if isinstance(loss, int | float) and loss == loss else "no validation loss"
+
+
+def no_better_than_unigram(rows: Sequence[Row]) -> list[str]:
+    """Return the names of cells that predict no better than token frequencies do."""
+    return [
+        str(row.get("cell"))
+        for row in rows
+        if row.get("unigram_loss") is not None and row["loss"] >= row["unigram_loss"]
+    ]
+
+
+def why_diverged(losses: Sequence[float]) -> str:
+    """Return how a training loss rose above where it began, or clearly above its lowest level; or ''.
+
+    A level is the median of some logged steps in a row: of single steps the objectives that draw their
+    masks have outliers. Their noise, from step to step, is told apart from a rise.
+    """
+    size, levels = _levels(losses)
+    if not levels:
+        return ""
+    first, last, low, high = losses[0], levels[-1], min(levels), max(levels)
+    if last > ABOVE_START * first:
+        return f"its training loss ended at {last:.4g}, above the {first:.4g} that it began with"
+    if high > FAR_ABOVE_START * first:
+        return f"its training loss rose to {high:.4g}, above the {first:.4g} that it began with"
+    steps = [abs(b - a) for a, b in pairwise(losses)]
+    deviation = 1.4826 * statistics.median(steps) / math.sqrt(2)  # if it is normal
+    of_level = deviation / math.sqrt(size)
+    if last - low > max(ROSE * low, _NOISE * of_level):
+        return f"its training loss ended at {last:.4g}, and was {low:.4g} before"
+    return ""
+
+
+def _levels(losses: Sequence[float]) -> tuple[int, list[float]]:
+    """Return over how many logged losses a level goes, and all levels, without the first loss."""
+    rest = list(losses[1:])
+    size = min(len(rest), max(_LEAST, len(rest) // _SHARE))
+    ends = range(size, len(rest) + 1) if rest else ()
+    return size, [statistics.median(rest[end - size : end]) for end in ends]
+
+
+def _is_clear(row: Row, other: Row) -> bool:
+    """Return whether a cell's loss is clearly above another's."""
+    errors = math.hypot(row.get("loss_error") or 0.0, other.get("loss_error") or 0.0)
+    return row["loss"] - other["loss"] > max(CLEARLY * other["loss"], NUM_ERRORS * errors)
+
+
+def _smaller(row: Row, better: Sequence[Row]) -> str:
+    no_more = [
+        other
+        for other in better
+        if other["parameters"] <= row["parameters"] and other["tokens"] <= row["tokens"]
+    ]
+    if not no_more:
+        return ""
+    other = min(no_more, key=lambda o: o["loss"])
+    return (
+        f"{other.get('cell')}, with no more weights and tokens ({other['parameters']:.3g} and "
+        f"{other['tokens']:.3g} to {row['parameters']:.3g} and {row['tokens']:.3g}), has "
+        f"{other['loss']:.4g}"
+    )
+
+
+def _valley(row: Row, better: Sequence[Row]) -> str:
+    if row.get("budget") is None:
+        return ""
+    same = [other for other in better if other.get("budget") == row["budget"]]
+    sides = (
+        [other for other in same if other["parameters"] < row["parameters"]],
+        [other for other in same if other["parameters"] > row["parameters"]],
+    )
+    if not all(sides):
+        return ""
+    low, high = (min(side, key=lambda o: o["loss"]) for side in sides)
+    return (
+        f"at the same budget a smaller model ({low.get('cell')}: {low['loss']:.4g}) and a larger one "
+        f"({high.get('cell')}: {high['loss']:.4g}) are both better"
+    )
