@@ -88,5 +88,5 @@ def draw_lengths(lengths: NDArray[np.int64], manifest: Manifest, path: Path) -> 
     axes.set_xlabel("tokens per document")
     axes.set_ylabel("documents")
     axes.set_title(f"{manifest.split}: {len(lengths):,} documents, {int(lengths.sum()):,} tokens")
-    axes.legend(loc="upper right")
+    axes.legend()
     write_figure(path, figure, dpi=150)
