@@ -3,6 +3,7 @@
 import ast
 import math
 import re
+import shutil
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron_eso.config import (
     check_start,
     derive,
     load_config,
+    load_run,
     save_config,
     schema,
     to_yaml,
@@ -303,6 +305,24 @@ def test_a_run_that_is_about_to_start_needs_data():
         check_start(config(), 1)
     check_start(config("data.sources=[{path: a}]"), 1)
     check(config(), 1)  # as for a plan
+
+
+def test_the_configuration_of_a_run_that_was_moved_starts_no_new_run(monkeypatch, tmp_path):
+    """It names the folder in which the run was: a run from step 0 would begin there, unasked."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there/checkpoints").mkdir(parents=True)
+    stored = tmp_path / "there/config.yaml"
+    stored.write_text("folder: runs/first\n")
+    with pytest.raises(ConfigError, match=r"was moved.*folder=\S+/there to go on.*folder=runs/NEW"):
+        load_run(stored, ["name=second"])
+    assert load_run(stored, ["folder=there"]).folder == "there"
+    assert load_run(stored, ["folder=runs/new"]).folder == "runs/new"
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/first").symlink_to(tmp_path / "there")
+    assert load_run(stored, []).folder == "runs/first"
+    assert load_run(Path("runs/first/config.yaml"), []).folder == "runs/first"
+    shutil.copy(stored, tmp_path / "template.yaml")
+    assert load_run(tmp_path / "template.yaml", []).folder == "runs/first"
 
 
 def test_a_path_may_begin_at_the_users_folder(monkeypatch, tmp_path):

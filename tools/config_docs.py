@@ -61,7 +61,7 @@ def _table(name: str, node: ast.ClassDef) -> str:
     settings = {item.name: item for item in fields(getattr(schema, node.name))}
     for field, text in pairwise(node.body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            meaning = " ".join(str(ast.literal_eval(text.value)).split())
+            meaning = " ".join(str(ast.literal_eval(text.value)).split()).replace("|", "\\|")
             item = settings[ast.unparse(field.target)]
             lines.append(
                 f"| `{prefix}{item.name}` | {_default(item)} | {_values(item)} | {meaning} |"

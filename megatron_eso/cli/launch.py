@@ -42,14 +42,14 @@ def launch(
         megatron-eso launch RUN.yaml resilience.max_restarts_without_progress=5
         megatron-eso launch RUN.yaml --ranks 8 --agent ft_launcher
     """
-    from megatron_eso.config import check_start, load_config
+    from megatron_eso.config import check_start, load_run
     from megatron_eso.errors import ClusterError
     from megatron_eso.launch.agents import agent_command, agent_environment
     from megatron_eso.launch.environment import rank_environment
     from megatron_eso.launch.starter import can_be_warm
     from megatron_eso.launch.supervisor import Supervision, supervise
 
-    run_config = load_config(config, overrides)
+    run_config = load_run(config, overrides or [])
     arguments = ["train", str(config), *(overrides or [])]
     place = rank_environment(os.environ)
     number = 1 if place else ranks or run_config.parallel.local_ranks

@@ -32,7 +32,7 @@ def train(
         megatron-eso train configs/run/quickstart.yaml name=tp2 parallel.tensor=2 train.steps=50
         torchrun --nproc-per-node 8 -m megatron_eso train RUN.yaml
     """
-    from megatron_eso.config import check_start, load_config
+    from megatron_eso.config import check_start, load_run
     from megatron_eso.config.precision_rules import process_environment
     from megatron_eso.garbage import look_at_new_objects
     from megatron_eso.launch.processes import ignore_signals
@@ -41,7 +41,7 @@ def train(
     stop = StopRequest()
     if "RANK" in os.environ:
         stop.install()  # before the imports below, which take seconds
-    run_config = load_config(config, overrides)
+    run_config = load_run(config, overrides or [])
     os.environ.update(process_environment(run_config))
     if "RANK" not in os.environ:
         number = ranks or run_config.parallel.local_ranks

@@ -2,7 +2,7 @@
 
 from megatron_eso.config.check import check, check_start, violations
 from megatron_eso.config.derive import Derived
-from megatron_eso.config.load import load_config, save_config, to_yaml
+from megatron_eso.config.load import load_config, load_run, save_config, to_yaml
 from megatron_eso.config.schema import RunConfig
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "check",
     "check_start",
     "load_config",
+    "load_run",
     "save_config",
     "to_yaml",
     "violations",

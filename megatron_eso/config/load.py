@@ -63,6 +63,24 @@ def load_config(
     return with_paths(found, expanduser)  # no shell replaces a ~ in them
 
 
+def load_run(path: Path, overrides: list[str]) -> RunConfig:
+    """Return the configuration of a run that is to start or to go on; see :func:`load_config`.
+
+    Raises:
+        ConfigError: also for the file in a run's own folder, where that was moved or copied and no
+            ``folder`` is given: a run would begin, or go on, in the folder that it had before.
+    """
+    config, here = load_config(path, overrides), path.absolute().parent
+    is_a_runs_own = path.name == "config.yaml" and (here / "checkpoints").is_dir()
+    is_given = any(override.startswith("folder=") for override in overrides)
+    if is_a_runs_own and not is_given and Path(config.folder).resolve() != here.resolve():
+        raise ConfigError(
+            f"{path} is of a run that was moved: it names folder={config.folder}; give folder={here} to "
+            "go on here, or folder=runs/NEW for a new run with its settings"
+        )
+    return config
+
+
 def to_yaml(config: Any) -> str:
     """Return the configuration as YAML, every field spelled out; reading it gives the same again."""
     return OmegaConf.to_yaml(OmegaConf.create(_literal(asdict(config))))

@@ -11,6 +11,7 @@ from megatron_eso.data.shards import ShardedRows
 from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import DataError
 from megatron_eso.files import write_figure
+from megatron_eso.log_axis import make_logarithmic
 
 ROWS_AT_ONCE = 4096
 
@@ -78,14 +79,14 @@ def draw_lengths(lengths: NDArray[np.int64], manifest: Manifest, path: Path) -> 
     axes = figure.subplots()
     bins = np.geomspace(max(lengths.min(), 1) * 0.99, lengths.max() * 1.01, 41)
     axes.hist(lengths, bins=bins.tolist(), color="#4269d0")
-    axes.set_xscale("log")
     axes.axvline(
         manifest.sequence_length, color="#ff725c", label=f"row, {manifest.sequence_length}"
     )
     axes.axvline(float(np.median(lengths)), color="black", ls="--",
                  label=f"median, {np.median(lengths):.0f}")  # fmt: skip
+    make_logarithmic(axes.xaxis)
     axes.set_xlabel("tokens per document")
     axes.set_ylabel("documents")
     axes.set_title(f"{manifest.split}: {len(lengths):,} documents, {int(lengths.sum()):,} tokens")
-    axes.legend(loc="upper right")
+    axes.legend()
     write_figure(path, figure, dpi=150)

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_eso.errors import ConfigError
 from megatron_eso.eval.evaluate import evaluate
 from megatron_eso.files import write_figure
+from megatron_eso.log_axis import make_logarithmic
 from megatron_eso.model.replica import Replica
 from megatron_eso.parallel.exchange import Rows
 from megatron_eso.sample.generate import generate
@@ -228,8 +229,8 @@ def plot(points: Sequence[Point], path: Any) -> None:
         for p, x, y in zip(mine, seconds, heights, strict=True):
             axes.annotate(f"{p.evaluations:.0f}", (x, y), fontsize=7, xytext=(3, 3),
                           textcoords="offset points")  # type: ignore[arg-type]  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    make_logarithmic(axes.xaxis)
+    make_logarithmic(axes.yaxis)
     axes.set_xlabel("seconds per row (numbers: passes through the model)")
     axes.set_ylabel("perplexity under the judge")
     axes.legend(frameon=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_eso.config import check_start
 from megatron_eso.config.derive import total_steps
-from megatron_eso.config.load import as_literal, load_config, save_config
+from megatron_eso.config.load import as_literal, load_config, load_run, save_config
 from megatron_eso.config.schema import CheckpointConfig, RunConfig
 from megatron_eso.errors import ClusterError
 from megatron_eso.files import read_json, write_json, write_whole
@@ -53,7 +53,7 @@ def prepare(
     import shlex
 
     ranks = profile.nodes * profile.tasks_per_node
-    config = load_config(config_path, overrides)
+    config = load_run(config_path, overrides)
     every = [load_config(config_path, [*overrides, *one]) for one in sweep or [[]]]
     for one in every:
         check_start(one, ranks)

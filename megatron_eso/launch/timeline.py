@@ -1,4 +1,4 @@
-"""The ledger as a picture: one bar over time, coloured by cause, faults marked."""
+"""The ledger as a picture: one bar over time, coloured by cause."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def write_timeline(ledger: Ledger, out: Path) -> None:
         xlabel=f"{name} since the first start", yticks=[], xlim=(0, max(ledger.elapsed / unit, 1e-9)),
         title=f"effective training time {ledger.effective_share:.1%}, {len(ledger.faults)} faults",
     )  # fmt: skip
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=4, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_figure(out, figure, dpi=120)

@@ -21,7 +21,7 @@ from megatron_eso.plan.hardware import Hardware, constants_dict
 from megatron_eso.plan.job import Job, require_trainable
 from megatron_eso.plan.measured import read_measured
 from megatron_eso.plan.sampling import sampling_costs
-from megatron_eso.plan.search import Candidate, explain, search
+from megatron_eso.plan.search import Candidate, explain, price, search
 from megatron_eso.plan.step_time import step_time
 
 SHOWN = 10
@@ -84,24 +84,24 @@ def search_command(
             f"none of {len(found)} layouts fits in {hardware.memory_gb:g} GB on {gpus} GPUs; the "
             f"smallest ({need.name}) needs {need.memory_bytes / 1e9:.0f} GB: use more GPUs"
         )
-    fitting.sort(key=lambda c: _cost(c) if by == "cost" else c.time.total)
+    fitting.sort(key=lambda c: price(c, by))
     best = fitting[0]
     lines = [f"{len(found)} layouts, {len(fitting)} fit; best by {by}:"]
     for candidate in fitting[:SHOWN]:
-        why = "best" if candidate is best else explain(best, candidate, hardware)
+        why = "best" if candidate is best else explain(best, candidate, hardware, by=by)
         lines.append(
             f"  {candidate.job.num_gpus:>6} GPUs  {candidate.time.total:9.4g} s  "
             f"{candidate.memory_bytes / 1e9:5.1f} GB  {candidate.name:<58} {why}"
         )
-    # Users ask about layouts that would be faster if they fitted.
-    faster = [c for c in overflowing if c.time.total < best.time.total]
-    for candidate in sorted(faster, key=lambda c: c.time.total)[:3]:
+    # Users ask about layouts that would be better if they fitted.
+    better = [c for c in overflowing if price(c, by) < price(best, by)]
+    for candidate in sorted(better, key=lambda c: price(c, by))[:3]:
         lines.append(
             f"  {candidate.job.num_gpus:>6} GPUs  {candidate.time.total:9.4g} s  "
             f"{candidate.memory_bytes / 1e9:5.1f} GB  {candidate.name:<58} "
-            f"faster, but {explain(best, candidate, hardware)}"
+            f"{'cheaper' if by == 'cost' else 'faster'}, but {explain(best, candidate, hardware)}"
         )
-    lines.append("use: " + " ".join(best.settings()))
+    lines.append(f"use on {best.job.num_gpus} GPUs: " + " ".join(best.settings()))
     return Answer("\n".join(lines), [_candidate_dict(c) for c in fitting[:SHOWN]])
 
 
@@ -170,10 +170,6 @@ def _require_fp8(is_asked: bool, what: str, hardware: Hardware) -> None:
         raise ConfigError(
             f"{what}: the GPUs of --cluster {hardware.name} have no FP8 (fp8_tflops: 0)"
         )
-
-
-def _cost(candidate: Candidate) -> float:
-    return candidate.time.total * candidate.job.num_gpus
 
 
 def _candidate_dict(candidate: Candidate) -> dict[str, Any]:

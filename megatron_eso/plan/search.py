@@ -97,16 +97,27 @@ def search(
     )
 
 
-def explain(best: Candidate, other: Candidate, hardware: Hardware) -> str:
-    """Return in one line why ``other`` loses to ``best``."""
+def price(candidate: Candidate, by: str) -> float:
+    """Return what a step takes: seconds (``by`` time), or seconds of all GPUs together (cost)."""
+    return candidate.time.total * _gpus_counted(candidate, by)
+
+
+def explain(best: Candidate, other: Candidate, hardware: Hardware, *, by: str = "time") -> str:
+    """Return in one line why ``other`` loses to ``best``, by time or by cost."""
     limit = hardware.memory_gb * 1e9
     if other.memory_bytes > limit:
         return f"needs {other.memory_bytes / 1e9:.0f} GB of {hardware.memory_gb:g} GB"
-    parts = {n: getattr(other.time, n) - v for n, v in vars(best.time).items()}
-    slower = sorted(((d, n) for n, d in parts.items() if d > 0), reverse=True)[:2]
-    lost = other.time.total / best.time.total - 1
-    why = ", ".join(f"{n.replace('_', ' ')} +{d:.3g} s" for d, n in slower)
-    return f"{lost:.1%} slower: {why}" if why else "equal"
+    gpus, best_gpus = _gpus_counted(other, by), _gpus_counted(best, by)
+    parts = {n: gpus * getattr(other.time, n) - best_gpus * v for n, v in vars(best.time).items()}
+    more = sorted(((d, n) for n, d in parts.items() if d > 0), reverse=True)[:2]
+    lost = price(other, by) / price(best, by) - 1
+    word, unit = ("dearer", "GPU s") if by == "cost" else ("slower", "s")
+    why = ", ".join(f"{n.replace('_', ' ')} +{d:.3g} {unit}" for d, n in more)
+    return f"{lost:.1%} {word}: {why}" if why else "equal"
+
+
+def _gpus_counted(candidate: Candidate, by: str) -> int:
+    return candidate.job.num_gpus if by == "cost" else 1
 
 
 def _nothing_legal(config: RunConfig, num_gpus: int, refused: list[list[str]]) -> ConfigError:

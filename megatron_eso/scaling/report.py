@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_eso.errors import UserError
 from megatron_eso.files import write_figure, write_whole
+from megatron_eso.log_axis import make_logarithmic
 from megatron_eso.scaling.isoflop import parabola
 from megatron_eso.scaling.study import ObjectiveFit, Study, recommendation, study_text
 
@@ -19,6 +20,7 @@ STYLE = (
     "td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;"
     "padding:1em;overflow:auto}"
 )
+MANY = 1e9  # from here on whole numbers are written like others
 COLUMNS = ("cell", "parameters", "tokens", "flops", "flops_published", "loss", "loss_error",
            "train_loss", "learning_rate", "state")  # fmt: skip
 
@@ -98,8 +100,8 @@ def _draw_isoflop(axis: Any, fit: ObjectiveFit) -> None:
         axis.plot([row["parameters"] for row in fit.doubtful], [row["loss"] for row in fit.doubtful],
                   "x", color="black", label="left out: doubtful")  # fmt: skip
     refused = "" if all(m.coefficients for m in fit.minima) else "  (dotted: minimum refused)"
-    axis.set(xscale="log", xlabel="parameters", ylabel="validation nats per token",
-             title=fit.objective + refused)  # fmt: skip
+    axis.set(xlabel="parameters", ylabel="validation nats per token", title=fit.objective + refused)
+    make_logarithmic(axis.xaxis)
     axis.legend(fontsize=8)
 
 
@@ -107,8 +109,9 @@ def _draw_ladder(axis: Any, fit: ObjectiveFit) -> None:
     errors = [row.get("loss_error") or 0.0 for row in fit.rows]
     axis.errorbar([row["flops"] for row in fit.rows], [row["loss"] for row in fit.rows], yerr=errors,
                   fmt="o", markersize=4)  # fmt: skip
-    axis.set(xscale="log", xlabel="training FLOPs", ylabel="validation nats per token",
+    axis.set(xlabel="training FLOPs", ylabel="validation nats per token",
              title=f"{fit.objective}  (token ladder)")  # fmt: skip
+    make_logarithmic(axis.xaxis)
 
 
 def _draw_law(axis: Any, study: Study, law_name: str, value: str, label: str) -> None:
@@ -124,7 +127,9 @@ def _draw_law(axis: Any, study: Study, law_name: str, value: str, label: str) ->
                 band = np.array([law.interval_at(x) for x in line])
                 axis.fill_between(line, band[:, 0], band[:, 1], color=f"C{index}", alpha=0.15)
     if axis.get_legend_handles_labels()[0]:
-        axis.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=label)
+        axis.set(xlabel="training FLOPs", ylabel=label)
+        make_logarithmic(axis.xaxis)
+        make_logarithmic(axis.yaxis)
         axis.legend(fontsize=8)
     else:  # an empty axis cannot be logarithmic, and has no numbers
         axis.set(xlabel="training FLOPs", ylabel=label, xticks=[], yticks=[])
@@ -134,13 +139,13 @@ def _draw_law(axis: Any, study: Study, law_name: str, value: str, label: str) ->
 def _draw_residuals(axis: Any, study: Study) -> None:
     for index, fit in enumerate(study.objectives):
         if fit.parametric:
-            axis.set(xscale="log")
             axis.plot([row["flops"] for row in fit.rows], 100 * np.array(fit.parametric.residuals),
                       "o", color=f"C{index}", markersize=4, label=fit.objective)  # fmt: skip
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(xlabel="training FLOPs", ylabel="measured over fitted loss, %",
              title="residuals of E + A/N^a + B/D^b")  # fmt: skip
     if axis.get_legend_handles_labels()[0]:
+        make_logarithmic(axis.xaxis)
         axis.legend(fontsize=8)
 
 
@@ -172,4 +177,5 @@ def _page(study: Study, picture: str, note: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value if value is not None else "")
+    is_short = isinstance(value, float) or (isinstance(value, int) and value >= MANY)
+    return f"{value:.5g}" if is_short else str(value if value is not None else "")

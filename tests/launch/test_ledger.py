@@ -1,13 +1,14 @@
 """The account of a run from its events: every second has one cause, and clocks may jump."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_eso.errors import UserError
-from megatron_eso.launch import events
-from megatron_eso.launch.ledger import CAUSES, account, read_ledger
+from megatron_eso.launch import events, timeline
+from megatron_eso.launch.ledger import CAUSES, Stretch, account, read_ledger
 from megatron_eso.launch.timeline import write_timeline
 
 
@@ -118,3 +119,19 @@ def test_a_plot_that_cannot_be_written_is_a_message():
 
 def test_the_account_can_be_written_as_json():
     json.dumps({cause: account(INTERRUPTED).seconds(cause) for cause in CAUSES})
+
+
+def test_the_timeline_shows_its_whole_legend(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(timeline, "write_figure", lambda out, figure, dpi: drawn.append(figure))
+    write_timeline(replace(account(INTERRUPTED), stretches=[
+        Stretch(float(n), float(n + 1), cause) for n, cause in enumerate(CAUSES)
+    ]), tmp_path / "a.png")  # fmt: skip
+    [figure] = drawn
+    figure.draw_without_rendering()
+    [legend] = [*figure.legends, *(a.get_legend() for a in figure.axes if a.get_legend())]
+    assert len(legend.get_texts()) == len(CAUSES)
+    box = legend.get_window_extent()
+    assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1 and figure.bbox.x0 <= box.x0
+    [axis] = figure.axes
+    assert not box.overlaps(axis.xaxis.get_tightbbox())

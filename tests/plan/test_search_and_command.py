@@ -59,6 +59,19 @@ def test_losers_are_explained():
     )
 
 
+def test_a_search_by_cost_compares_costs():
+    """Twice the GPUs take half the time: they are not "-50% slower", they cost more."""
+    *lines, use = search_command(
+        job().config, 64, H100, by="cost", allow_fp8=False, max_context=1
+    ).text.splitlines()
+    sizes = {line.split()[0] for line in lines[1:] if "dearer" in line}
+    assert len(sizes) > 1 and not any("slower" in line or "-" in line.split("micro-batch")[1]
+                                      for line in lines[1:])  # fmt: skip
+    assert any("cheaper, but needs" in line for line in lines)
+    assert not any("faster" in line for line in lines)
+    assert use.startswith(f"use on {lines[1].split()[0]} GPUs: parallel.tensor=")
+
+
 def test_a_batch_that_splits_nowhere_is_refused():
     with pytest.raises(ConfigError, match="global_batch_rows"):
         search(job().config, 7 * 11 * 13, H100)

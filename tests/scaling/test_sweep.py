@@ -3,12 +3,14 @@
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 
@@ -422,6 +424,7 @@ def test_a_study_goes_from_runs_to_a_page(tmp_path):
     written = write_report(study, tmp_path / "report.html", note="A note <b>.")
     page = written[0].read_text()
     assert "data:image/png" in page and "&lt;b&gt;" in page and all(p.exists() for p in written)
+    assert not re.search(r"<td>\d{10}", page)  # FLOPs that happen to be whole
     assert recommendation(study.objectives[0], 1e12) in study_text(study)
 
 
@@ -635,6 +638,28 @@ def test_an_axis_without_data_has_no_numbers():
         a for a in study_figure(study).axes if any("no interior" in t.get_text() for t in a.texts)
     ]
     assert len(empty) == 2 and not any(len(a.get_xticks()) + len(a.get_yticks()) for a in empty)
+
+
+@pytest.mark.parametrize("decades", [0.3, 0.6, 0.9, 1.5, 4], ids=lambda d: f"{d} decades")
+def test_the_numbers_at_an_axis_can_be_read(decades):
+    """None lies on its neighbour, and a loss is 6.35, not 6.35 x 10^0."""
+    rows = [
+        row(5 + decades * s / 4, b, loss=6.35 + 0.001 * (s - 1 - b / 2e10) ** 2 - 1e-13 * b)
+        for s in range(5)
+        for b in (1e10, 2e10, 3e10)
+    ]
+    figure = study_figure(fit_study(rows))
+    figure.draw_without_rendering()
+    for axes in (axes for axes in figure.axes if axes.get_visible()):
+        for axis, begin, end in ((axes.xaxis, "x0", "x1"), (axes.yaxis, "y0", "y1")):
+            low, high = axis.get_view_interval()
+            ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+            labels = [t.label1 for t in ticks if low <= t.get_loc() <= high and t.label1.get_text()]
+            texts = [label.get_text() for label in labels]
+            assert len(labels) >= 2 and not any("times10^{0}" in text for text in texts), texts
+            boxes = sorted((t.get_window_extent() for t in labels), key=lambda b: getattr(b, begin))
+            gaps = [getattr(b, begin) - getattr(a, end) for a, b in pairwise(boxes)]
+            assert min(gaps) > 0, texts
 
 
 def test_whole_numbers_of_a_table_stay_whole(tmp_path):
