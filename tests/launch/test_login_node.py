@@ -343,6 +343,7 @@ def test_a_file_in_place_of_a_checkpoint_is_called_a_file(node, tmp_path):
     (tmp_path / "f").touch()
     assert "f is a file; give a" in node.run("checkpoint", "inspect", tmp_path / "f", code=4)
     assert "does not exist" in node.run("checkpoint", "inspect", tmp_path / "g", code=4)
+    assert "does not exist" in node.run("checkpoint", "list", tmp_path / "g", code=4)
 
 
 @pytest.mark.parametrize("option, number", [("num_samples", -1), ("num_samples", 0), ("length", 0)])
