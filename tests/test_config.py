@@ -513,3 +513,14 @@ def test_a_reference_to_no_setting_says_how_the_characters_are_written():
     ):
         load_config(None, ["folder=w${e}"])
     assert load_config(None, [r"folder=w\${e}"]).folder == "w${e}"
+
+
+@pytest.mark.parametrize("name", ["ar", "mdlm", "bd3lm"])
+def test_the_rules_that_are_printed_are_those_of_the_objective(name):
+    """Without an alpha_0 there is no share by it; rows of bd3lm are no diffusion rows at any share."""
+    asked = config(f"objective.name={name}", "train.micro_batch_rows=2")
+    lines = derive.derive(asked, 1).lines()
+    (fraction,) = [line for line in lines if line.startswith("diffusion_fraction")]
+    assert "alpha_0" not in fraction and f"objective.name={name}" in fraction
+    (rows,) = [line for line in lines if line.startswith("num_diffusion_rows")]
+    assert ("diffusion_fraction x" in rows) == (name != "bd3lm")

@@ -1,5 +1,6 @@
 """The tools say what is wrong with their arguments, and reuse only results of the same settings."""
 
+import ast
 import errno
 import sys
 from pathlib import Path
@@ -76,6 +77,19 @@ def test_a_tool_that_is_a_command_reads_its_options(name):
     """Else --help would run it."""
     text = (Path(numerics.__file__).parent / f"{name}.py").read_text()
     assert ("__main__" in text) == ("ArgumentParser(" in text)
+
+
+def test_every_option_of_a_tool_has_help():
+    silent = [
+        f"{path.name}:{call.lineno}"
+        for path in Path(numerics.__file__).parent.glob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr == "add_argument"
+        and "help" not in [word.arg for word in call.keywords]
+    ]
+    assert not silent
 
 
 def test_an_interrupted_write_of_a_table_leaves_the_earlier_one(tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ LENGTH, LAYERS, STEPS = 512, 6, 3
 def main() -> None:
     """Run one case or print all tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", choices=CASES)
+    parser.add_argument("--case", choices=CASES, help="measure only this, as JSON [all, as tables]")
     case = parser.parse_args().case
     if case:
         print(json.dumps(measure(CASES[case])))

@@ -38,8 +38,8 @@ LENGTH, VOCAB, SAVES = 128, 32768, 3
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where to write; what is there stays")
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("folder", type=Path, help="folder to write to; what is there stays")
+    parser.add_argument("--layers", type=int, default=12, help="layers of the model [12]")
     parser.add_argument("--resume", action="store_true", help="only resume and do one step")
     options = parser.parse_args()
     if options.resume:

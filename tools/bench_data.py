@@ -59,7 +59,7 @@ def _parts(arguments: list[str]) -> list[str]:
         return name
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", nargs="*", type=part, help=", ".join(PARTS))
+    parser.add_argument("part", nargs="*", type=part, help=f"{', '.join(PARTS)} [all]")
     return parser.parse_args(arguments).part
 
 

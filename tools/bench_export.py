@@ -32,8 +32,8 @@ ROUNDS = 3  # all tasks in turn; the shortest time and the largest peak count
 def main() -> None:
     """Print speed and peak memory of each task."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mib", type=int, default=1024, help="size of the checkpoint")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--mib", type=int, default=1024, help="MiB of the checkpoint [1024]")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -80,13 +80,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--section", action="append", choices=SECTIONS)
-    parser.add_argument("--shape", action="append", help="of the shapes of whole steps, this one")
-    parser.add_argument("--length", action="append", type=int, help="of the lengths, this one")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes")
-    parser.add_argument("--repeats", type=int, help="times a call is timed; the best counts [3]")
     parser.add_argument(
-        "--out", type=Path, help="JSON file for the results; those of earlier calls stay in it"
+        "--section", action="append", choices=SECTIONS, help="measure this; repeatable [all]"
+    )
+    parser.add_argument("--shape", action="append", help="shape of whole steps; repeatable [all]")
+    parser.add_argument("--length", action="append", type=int, help="row length; repeatable [all]")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that all runs")
+    parser.add_argument("--repeats", type=int, help="timings of each call; the best counts [3]")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file for the results; it keeps those of earlier calls"
     )
     arguments = parser.parse_args()
     if HAS_TE:

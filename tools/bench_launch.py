@@ -24,7 +24,7 @@ _RUN = ["configs/run/quickstart.yaml", "train.global_batch_rows=64", "train.micr
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=at_least_1, default=5, help="of each command [5]")
+    parser.add_argument("--repeats", type=at_least_1, default=5, help="runs of each command [5]")
     repeats = parser.parse_args().repeats
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

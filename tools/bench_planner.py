@@ -47,7 +47,7 @@ RUNS = {
 def main() -> None:
     """Measure the runs and print predictions beside them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="folder for the runs; finished ones are reused")
     parser.add_argument(
         "--cluster", type=hardware, default="cpu", help="hardware profile: name or YAML"
     )

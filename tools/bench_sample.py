@@ -49,7 +49,10 @@ class Method:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--length", type=int, action="append", choices=(1024, 2048, 4096))
+    parser.add_argument(
+        "--length", type=int, action="append", choices=(1024, 2048, 4096),
+        help="tokens of a row; repeatable [all]",
+    )  # fmt: skip
     lengths = parser.parse_args().length or [1024, 2048, 4096]
     replica = make_model(max(lengths))
     print(f"{torch.get_num_threads()} threads, float32, 384 wide x 8 layers, V = 8192")

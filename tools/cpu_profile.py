@@ -29,7 +29,7 @@ GATHERED_BYTES, SUMMED_BYTES = 2 << 20, 64 << 20
 def main() -> None:
     """Measure and print YAML."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=at_least_1, default=2)
+    parser.add_argument("--ranks", type=at_least_1, default=2, help="ranks to start [2]")
     options = parser.parse_args()
     results: Any = processes.get_context("spawn").SimpleQueue()
     processes.spawn(_rank, (options.ranks, free_port(), results), nprocs=options.ranks)

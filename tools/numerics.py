@@ -45,9 +45,10 @@ def main() -> None:
     """Prepare, train, score, and show."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=text_file, required=True, help="tinyshakespeare.txt")
-    parser.add_argument("--out", type=Path, default=Path("runs/numerics"))
-    parser.add_argument("--seeds", type=at_least_1, default=3)
-    parser.add_argument("--jobs", type=at_least_1, default=1, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("runs/numerics"),
+                        help="folder for the runs and the table [runs/numerics]")  # fmt: skip
+    parser.add_argument("--seeds", type=at_least_1, default=3, help="seeds per objective [3]")
+    parser.add_argument("--jobs", type=at_least_1, default=1, help="runs at a time [1]")
     parser.add_argument("--override", nargs="*", default=[], help="section.key=value for every run")
     options = parser.parse_args()
     prepare(options.text, options.out)
@@ -84,7 +85,7 @@ def prepare(text: Path, out: Path) -> None:
         file = out / f"{name}.txt"
         if file.is_file() and file.read_text() != part:
             raise SystemExit(
-                f"--out {out} holds runs of another text than --text {text}: give another"
+                f"--out {out} holds runs of another text than --text {text}: give another --out"
             )
         write_whole(file, part)
     write_character_tokenizer(sorted(set(whole)), out / "tokenizer.json")

@@ -118,7 +118,7 @@ def main() -> None:
     """Train both kinds for every seed and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=text_file, required=True, help="tinyshakespeare.txt")
-    parser.add_argument("--seeds", type=at_least_1, default=3)
+    parser.add_argument("--seeds", type=at_least_1, default=3, help="seeds per kind [3]")
     arguments = parser.parse_args()
     text = arguments.text.read_text()
     known = {character: number for number, character in enumerate(sorted(set(text)))}

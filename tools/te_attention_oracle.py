@@ -66,8 +66,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("library", type=Path)
-    parser.add_argument("--out", type=Path, help="JSON file of all answers; needed")
+    parser.add_argument("library", type=Path, help="libtransformer_engine.so of the wheel")
+    parser.add_argument("--out", type=Path, help="JSON file of all answers; required")
     arguments = parser.parse_args()
     if "MADE_UP_MAJOR" in os.environ:
         print(json.dumps(answers(arguments.library)))

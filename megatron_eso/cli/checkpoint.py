@@ -169,7 +169,8 @@ def _folders(run: Path) -> "list[CheckpointFolder]":
         folders = list_folders(root)
         if folders:
             return folders
-    raise CheckpointError(f"{run} holds no checkpoints; give a run folder, such as runs/NAME")
+    what = "holds no checkpoints" if run.exists() else "does not exist"
+    raise CheckpointError(f"{run} {what}; give a run folder, such as runs/NAME")
 
 
 def _one(path: Path) -> "CheckpointFolder":

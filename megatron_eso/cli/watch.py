@@ -13,7 +13,7 @@ app = application()
 @app.command()
 def watch(
     runs: Annotated[list[Path] | None, typer.Argument(help="Run folders [all]")] = None,
-    every: Annotated[float, typer.Option(help="Seconds between looks at the queue")] = 5.0,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks at the queue")] = 5.0,
     once: Annotated[bool, typer.Option("--once", help="Look once, then end")] = False,
 ) -> None:
     """Start requeued jobs at once instead of after Slurm's credential wait (2-10 minutes).

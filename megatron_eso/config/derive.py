@@ -59,8 +59,9 @@ def derive(config: RunConfig, world_size: int) -> Derived:
     rules = {
         "head_size": "model.head_size, or hidden_size / num_heads",
         "num_kv_heads": "model.num_kv_heads, or num_heads",
-        "ffn_size": "model.ffn_size, or 8/3 hidden_size rounded up to 64 (swiglu), 4 hidden_size (gelu)",
-        "padded_vocab_size": f"vocab_size rounded up to {model.vocab_padding_multiple}",
+        "ffn_size": "model.ffn_size, or 8/3 hidden_size rounded up to a multiple of 64 (swiglu), 4 "
+        "hidden_size (gelu)",
+        "padded_vocab_size": f"vocab_size rounded up to a multiple of {model.vocab_padding_multiple}",
         "diffusion_fraction": "objective.diffusion_fraction, or 0 / 0.5 / 1 by alpha_0",
         "data_parallel": f"{world_size} ranks / (tensor x pipeline x context = "
         f"{num_ranks_of_one_replica})",
@@ -70,7 +71,7 @@ def derive(config: RunConfig, world_size: int) -> Derived:
         "num_micro_batches": "stack rows / (micro_batch_rows x data_parallel)",
         "total_steps": "train.steps, or train.tokens / (global_batch_rows x sequence_length)",
         "total_tokens": "total_steps x global_batch_rows x sequence_length",
-    }
+    } | _rules_of_baseline(config.objective.name)
     return Derived(
         head_size=head_size(model),
         num_kv_heads=num_kv_heads(model),
@@ -86,6 +87,16 @@ def derive(config: RunConfig, world_size: int) -> Derived:
         total_tokens=steps * train.global_batch_rows * train.sequence_length,
         rules=rules,
     )
+
+
+def _rules_of_baseline(name: str) -> dict[str, str]:
+    """Return the rules that differ from Eso-LM's."""
+    if name == "eso":
+        return {}
+    rules = {"diffusion_fraction": f"objective.name={name}: all rows take the same pass"}
+    if name == "bd3lm":
+        rules["num_diffusion_rows"] = "objective.name=bd3lm: every row runs as two stack rows"
+    return rules
 
 
 def head_size(model: ModelConfig) -> int:

@@ -46,8 +46,8 @@ class HealthConfig:
     max_clock_skew_seconds: float = within(30.0, above=0)
     """Largest difference between a node's clock and the shared file system's; above it, sick."""
     min_pair_gb_per_second: float = within(0.0, at_least=0)
-    """All-reduce speed in GB/s between one process of a node and one of its neighbour; a node below it
-    with both neighbours is sick. 0: not measured, as it costs a start of torch on every node."""
+    """All-reduce speed in GB/s between one process of a node and one of its neighbor; a node below it
+    with both neighbors is sick. 0: not measured, as it costs a start of torch on every node."""
     timeout_seconds: int = within(120, at_least=1)
     """Limit for the check of all nodes, and again for their pairs; a silent node is sick."""
 
@@ -61,7 +61,7 @@ class SurvivalConfig:
     signal_seconds: int = within(600, at_least=1)
     """Time before the limit at which the job is told to save (Slurm may be up to 60 s early)."""
     max_attempts_without_progress: int = within(3, at_least=1)
-    """After so many attempts in a row without a newer checkpoint the job is held."""
+    """After this many attempts in a row without a newer checkpoint the job is held."""
     in_job_restarts: int = within(2, at_least=0)
     """Faults after which the ranks start again on the same nodes, before the job is requeued."""
     bad_node_hours: float = within(24.0, at_least=0)
@@ -87,13 +87,13 @@ class ClusterProfile:
     nodes: int = within(1, at_least=1)
     """Nodes that train."""
     tasks_per_node: int = within(1, at_least=1)
-    """Ranks of a node; one per GPU."""
+    """Ranks per node; one per GPU."""
     gpus_per_node: int = within(0, at_least=0)
-    """GPUs of a node to ask for; 0: none."""
+    """GPUs per node to ask for; 0: none."""
     gpu_type: str = ""
     """Type in --gpus-per-node=TYPE:N; empty: any."""
     cpus_per_task: int = within(1, at_least=1)
-    """CPUs of a rank."""
+    """CPUs per rank."""
     memory: str = "0"
     """--mem of a node; 0: all of it."""
     exclusive: bool = True
@@ -103,9 +103,9 @@ class ClusterProfile:
     switches: str = ""
     """--switches value (count[@max-wait]) to ask for nearby nodes; empty: none."""
     directives: list[str] = field(default_factory=list)
-    """Further sbatch options, each written as `--name=value`."""
+    """More sbatch options, each written as `--name=value`."""
     srun_arguments: list[str] = field(default_factory=list)
-    """Further srun options."""
+    """More srun options, written in the same way."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of the job."""
     setup: list[str] = field(default_factory=list)
@@ -118,13 +118,13 @@ class ClusterProfile:
     """plain: NCCL as it is; tcpx: A3 High; tcpxo: A3 Mega; gib: A3 Ultra."""
     hardware: str = ""
     """Hardware profile of the planner (configs/hardware): `submit` refuses a run that does not fit into
-    the GPUs' memory and shows the planner's warnings. Empty: not asked."""
+    the GPUs' memory and shows the planner's warnings. Empty: not checked."""
     checkpoint_gb_per_second: float = within(1.0, above=0, below=math.inf)
     """Speed at which all nodes together write a checkpoint; signal_seconds must leave time for one."""
     shared_folders: list[str] = field(default_factory=list)
     """Folders that login and compute nodes share; runs elsewhere are refused. Empty: not checked."""
     boot_minutes: int = within(0, at_least=0)
-    """Time that a dynamic node may take to boot; `status` is not alarmed before."""
+    """Minutes that a dynamic node may take to boot; `status` says that so long is normal."""
     container: ContainerConfig = field(default_factory=ContainerConfig)
     """Container runtime and image."""
     health: HealthConfig = field(default_factory=HealthConfig)

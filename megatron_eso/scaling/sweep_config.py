@@ -43,14 +43,14 @@ class SweepConfig:
     learning_rate: LearningRateRule = field(default_factory=LearningRateRule)
     """Rule for optimizer.learning_rate."""
     min_learning_rate_share: float = within(0.1, at_least=0, at_most=1)
-    """optimizer.min_learning_rate over the peak."""
+    """optimizer.min_learning_rate as a share of the peak."""
     warmup_share: float = within(0.05, at_least=0, at_most=1)
-    """optimizer.warmup_steps over the steps, rounded up."""
+    """optimizer.warmup_steps as a share of the steps, rounded up."""
     batch_rows: int | None = within(None, at_least=1)
     """train.global_batch_rows of every cell; null: the base's."""
     min_tokens_per_parameter: float = within(0.0, at_least=0)
     """Cells with fewer tokens over parameters (embeddings not counted) are left out."""
     hardware: str = "h100"
-    """Profile that cost is estimated with."""
+    """Hardware profile for the estimate of cost."""
     num_gpus: int = within(8, at_least=1)
     """GPUs (ranks) of one machine that a cell trains on: its parallel.local_ranks."""

@@ -373,10 +373,16 @@ def test_options_of_submit_that_cannot_be_meant_are_refused(node, tmp_path, word
     assert node.asked() == [] and not (tmp_path / "r").exists()
 
 
+def test_a_pause_that_cannot_be_slept_is_refused(node):
+    assert "Invalid value for '--every'" in node.run("watch", "--every", "-1", code=2)
+    assert node.asked() == []
+
+
 def test_a_file_in_place_of_a_checkpoint_is_called_a_file(node, tmp_path):
     (tmp_path / "f").touch()
     assert "f is a file; give a" in node.run("checkpoint", "inspect", tmp_path / "f", code=4)
     assert "does not exist" in node.run("checkpoint", "inspect", tmp_path / "g", code=4)
+    assert "does not exist" in node.run("checkpoint", "list", tmp_path / "g", code=4)
 
 
 @pytest.mark.parametrize("option, number", [("num_samples", -1), ("num_samples", 0), ("length", 0)])
