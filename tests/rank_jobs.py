@@ -166,6 +166,7 @@ def train(
         found = find_checkpoint(Path(str(folder)), hashes=True)
         session.state.step = load_training_state(
             found,
+            found.sidecar(),
             session.chunks,
             session.optimizer,
             session.average,
