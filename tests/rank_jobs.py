@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from megatron_eso.parallel.parameters import (
     sharded_parameters,
     shards,
 )
+from megatron_eso.train import session as session_module
 from megatron_eso.train.session import Session, build_session
 from megatron_eso.train.step import (
     forward_backward,
@@ -62,6 +64,15 @@ SMALL = [
 def small_config(overrides: list[str]) -> RunConfig:
     """Return the configuration of the tests' small model."""
     return load_config(None, [*SMALL, *overrides])
+
+
+def idle_gpus_told(nodes: list[str]) -> list[str]:
+    """Return what a run says of idle GPUs where each node shows 4, the ranks being on these nodes."""
+    here = nodes[int(os.environ["RANK"])]
+    told = [(session_module, "idle_gpus", lambda device, num_ranks: [f"{num_ranks} ranks here"])]
+    with replaced([(platform, "node", lambda: here), *told]):
+        lines = session_module.choices(make_empty_session([]))
+    return [line for line in lines if line.endswith("ranks here")]
 
 
 def make_session(overrides: list[str]) -> Session:
@@ -166,6 +177,7 @@ def train(
         found = find_checkpoint(Path(str(folder)), hashes=True)
         session.state.step = load_training_state(
             found,
+            found.sidecar(),
             session.chunks,
             session.optimizer,
             session.average,

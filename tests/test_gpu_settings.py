@@ -71,6 +71,14 @@ def test_gpus_that_stay_idle_are_told_of(monkeypatch, num_ranks, num_gpus, said)
     assert idle_gpus(Device(torch.device("cpu"), "gloo"), num_ranks) == []
 
 
+@pytest.mark.parametrize(
+    ("nodes", "numbers"), [(["n0", "n1"], [1, 1]), (["n0", "n0"], [2, 2])], ids=["two", "one"]
+)
+def test_the_ranks_of_other_nodes_use_no_gpu_of_this_one(two_ranks, nodes, numbers):
+    told = two_ranks.run("idle_gpus_told", nodes)
+    assert told == [[f"{number} ranks here"] for number in numbers]
+
+
 def test_a_barrier_over_nccl_does_not_advise_what_would_line_up_the_exchanges_of_stages():
     """PyTorch advises to name the GPU when groups are made; a group then has one communicator for all."""
     source = inspect.getsource(torch.distributed.barrier)

@@ -61,6 +61,7 @@ def _resume(options: argparse.Namespace) -> None:
     folder = find_checkpoint(options.folder, hashes=True)
     session.state.step = load_training_state(
         folder,
+        folder.sidecar(),
         session.chunks,
         session.optimizer,
         session.average,

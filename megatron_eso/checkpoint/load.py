@@ -4,7 +4,7 @@ Every rank reads for itself (fill.py) and says what it could not read before any
 raised alone would leave the others waiting in the next exchange.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from megatron_eso.parallel.parameters import dealt_parameters, device_of
 
 def load_training_state(
     folder: CheckpointFolder,
+    facts: Mapping[str, Any],
     chunks: list[nn.Module],
     optimizer: Any,
     average: MovingAverage | None,
@@ -49,6 +50,7 @@ def load_training_state(
 
     Args:
         folder: a whole checkpoint.
+        facts: what it says of itself (``folder.sidecar()``).
         chunks: wrapped model chunks.
         optimizer: Megatron's optimizer.
         average: moving average, if the run keeps one.
@@ -56,11 +58,10 @@ def load_training_state(
         num_updates: number of updates the optimizer has made; None: one per step.
     """
     device = device_of(chunks)
-    sidecar = from_first_rank(folder.sidecar, device)
     reader = _opened(folder, device)
-    step = int(sidecar["step"])
+    step = int(facts["step"])
     kinds: tuple[str, ...] = (WEIGHTS, *MOMENTS)
-    if average is not None and sidecar["has_ema"]:
+    if average is not None and facts["has_ema"]:
         kinds = (*kinds, EMA)
     places = _loaded(reader, chunks, optimizer, average, kinds, group)
     updates = step if num_updates is None else num_updates

@@ -13,8 +13,10 @@ import hashlib
 import json
 import logging
 import pickle
+import re
 import secrets
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +48,7 @@ from megatron_eso.parallel.parameters import (
 log = logging.getLogger(__name__)
 RUN_ID = "run_id"
 _KEPT = 2
+_NAME = re.compile(r"step_(\d{10})")
 
 
 def run_identity(checkpoints: Path) -> str:
@@ -141,8 +144,15 @@ class LocalCopies:
         return False
 
     def newest(self) -> int:
-        """Return the newest step for which all ranks hold a whole copy; -1 if there is none."""
-        mine = [step for step in self._steps() if not self._damage(step)]
+        """Return the newest step for which all ranks hold a whole copy; -1 if there is none.
+
+        A rank that cannot list its copies holds none.
+        """
+        mine: list[int] = []
+        try:
+            mine = [step for step in self._steps() if not self._damage(step)]
+        except OSError as error:
+            log.warning("node-local copies in %s cannot be listed: %s", self._folder, error)
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, mine)
         return max(set.intersection(*map(set, everywhere)), default=-1)
@@ -155,13 +165,26 @@ class LocalCopies:
         average: MovingAverage | None,
         group: dist.ProcessGroup,
     ) -> dict[str, Any] | None:
-        """Load a copy; return the state saved with it, or None if any rank cannot read its copy."""
+        """Load a copy; return the state saved with it, or None if any rank cannot use its copy."""
+        owned, modules = shards(optimizer), [e.module for e in stateful_modules(chunks)]
+
+        def read() -> tuple[dict[str, Any], dict[str, Any]]:
+            header, stored = self._read(step)
+            misfit = _misfit(stored, owned, average, len(modules))
+            if misfit:
+                raise CheckpointError(f"{self._file(step)} does not fit this run: {misfit}")
+            for module, kept in zip(modules, stored["fp8"], strict=True):
+                try:
+                    set_state(module, kept)
+                except (ValueError, RuntimeError) as error:
+                    raise CheckpointError(f"{self._file(step)}: its FP8 state: {error}") from None
+            return header, stored
+
         try:
-            header, stored = together(lambda: self._read(step), device_of(chunks), CheckpointError)
+            header, stored = together(read, device_of(chunks), CheckpointError)
         except CheckpointError as error:
             log.warning("node-local copies of step %d are passed over: %s", step, error)
             return None
-        owned = shards(optimizer)
         with torch.no_grad():
             for (parameter, shard), tensors in zip(owned.items(), stored["shards"], strict=True):
                 shard.master.copy_(tensors[0])
@@ -175,8 +198,6 @@ class LocalCopies:
                 shard = owned.get(entry.data)
                 start, part = (shard.start, shard.master) if shard else (0, None)
                 entry.data.copy_(gather_full(entry.data, start, part, group))
-        for entry, kept in zip(stateful_modules(chunks), stored["fp8"], strict=True):
-            set_state(entry.module, kept)
         write_fp8_weights(optimizer, chunks)
         self.kept_step = step
         return header["state"]
@@ -189,12 +210,13 @@ class LocalCopies:
         if self._child is not None and self._step > step:
             self._child.kill("the run went back")
             self._child = None
-        for path in self._folder.glob("step_*"):
-            if int(path.name.partition(".")[0].removeprefix("step_")) > step:
-                try:
-                    path.unlink(missing_ok=True)
-                except OSError as error:
-                    log.warning("node-local copy %s cannot be removed: %s", path, error)
+        try:
+            for copy in {*self._steps(), *self._steps("pt")}:
+                if copy > step:
+                    self._header(copy).unlink(missing_ok=True)
+                    self._file(copy).unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("node-local copies after step %d cannot be removed: %s", step, error)
         self.kept_step = min(self.kept_step, step)
 
     def close(self, *, remove: bool) -> None:
@@ -255,14 +277,38 @@ class LocalCopies:
             log.warning("node-local copy %s is passed over: %s", file, damage)
         return damage
 
-    def _steps(self) -> list[int]:
-        return sorted(int(p.stem.removeprefix("step_")) for p in self._folder.glob("step_*.json"))
+    def _steps(self, kind: str = "json") -> list[int]:
+        found = (_NAME.fullmatch(path.stem) for path in self._folder.glob(f"step_*.{kind}"))
+        return sorted(int(name.group(1)) for name in found if name)
 
     def _file(self, step: int) -> Path:
         return self._folder / f"step_{step:010d}.pt"
 
     def _header(self, step: int) -> Path:
         return self._folder / f"step_{step:010d}.json"
+
+
+def _misfit(
+    stored: Any, owned: Mapping[nn.Parameter, Any], average: MovingAverage | None, num_fp8: int
+) -> str:
+    """Return what of a copy's tensors has not the shape of what it is to fill, or an empty string."""
+    try:
+        copies, fp8 = list(stored["shards"]), list(stored["fp8"])
+    except (KeyError, TypeError) as error:
+        return f"it lacks {error}"
+    if len(copies) != len(owned) or len(fp8) != num_fp8:
+        return (
+            f"it holds {len(copies)} parameters and {len(fp8)} FP8 states, the run {len(owned)} and "
+            f"{num_fp8}"
+        )
+    for copy, shard in zip(copies, owned.values(), strict=True):
+        found = [None if part is None else tuple(part.shape) for part in copy]
+        shape = tuple(shard.master.shape)
+        moments = [None if found[1:2] == [None] else shape] * len(MOMENTS)
+        wanted = [shape, *moments, None if average is None else shape]
+        if found != wanted:
+            return f"shapes {found} instead of {wanted}"
+    return ""
 
 
 def _parts(shard: Any, average: MovingAverage | None, parameter: nn.Parameter) -> list[Any]:

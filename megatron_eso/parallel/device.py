@@ -85,7 +85,7 @@ def gpu_of_rank(local_rank: int, num_gpus: int, environ: Mapping[str, str]) -> i
 
 
 def idle_gpus(device: Device, num_ranks: int) -> list[str]:
-    """Return a line if fewer ranks were started than this process sees GPUs, else nothing."""
+    """Return a line if fewer ranks of this node were started than it has GPUs in sight, else nothing."""
     seen = torch.cuda.device_count() if device.is_cuda else 0
     if num_ranks >= seen:
         return []

@@ -264,6 +264,7 @@ class Keeper:
         state = TrainState(**stored) if stored else TrainState(step=int(facts["step"]))
         load_training_state(
             folder,
+            facts,
             session.chunks,
             session.optimizer,
             session.average,

@@ -5,6 +5,7 @@ data follow from the step.
 """
 
 import os
+import platform
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from megatron_eso.parallel.device import (
     prepare_for_graphs,
     start_process_group,
 )
-from megatron_eso.parallel.exchange import any_rank
+from megatron_eso.parallel.exchange import any_rank, gather_messages
 from megatron_eso.parallel.finish import before_finish
 from megatron_eso.parallel.fp8_state import forget_layers
 from megatron_eso.parallel.groups import Layout, build_groups
@@ -82,6 +83,8 @@ class Session:
     clock: PassClock
     joined: float
     """Wall-clock time at which the first exchange between all ranks was done."""
+    num_ranks_here: int
+    """Ranks on this node."""
 
     @property
     def replica(self) -> Replica:
@@ -143,6 +146,7 @@ def build_session(
     config, device, layout = start_ranks(config, ranks)
     any_rank([False], device.torch_device)
     joined = time.time()
+    nodes = gather_messages(platform.node())
     chunks: list[Any]
     start_user_buffers(config)
     if config.precision.fp8 != "off":
@@ -174,6 +178,7 @@ def build_session(
         state=TrainState(),
         clock=clock,
         joined=joined,
+        num_ranks_here=nodes.count(platform.node()),
     )
     if draw_weights:
         session.draw_weights()
@@ -187,7 +192,7 @@ def choices(session: Session) -> list[str]:
     lines = [
         f"precision.dtype = {precision.dtype}, attention {attention_kernel(config, device)}, device "
         f"{session.torch_device}",
-        *idle_gpus(device, session.ranks.world_size),
+        *idle_gpus(device, session.num_ranks_here),
     ]
     if precision.backend == "te":
         version = ".".join(map(str, describe_machine().te or ()))

@@ -20,6 +20,7 @@ import torch
 
 from megatron_eso.checkpoint import find as find_module
 from megatron_eso.checkpoint import folder as folder_module
+from megatron_eso.checkpoint import local as local_module
 from megatron_eso.checkpoint.folder import CheckpointFolder, list_folders
 from megatron_eso.checkpoint.local import LocalCopies
 from megatron_eso.checkpoint.state import collect
@@ -95,31 +96,62 @@ def start(
 
 
 def start_without(
-    rank: int, file: str, folder: str, overrides: list[str], readable: int = 0
+    rank: int, file: str, folder: str, overrides: list[str], readable: int = 0, to: int = 2
 ) -> dict[str, Any]:
     """Do what :func:`start` does, with files that one rank cannot open, as on a node with a bad mount.
 
     Args:
         rank: of the one.
-        file: how their names end.
+        file: how their names end; of a folder: it cannot be listed.
         folder: run folder.
         overrides: settings.
         readable: so often it can be opened before.
+        to: last step.
     """
     left = readable if int(os.environ["RANK"]) == rank else math.inf
 
     def refuse(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal left
-        if event == "open" and str(arguments[0]).endswith(file):
+        if event in ("open", "os.scandir") and str(arguments[0]).endswith(file):
             left -= 1
             if left < 0:
                 raise OSError(errno.EIO, "Input/output error", str(arguments[0]))
 
     sys.addaudithook(refuse)  # which no one can take away again
     try:
-        return start(folder, overrides, 2, [])
+        return start(folder, overrides, to, [])
     finally:
         left = math.inf
+
+
+def start_with_fp8_state(folder: str, overrides: list[str], refused_by: int) -> dict[str, Any]:
+    """Do what :func:`start` does to step 1, with FP8 state that one rank cannot give back."""
+
+    def refuse(module: Any, state: Any) -> None:
+        if int(os.environ["RANK"]) == refused_by:
+            raise ValueError("KeyError: 'scale_fwd'")
+
+    module = SimpleNamespace(module=None)
+    doubles = (
+        (local_module, "stateful_modules", lambda chunks: [module]),
+        (local_module, "get_state", lambda of: torch.zeros(3, dtype=torch.uint8)),
+        (local_module, "set_state", refuse),
+    )
+    with replaced(doubles):
+        return start(folder, overrides, 1, [])
+
+
+def sidecars_read(folder: str) -> int:
+    """Go on with a run; return how often this rank has parsed its checkpoint's facts."""
+    found, original = [], folder_module.read_sidecar
+
+    def read(path: Path) -> dict[str, Any]:
+        found.append(path)
+        return original(path)
+
+    with replaced(((folder_module, "read_sidecar", read),)):
+        start(folder, [], 1, [])
+    return len(found)
 
 
 def loaded_for_evaluation(run: str, num_unseen: int) -> str:

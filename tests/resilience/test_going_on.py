@@ -1,11 +1,13 @@
 """Which state a start goes on from, and what becomes of the states that it does not."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
+import torch
 
-from megatron_eso.checkpoint.folder import list_folders
+from megatron_eso.checkpoint.folder import hash_file, list_folders
 from tests.resilience.conftest import flip_a_bit
 from tests.resilience.keeper_jobs import START
 
@@ -123,6 +125,72 @@ def test_a_local_copy_whose_header_is_damaged_is_passed_over(one_rank, run, tmp_
     one_rank.run(START, str(run), settings, 2, [])
     next(tmp_path.rglob("step_0000000002.json")).write_text(header)
     assert one_rank.run(START, str(run), settings, 2, [])[0]["first"] == 1
+
+
+def with_copy(two_ranks, run, tmp_path):
+    """Make a run with a checkpoint of step 1 and copies of step 2; return its settings."""
+    settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
+    two_ranks.run(START, str(run), settings, 2, [1])
+    assert len(list(tmp_path.rglob("step_0000000002.pt"))) == 2
+    return settings
+
+
+def test_copies_that_one_rank_cannot_list_are_used_by_none(two_ranks, run, tmp_path):
+    settings = with_copy(two_ranks, run, tmp_path)
+    job = "resilience.keeper_jobs.start_without"
+    arguments = (1, "rank_00001", str(run), settings, 0, 1)
+    first, second = two_ranks.run(job, *arguments, timeout=60)
+    assert first["first"] == second["first"] == 1
+    assert any("cannot be listed" in line and "rank_00001" in line for line in second["said"])
+
+
+def test_another_file_beside_the_copies_is_none(two_ranks, run, tmp_path):
+    settings = with_copy(two_ranks, run, tmp_path)
+    for folder in tmp_path.rglob("rank_0000*"):
+        (folder / "step_mine.json").write_text("{}")
+    assert two_ranks.run(START, str(run), settings, 2, [], timeout=60)[0]["first"] == 2
+
+
+@pytest.mark.parametrize("change", ["shape", "fewer", "moment", "average", "no fp8"])
+def test_copies_whose_tensors_do_not_fit_one_rank_are_used_by_none(
+    two_ranks, run, tmp_path, change
+):
+    """Copies of another version, say: their header fits."""
+    settings = with_copy(two_ranks, run, tmp_path)
+    [file] = tmp_path.rglob("rank_00001/step_0000000002.pt")
+    stored = torch.load(file, weights_only=True)
+    one = stored["shards"][0]
+    if change == "fewer":
+        stored["shards"].pop()
+    elif change == "no fp8":
+        del stored["fp8"]
+    else:
+        part = {"shape": 0, "moment": 2, "average": 3}[change]
+        one[part] = one[part][:1].clone()  # which could be copied into any, in silence
+    torch.save(stored, file)
+    header = json.loads(file.with_suffix(".json").read_text())
+    header |= {"bytes": file.stat().st_size, "xxh3_128": hash_file(file)}
+    file.with_suffix(".json").write_text(json.dumps(header))
+    first, second = two_ranks.run(START, str(run), settings, 1, [], timeout=60)
+    assert first["first"] == second["first"] == 1
+    for found in (first, second):
+        assert any("passed over: rank 1: " in line for line in found["said"])
+
+
+def test_fp8_state_that_one_rank_cannot_take_back_is_used_by_none(two_ranks, run, tmp_path):
+    settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
+    two_ranks.run(START, str(run), settings, 0, [0])
+    job = "resilience.keeper_jobs.start_with_fp8_state"
+    two_ranks.run(job, str(run), settings, -1)
+    assert two_ranks.run(job, str(run), settings, -1)[0]["first"] == 1
+    first, second = two_ranks.run(job, str(run), settings, 1, timeout=60)
+    assert first["first"] == second["first"] == 0
+    assert any("passed over: rank 1: " in line and "scale_fwd" in line for line in first["said"])
+
+
+def test_a_resume_reads_what_a_checkpoint_says_of_itself_once(two_ranks, run):
+    two_ranks.run(START, str(run), [], 1, [1])
+    assert two_ranks.run("resilience.keeper_jobs.sidecars_read", str(run)) == [1, 0]
 
 
 def test_new_local_copies_last_after_one_rank_lost_its_own(two_ranks, run, tmp_path):
