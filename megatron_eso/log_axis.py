@@ -23,7 +23,7 @@ def make_logarithmic(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
     low, high = axis.get_view_interval()
     if high <= FEW_MULTIPLES * low:
-        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axis.set_major_formatter(ScalarFormatter(useOffset=False))
     elif high <= FEW_DECADES * low:
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

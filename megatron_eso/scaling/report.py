@@ -12,7 +12,7 @@ from megatron_eso.errors import UserError
 from megatron_eso.files import write_figure, write_whole
 from megatron_eso.log_axis import make_logarithmic
 from megatron_eso.scaling.isoflop import parabola
-from megatron_eso.scaling.study import ObjectiveFit, Study, recommendation, study_text
+from megatron_eso.scaling.study import FEWEST_RUNS, ObjectiveFit, Study, recommendation, study_text
 
 STYLE = (
     "body{font-family:sans-serif;max-width:80em;margin:2em auto;padding:0 1em}table{border-collapse:"
@@ -131,9 +131,9 @@ def _draw_law(axis: Any, study: Study, law_name: str, value: str, label: str) ->
         make_logarithmic(axis.xaxis)
         make_logarithmic(axis.yaxis)
         axis.legend(fontsize=8)
-    else:  # an empty axis cannot be logarithmic, and has no numbers
-        axis.set(xlabel="training FLOPs", ylabel=label, xticks=[], yticks=[])
-        axis.text(0.5, 0.5, "no interior minimum", ha="center", transform=axis.transAxes)
+    else:
+        axis.set(xlabel="training FLOPs", ylabel=label)
+        _say_empty(axis, "no interior minimum")
 
 
 def _draw_residuals(axis: Any, study: Study) -> None:
@@ -141,12 +141,20 @@ def _draw_residuals(axis: Any, study: Study) -> None:
         if fit.parametric:
             axis.plot([row["flops"] for row in fit.rows], 100 * np.array(fit.parametric.residuals),
                       "o", color=f"C{index}", markersize=4, label=fit.objective)  # fmt: skip
-    axis.axhline(0, color="black", linewidth=0.8)
     axis.set(xlabel="training FLOPs", ylabel="measured over fitted loss, %",
              title="residuals of E + A/N^a + B/D^b")  # fmt: skip
     if axis.get_legend_handles_labels()[0]:
+        axis.axhline(0, color="black", linewidth=0.8)
         make_logarithmic(axis.xaxis)
         axis.legend(fontsize=8)
+    else:
+        _say_empty(axis, f"fewer than {FEWEST_RUNS} runs: not fitted")
+
+
+def _say_empty(axis: Any, why: str) -> None:
+    """Say why an axis is empty; it cannot be logarithmic, and has no numbers."""
+    axis.set(xticks=[], yticks=[])
+    axis.text(0.5, 0.5, why, ha="center", transform=axis.transAxes)
 
 
 def _page(study: Study, picture: str, note: str) -> str:

@@ -24,6 +24,7 @@ from megatron_eso.scaling.parametric import Parametric, fit_parametric
 
 Row = dict[str, Any]
 NUM_BOOTSTRAP = 400
+FEWEST_RUNS = 6  # of an objective, for its parametric law of five numbers
 FAR = 10.0  # times the largest budget: further than that an extrapolation says so
 MUST_AGREE = ("data", "vocab_size", "sequence_length")
 NUMBERS = ("parameters", "tokens", "flops", "loss")
@@ -290,7 +291,7 @@ def _fit_objective(
     good = [m for m in minima if m.parameters is not None]
     size_law, token_law, loss_law = (_law(good, key) for key in ("parameters", "tokens", "loss"))
     parametric = None
-    if len(rows) >= 6:
+    if len(rows) >= FEWEST_RUNS:
         columns = ([row[key] for row in rows] for key in ("parameters", "tokens", "loss"))
         parametric = fit_parametric(*columns, num_bootstrap=50)
     multipliers = []
