@@ -41,8 +41,6 @@ class ClusterError(UserError):
 
 
 # Exit codes that do not mean a user error; docs/resilience.md lists them all.
-STOPPED_EXIT_CODE = (
-    75  # EX_TEMPFAIL: stopped by a signal, with a checkpoint; the same command continues
-)
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, with a checkpoint; run it again
 CRASH_LOOP_EXIT_CODE = 7  # the launcher gave up after faults in a row without a newer checkpoint
 HANG_EXIT_CODE = 8  # the launcher ended ranks without progress and may not start them again

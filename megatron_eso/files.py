@@ -34,9 +34,7 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
         OSError: with the file's name, if it cannot be written; the file is then unchanged.
     """
     raw = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(
-        f".{path.name}.{uuid4().hex}.part"
-    )  # unique among hosts and processes
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.part")  # unique to host and process
     try:
         if path.is_file() and path.stat().st_size == len(raw) and path.read_bytes() == raw:
             return
@@ -111,9 +109,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         OSError: naming ``out``, if it holds anything or cannot be made; errors of the block pass through.
     """
-    out = Path(
-        os.path.realpath(out)
-    )  # so the private folder lies beside a link's target; "." has no name
+    out = Path(os.path.realpath(out))  # to lie beside a link's target; "." has no name
     private: Path | None = None
     try:
         with _naming(out):
@@ -121,9 +117,7 @@ def new_folder(out: Path) -> Iterator[Path]:
                 raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
             out.parent.mkdir(parents=True, exist_ok=True)
             private = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-            folder = (
-                private / out.name
-            )  # has the usual permissions of a new folder, unlike its parent
+            folder = private / out.name  # with the permissions of any new folder, unlike its parent
             folder.mkdir()
         yield folder
         with _naming(out):

@@ -92,9 +92,7 @@ def main() -> None:
         app(prog_name="megatron-eso")
     except UserError as error:
         if is_first_to_say(str(error), os.environ):  # all ranks may find the same error
-            sys.stderr.write(
-                f"error: {error}\n"
-            )  # in one write: print writes the newline separately
+            sys.stderr.write(f"error: {error}\n")  # one write: print sends the newline separately
         raise SystemExit(error.exit_code) from None
     finally:
         look_no_more()
