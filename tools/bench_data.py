@@ -155,7 +155,7 @@ print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def bench_order(num_samples: int) -> None:
-    """Print the time to the first rows of a resumed run, and the memory of a process with only the order."""
+    """Print the time to the first rows of a resumed run, and memory of a process with only the order."""
     command = [sys.executable, "-c", ORDER, str(num_samples), str(SAMPLES_OF_A_SHARD)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     seconds, memory = map(float, output.split())
