@@ -321,7 +321,7 @@ def scores(overrides: list[str], num_rows: int) -> list[tuple[str, float, float]
 
 
 def scores_and_bounds(overrides: list[str], num_rows: int) -> tuple[list, list, int]:
-    """Return :func:`scores`, the likelihood bounds, and the number of passes over all rows for the scores."""
+    """Return :func:`scores`, the likelihood bounds, and how many passes over all rows the scores took."""
     passed, row_nats = [], evaluate_module.row_nats
 
     def counted(*arguments: Any) -> Any:
