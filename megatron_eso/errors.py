@@ -1,23 +1,23 @@
 """The errors a user can cause, one class per place to look.
 
-Every message says what was asked, the numbers, and the setting or command to change. The command
-line prints them without a traceback and exits with ``exit_code``; anything else is a bug and shows
-its traceback.
+Every message says what was requested, the numbers, and the setting or command to change. The command
+line prints the message without a traceback and exits with ``exit_code``; any other error is a bug and
+shows its traceback.
 """
 
 
 class UserError(Exception):
-    """Something the user can put right; printed as a message, not as a traceback."""
+    """An error that the user can correct; printed as a message, not as a traceback."""
 
     exit_code = 2
 
 
 class ConfigError(UserError):
-    """The configuration is not valid; the message lists every violation at once."""
+    """The configuration is not valid; the message lists all violations together."""
 
 
 class DataError(UserError):
-    """The data set is missing, damaged, or not the one the run asks for."""
+    """The data set is missing, damaged, or not the one that the run needs."""
 
     exit_code = 3
 
@@ -33,7 +33,7 @@ class LostLeaseError(CheckpointError):
 
 
 class TrainingError(UserError):
-    """Training cannot go on: a loss that is not finite, say."""
+    """Training cannot continue, for example because the loss is not finite."""
 
     exit_code = 5
 
@@ -44,9 +44,7 @@ class ClusterError(UserError):
     exit_code = 6
 
 
-# Exit codes that are no error of the user's; docs/resilience.md lists them all.
-STOPPED_EXIT_CODE = (
-    75  # EX_TEMPFAIL: stopped by a signal with a checkpoint, run the same command again
-)
-CRASH_LOOP_EXIT_CODE = 7  # the launcher gave up: faults in a row without a newer checkpoint
-HANG_EXIT_CODE = 8  # the launcher ended ranks that made no progress, and may not start them again
+# Exit codes that do not mean a user error; docs/resilience.md lists them all.
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, with a checkpoint; run it again
+CRASH_LOOP_EXIT_CODE = 7  # the launcher gave up after faults in a row without a newer checkpoint
+HANG_EXIT_CODE = 8  # the launcher ended ranks without progress and may not start them again

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or as before, whatever happens while they are written; JSON in them."""
+"""Write files and folders that are either whole or unchanged, whatever happens meanwhile; also JSON."""
 
 import errno
 import io
@@ -16,25 +16,25 @@ _PROBE_BYTES = 16 << 10
 
 
 def is_remote(address: str) -> bool:
-    """Return whether an address is of an object store; the name of a file or folder may have a colon."""
+    """Return whether an address is in an object store; names of files and folders may hold a colon."""
     return "://" in address
 
 
 def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """Replace a file in one step: readers find the earlier content or this, never a part.
+    """Replace a file in one step: readers find the earlier content or the new one, never a part.
 
-    A file that has this content already is left as it is, so that a full disk is no obstacle then.
+    A file that already has this content is left untouched, so that a full disk does not matter then.
 
     Args:
         path: the file; its folder must exist.
         content: text (written as UTF-8) or bytes.
-        durable: wait for the disk, so that this holds after a power loss too.
+        durable: wait for the disk, so that the promise also holds after a power loss.
 
     Raises:
-        OSError: with the file's name, if it cannot be written; it is as before then.
+        OSError: with the file's name, if it cannot be written; the file is then unchanged.
     """
     raw = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.part")  # no other host's or process's
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.part")  # unique to host and process
     try:
         if path.is_file() and path.stat().st_size == len(raw) and path.read_bytes() == raw:
             return
@@ -47,15 +47,15 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        with suppress(OSError):  # its folder may be no folder
+        with suppress(OSError):  # the parent path may not be a folder
             temporary.unlink(missing_ok=True)
 
 
 def require_room(folder: Path) -> None:
-    """Return if a small file can be written in a folder; a full disk still takes empty ones.
+    """Raise unless a small file can be written in a folder; a full disk still takes empty files.
 
     Raises:
-        OSError: if it cannot.
+        OSError: if the file cannot be written.
     """
     probe = folder / ".write_test"
     try:
@@ -70,7 +70,7 @@ def write_json(path: Path, content: Any, *, durable: bool = True) -> None:
 
 
 def write_figure(path: Path, figure: Any, *, dpi: int) -> None:
-    """Write a figure of matplotlib, in the format that the name ends in; see :func:`write_whole`.
+    """Write a matplotlib figure in the format of the name's ending; see :func:`write_whole`.
 
     Raises:
         ValueError: if matplotlib does not know the format.
@@ -89,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> dict[str, Any]:
-    """Return the JSON object that a text is; empty if it is none."""
+    """Return the JSON object that a text holds; empty if it holds none."""
     try:
         content = json.loads(text)
     except ValueError:
@@ -101,15 +101,15 @@ def parse_json(text: str) -> dict[str, Any]:
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield a folder that takes the name ``out`` when the block ends without an error, else vanishes.
 
-    It lies in a private folder beside ``out``, so that no other process's or user's folder is touched.
+    It lies in a private folder beside ``out``, so that no folder of another process or user is touched.
 
     Args:
-        out: absent, or an empty folder; ``.`` too.
+        out: absent, or an empty folder, which may be ``.``.
 
     Raises:
         OSError: naming ``out``, if it holds anything or cannot be made; errors of the block pass through.
     """
-    out = Path(os.path.realpath(out))  # beside a linked folder's target; "." has no name
+    out = Path(os.path.realpath(out))  # to lie beside a link's target; "." has no name
     private: Path | None = None
     try:
         with _naming(out):
@@ -117,14 +117,14 @@ def new_folder(out: Path) -> Iterator[Path]:
                 raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
             out.parent.mkdir(parents=True, exist_ok=True)
             private = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-            folder = private / out.name  # unlike its parent, with the permissions of any new folder
+            folder = private / out.name  # with the permissions of any new folder, unlike its parent
             folder.mkdir()
         yield folder
         with _naming(out):
             is_here = out.is_dir() and Path.cwd() == out
             folder.rename(out)  # over an empty folder too
             if is_here:
-                os.chdir(out)  # the working folder was the one replaced
+                os.chdir(out)  # the rename replaced the working folder
     finally:
         if private is not None:
             shutil.rmtree(private, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""When Python looks for objects that only refer to each other.
+"""When Python's garbage collector looks for objects that only refer to each other.
 
-What a program imports is half a million objects that stay. To look through them again and again is a
-fifth of the time of a start; later one look takes 0.4 s, at a moment of its own on each rank, and all
-others wait for it; at the end it is done a few times more.
+The imports of a program create half a million objects that stay. Looking through them again and again
+takes a fifth of the start-up time. Later, one look takes 0.4 s; it comes at a different moment on each
+rank, and all others wait. At the end Python looks a few more times.
 """
 
 import gc
@@ -11,16 +11,16 @@ _USUAL = gc.get_threshold()
 
 
 def look_rarely() -> None:
-    """Look a hundred times less often: for a program that starts."""
+    """Look a hundred times less often; for a program that is starting."""
     gc.set_threshold(100 * _USUAL[0], *_USUAL[1:])
 
 
 def look_at_new_objects() -> None:
-    """Look as often as usual, and never at what is there now: for a program that has started."""
+    """Look as often as usual, but never at objects that exist now; for a program that has started."""
     gc.freeze()
     gc.set_threshold(*_USUAL)
 
 
 def look_no_more() -> None:
-    """Look at nothing again: for a program that ends, whose memory goes with it."""
+    """Never look again at objects that exist now; for a program that is ending and frees its memory."""
     gc.freeze()

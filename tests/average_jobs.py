@@ -1,4 +1,4 @@
-"""What ranks do with the averaged weights of a session; see rank_jobs.py."""
+"""Jobs of ranks that use the averaged weights of a session; see rank_jobs.py."""
 
 import time
 from typing import Any
@@ -17,11 +17,11 @@ from tests import rank_jobs
 
 
 def used_and_put_back(overrides: list[str], fails: bool) -> dict[str, Any]:
-    """Train two steps, put the averaged weights in place, and go on for two steps.
+    """Train two steps, put the averaged weights in place and back, and train two more steps.
 
     Returns:
-        The weights and this rank's masters before, within and after, the bytes that are kept within, and
-        the losses of the steps that follow (none if what is done within ``fails``).
+        The weights and this rank's masters before, during and after the averaged weights; the bytes held
+        during them; and the losses of the steps that follow (none if the block ``fails``).
     """
     session = rank_jobs.make_session(overrides)
     for _ in range(2):
@@ -53,7 +53,7 @@ def _held(session: Session) -> dict[str, list[Any]]:
 
 
 class _NewMemory(TorchDispatchMode):
-    """Notes the memory that operators make."""
+    """Records the memory that operators create."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,9 +69,9 @@ class _NewMemory(TorchDispatchMode):
         return out
 
     def bytes_held(self) -> int:
-        """Return the bytes of what was made and is still there.
+        """Return the bytes of the memory that was created and still exists.
 
-        A thread of gloo lets go of what it has summed a moment later, so the least of some looks counts.
+        A gloo thread releases what it has summed a moment later, so the smallest of several looks counts.
         """
         looks = []
         for _ in range(20):

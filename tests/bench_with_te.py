@@ -1,4 +1,4 @@
-"""The sections of tools/bench_gpu.py that need Transformer Engine, on a CPU, over its stand-in.
+"""Run the sections of tools/bench_gpu.py that need Transformer Engine on a CPU, over its stand-in.
 
 python -m tests.bench_with_te FOLDER_OF_TRANSFORMER_ENGINE RESULTS.json
 """
@@ -35,7 +35,7 @@ def main() -> None:
         checked_length=256,
         step_tokens=1024,
     )
-    look_at_new_objects()  # benchmarks collect garbage between what they measure
+    look_at_new_objects()  # benchmarks collect garbage between measurements
     report = bench_gpu_report.Report(Path(sys.argv[2]), {})
     with replaced(
         [
@@ -52,5 +52,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert torch  # imported for its order alone
+    assert torch  # imported only for the order of imports
     main()

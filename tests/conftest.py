@@ -29,7 +29,7 @@ def one_rank():
 
 @pytest.fixture(scope="session")
 def te_ranks(tmp_path_factory):
-    """Two ranks with the Transformer Engine that the installed Megatron-Core was tested with."""
+    """Return two ranks with the Transformer Engine with which the installed Megatron-Core was tested."""
     pool = released.te_pool(tmp_path_factory.mktemp, "2.11.0")
     yield pool
     pool.close()

@@ -1,8 +1,8 @@
-"""What a CUDA graph does, on a CPU: operators are recorded once, then run again on the same memory.
+"""A stand-in for CUDA graphs on a CPU: operators are recorded once, then run again on the same memory.
 
-As strict as a GPU or stricter: what a capture computes is made not-a-number when it ends, a capture writes
-nothing outside its own memory, and an operator that needs a value on the host, or brings one from there,
-raises.
+It is at least as strict as a GPU: when a capture ends, its results become NaN; a capture writes nothing
+outside its own memory; and an operator that needs a value on the host, or brings one from there,
+raises an error.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _made: dict[Any, set[int]] = {}
 
 
 class CpuGraph:
-    """In the place of ``torch.cuda.CUDAGraph``."""
+    """Takes the place of ``torch.cuda.CUDAGraph``."""
 
     num_replays = 0
 
@@ -33,14 +33,14 @@ class CpuGraph:
         self.calls: list[tuple[Any, Any, Any, list[Any]]] = []
 
     def register_generator_state(self, state: Any) -> None:
-        """Nothing here draws numbers."""
+        """Do nothing, because nothing here draws numbers."""
 
     def reset(self) -> None:
-        """Let go of everything."""
+        """Release everything."""
         self.calls.clear()
 
     def replay(self) -> None:
-        """Run what was recorded."""
+        """Run the recorded operators."""
         CpuGraph.num_replays += 1
         with torch.no_grad():
             for function, args, kwargs, outputs in self.calls:
@@ -65,11 +65,11 @@ class _Recorder(TorchDispatchMode):
             raise RuntimeError(f"{name} cannot be captured: it needs a value on the host")
         written = _written(function, args, kwargs)
         if name.startswith("aten::") and any(_address(x) not in self._made for x in written):
-            found = written[0]  # recorded only: a capture executes nothing
+            found = written[0]  # only recorded: a capture must not write outside its memory
         else:
             found = function(*args, **kwargs)
             _finish(found)
-        # Aliases: autograd may change the shape that a tensor object has.
+        # Keep aliases, because autograd may change the shape of a tensor object.
         kept = tree_map(_alias, (args, kwargs))
         outputs = [_alias(x) for x in tree_leaves(found)]
         self._graph.calls.append((function, *kept, outputs))
@@ -81,7 +81,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _written(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the arguments that an operator changes."""
+    """Return the arguments that an operator modifies."""
     found = []
     for place, argument in enumerate(function._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -92,7 +92,7 @@ def _written(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]
 def has_mask_as_index(name: str, args: tuple) -> bool:
     """Return whether the size of the result, or of what is read, depends on values.
 
-    One number written where a mask is true is no such thing: PyTorch fills, and looks for no places.
+    Writing a single number where a mask is true does not count: PyTorch fills without looking for places.
     """
     if not name.startswith("aten::index"):
         return False
@@ -110,7 +110,7 @@ def _address(x: Tensor) -> int:
 
 
 def _finish(found: Any) -> None:
-    """Wait for a collective."""
+    """Wait for a collective to finish."""
     for x in tree_leaves(found):
         if isinstance(x, torch.ScriptObject):
             dist.Work.unbox(x).wait()
@@ -131,11 +131,11 @@ def _capture(
 
 @contextlib.contextmanager
 def instead_of_cuda_graphs() -> Iterator[None]:
-    """Within it ``torch.cuda``'s graphs are these."""
+    """Replace the graphs of ``torch.cuda`` with these within the block."""
     wait = dist.Work.wait
 
     def unrecorded_wait(work: Any, *args: Any) -> Any:
-        with _disable_current_modes():  # gloo runs operators of its own in it
+        with _disable_current_modes():  # gloo runs its own operators in it
             return wait(work, *args)
 
     stand_ins = (

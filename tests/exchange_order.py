@@ -1,15 +1,15 @@
-"""Would the exchanges between pipeline stages come to an end over NCCL? What ranks did over gloo tells.
+"""Would the exchanges between pipeline stages finish over NCCL? Judged from what ranks did over gloo.
 
-Gloo matches every message by its sender and lets ranks go on at once. PyTorch's NCCL is stricter:
+Gloo matches every message by its sender and lets ranks continue immediately. PyTorch's NCCL is stricter:
 
-* two ranks have a communicator of their own for each group, made when the first of them sends or receives.
-  Making it holds the process until the other does so too;
-* what was issued on a communicator runs in the order of issue, so one rank's sends and receives must stand
-  in the order of the other's receives and sends;
-* with CUDA_DEVICE_MAX_CONNECTIONS=1 nothing starts before what the rank has issued earlier has started;
+* two ranks have their own communicator for each group, created when the first of them sends or receives.
+  Creating it blocks the process until the other rank does so too;
+* operations on a communicator run in the order of issue, so one rank's sends and receives must be in the
+  order of the other's receives and sends;
+* with CUDA_DEVICE_MAX_CONNECTIONS=1 an operation starts only after everything the rank issued before it;
 * capturing a CUDA graph waits for everything that the rank has issued.
 
-:func:`recorded` notes what a rank does, :func:`stuck` runs the notes of all ranks under these rules.
+:func:`recorded` notes what a rank does; :func:`stuck` runs the notes of all ranks under these rules.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ Note = tuple[str, int, str, int]
 
 
 class _Work:
-    """A handle that notes when it is waited for."""
+    """A handle that notes when a rank waits for it."""
 
     def __init__(self, work: Any, number: int, notes: list[Note]) -> None:
         self._work, self._number, self._notes = work, number, notes
@@ -45,7 +45,7 @@ class _Work:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Note]]:
-    """Within it every message that this rank sends or receives is noted."""
+    """Note every message that this rank sends or receives within the block."""
     notes: list[Note] = []
 
     def noting(what: str, call: Any, other: str) -> Any:
@@ -88,7 +88,7 @@ def _read(rows: list[int]) -> Rows:
 
 
 def stuck(ranks: list[list[Note]]) -> str:
-    """Return where ranks would wait for ever, or an empty string."""
+    """Return where ranks would wait forever, or an empty string."""
     run = _Run(ranks)
     while run.advance():
         pass
@@ -96,7 +96,7 @@ def stuck(ranks: list[list[Note]]) -> str:
 
 
 class _Run:
-    """All ranks, as far as they have come."""
+    """All ranks and how far each has come."""
 
     def __init__(self, ranks: list[list[Note]]) -> None:
         self._ranks = ranks
@@ -109,13 +109,13 @@ class _Run:
         self._kinds = [{note[1]: note[0] for note in notes if note[2]} for notes in ranks]
 
     def advance(self) -> bool:
-        """Let every rank and every exchange go as far as it can; return whether any did."""
+        """Advance every rank and every exchange as far as possible; return whether any advanced."""
         moved = [self._host(rank) for rank in range(len(self._ranks))]
         moved += [self._device(rank) for rank in range(len(self._ranks))]
         return any(moved)
 
     def left(self) -> str:
-        """Return what each rank that is not at its end waits for."""
+        """Return what each unfinished rank waits for."""
         return "; ".join(
             f"rank {rank} at {at}: {self._ranks[rank][at]}"
             for rank, at in enumerate(self._at)
@@ -143,7 +143,7 @@ class _Run:
         return may
 
     def _is_met(self, rank: int, group: str, other: int) -> bool:
-        """Return whether the other rank has come to its first exchange with this one in the group, too."""
+        """Return whether the other rank has also reached its first exchange with this one in the group."""
         if self._queues[other, group, rank]:
             return True
         at = self._at[other]

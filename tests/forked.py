@@ -1,9 +1,9 @@
-"""Commands for tests that start many: forked from a process that has imported everything.
+"""Commands for tests that start many of them: forked from a process that has imported everything.
 
-A new Python imports for five seconds before a command does anything. From there on a forked one differs in
-nothing: module, arguments, folder, environment, limits, signals, exit handlers and exit code are its own.
-The template from which a launcher forks ranks is forked from it in turn. What a new Python and a real
-template do is tested by those tests that start them with ``sys.executable``.
+A new Python imports for five seconds before a command does anything. After that, a forked command does not
+differ: module, arguments, folder, environment, limits, signals, exit handlers and exit code are its own.
+The template from which a launcher forks ranks is also forked from that process. Tests that start a new
+Python or a real template with ``sys.executable`` cover those two.
 """
 
 import atexit
@@ -28,7 +28,7 @@ from megatron_eso.launch import starter, template
 from megatron_eso.launch.processes import STOPPING, die_with_parent, fork_into_session, spawn
 
 ROOT = Path(__file__).parent.parent
-# Read when torch is imported, thus the same for all.
+# Read when torch is imported, so they are the same for all commands.
 AT_IMPORT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 IMPORTS = (
     "megatron_eso.train.loop", "megatron_eso.cli.train", "torch._dynamo", "torch.utils.tensorboard",
@@ -37,7 +37,7 @@ IMPORTS = (
 
 
 class Command:
-    """One started command; has what tests use of subprocess.Popen."""
+    """A started command with those parts of subprocess.Popen that tests use."""
 
     def __init__(self, control: socket.socket, stdout: int, stderr: int | None) -> None:
         self._control, self._said = control, b""
@@ -47,7 +47,7 @@ class Command:
         self.pid = int(self._line(None))
 
     def _line(self, timeout: float | None) -> str:
-        """Return the next line of the process that waits for the command; TimeoutError if none comes."""
+        """Return the next line from the process that waits for the command; TimeoutError if none comes."""
         self._control.settimeout(timeout)
         while b"\n" not in self._said:
             part = self._control.recv(64)
@@ -72,7 +72,7 @@ class Command:
             return None
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Return what it wrote to standard output and to standard error, once it has ended."""
+        """Return the command's standard output and standard error, once it has ended."""
         said = {"out": "", "err": ""}
 
         def read(name: str, file: io.TextIOWrapper) -> None:
@@ -94,12 +94,12 @@ class Command:
         return said["out"], said["err"]
 
     def send_signal(self, number: int) -> None:
-        """Send a signal, if it has not ended."""
+        """Send a signal if the command has not ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Kill it and its session."""
+        """Kill the command and its session."""
         if self.poll() is None:
             os.killpg(self.pid, signal.SIGKILL)
 
@@ -118,12 +118,12 @@ def start(
     """Start ``python -m MODULE ARGUMENTS``.
 
     Args:
-        arguments: of the command.
-        folder: in which it runs.
-        module: what it runs.
-        environment: variables beside this process's; none of them may be read at import.
-        limits: soft resource limits (resource.RLIMIT_...), which all that it starts inherit.
-        is_one_output: standard error goes where standard output goes.
+        arguments: arguments of the command.
+        folder: folder in which the command runs.
+        module: module that the command runs.
+        environment: variables in addition to this process's; none may be one that is read at import.
+        limits: soft resource limits (resource.RLIMIT_...), which all processes it starts inherit.
+        is_one_output: send standard error where standard output goes.
     """
     variables = {**os.environ, **AT_IMPORT, **(environment or {})}
     variables.pop("RANK", None)
@@ -142,7 +142,7 @@ def start(
 
 
 def run(*arguments: object, folder: Path, code: int = 0, **named: Any) -> str:
-    """Run a command to its end, expect an exit code, return standard output and standard error."""
+    """Run a command to its end, check its exit code, return standard output and standard error."""
     process = start(*arguments, folder=folder, **named)
     out, err = process.communicate(timeout=600)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
@@ -177,7 +177,7 @@ def _serve(channel: socket.socket) -> None:
 
 
 def _watch(order: dict, out: int, err: int, control: int) -> None:
-    """Start the command, tell its process id and, when it has ended, its exit code."""
+    """Start the command; report its process id and, when it has ended, its exit code."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if not pid:
@@ -192,7 +192,7 @@ def _watch(order: dict, out: int, err: int, control: int) -> None:
 
 
 def _become(order: dict, out: int, err: int) -> None:
-    """Be the command, to the end of the process."""
+    """Become the command until the process ends."""
     os.setsid()
     os.chdir(order["folder"])
     for limit, soft in order["limits"]:
@@ -216,7 +216,7 @@ def _become(order: dict, out: int, err: int) -> None:
     except BaseException:
         traceback.print_exc()
         code = 1
-    threading._shutdown()  # waits for threads and runs what modules do at exit, as a new Python does
+    threading._shutdown()  # waits for threads and runs modules' exit handlers, as a new Python does
     atexit._run_exitfuncs()
     if not isinstance(code, int | None):
         print(code, file=sys.stderr)
@@ -232,7 +232,7 @@ def _spawn(
     inherit: Sequence[int],
     errors: int | None = None,
 ) -> int:
-    """Fork a launcher's template, which would only import again what is here; start others as ever."""
+    """Fork a launcher's template, whose imports are already here; start other commands as usual."""
     if list(command[1:3]) != ["-m", template.__name__]:
         return spawn(command, environment, inherit, errors)
 

@@ -1,4 +1,4 @@
-"""What ranks do with the stand-in for CUDA graphs (tests/cpu_graphs.py); see rank_jobs.py."""
+"""Jobs of ranks that use the stand-in for CUDA graphs (tests/cpu_graphs.py); see rank_jobs.py."""
 
 import contextlib
 import gc
@@ -28,7 +28,7 @@ GRAPHS = "parallel.cuda_graphs=true"
 
 @contextlib.contextmanager
 def _as_on_a_gpu():
-    """Capture, and gather and reduce in buckets of about a layer, as a large model does."""
+    """Capture graphs, and gather and reduce in buckets of about one layer, as a large model does."""
 
     def in_small_buckets(*args: Any, **kwargs: Any) -> Any:
         return replace(settings(*args, **kwargs), bucket_size=8000)
@@ -46,8 +46,8 @@ def train(overrides: list[str], *, te: bool = False) -> dict[str, Any]:
     """Train three steps with an evaluation after the second.
 
     Returns:
-        Losses, scores, final weights, the graphs replayed; by model chunk the kinds of micro-batch and
-        places in flight that graphs were captured for; and how many of Megatron's buffers each set keeps.
+        Losses, scores, final weights, number of replayed graphs; by model chunk, the kinds of micro-batch
+        and places in flight for which graphs were captured; how many of Megatron's buffers each set keeps.
     """
     with _as_on_a_gpu():
         make = te_jobs.on_h100 if te else lambda job, *args: getattr(rank_jobs, job)(*args)
@@ -79,10 +79,10 @@ def train(overrides: list[str], *, te: bool = False) -> dict[str, Any]:
 
 
 def sample_rows(*arguments: Any) -> dict[str, Any]:
-    """Do what rank_jobs.sample_rows does, with steps from graphs and windows of 8 entries at least.
+    """Do what rank_jobs.sample_rows does, with steps from graphs and windows of at least 8 entries.
 
     Returns:
-        What it returns, the graphs captured and replayed, and those that outlived the decoder.
+        Its result, the graphs captured and replayed, and those that outlived the decoder.
     """
     made: list[Any] = []
     make = step_graphs._StepGraph
@@ -101,7 +101,7 @@ def sample_rows(*arguments: Any) -> dict[str, Any]:
     with replaced(stand_ins), cpu_graphs.instead_of_cuda_graphs():
         cpu_graphs.CpuGraph.num_replays = 0
         gc.collect()
-        gc.disable()  # what only a collection frees is a GPU's memory held
+        gc.disable()  # what only a collection would free keeps a GPU's memory
         try:
             found = rank_jobs.sample_rows(*arguments)
             left = sum(graph() is not None for graph in made)
@@ -118,12 +118,12 @@ def _laid_out_as_on_a_gpu(*args: Any, **settings: Any) -> torch.Tensor:
 
 
 def said_on_a_cpu(overrides: list[str]) -> list[str]:
-    """Return what a run says of its machine, where there is no GPU."""
+    """Return what a run says about its machine if there is no GPU."""
     return session_module.choices(rank_jobs.make_session(overrides))
 
 
 def said_on_a_gpu(overrides: list[str]) -> list[str]:
-    """The same where there seems to be one, with Transformer Engine."""
+    """Return the same where there seems to be a GPU, with Transformer Engine."""
     with _as_on_a_gpu():
         session = te_jobs.on_h100("make_session", overrides)
         with replaced([(session_module, "describe_machine", lambda: te_jobs.H100)]):
@@ -131,12 +131,11 @@ def said_on_a_gpu(overrides: list[str]) -> list[str]:
 
 
 def uses(overrides: list[str]) -> dict[str, Any]:
-    """Return how sets are taken and freed by passes that are no training step's.
+    """Return how passes outside a training step take and free sets of graphs.
 
     Returns:
-        Sets captured after three forward passes that nobody differentiates, one after the other; after two
-        that are kept; what a second backward pass raises; and graphs left after the end of the process
-        group.
+        Sets captured after three successive forward passes that nobody differentiates; after two that are
+        kept; what a second backward pass raises; and graphs left after the end of the process group.
     """
     with _as_on_a_gpu():
         session = rank_jobs.make_session(["objective.alpha_0=1", *overrides, GRAPHS])
@@ -159,7 +158,7 @@ def uses(overrides: list[str]) -> dict[str, Any]:
 
 
 def losses(overrides: list[str]) -> list[float]:
-    """Return the losses of some steps, with an evaluation in between, on whatever device there is."""
+    """Return the losses of some steps, with an evaluation in between, on the available device."""
     session = rank_jobs.make_session(overrides)
     found = []
     for _ in range(4):
@@ -174,14 +173,14 @@ def losses(overrides: list[str]) -> list[float]:
 
 
 def gradients_with_megatrons_graphs(is_graphed: bool) -> dict[str, np.ndarray]:
-    """Return the gradients of the second step, with Megatron's own graphs or without any."""
+    """Return the gradients of the second step, with Megatron's own graphs or without graphs."""
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer import cuda_graphs
 
     def settings(*args: Any, **kwargs: Any) -> Any:
         if is_graphed:
             tracker: Any = megatron_random._CUDA_RNG_STATE_TRACKER
-            tracker.use_cudagraphable_rng = True  # Megatron asks for it; nothing is drawn here
+            tracker.use_cudagraphable_rng = True  # Megatron requires it; nothing is drawn here
             kwargs["cuda_graph_impl"] = "local"
         return plain(*args, **kwargs)
 
@@ -205,5 +204,5 @@ def gradients_with_megatrons_graphs(is_graphed: bool) -> dict[str, np.ndarray]:
 
 
 def train_te(overrides: list[str]) -> dict[str, Any]:
-    """:func:`train` with the layers of Transformer Engine."""
+    """Run :func:`train` with the layers of Transformer Engine."""
     return train(overrides, te=True)

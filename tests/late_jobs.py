@@ -1,7 +1,7 @@
-"""Training over gloo whose overlapped collectives happen no sooner than they are waited for.
+"""Training over gloo in which overlapped collectives happen only when something waits for them.
 
-NCCL's may: a rank that goes on without waiting reads weights of the step before, or what is half there.
-Gloo has mostly done by then, and would hide it. Here a gathering leaves nonsense until it is waited for.
+NCCL's may be that late: a rank that continues without waiting reads weights that are old or incomplete.
+Gloo has usually finished by then and would hide this. Here a gather leaves nonsense until it is waited for.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ with importing_megatron():
     from megatron.core.distributed import param_and_grad_buffer
 
 _NONSENSE = 3.0  # finite: layers warm up for a graph on any weights
-_SMALL_BUCKET = 1000  # less than a matrix, so that each is waited for by itself
+_SMALL_BUCKET = 1000  # smaller than a matrix, so each matrix is waited for separately
 
 
 class Late:
-    """Collectives that are done when they are waited for; in the place of Megatron's handles."""
+    """Collectives that run only when waited for; takes the place of Megatron's handles."""
 
     num_waited = 0
 
@@ -40,11 +40,11 @@ class Late:
         self._left: list[Callable[[], Any]] = []
 
     def add(self, collective: Callable[[], Any]) -> None:
-        """Do this, too, when waited for."""
+        """Add something to do when waited for."""
         self._left.append(collective)
 
     def wait(self) -> None:
-        """Do all."""
+        """Do everything that was added."""
         Late.num_waited += len(self._left)
         for collective in self._left:
             collective()
@@ -53,7 +53,7 @@ class Late:
 
 @contextlib.contextmanager
 def late_collectives() -> Iterator[None]:
-    """Within it Megatron's buffers gather and reduce when they are waited for."""
+    """Make Megatron's buffers gather and reduce only when waited for, within the block."""
     current: list[Late] = []
 
     @contextlib.contextmanager
@@ -86,7 +86,7 @@ def late_collectives() -> Iterator[None]:
 
 
 def train(overrides: list[str], is_late: bool) -> dict[str, Any]:
-    """Train four steps; evaluate after the second with weights on their way, later with averaged ones."""
+    """Train four steps; evaluate after the second with weights in transit, later with averaged ones."""
     settings = optimizer_module.buffer_settings
 
     def in_small_buckets(*args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
-"""A GPU that computes nothing: PyTorch's meta device in its place, watched for what a real one refuses.
+"""A GPU that computes nothing: PyTorch's meta device, watched for what a real GPU refuses.
 
-Operators on it check shapes and formats. What is watched besides: no operator takes tensors of the GPU and
-of the host at once, and none waits for a value that the GPU has yet to compute. Collectives go nowhere.
+Operators on it check shapes and formats. In addition, no operator may take tensors of the GPU and of the
+host together, and none may wait for a value that the GPU has yet to compute. Collectives go nowhere.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ class Event(NoStream):
     """An event of a GPU that computes nothing."""
 
     def elapsed_time(self, end: "Event") -> float:
-        """Return milliseconds from this event to another."""
+        """Return the milliseconds from this event to another."""
         return 1.0
 
 
@@ -51,7 +51,7 @@ _WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
 
 
 class Watch(TorchDispatchMode):
-    """Raises at what a real GPU refuses or waits for; counts what runs on it."""
+    """Raises on operators that a real GPU refuses or waits for; counts those that run on it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Watch(TorchDispatchMode):
         on_gpu = [x for x in tensors if x.device == GPU]
         if not on_gpu:
             return function(*args, **kwargs)
-        # A GPU's operators take single numbers of the host.
+        # A GPU's operators accept single numbers from the host.
         elsewhere = [x for x in tensors if x.device != GPU and x.dim() > 0]
         if elsewhere and name not in _MOVES:
             shapes = [(x.device.type, *x.shape) for x in tensors]
@@ -118,7 +118,7 @@ def _no_fork(tracker: Any, name: str | None = None) -> Iterator[None]:
 
 
 def _nothing() -> Any:
-    """Return a function that does nothing, each time another: torch.compile knows them by identity."""
+    """Return a new function that does nothing: torch.compile distinguishes functions by identity."""
     return lambda *args, **kwargs: None
 
 
@@ -163,7 +163,7 @@ def _tolist(real: Any) -> Any:
 
 @contextlib.contextmanager
 def instead_of_a_gpu(*, num_ranks: int, cudnn: int) -> Iterator[Watch]:
-    """Within it sessions are of rank 0 of ``num_ranks`` on an H100 with this cuDNN."""
+    """Make sessions within the block those of rank 0 of ``num_ranks`` on an H100 with this cuDNN."""
     silence_megatron_messages()
     if dist.is_initialized():
         dist.destroy_process_group()

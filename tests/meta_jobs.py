@@ -1,4 +1,4 @@
-"""What a rank does with the GPU that computes nothing (tests/meta_gpu.py); see rank_jobs.py."""
+"""Jobs of a rank on the GPU that computes nothing (tests/meta_gpu.py); see rank_jobs.py."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ _BF16 = ("precision.dtype=bf16", "model.head_size=64")
 
 
 def step_and_evaluation(overrides: list[str], num_ranks: int, cudnn: int) -> dict[str, Any]:
-    """Run a step's passes, its update and an evaluation up to the point where it is read.
+    """Run a step's passes, its update, and an evaluation up to the point where its result is read.
 
     Returns:
         Operators of the passes, and the devices of weights, gradients and optimizer state.
@@ -55,7 +55,7 @@ def step_and_evaluation(overrides: list[str], num_ranks: int, cudnn: int) -> dic
 
 
 def complaint(name: str) -> str:
-    """Return what the watch says of a mistake."""
+    """Return what the watch says about a mistake."""
     with instead_of_a_gpu(num_ranks=1, cudnn=0):
         x, on_host = torch.ones(3, device=GPU), torch.ones(3)
         mistakes = {

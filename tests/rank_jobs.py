@@ -81,7 +81,7 @@ def make_session(overrides: list[str]) -> Session:
 
 
 def make_empty_session(overrides: list[str]) -> Session:
-    """Return a session whose weights are still to be loaded, not-a-number wherever one is left out."""
+    """Return a session whose weights are still to be loaded: all NaN, so that a missing one shows."""
     ranks = Ranks.from_environment(os.environ)
     session = build_session(small_config(overrides), ranks, draw_weights=False)
     with torch.no_grad(), whole_weights(session.chunks):
@@ -96,7 +96,7 @@ def make_empty_session(overrides: list[str]) -> Session:
 
 
 def read_rows(step: int, rows: list[int]) -> Rows:
-    """Return made-up rows, a function of step and row; every third row ends in padding."""
+    """Return artificial rows, a function of step and row; every third row ends in padding."""
     tokens, valid = [], []
     for row in rows:
         generator = torch.Generator().manual_seed(1000 * step + row)
@@ -209,7 +209,7 @@ def train(
 
 
 def found_together(path: str, named: bool) -> dict[str, Any]:
-    """Look for a checkpoint on all ranks together; return what was found, hashed and said."""
+    """Look for a checkpoint on all ranks together; return what was found, hashed and logged."""
     device = make_empty_session([]).torch_device
     hashed, said = [], []
     handler = logging.Handler()
@@ -267,7 +267,7 @@ def read_of_resume(folder: str, failing_rank: int) -> dict[str, Any]:
 
 
 def started(overrides: list[str]) -> dict[str, dict[int, np.ndarray]]:
-    """Start a run afresh; return its masters, average and model by parameter."""
+    """Start a new run; return its masters, average and model by parameter."""
     return _started(make_session(overrides))
 
 
@@ -283,7 +283,7 @@ def _started(session: Session) -> dict[str, dict[int, np.ndarray]]:
 
 
 def updates(overrides: list[str], num_steps: int) -> dict[str, Any]:
-    """Train some steps; return the optimizer's kind, and weights beside those of AdamW's formula.
+    """Train some steps; return the optimizer's kind, and the weights with those of AdamW's formula.
 
     Loshchilov and Hutter, arXiv 1711.05101, algorithm 2, in float64 on this rank's shards.
     """
@@ -295,7 +295,7 @@ def updates(overrides: list[str], num_steps: int) -> dict[str, Any]:
     for step in range(1, num_steps + 1):
         report = train_step(session, read_rows)
         for (parameter, shard), x, (first, second) in zip(owned, before, moments, strict=True):
-            # Clipped already.
+            # These are already clipped.
             gradient = parameter.main_grad.view(-1)[shard.start : shard.end].double()
             first.mul_(config.beta1).add_(gradient, alpha=1 - config.beta1)
             second.mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
@@ -313,7 +313,7 @@ def updates(overrides: list[str], num_steps: int) -> dict[str, Any]:
 
 
 def clipped(overrides: list[str]) -> dict[str, float]:
-    """Return the norm of the first step's gradients before clipping and after."""
+    """Return the norm of the first step's gradients before and after clipping."""
     session = make_session(overrides)
     report = train_step(session, read_rows)
     parts = [parameter.main_grad for parameter in shards(session.optimizer)]
@@ -324,7 +324,7 @@ def clipped(overrides: list[str]) -> dict[str, float]:
 
 
 def scores(overrides: list[str], num_rows: int) -> list[tuple[str, float, float]]:
-    """Return (metric, nats per token, tokens) of made-up held-out rows."""
+    """Return (metric, nats per token, tokens) of artificial held-out rows."""
     session = make_session(overrides)
     found = evaluate(
         session.replica, lambda rows: read_rows(99, rows), num_rows=num_rows, bytes_per_token=2.0
@@ -333,7 +333,7 @@ def scores(overrides: list[str], num_rows: int) -> list[tuple[str, float, float]
 
 
 def scores_and_bounds(overrides: list[str], num_rows: int) -> tuple[list, list, int]:
-    """Return :func:`scores`, the likelihood bounds, and how often all rows were passed for the scores."""
+    """Return :func:`scores`, the likelihood bounds, and how many passes over all rows the scores took."""
     passed, row_nats = [], evaluate_module.row_nats
 
     def counted(*arguments: Any) -> Any:
@@ -357,7 +357,7 @@ def scores_and_bounds(overrides: list[str], num_rows: int) -> tuple[list, list, 
 def scores_in_full_micro_batches(
     overrides: list[str], num_rows: int, stack_rows: int
 ) -> list[tuple[str, float, float]]:
-    """Return :func:`scores` from micro-batches that are all filled up to ``stack_rows``."""
+    """Return :func:`scores` from micro-batches that are all padded to ``stack_rows``."""
     seen = set()
 
     def filled_up(rows: StackRows, to: int) -> StackRows:
@@ -377,7 +377,7 @@ def scores_in_full_micro_batches(
 
 
 def read_with_failure(failing_rank: int) -> str:
-    """Return the message every rank gets when one cannot read its data."""
+    """Return the message that every rank gets when one rank cannot read its data."""
     from megatron_eso.errors import DataError
 
     session = make_session([])
@@ -404,7 +404,7 @@ def assemble(parts: list[list[tuple[str, tuple, tuple, np.ndarray]]]) -> dict[st
 
 
 def model_pass(overrides: list[str], dtype: str) -> dict[str, Any]:
-    """Return log-probabilities of the first step's entries with the rows they belong to."""
+    """Return log-probabilities of the first step's entries, with the rows to which they belong."""
     session = _replica_session(overrides, dtype)
     batches = micro_batches_of_rank(session)
     numbers = [row for batch in batches for row in batch.rows]
@@ -422,7 +422,7 @@ def model_pass(overrides: list[str], dtype: str) -> dict[str, Any]:
 def sequence_log_probs(
     overrides: list[str], tokens: np.ndarray, orders: np.ndarray, dtype: str
 ) -> np.ndarray:
-    """Return [B] exact log-probabilities of rows under given orders by the single pass."""
+    """Return [B] exact log-probabilities of rows under given orders, from the single pass."""
     from megatron_eso.objective.rows import sequential_rows
 
     session = _replica_session(overrides, dtype)
@@ -445,7 +445,7 @@ def sample_rows(
     settings: dict[str, Any],
     choice: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return what the sampler fills in, its plan and the weights."""
+    """Return the rows that the sampler filled, its plan, and the weights."""
     from megatron_eso.sample.plan import make_block_plan, make_plan
     from megatron_eso.sample.sampler import Choice, fill_rows
 
@@ -474,7 +474,7 @@ def sample_rows(
 def uncached_log_probs(
     overrides: list[str], rows: np.ndarray, order: np.ndarray, counts: list[int], num_given: int
 ) -> np.ndarray:
-    """Return [B, L] log-probabilities of a baseline's steps, each by a training pass of its own."""
+    """Return [B, L] log-probabilities of a baseline's steps, each from its own training pass."""
     from megatron_eso.objective.rows import Pattern, StackRows, autoregressive_rows
 
     session = _replica_session(overrides, "fp64")
@@ -514,7 +514,7 @@ def uncached_log_probs(
 
 
 def _replica_session(overrides: list[str], dtype: str) -> Session:
-    """Return a session without optimizer; fp64 is for tests alone."""
+    """Return a session without optimizer; only tests use fp64."""
     from dataclasses import replace
 
     config = small_config(overrides)
@@ -526,7 +526,7 @@ def _replica_session(overrides: list[str], dtype: str) -> Session:
 def import_official(
     checkpoint: str, out: str, settings: dict[str, Any], mutation: str = ""
 ) -> dict[str, Any]:
-    """Import an official checkpoint, with one step of the conversion left out if asked."""
+    """Import an official checkpoint; leave out one step of the conversion if requested."""
     from unittest import mock
 
     import torch.nn.functional
@@ -563,7 +563,7 @@ def import_official(
 def verify_official(
     folder: str, expected: str, layout: dict[str, Any], model: dict[str, Any]
 ) -> list[tuple[str, float | None]]:
-    """Return (case, largest difference) of a checkpoint at a layout."""
+    """Return (case, largest difference) for a checkpoint at a layout."""
     from dataclasses import replace
 
     from megatron_eso.checkpoint.replica import load_replica, run_config_of
@@ -638,7 +638,7 @@ def log_probability_gradient(
 
 
 def direction(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return a fixed direction to move a weight in, the same for every layout."""
+    """Return a fixed direction in which to move a weight, the same in every layout."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
@@ -646,7 +646,7 @@ def direction(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 def _gradient_pieces(session: Session) -> list[tuple[str, tuple, tuple, np.ndarray]]:
     if (
         session.layout.context_size > 1
-    ):  # the sum that training makes over ranks of the same weights
+    ):  # the sum that training takes over ranks that hold the same weights
         for entry in sharded_parameters(session.chunks):
             torch.distributed.all_reduce(entry.data.grad, group=session.layout.context_group)
     return [
@@ -657,7 +657,7 @@ def _gradient_pieces(session: Session) -> list[tuple[str, tuple, tuple, np.ndarr
 
 
 def forced_log_probs(overrides: list[str], tokens: np.ndarray, orders: np.ndarray) -> np.ndarray:
-    """Return [B, L] log-probabilities the sampler assigns, one token at a time, in fp64."""
+    """Return [B, L] log-probabilities that the sampler assigns, one token at a time, in fp64."""
     from megatron_eso.sample.plan import DecodingPlan
     from megatron_eso.sample.sampler import Choice, fill_rows
 
@@ -668,22 +668,22 @@ def forced_log_probs(overrides: list[str], tokens: np.ndarray, orders: np.ndarra
 
 
 def export_checkpoint(overrides: list[str], folder: str, earlier_saves: int = 0) -> None:
-    """Write a checkpoint of the small model's initial weights, and a drifted average, as training does.
+    """Write a checkpoint of the small model's initial weights and a drifted average, as training does.
 
-    Megatron's index says more from a run's third save on; ``earlier_saves`` are made, and removed, before.
+    From a run's third save on, Megatron's index holds more; ``earlier_saves`` are made and removed first.
     """
     import shutil
     from dataclasses import asdict
 
     session = make_session(overrides)
     with torch.no_grad():
-        for piece in pieces(session.chunks):  # norms of 1 would hide that two were swapped
+        for piece in pieces(session.chunks):  # norms of 1 would hide a swap of two
             piece.data.add_(0.1 * direction(piece.full_name, piece.global_shape)[piece.slices])
     session.optimizer.reload_model_params()
     state = collect(
         session.chunks, session.optimizer, session.average, session.layout.weights_group
     )
-    for entry in state.values():  # each parameter's kinds follow one another, its weights first
+    for entry in state.values():  # the kinds of a parameter follow each other, weights first
         if entry.key.startswith("weights."):
             weight = entry.data
         elif entry.key.startswith("ema."):
@@ -706,7 +706,7 @@ def export_checkpoint(overrides: list[str], folder: str, earlier_saves: int = 0)
 def sample_rows_of(
     folder: str, cases: list[tuple[np.ndarray, np.ndarray, dict[str, Any], dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """Return what the native sampler fills in with a checkpoint's raw weights, in fp64, case by case.
+    """Return the rows that the native sampler fills with a checkpoint's raw weights, in fp64, per case.
 
     Args:
         folder: the checkpoint.
@@ -728,7 +728,7 @@ def sample_rows_of(
 
 
 def load_exported(folder: str, tensor: int) -> tuple[int, float]:
-    """Return how often this rank imported an exported folder to load it, and the sum of its weights."""
+    """Return how often this rank imported an exported folder while loading it, and its weights' sum."""
     from megatron_eso.cli.model_loading import load
     from megatron_eso.export import import_hf as module
 
@@ -748,7 +748,7 @@ def load_exported(folder: str, tensor: int) -> tuple[int, float]:
 
 
 def attention_of_layers(attention: str) -> set[str]:
-    """Return which kernel the layers of a model hold for a ``precision.attention``."""
+    """Return the kernel that a model's layers hold for a value of ``precision.attention``."""
     from megatron_eso.model.build import build_chunks, resolve_precision
     from megatron_eso.parallel.device import choose_device, start_process_group
     from megatron_eso.parallel.groups import build_groups
@@ -764,10 +764,10 @@ def attention_of_layers(attention: str) -> set[str]:
 
 
 def fused_swiglu() -> tuple[list, list, list, list]:
-    """Return Megatron's fused SwiGLU of some numbers, its gradients, and both of the plain one."""
+    """Return Megatron's fused SwiGLU of some numbers and its gradients, and those of plain SwiGLU."""
     from torch.nn.functional import silu
 
-    make_session([])  # applies the patches, so that nothing is compiled
+    make_session([])  # applies the patches, so nothing is compiled
     from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
     found: list[list] = []
@@ -792,7 +792,7 @@ def zeros_of_dropout(overrides: list[str]) -> tuple[float, bool]:
 
 
 def builds_with(name: str, value: str) -> bool:
-    """Return whether a session is made with a variable in the environment."""
+    """Return whether a session can be built with a variable in the environment."""
     os.environ[name] = value
     try:
         return make_session([]) is not None
@@ -801,7 +801,7 @@ def builds_with(name: str, value: str) -> bool:
 
 
 def seconds_that_groups_wait(overrides: list[str]) -> dict[str, float]:
-    """Return after how many seconds a collective of each group gives up."""
+    """Return the number of seconds after which a collective of each group gives up."""
     layout, device = make_session(overrides).layout, torch.device("cpu")
     groups: dict[str, Any] = {
         "all": torch.distributed.group.WORLD,

@@ -1,9 +1,9 @@
 """Real processes over gloo for tests: a pool of ranks that run functions of tests/rank_jobs.py.
 
 Starting a process costs seconds (imports), so a pool lives for the whole test session, and one process
-imports for all: the others are forked from it. Every job joins a world of its own and leaves it: gloo
-keeps three threads per group that wake a hundred times a second, and groups of finished jobs would slow
-all later ones down.
+imports for all: the others are forked from it. Every job joins its own world and leaves it again: gloo
+keeps three threads per group that wake a hundred times a second, so groups of finished jobs would slow
+down all later ones.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class RankPool:
         """Return what ``job`` returned on each rank; raise if it failed on any.
 
         ``job`` is a function of tests/rank_jobs.py, or of another module of tests ("data.jobs.read").
-        A rank that dies or exceeds ``timeout`` (s) fails this job only: the next one gets new processes.
+        A rank that dies or exceeds ``timeout`` (s) fails only this job: the next one gets new processes.
         """
         module, _, name = job.rpartition(".")
         module = f"tests.{module or 'rank_jobs'}"
@@ -84,7 +84,7 @@ class RankPool:
 def _serve(
     pipes: list[Any], module: str, first_on_path: tuple[str, ...], environment: dict[str, str]
 ) -> None:
-    """Import what the first job needs, fork the other ranks, and be the first one."""
+    """Import what the first job needs, fork the other ranks, and serve as the first one."""
     look_rarely()
     _stay_on_one_core()
     if any(path.endswith("triton") for path in first_on_path):
@@ -105,7 +105,7 @@ def _serve(
 
 @contextlib.contextmanager
 def _warnings_are_errors() -> Iterator[None]:
-    """What a user would read, once a rank, fails a job; Python does not show others' deprecations."""
+    """Make warnings that a user would see, once per rank, fail a job; Python hides others' deprecations."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -115,9 +115,9 @@ def _warnings_are_errors() -> Iterator[None]:
 
 
 def _stay_on_one_core() -> None:
-    """Keep a pool on one core where each worker of pytest-xdist has one.
+    """Keep a pool on one core if each worker of pytest-xdist has one.
 
-    A collective of gloo is a dozen messages, each of which wakes a thread: a quarter faster on one core.
+    A gloo collective is a dozen messages, each of which wakes a thread: a quarter faster on one core.
     """
     worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     cores = sorted(os.sched_getaffinity(0))

@@ -1,6 +1,6 @@
 """An independent Eso-LM forward pass: plain torch, one row, explicit masks, weights by name.
 
-Shares no code with the package; float64. Letters: n = entries of the input, d = head size.
+It shares no code with the package and computes in float64. Letters: n = input entries, d = head size.
 """
 
 import numpy as np

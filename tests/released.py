@@ -1,4 +1,4 @@
-"""Released packages that tests read beside the installed ones: wheels, unpacked and put first on a path."""
+"""Released packages that tests use beside the installed ones: wheels, unpacked and put first on a path."""
 
 import subprocess
 import sys
@@ -16,12 +16,12 @@ STAND_IN_TRITON = Path(__file__).parent / "stand_in_triton"
 
 
 def unpacked(asked: str, folder: Path, python: str = "3.12") -> str:
-    """Return a folder of the modules of a wheel, which is downloaded; skip the test if it cannot be.
+    """Return a folder with the modules of a downloaded wheel; skip the test if the download fails.
 
     Args:
         asked: name and version ("megatron-core==0.19.2").
         folder: a new folder.
-        python: the version of Python that the wheel is for.
+        python: version of Python for which the wheel is built.
     """
     command = [
         sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
@@ -42,13 +42,13 @@ def te_pool(make_folder: Callable[[str], Path], te: str, megatron: str = "") -> 
     """Return two ranks with a released Transformer Engine on a CPU; see tests/stand_in.
 
     Args:
-        make_folder: makes a new folder of about that name.
-        te: its version.
-        megatron: version of a Megatron-Core in the place of the installed one; empty: that one.
+        make_folder: creates a new folder whose name starts with its argument.
+        te: version of Transformer Engine.
+        megatron: version of Megatron-Core to use instead of the installed one; empty: the installed one.
     """
     folders = [str(STAND_INS), unpacked(f"transformer_engine=={te}", make_folder("te"))]
     if megatron:
         newer = unpacked(f"megatron-core=={megatron}", make_folder("megatron"))
         folders = [newer, *folders, str(STAND_IN_TRITON)]
-    # Read once when Transformer Engine is imported; the command sets it before, as here.
+    # Read once, when Transformer Engine is imported; the command also sets it beforehand.
     return RankPool(2, *folders, **{DPA_RECIPE: "DelayedScaling"})

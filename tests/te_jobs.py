@@ -1,7 +1,7 @@
-"""What ranks do with Transformer Engine on a CPU (tests/stand_in); see rank_jobs.py.
+"""Jobs of ranks that use Transformer Engine on a CPU (tests/stand_in); see rank_jobs.py.
 
-The real rules refuse Transformer Engine on a CPU; so these jobs give the session the description of an
-H100. Everything else is the real path.
+The real rules refuse Transformer Engine on a CPU, so these jobs describe an H100 to the session.
+Everything else is the real path.
 """
 
 import importlib
@@ -49,7 +49,7 @@ FP8_WEIGHTS = ["precision.fp8_params=true", "eval.use_ema=false"]
 
 
 def on_h100(job: str, overrides: list[str], *args: Any) -> Any:
-    """Return what a job of rank_jobs.py returns when the session takes this machine for an H100."""
+    """Return what a job of rank_jobs.py returns if the session takes this machine for an H100."""
     for name in FUSED_ATTENTION:
         os.environ.pop(name, None)
     os.environ.update(process_environment(rank_jobs.small_config(overrides)))
@@ -58,7 +58,7 @@ def on_h100(job: str, overrides: list[str], *args: Any) -> Any:
 
 
 def layers(overrides: list[str]) -> dict[str, str]:
-    """Return Megatron's class of every part of the first layer that is Transformer Engine's."""
+    """Return Megatron's class for every Transformer Engine part of the first layer."""
     session = on_h100("make_session", overrides)
     found = {}
     for name, module in session.chunks[0].module.decoder.layers[0].named_modules():
@@ -69,7 +69,7 @@ def layers(overrides: list[str]) -> dict[str, str]:
 
 
 def attention_of_a_slice(overrides: list[str]) -> float:
-    """Return the largest error of attention whose D and X rows are slices that lie alike in memory."""
+    """Return the largest error of attention whose D and X rows are slices with equal memory layout."""
     session = on_h100("make_session", overrides)
     core: Any = session.chunks[0].module.decoder.layers[-1].self_attention.core_attention
     groups, size = (
@@ -88,7 +88,7 @@ def attention_of_a_slice(overrides: list[str]) -> float:
 
 
 def with_buffers(overrides: list[str]) -> dict[str, Any]:
-    """Train a step and evaluate; return the losses, the scores and what became of the user buffers."""
+    """Train a step and evaluate; return the losses, the scores and how the user buffers were used."""
     base = _module_base()
     base.destroy_ub()
     session = on_h100("make_session", overrides)
@@ -122,7 +122,7 @@ def with_buffers(overrides: list[str]) -> dict[str, Any]:
 
 
 def _uses(base: Any) -> dict[tuple[str, str], int]:
-    """Return how often each buffer was used, by its layer and pass and by what it holds."""
+    """Return how often each buffer was used, by its layer and pass, and by what it holds."""
     buffers = base._ub_communicators or {}
     return {(name, mode.value): buffer.uses for (name, mode), buffer in buffers.items()}
 
@@ -132,7 +132,7 @@ def _module_base() -> Any:
 
 
 def refused_buffers(overrides: list[str]) -> str:
-    """Return what is said where Transformer Engine cannot have the buffers."""
+    """Return the error message where Transformer Engine cannot have the buffers."""
     base = _module_base()
     base.destroy_ub()
     with replaced([(base.tex, "device_supports_multicast", lambda: False)]):
@@ -147,7 +147,7 @@ def passes(overrides: list[str], dtype: str) -> dict[str, Any]:
     """Return log-probabilities and gradients of the first step's rows, computed in ``dtype``."""
     session = on_h100("_replica_session", overrides, dtype)
     weights = list(session.chunks[0].parameters())
-    for weight in weights:  # where Transformer Engine adds gradients up itself
+    for weight in weights:  # where Transformer Engine itself adds up gradients
         weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
         weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
     found = []
@@ -165,7 +165,7 @@ def passes(overrides: list[str], dtype: str) -> dict[str, Any]:
 
 
 def without_fp8_state(folder: str) -> None:
-    """Leave the FP8 state out of a checkpoint's index, as if it were of a run in bf16."""
+    """Remove the FP8 state from a checkpoint's index, as if it came from a run in bf16."""
     path = Path(folder) / ".metadata"
     if int(os.environ["RANK"]) == 0:
         content = pickle.loads(path.read_bytes())
@@ -177,7 +177,7 @@ def without_fp8_state(folder: str) -> None:
 
 
 def put_hostile_fp8_state(folder: str, trace: str) -> None:
-    """Put a pickle that makes a folder in the place of every FP8 state."""
+    """Replace every FP8 state with a pickle that creates a folder."""
     if int(os.environ["RANK"]) > 0:
         return
     path = Path(folder)
@@ -203,7 +203,7 @@ class _Hostile:
 
 
 def questions(overrides: list[str]) -> dict[str, tuple[Any, Any]]:
-    """Train a step; return where a layer's question about attention is not the one asked at the start."""
+    """Train a step; return where a layer's question about attention differs from the one at the start."""
     dpa = importlib.import_module(f"{te_adapter._DPA}.dot_product_attention")
     utils, asked = dpa.dpa_utils, []
 
@@ -215,13 +215,13 @@ def questions(overrides: list[str]) -> dict[str, tuple[Any, Any]]:
     dpa._attention_backends["attention_params"] = None
     is_deterministic = rank_jobs.small_config(overrides).precision.deterministic
     with replaced([(utils, "get_attention_backend", note)]):
-        if is_deterministic:  # on a GPU be_deterministic sets it
+        if is_deterministic:  # on a GPU, be_deterministic sets it
             os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
         on_h100("train", overrides, 1)
         os.environ.pop("NVTE_ALLOW_NONDETERMINISTIC_ALGO", None)
     ours, *layers_ = asked
     assert layers_
-    of_a_pass = ("batch_size", "fp8_meta", "qkv_type")  # how many rows, which state, which class
+    of_a_pass = ("batch_size", "fp8_meta", "qkv_type")  # number of rows, state, class
     names = [field.name for field in fields(ours) if field.name not in of_a_pass]
     return {
         name: (getattr(ours, name), getattr(theirs, name))
@@ -253,7 +253,7 @@ def attention_choices() -> tuple[str, str]:
     for name, value in process_environment(config).items():
         os.environ[name] = value
     choice = require_fused_attention(config)
-    os.environ["NVTE_UNFUSED_ATTN"] = "1"  # what a user's shell may have
+    os.environ["NVTE_UNFUSED_ATTN"] = "1"  # as a user's shell may have it
     try:
         require_fused_attention(rank_jobs.small_config([*legal[:2], "model.head_size=512"]))
     except ConfigError as error:
@@ -268,7 +268,7 @@ class _Done:
 
 @contextmanager
 def _gathers_each_format() -> Iterator[None]:
-    """Gather weights one by one: gloo takes several at once for tensors of the first one's format."""
+    """Gather weights one by one: of several together, gloo treats all as having the first one's format."""
     buffers: Any = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
     group: Any = buffers._ParamAndGradBucketGroup
     start, gather = group.start_param_sync, buffers.dist_all_gather_func
@@ -294,7 +294,7 @@ def _gathers_each_format() -> Iterator[None]:
 
 @contextmanager
 def _initialised_as_on_a_gpu() -> Iterator[None]:
-    """Have Transformer Engine initialise its layers, as Megatron does on a GPU."""
+    """Make Transformer Engine initialize its layers, as Megatron does on a GPU."""
 
     def as_on_a_gpu(*args: Any, **settings: Any) -> Any:
         return plain(*args, **{**settings, "use_cpu_initialization": False})
@@ -314,13 +314,13 @@ def _session_with_fp8_weights(overrides: list[str]) -> Session:
 
 
 def train_with_fp8_weights(overrides: list[str], *args: Any) -> Any:
-    """:func:`rank_jobs.train` with FP8 parameters."""
+    """Run :func:`rank_jobs.train` with FP8 parameters."""
     with _gathers_each_format(), _initialised_as_on_a_gpu():
         return on_h100("train", [*overrides, *FP8_WEIGHTS], *args)
 
 
 def looked_at(overrides: list[str], looks: bool) -> list[tuple[float, float]]:
-    """Return losses and gradient norms of steps between which FP8 weights are made whole, if asked."""
+    """Return losses and gradient norms of steps; if ``looks``, FP8 weights are made whole in between."""
     with _gathers_each_format():
         session = _session_with_fp8_weights(overrides)
         found = []
@@ -333,7 +333,7 @@ def looked_at(overrides: list[str], looks: bool) -> list[tuple[float, float]]:
 
 
 def losses_after_a_step_not_applied(overrides: list[str], times: int) -> list[float]:
-    """Return losses of three steps, of which the second was found bad so many times before."""
+    """Return losses of three steps, the second of which was first found bad ``times`` times."""
     session = on_h100("make_session", overrides)
     found = []
     for number in range(3):
@@ -344,7 +344,7 @@ def losses_after_a_step_not_applied(overrides: list[str], times: int) -> list[fl
 
 
 def largest_weight_in_history(overrides: list[str]) -> float:
-    """Return the largest value that the FP8 state of a new model has seen of a weight."""
+    """Return the largest weight value that the FP8 state of a new model has seen."""
     modules: list[Any] = list(_session_with_fp8_weights(overrides).chunks[0].modules())
     histories = [m.fp8_meta["scaling_fwd"].amax_history for m in modules if hasattr(m, "fp8_meta")]
     assert histories
@@ -354,7 +354,7 @@ def largest_weight_in_history(overrides: list[str]) -> float:
 
 
 def log_probability_passes(overrides: list[str]) -> dict[str, Any]:
-    """Return what a pass outside of training gives: values as weights change, and gradients added up."""
+    """Return the results of passes outside training: values as weights change, and summed gradients."""
     session = on_h100("make_session", overrides)
     train_step(session, rank_jobs.read_rows)
     tokens = rank_jobs.read_rows(7, [0, 1]).tokens[:, : rank_jobs.LENGTH]
@@ -384,7 +384,7 @@ def log_probability_passes(overrides: list[str]) -> dict[str, Any]:
 
 
 def refused_sampling(overrides: list[str]) -> str:
-    """Return what the sampler says of layers in FP8."""
+    """Return the sampler's error message for layers in FP8."""
     session = on_h100("make_session", [*overrides, "parallel.sequence=false"])
     rows = rank_jobs.read_rows(7, [0]).tokens[:, : rank_jobs.LENGTH]
     order = torch.arange(rank_jobs.LENGTH).expand_as(rows)
@@ -397,7 +397,7 @@ def refused_sampling(overrides: list[str]) -> str:
 
 
 def beside_evaluations(overrides: list[str], evaluates: bool) -> list[float]:
-    """Return losses of steps with an evaluation before each, if asked."""
+    """Return losses of steps; if ``evaluates``, an evaluation precedes each."""
     session = on_h100("make_session", overrides)
     found = []
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The structure: levels of imports, the door to Megatron, sizes of files and functions."""
+"""The architecture: levels of imports, who may import Megatron, sizes of files and functions."""
 
 import ast
 import subprocess
@@ -73,11 +73,11 @@ def test_megatron_training_is_never_imported():
     ]  # fmt: skip
 
 
-READS_OWN_PICKLES = {"parallel/fp8_state.py"}  # of Transformer Engine in this process
+READS_OWN_PICKLES = {"parallel/fp8_state.py"}  # Transformer Engine's, made in this process
 
 
 def test_no_file_is_unpickled_without_restriction():
-    """A file may be another's; torch_dist.py and inert_pickle.py read pickles without running them."""
+    """A file may come from others; torch_dist.py and inert_pickle.py read pickles without running them."""
     wrong = []
     for path, tree in parsed():
         place = path.relative_to(PACKAGE).as_posix()

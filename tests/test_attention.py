@@ -68,7 +68,7 @@ def test_flex_equals_dense_forward(length, pattern, block_size, is_padded):
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:.*that is not a leaf.*")  # PyTorch's compiler looks at it
+@pytest.mark.filterwarnings("ignore:.*that is not a leaf.*")  # PyTorch's compiler causes it
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("pattern", [Pattern.CAUSAL, Pattern.BLOCK])
 def test_flex_equals_dense_backward_on_a_gpu(pattern):
@@ -137,7 +137,7 @@ def test_an_entry_never_depends_on_what_it_may_not_see():
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("attend", [dense_attention, flex_rows_attention])
 def test_padding_in_blocks_is_seen_by_nobody_else(attend):
-    """Pairs of 10, 3 and no valid entries of 12, in blocks of 4: the last one's still come out finite."""
+    """Pairs with 10, 3 and 0 valid entries of 12, in blocks of 4: the last pair's results stay finite."""
     valid = torch.arange(12) < torch.tensor([10, 3, 0])[:, None]
     is_valid = valid.repeat(2, 1)
     q, k, v = (x.detach() for x in random_inputs(6, 2, 2, 12, 4))
@@ -148,7 +148,7 @@ def test_padding_in_blocks_is_seen_by_nobody_else(attend):
     assert torch.isfinite(before).all()
     assert torch.equal(after.transpose(1, 2)[is_valid], before.transpose(1, 2)[is_valid])
     whole = attend(q[[0, 3]], k[[0, 3]], v[[0, 3]], **{**settings, "num_pairs": 1})
-    # What lies before the padding's block sees what it would see without any padding.
+    # Entries before the block with padding see what they would see without any padding.
     torch.testing.assert_close(before[[0, 3], :, :8], whole[:, :, :8], rtol=1e-10, atol=1e-10)
 
 

@@ -55,7 +55,7 @@ def test_what_no_kernel_computes_is_refused_with_what_helps(dtype, head_size, me
 
 
 class LogSumExps(TorchDispatchMode):
-    """Notes the shape of each log-sum-exp that an attention operator returns or is given."""
+    """Records the shape of each log-sum-exp that an attention operator returns or receives."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +83,7 @@ class LogSumExps(TorchDispatchMode):
 def test_split_attention_fits_the_operators_of_this_torch(
     monkeypatch, facts, dtype, operator_shape
 ):
-    """On the meta device operators check their arguments and shapes, and compute nothing."""
+    """On the meta device, operators check their arguments and shapes but compute nothing."""
     monkeypatch.setattr(kernels, "facts_of", lambda device: facts)
     inputs = [
         torch.empty(5, heads, 50, 64, dtype=dtype, device="meta", requires_grad=True)
@@ -94,7 +94,7 @@ def test_split_attention_fits_the_operators_of_this_torch(
         out.sum().backward()
     assert (out.shape, out.dtype) == ((5, 4, 50, 64), dtype)
     assert all(x.grad.shape == x.shape for x in inputs)
-    assert seen.returned[1] == operator_shape  # of the Z rows; the D and X rows' is first
+    assert seen.returned[1] == operator_shape  # Z rows; D and X rows come first
     assert sorted(seen.given) == sorted(seen.returned)
 
 
@@ -126,7 +126,7 @@ def test_short_rows_of_bf16_have_float32_gradients_on_a_cpu(dtype, length, compu
 
 @pytest.fixture
 def cases():
-    """Let a CPU compile what a GPU would; counts the cases that were compiled."""
+    """Make a CPU compile what a GPU would; return a counter of the compiled cases."""
     torch.compiler.reset()
     compiled._compiled.cache_clear()
     counter = CompileCounter()
@@ -141,7 +141,7 @@ def cases():
 
 
 def rows_of(length, rows, heads, groups, *, needs_gradient=True):
-    """Queries, keys and values [L, R, ., d] as slices of one projection's output, and angles."""
+    """Return queries, keys and values [L, R, ., d] as slices of one projection's output, and angles."""
     generator = torch.Generator().manual_seed(length + rows)
     shape = (length, rows, groups, (heads // groups + 2) * 8)
     mixed = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_(
@@ -153,7 +153,7 @@ def rows_of(length, rows, heads, groups, *, needs_gradient=True):
 
 
 def pass_of_a_layer(shape, **settings):
-    """Rotate, attend and go back, for rows of which the last four are pairs; what came out."""
+    """Rotate, attend and run backward, for rows of which the last four are pairs; return the results."""
     mixed, query, key, value, cos, sin = rows_of(*shape, **settings)
     query, key = rotate(query, cos, sin), rotate(key, cos, sin)
     of_heads = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -169,13 +169,13 @@ SHAPES = [(16, 6), (16, 4), (16, 5), (48, 6), (7, 2), (128, 4)]
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2)], ids=["heads", "grouped"])
 def test_what_a_gpu_compiles_is_the_same_in_few_cases(cases, heads, groups):
-    """PyTorch runs a function uncompiled, and says little, after eight cases of it."""
+    """After eight cases of a function, PyTorch runs it uncompiled and says little about it."""
     found = [
         pass_of_a_layer((*shape, heads, groups), needs_gradient=is_trained)
         for shape in SHAPES
         for is_trained in (True, False)
     ]
-    # Turned and turned back, of queries and keys; the self term and its gradients, of one and more pairs.
+    # Rotation and its inverse, for queries and keys; self term and gradients, for one pair and for more.
     assert cases.frame_count == 2 * (1 if heads == groups else 2) + 2 * 2
     with replaced([(m, "is_compiled", lambda x: False) for m in (rotary, split)]):
         for (out, grad), shape in zip(found[::2], SHAPES, strict=True):

@@ -1,4 +1,4 @@
-"""The GPU benchmark runs, on a CPU with tiny shapes: what will be measured is known to work."""
+"""The GPU benchmark runs on a CPU with tiny shapes, so what will be measured is known to work."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def test_the_kernels_are_right_before_they_are_fast(rows):
 
 
 def bench(*arguments):
-    """Run the benchmark in this process; its exit code."""
+    """Run the benchmark in this process; return its exit code."""
     with mock.patch.object(sys, "argv", ["bench_gpu", "--smoke", *arguments]):
         with pytest.raises(SystemExit) as stopped:
             bench_gpu.main()

@@ -1,4 +1,4 @@
-"""Every command as a user runs it: real processes, real ranks, a small text of its own.
+"""Every command as a user runs it: real processes, real ranks, its own small text.
 
 Each of the main commands starts once in a new Python, then in forked ones (tests/forked.py).
 """
@@ -43,7 +43,7 @@ SETTINGS = [
 
 
 def new_python(*arguments, folder):
-    """As a user runs it; the tests below fork, which saves the imports."""
+    """Run a command as a user does; the tests below fork, which saves the imports."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("RANK", None)
     done = subprocess.run(
@@ -56,7 +56,7 @@ def new_python(*arguments, folder):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a prepared data set, a configuration, and a finished run of six steps."""
+    """Return a folder with a prepared data set, a configuration, and a finished run of six steps."""
     folder = tmp_path_factory.mktemp("user")
     text = folder / "text"
     text.mkdir()
@@ -105,7 +105,7 @@ def test_a_longer_run_continues_where_the_shorter_ended(place):
 
 
 def test_a_profiled_step_leaves_a_trace_and_a_table_that_adds_up(place):
-    """Of the run of the test before."""
+    """The run is that of the previous test."""
     folder = place / "runs/longer/profile"
     names = [f"step_0000007_rank_0000{rank}" for rank in (0, 1)]
     assert sorted(p.name for p in folder.iterdir()) == [
@@ -135,7 +135,7 @@ def test_eval_prints_a_table_and_writes_json(place):
 
 
 def test_eval_asks_nothing_of_the_batches_a_checkpoint_was_trained_with(place):
-    """0.6 of 10 rows are whole rows, 0.6 of the default batch are not."""
+    """0.6 of 10 rows is a whole number of rows; 0.6 of the default batch is not."""
     run("train", "run.yaml", "name=uneven", *SETTINGS, "objective.diffusion_fraction=0.6", "train.steps=1",
         "train.global_batch_rows=10", "data.validation={}", folder=place)  # fmt: skip
     out = run("eval", "runs/uneven", "data/validation", "--rows", 2, folder=place)
@@ -234,7 +234,7 @@ def test_eval_says_what_to_do_about_a_tokenizer_of_another_size(place, tmp_path)
 
 
 def test_the_tokens_of_another_tokenizer_are_not_taken_for_the_models(place):
-    """Of the same number: nothing else would tell."""
+    """The number of ids is the same, so nothing but the hash would tell."""
     (place / "text2").mkdir()
     for number in range(40):
         words = " ".join(f"other{(number * i) % 89} was {i % 5}" for i in range(1, 80))
@@ -248,7 +248,7 @@ def test_the_tokens_of_another_tokenizer_are_not_taken_for_the_models(place):
     assert "made with another tokenizer" in out
     shutil.copytree(place / "runs/first", place / "runs/robbed")
     shutil.copy(place / "data2/tokenizer.json", place / "runs/robbed/tokenizer.json")
-    run("sample", "runs/robbed", folder=place)  # the one of the old place is right
+    run("sample", "runs/robbed", folder=place)  # the data folder still has the right tokenizer
     shutil.move(place / "runs/first", place / "runs/away")
     out = run("sample", "runs/robbed", folder=place, code=4)
     shutil.move(place / "runs/away", place / "runs/first")
@@ -274,11 +274,11 @@ def test_bench_sample_compares_methods_under_a_judge(place):
     refused = run(*asked, "--judge", "esolm", folder=place, code=2)
     assert "trained with objective.name=eso" in refused
     found = []
-    for judge in ("runs/judge", "ar"):  # the exported one reads behind its mask too
+    for judge in ("runs/judge", "ar"):  # the exported one also reads behind its mask
         run(*asked, "--judge", judge, "--out", "again", folder=place)
         found += json.loads((place / "again/frontier.json").read_text())
     assert found[0]["judge_perplexity"] == pytest.approx(found[1]["judge_perplexity"], rel=1e-4)
-    # The second checkpoint and its steps are looked at before the first one is sampled.
+    # The second checkpoint and its steps are checked before the first one is sampled.
     refused = run("bench-sample", "runs/judge", "runs/first", "--rows", 1, "--steps", 33, folder=place,
                   code=2)  # fmt: skip
     assert "--num-steps 33 is more than the 32 tokens" in refused
@@ -357,7 +357,7 @@ def prepared_split(folder):
     ],
 )
 def test_eval_refuses_options_of_raw_text_beside_a_prepared_split(tmp_path, settings, message):
-    """And before it looks for a model."""
+    """It refuses them before it looks for a model."""
     with pytest.raises(ConfigError, match=message):
         evaluate(Path("no-checkpoint"), str(prepared_split(tmp_path)), **settings)
 
@@ -407,7 +407,7 @@ def test_eval_takes_alpha_0_for_eso_alone(name):
 
 
 def test_a_judge_scores_a_long_text_in_windows():
-    """A table of next-token probabilities: the windows' sum is the whole text's, and none is too long."""
+    """With a table of next-token probabilities, the windows sum to the whole text; none is too long."""
     logits = torch.randn(7, 7, generator=torch.Generator().manual_seed(0))
 
     def model(ids):
@@ -533,7 +533,7 @@ def test_bad_input_is_a_message_that_says_what_to_change(place, overrides, code,
 
 
 def test_a_set_up_that_fails_tells_our_job_script_why(place):
-    """Without a status it would take the ranks for crashed, and start them again and again."""
+    """Without a status, the script would take the ranks for crashed and restart them again and again."""
     words = ("train", "run.yaml", *SETTINGS, "data.sources=[{path: nowhere}]")
     attempt = {"SLURM_JOB_ID": "5", "MEGATRON_ESO_ATTEMPT": "5.0"}
     run(*words, "name=job", folder=place, code=3, environment=attempt)

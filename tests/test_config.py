@@ -344,7 +344,7 @@ def test_a_path_may_begin_at_the_users_folder(monkeypatch, tmp_path):
 
 
 def test_a_setting_that_may_be_off_is_off_at_its_documented_value():
-    """0 where the setting has no null, null where it has."""
+    """The value is 0 where the setting does not allow null, else null."""
     off = [
         "optimizer.weight_decay=0", "optimizer.clip_grad_norm=0", "optimizer.warmup_steps=0",
         "train.save_every_steps=null", "train.eval_every_steps=null", "eval.micro_batch_rows=null",
@@ -502,7 +502,7 @@ def test_a_saved_text_is_read_back_as_it_is_whatever_it_holds(tmp_path, text):
 
 
 def test_a_saved_configuration_is_what_omegaconf_writes():
-    """Names of folders of sweeps and fingerprints of cells are made of it."""
+    """Folder names of sweeps and fingerprints of cells are derived from it."""
     config = load_config(CONFIGS / "run/quickstart.yaml")
     assert to_yaml(config) == OmegaConf.to_yaml(OmegaConf.structured(config))
 

@@ -1,7 +1,7 @@
-"""Layers run from CUDA graphs give the numbers of layers that run by themselves, bit by bit.
+"""Layers that run from CUDA graphs give the same numbers as without graphs, bit by bit.
 
-Shown over a stand-in for CUDA graphs that runs on a CPU (tests/cpu_graphs.py). Not shown: that a GPU
-captures these kernels, and what is gained.
+Tested over a stand-in for CUDA graphs that runs on a CPU (tests/cpu_graphs.py). Not tested: that a GPU
+captures these kernels, and how much this gains.
 """
 
 from importlib.metadata import version
@@ -50,14 +50,14 @@ def test_one_rank_trains_the_same_weights(one_rank, settings, kinds, micro_batch
     graphed = one_rank.run("graph_jobs.train", [*settings, GRAPHS])
     assert_bitwise(graphed, plain)
     assert graphed[0]["sets"] == [[(kind, 0) for kind in kinds]]
-    # Two graphs of each layer, in each micro-batch of three steps; none in the evaluation.
+    # Two graphs per layer in each micro-batch of three steps; none in the evaluation.
     assert graphed[0]["replays"] == 2 * 4 * micro_batches * 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", TWO)
 def test_two_ranks_train_the_same_weights(two_ranks, layout):
-    """With what overlaps: weights are gathered while layers run, gradients summed while others run."""
+    """With overlap: weights are gathered, and gradients summed, while other layers run."""
     settings = [*TWO[layout], "parallel.overlap=true", "objective.alpha_0=0.5"]
     plain = two_ranks.run("graph_jobs.train", settings)
     graphed = two_ranks.run("graph_jobs.train", [*settings, GRAPHS])
@@ -75,7 +75,7 @@ def test_two_ranks_train_the_same_weights(two_ranks, layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [[], ["parallel.tensor=2"]], ids=["data", "tensor"])
 def test_layers_of_transformer_engine_train_the_same_weights(te_ranks, layout):
-    """Its products add weight gradients to their buffers inside the graph."""
+    """Transformer Engine's products add weight gradients to their buffers inside the graph."""
     te = ["precision.backend=te", "precision.attention=te"]
     settings = [*layout, *BF16, *te, "objective.alpha_0=0.5"]
     plain = te_ranks.run("graph_jobs.train_te", settings)
@@ -125,7 +125,7 @@ def test_a_gpu_trains_the_same_from_real_graphs(one_rank, alpha_0):
     reason="NOT TESTED: other code, which the stand-in does not fit",
 )
 def test_megatrons_own_graphs_give_wrong_gradients(one_rank):
-    """Why there are graphs of our own. If this fails, Megatron's may do: see model/layer_graphs.py."""
+    """The reason for our own graphs. If this fails, Megatron's may suffice: see model/layer_graphs.py."""
     plain = one_rank.run("graph_jobs.gradients_with_megatrons_graphs", False)[0]
     graphed = one_rank.run("graph_jobs.gradients_with_megatrons_graphs", True)[0]
     assert graphed.keys() == plain.keys()

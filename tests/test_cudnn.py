@@ -1,4 +1,4 @@
-"""Of two cuDNNs on a machine, PyTorch's own is loaded, whatever Transformer Engine would take."""
+"""Of two cuDNNs on a machine, PyTorch's own is loaded, whichever Transformer Engine would choose."""
 
 import ast
 import ctypes
@@ -19,7 +19,7 @@ NAMES = ["libcudnn.so.9", "libcudnn_adv.so.9", "libcudnn_graph.so.9", "libcudnn_
 
 @pytest.fixture
 def packages(tmp_path):
-    """A folder of packages with cuDNN in it."""
+    """Return a folder of packages that contains cuDNN."""
     folder = tmp_path / "nvidia" / "cudnn" / "lib"
     folder.mkdir(parents=True)
     for name in NAMES:
@@ -29,7 +29,7 @@ def packages(tmp_path):
 
 @pytest.fixture
 def loaded():
-    """Names of the libraries that are loaded in the test, in their order."""
+    """Return the names of the libraries that the test loads, in order."""
     found = []
     finds = SimpleNamespace(name="transformer_engine")
     with replaced(
@@ -76,7 +76,7 @@ def test_a_pytorch_with_a_systems_cudnn_is_left_alone(tmp_path, loaded):
 @pytest.mark.slow
 @pytest.mark.parametrize("te", ["2.9.0", "2.11.0", "2.20.2"])
 def test_transformer_engine_still_prefers_a_systems_cudnn(te, packages, tmp_path_factory):
-    """If this fails, its loader may have changed: see whether the patch can go."""
+    """If this fails, its loader may have changed: check whether the patch can go."""
     wheel = released.unpacked(f"transformer_engine=={te}", tmp_path_factory.mktemp("te"))
     source = (Path(wheel) / "transformer_engine" / "common" / "__init__.py").read_text()
     wanted = ("_load_cuda", "_load_cudnn", "_get_sys", "_load_nvidia")

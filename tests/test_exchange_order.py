@@ -1,4 +1,4 @@
-"""Exchanges between pipeline stages end over NCCL too, which none of these tests has: by its rules."""
+"""Exchanges between pipeline stages also finish under NCCL's rules; these tests have no NCCL."""
 
 import pytest
 

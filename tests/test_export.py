@@ -41,10 +41,10 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def checkpoints(two_ranks, tmp_path_factory):
-    """The same weights, saved at three layouts (``one`` is data parallel on two ranks)."""
+    """Return the same weights saved at three layouts (``one`` is data parallel on two ranks)."""
     folder = tmp_path_factory.mktemp("layouts")
     for name, layout in LAYOUTS.items():
-        # The third save of a run, whose index says more than the first's.
+        # The third save of a run, whose index holds more than that of the first.
         earlier = 2 if name == "tensor" else 0
         two_ranks.run("export_checkpoint", [QK, *layout], str(folder / name), earlier)
     return folder
@@ -52,7 +52,7 @@ def checkpoints(two_ranks, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(checkpoints, tmp_path_factory):
-    """The verified export of the tensor-parallel checkpoint's raw weights, and what it says."""
+    """Return the verified export of the tensor-parallel checkpoint's raw weights, and its report."""
     out = tmp_path_factory.mktemp("exported") / "model"
     return out, export(checkpoints / "tensor", out, use_ema=False)
 
@@ -119,7 +119,7 @@ def test_the_tensors_equal_what_torchs_own_reader_finds(checkpoints):
     assert all(torch.equal(reader.read(name), tensor) for name, tensor in state.items())
 
 
-# Mutations of an exported folder, each of which verification must see.
+# Mutations of an exported folder, each of which verification must detect.
 
 
 def change_config(folder, **values):
@@ -440,7 +440,7 @@ def test_inspect_says_what_becomes_of_every_tensor(checkpoints, exported):
     assert "q_proj" in qkv.becomes
     assert "optimizer" in by_name["exp_avg.output_layer.weight"].becomes
     assert any("3 padded vocabulary rows" in remark for remark in found.remarks)
-    # The averages are what `export` takes unless it is told otherwise.
+    # `export` takes the averages unless told otherwise.
     assert "not exported: weights: not the weights asked for" in found.remarks
     assert not any("ema:" in remark for remark in found.remarks)
     assert inspect(exported[0]).num_parameters == exported[1]["num_parameters"]

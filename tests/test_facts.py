@@ -1,4 +1,4 @@
-"""A checkpoint's facts: all that is read of them is what was written, and plain JSON."""
+"""A checkpoint's facts: they are read as they were written, and are plain JSON."""
 
 import json
 from dataclasses import replace
@@ -78,7 +78,7 @@ def test_facts_tell_another_model_and_the_tokenizer(tmp_path):
 
 
 def test_facts_are_a_snapshot():
-    """A save is written while the state goes on changing."""
+    """A save is written while the state keeps changing."""
     sources = ["a"]
     said = facts(load_config(RUNS[0]), sources=sources)
     sources.append("b")

@@ -1,4 +1,4 @@
-"""Small files are whole or as before."""
+"""Small files are either whole or unchanged."""
 
 import errno
 import os
@@ -37,7 +37,7 @@ def test_a_full_disk_leaves_the_file_as_it_was_and_names_it(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space left") as caught:
         files.write_json(path, {"a": 2})
     assert caught.value.filename == str(path)
-    files.write_json(path, {"a": 1})  # as it is already: nothing to write
+    files.write_json(path, {"a": 1})  # the file already has this content: nothing to write
     assert files.read_json(path) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
 

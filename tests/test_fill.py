@@ -1,4 +1,4 @@
-"""What a rank reads of a checkpoint's files for the tensors that it wants, and into which memory."""
+"""What a rank reads from a checkpoint's files for the tensors that it wants, and into which memory."""
 
 import mmap
 import pickle
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*assuming the intent is to:User
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Every read of a part's bytes: file, first byte, target."""
+    """Return the list of every read of a part's bytes: file, first byte, target."""
     found, into = [], fill_module._read_into
     monkeypatch.setattr(fill_module, "_read_into", lambda *one: (found.append(one), into(*one)))
     return found
@@ -107,7 +107,7 @@ def test_a_tensor_of_one_number_is_read(tmp_path):
 
 
 def test_no_page_of_a_mapping_is_touched(tmp_path, monkeypatch):
-    """One that cannot be read there ends the process; a read is an error that the other ranks are told."""
+    """A mapped page that cannot be read ends the process; a failed read is an error that ranks share."""
 
     class Untouched(mmap.mmap):
         def __getitem__(self, place):
@@ -120,7 +120,7 @@ def test_no_page_of_a_mapping_is_touched(tmp_path, monkeypatch):
 
 
 def test_an_index_with_parts_of_other_dimensions_is_damaged(tmp_path):
-    """Found when it is read, by all ranks: those that want no such part would not find it."""
+    """All ranks notice it when they read the index; ranks that want no such part would not notice later."""
     written(tmp_path, a=torch.ones(4, 2))
     path = tmp_path / ".metadata"
     content = pickle.loads(path.read_bytes())

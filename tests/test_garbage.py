@@ -1,4 +1,4 @@
-"""Python looks for cycles rarely while a command starts, and at what is new alone while it trains."""
+"""Python looks for cycles rarely while a command starts, and only at new objects while it trains."""
 
 import gc
 import os

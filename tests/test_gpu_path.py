@@ -1,6 +1,6 @@
-"""The path that a GPU takes, on a device that computes nothing: what it would refuse shows on a laptop.
+"""The GPU's code path on a device that computes nothing: what a GPU would refuse shows on a laptop.
 
-Not shown: numbers, speed, memory, and kernels' own conditions beyond those of PyTorch's meta functions.
+Not tested: numbers, speed, memory, and kernels' own conditions beyond those of PyTorch's meta functions.
 """
 
 import pytest
@@ -43,7 +43,7 @@ def rank():
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_and_an_evaluation_stay_on_the_gpu(rank, case):
-    """Everything up to the norm of the gradients, the update, and an evaluation up to its result."""
+    """Covers everything up to the norm of the gradients, the update, and an evaluation up to its result."""
     settings, num_ranks, cudnn = CASES[case]
     found = rank("step_and_evaluation", settings, num_ranks, cudnn)
     assert found["num_operators"] > 1000

@@ -1,4 +1,4 @@
-"""What the configuration becomes for Megatron on a GPU; no GPU needed to build it."""
+"""What the configuration becomes for Megatron on a GPU; building it needs no GPU."""
 
 import inspect
 import os
@@ -51,7 +51,7 @@ def test_more_ranks_than_gpus_are_refused_with_the_numbers():
 
 
 def test_ranks_that_one_task_of_slurm_has_started_do_not_share_its_only_gpu():
-    """Two ranks on one GPU are refused by NCCL alone, in words that name no setting."""
+    """Otherwise only NCCL refuses two ranks on one GPU, in words that name no setting."""
     for local_rank in (1, 3):
         with pytest.raises(ConfigError, match=rf"rank {local_rank} .* 1 can be seen"):
             gpu_of_rank(local_rank, 1, {"SLURM_LOCALID": "0"})
@@ -80,10 +80,10 @@ def test_the_ranks_of_other_nodes_use_no_gpu_of_this_one(two_ranks, nodes, numbe
 
 
 def test_a_barrier_over_nccl_does_not_advise_what_would_line_up_the_exchanges_of_stages():
-    """PyTorch advises to name the GPU when groups are made; a group then has one communicator for all."""
+    """PyTorch advises naming the GPU when groups are created; a group then has one communicator for all."""
     source = inspect.getsource(torch.distributed.barrier)
     words = "barrier(): using the device under current context. "
-    assert f'"{words}"' in source  # else PyTorch says something else now
+    assert f'"{words}"' in source  # if this fails, PyTorch's words have changed
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         silence_megatron_messages()
@@ -152,7 +152,7 @@ def test_the_fused_swiglu_is_the_same_function(one_rank):
 
 
 def test_chunks_gather_whole_where_stages_interleave():
-    """Else each bucket of a chunk asks for the next, which the schedule has asked for already."""
+    """Otherwise each bucket of a chunk requests the next, which the schedule has already requested."""
     for virtual, is_aligned in ((1, False), (2, True)):
         parallel = ParallelConfig(pipeline=2, virtual_pipeline=virtual, overlap=True)
         settings = buffer_settings(parallel, SimpleNamespace(fp8_param=False), on_gpu=True)

@@ -1,4 +1,4 @@
-"""What becomes of a step that looks wrong, by what its second run gives."""
+"""What happens to a step that looks wrong, depending on the result of its second run."""
 
 import math
 from dataclasses import replace
@@ -24,7 +24,7 @@ def state_at(step):
 
 @pytest.fixture
 def step(tmp_path, monkeypatch):
-    """A function that does a step whose runs give these losses; returns its report and the events told."""
+    """Return a function that runs a step with these losses, and returns its report and its events."""
 
     def do(*losses, norms=None, settings=SETTINGS, state=None, go_back=lambda: False):
         left, told = list(zip(losses, norms or [1.0] * len(losses), strict=True)), []

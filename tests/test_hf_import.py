@@ -45,7 +45,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    """Save a stock model of random bfloat16 weights; returns its folder, one per kind."""
+    """Return a function that saves a kind's stock model, random in bfloat16, and returns its folder."""
     made = {}
 
     def get(kind):
@@ -116,7 +116,7 @@ def test_our_own_export_comes_back_unchanged(stock, tmp_path):
 
 
 def as_trained_for(folder, **objective):
-    """Change what a checkpoint says it was trained for."""
+    """Change the objective for which a checkpoint says it was trained."""
     sidecar = json.loads((folder / "esolm.json").read_text())
     sidecar["objective"] |= objective
     (folder / "esolm.json").write_text(json.dumps(sidecar))
@@ -161,7 +161,7 @@ def test_an_autoregressive_export_says_how_it_is_read(stock, tmp_path, leading_m
 
 
 def test_an_autoregressive_export_draws_no_mask(stock, tmp_path):
-    """Its logit is not trained: here all are equal, so 640 draws would find it."""
+    """The mask's logit is not trained. Here all logits are equal, so 640 draws would hit the mask."""
     out = export_as(stock, tmp_path, name="ar")
     model = LlamaForCausalLM.from_pretrained(out)
     with torch.no_grad():
@@ -192,7 +192,7 @@ ADDERS = {
 @pytest.mark.parametrize("kind", ["esolm", "backbone"])
 @pytest.mark.parametrize("adder", ADDERS)
 def test_the_exported_tokenizer_adds_no_tokens(stock, tmp_path, kind, adder):
-    """Rows of training and ``sample --prompt`` have none."""
+    """Rows of training and of ``sample --prompt`` have no added tokens."""
     file = small_tokenizer(tmp_path / "t.json", 61)
     words = Words.from_file(str(file))
     words.post_processor = ADDERS[adder]
@@ -224,7 +224,7 @@ def test_an_eso_backbone_says_how_it_is_read(stock, tmp_path):
 
 
 def test_an_objective_that_is_not_written_down_is_remarked(stock, tmp_path):
-    """A folder that transformers saved again has no notes of ours, but still the mask token."""
+    """A folder that transformers saved again lacks our notes but still has the mask token."""
     import_hf(stock("llama"), tmp_path / "first")
     export(tmp_path / "first", tmp_path / "out", kind="backbone", verify=False)
     (tmp_path / "out" / "esolm_export.json").unlink()
@@ -290,7 +290,7 @@ def test_what_has_no_counterpart_is_refused_and_nothing_is_left(stock, tmp_path,
 
 @pytest.mark.parametrize("name", ["head_dim", "num_key_value_heads"])
 def test_a_size_that_is_not_written_down_is_as_transformers_takes_it(tmp_path, name):
-    """Qwen3's are numbers of its own, no quotients."""
+    """Qwen3's defaults are independent numbers, not quotients."""
     sizes = {"head_dim": 128, "num_key_value_heads": 32, "num_attention_heads": 64}
     shape = SHAPE | sizes | {"num_hidden_layers": 1}
     Qwen3ForCausalLM(Qwen3Config(**shape)).bfloat16().save_pretrained(tmp_path / "whole")
@@ -389,7 +389,7 @@ def test_cutting_the_vocabulary_keeps_the_mask_row(stock, tmp_path, kind):
 
 
 def test_a_head_that_is_not_the_embedding_is_not_dropped(stock, tmp_path):
-    """transformers does not tie the two where a file holds both and they differ."""
+    """transformers does not tie the two if a file holds both and they differ."""
     folder = change_config(stock("llama"), tmp_path, tie_word_embeddings=True)
     with pytest.raises(CheckpointError, match="set tie_word_embeddings to false"):
         import_hf(folder, tmp_path / "out")

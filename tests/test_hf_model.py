@@ -28,7 +28,7 @@ NATIVE = ["model.qk_norm=true"]
 
 @pytest.fixture(scope="module")
 def folder(two_ranks, tmp_path_factory):
-    """An exported folder with a tokenizer."""
+    """Return an exported folder with a tokenizer."""
     root = tmp_path_factory.mktemp("model")
     two_ranks.run("export_checkpoint", NATIVE, str(root / "checkpoint"))
     tokenizer = small_tokenizer(root / "t.json", 60)
@@ -49,7 +49,7 @@ def rows(count=3, length=12, seed=0):
 
 
 def chain_rule(model, tokens, order, given):
-    """Return [B] log p by one canvas pass per token: everything earlier in the order is shown."""
+    """Return [B] log p from one canvas pass per token, which shows everything earlier in the order."""
     total = torch.zeros(len(tokens), dtype=torch.float64)
     for step in range(given, tokens.shape[1]):
         place = order[step]
@@ -76,7 +76,7 @@ def test_remote_code_and_package_give_the_same_logits(folder, model):
 
 @pytest.mark.slow
 def test_the_model_card_s_code_runs_without_our_package_and_asks_nothing(folder):
-    """transformers asks on the terminal, for 15 s, where trust_remote_code is left out."""
+    """If trust_remote_code is left out, transformers asks on the terminal for 15 s."""
     card = (folder / "README.md").read_text()
     lines = [line[4:] for line in card.splitlines() if line.startswith("    ")]
     script = "import sys\nsys.modules['megatron_eso'] = None\n" + "\n".join(lines)
@@ -166,7 +166,7 @@ def test_cached_equals_uncached(model, plan):
 
 
 def test_the_cached_log_probs_are_the_models(model):
-    """One token a step: their sum is the exact likelihood of the row in reading order."""
+    """With one token per step, their sum is the exact likelihood of the row in reading order."""
     out = model.generate(
         rows(2, 4), max_new_tokens=6, alpha_0=0.0, seed=1, do_sample=True, eos_token_id=None,
         return_dict_in_generate=True,
@@ -236,7 +236,7 @@ def test_a_generation_config_counts_like_the_call(model):
 
 
 def test_what_a_generation_config_leaves_open_is_the_models(model, monkeypatch):
-    """transformers fills it up from generation_config.json: the end token, the number of tokens."""
+    """transformers completes it from generation_config.json: the end token, the number of tokens."""
     free = model.generate(rows(1, 4), max_new_tokens=10, alpha_0=0.0, eos_token_id=None)
     end = int(free[0, 6])
     for name, value in {"eos_token_id": end, "pad_token_id": 3, "max_new_tokens": 10}.items():
@@ -265,7 +265,7 @@ SAME_TEXT = {
 
 @pytest.fixture(scope="module")
 def native_text(one_rank, folder):
-    """What megatron-eso's own sampler writes, by case."""
+    """Return the text of megatron-eso's own sampler, by case."""
     import numpy as np
 
     cases = []
@@ -348,7 +348,7 @@ def test_a_streamer_shows_the_text_once_and_in_order(model, folder):
 
 
 def test_a_streamer_ends_where_the_text_does(model, folder):
-    """Diffusion may have decided what is behind the end token before it."""
+    """Diffusion may have decided tokens behind the end token before the end token itself."""
     tokenizer, shown = AutoTokenizer.from_pretrained(folder), []
 
     class Recorder(TextStreamer):
@@ -412,7 +412,7 @@ def test_flags_that_are_off_are_no_settings(model):
 
 @pytest.fixture
 def warnings_of(model, monkeypatch):
-    """Return what says which warnings a call of generate() gives."""
+    """Return a function that returns the warnings of a call of generate()."""
 
     def call(*arguments, **settings):
         said = []
@@ -434,7 +434,7 @@ def test_a_temperature_without_sampling_is_remarked(warnings_of):
 
 
 def test_padding_without_a_mask_is_remarked(warnings_of):
-    """The padding's token is text elsewhere: nothing but the mask can tell."""
+    """The padding token is text elsewhere, so only the mask can tell."""
     batch = rows(2, 5)
     batch[1, :2] = 3
     said = warnings_of(batch, pad_token_id=3)
@@ -444,7 +444,7 @@ def test_padding_without_a_mask_is_remarked(warnings_of):
 
 
 def test_a_tuple_is_returned_where_one_is_asked_for(model):
-    """Unpacked, an output object gives the names of its fields."""
+    """Unpacking an output object would give the names of its fields."""
     canvas, tokens = rows(), rows()
     canvas[:, 3] = MASK
     loss, logits = model(canvas, labels=tokens, return_dict=False)
@@ -453,7 +453,7 @@ def test_a_tuple_is_returned_where_one_is_asked_for(model):
 
 
 def test_a_canvas_without_masks_is_refused(model):
-    """A next-token harness would take the logits for those of the next token, in silence."""
+    """A next-token harness would silently take the logits for those of the next token."""
     with pytest.raises(ValueError, match=f"no mask token .*{MASK}.*log_likelihood"):
         model(input_ids=rows())
 

@@ -1,4 +1,4 @@
-"""No weight is read before it was gathered, and no gradient before it was summed, however late that is."""
+"""No weight is read before it is gathered, and no gradient before it is summed, however late that is."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ BIASED = [
 TIED = ["model.tie_embeddings=true"]
 BATCH = [
     "train.micro_batch_rows=2", "train.global_batch_rows=32",
-    "optimizer.learning_rate=0.001",  # larger steps make more of a rounding
+    "optimizer.learning_rate=0.001",  # larger steps amplify rounding
 ]  # fmt: skip
 TWO = {
     "biased": BIASED,

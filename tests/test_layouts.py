@@ -27,7 +27,7 @@ _alone: dict = {}
 
 
 def alone(one_rank, objective):
-    """The reference: one rank, all rows in one micro-batch size, no recomputation."""
+    """Return the reference: one rank, one micro-batch size for all rows, no recomputation."""
     if objective not in _alone:
         _alone[objective] = one_rank.run("loss_and_gradients", OBJECTIVES[objective])[0]
     return _alone[objective]

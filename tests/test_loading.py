@@ -1,4 +1,4 @@
-"""Loading: nothing that a checkpoint's files name is run; what one rank cannot read ends all alike."""
+"""Loading: nothing that a checkpoint's files name is run; if one rank cannot read, all end alike."""
 
 import json
 import os
@@ -15,7 +15,7 @@ TENSOR = ["parallel.tensor=2"]
 
 
 class Hostile:
-    """A pickle of it makes a folder when it is loaded."""
+    """An object whose pickle creates a folder when it is loaded."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -26,7 +26,7 @@ class Hostile:
 
 @pytest.fixture
 def trace(tmp_path):
-    """The folder that a hostile pickle makes; it is not there in the end, and would be."""
+    """Yield the folder that a hostile pickle creates if run; in the end it is absent, but could be made."""
     folder = tmp_path / "it_ran"
     yield folder
     assert not folder.exists()
@@ -36,7 +36,7 @@ def trace(tmp_path):
 
 @pytest.fixture
 def saved(two_ranks, tmp_path):
-    """A run of two tensor-parallel ranks with checkpoints of steps 1 and 2."""
+    """Return a run of two tensor-parallel ranks with checkpoints of steps 1 and 2."""
     run = tmp_path / "run"
     two_ranks.run(START, str(run), TENSOR, 2, [1, 2])
     return run
@@ -48,7 +48,7 @@ def checkpoint(run, step=2):
 
 @pytest.mark.parametrize("file", [".metadata", "common.pt"])
 def test_a_hostile_pickle_in_a_checkpoint_is_not_run(two_ranks, saved, trace, file):
-    """Hashes do not tell: who wrote the files wrote the manifest too."""
+    """Hashes cannot tell: whoever wrote the files also wrote the manifest."""
     folder = checkpoint(saved)
     if file == ".metadata":
         (folder.path / file).write_bytes(pickle.dumps(Hostile(trace)))
@@ -88,7 +88,7 @@ def test_a_file_that_one_rank_cannot_read_ends_all_ranks_alike(two_ranks, saved,
         "resilience.keeper_jobs.start_without", rank, file, *arguments, timeout=60
     )
     first, second = replies
-    if "error" not in first:  # a file that this rank has no use for
+    if "error" not in first:  # a file that this rank does not need
         assert file in ("metadata.json", "common.pt") or (file, rank) == ("esolm.json", 1)
         assert first["first"] == second["first"] == 2
         return
@@ -101,13 +101,13 @@ def test_a_local_copy_that_one_rank_cannot_read_is_used_by_none(two_ranks, saved
     settings = [*TENSOR, f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
     two_ranks.run(START, str(saved), settings, 3, [])
     job = "resilience.keeper_jobs.start_without"
-    # It is whole when the ranks agree on it: the second opening fails.
+    # The file is whole when the ranks agree on it; it fails when it is opened again.
     for found in two_ranks.run(job, 1, "000003.pt", str(saved), settings, 1, timeout=60):
         assert found["first"] == 2
 
 
 def test_ranks_that_evaluate_a_running_run_load_the_same_checkpoint(two_ranks, saved):
-    """One more may be committed while they look: of two checkpoints' halves no model is made."""
+    """A new checkpoint may be committed while they look; halves of two checkpoints make no model."""
     found = two_ranks.run(
         "resilience.keeper_jobs.loaded_for_evaluation", str(saved), 1, timeout=100
     )

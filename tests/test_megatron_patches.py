@@ -1,4 +1,4 @@
-"""Each change to Megatron's behaviour is still needed: a failure here says that a patch can go.
+"""Each change to Megatron's behavior is still needed: a failure here means that a patch can go.
 
 Reads the installed Megatron-Core's source text, so nothing is imported or patched.
 """
@@ -68,6 +68,6 @@ def test_the_distributed_optimizer_still_offers_what_parameters_py_reads(name):
 
 
 def test_parameters_are_still_marked_as_split_only_where_they_are_initialised():
-    """Why model/megatron_config.py initialises with functions that leave weights as they are."""
+    """This is why model/megatron_config.py initializes with functions that leave weights unchanged."""
     layers = source("tensor_parallel/layers.py")
     assert "if config.perform_initialization:" in layers

@@ -1,8 +1,8 @@
 """Recipes in Megatron-Core's own configuration classes, and the trainer, on both supported versions.
 
-The version installed is tested always. The newer one has no wheel for Python 3.11; its wheel is pure
-Python but for a part that is not used here, so it is unpacked, with a stand-in for triton, which it
-imports at once for kernels that no CPU runs.
+The installed version is always tested. The newer one has no wheel for Python 3.11. Its wheel is pure
+Python except for a part that is not used here, so it is unpacked, with a stand-in for triton, which it
+imports immediately for kernels that no CPU runs.
 """
 
 import numpy as np
@@ -66,7 +66,7 @@ def test_every_recipe_becomes_the_installed_megatrons_settings():
 
 @pytest.fixture(scope="module")
 def newer(tmp_path_factory):
-    """Two ranks on the newer Megatron-Core, over the stand-ins."""
+    """Return two ranks on the newer Megatron-Core, over the stand-ins."""
     pool = released.te_pool(tmp_path_factory.mktemp, NEWER_TE, NEWER)
     yield pool.run
     pool.close()
@@ -91,7 +91,7 @@ def test_every_recipe_becomes_the_newer_megatrons_settings(newer):
 def test_the_newer_megatron_trains_saves_and_resumes_like_the_installed_one(
     newer, two_ranks, tmp_path, layout, near
 ):
-    """The newer one's Adam is Transformer Engine's, the other's PyTorch's: they round in another order."""
+    """The newer one uses Transformer Engine's Adam, the other PyTorch's; they round in different order."""
     settings = [*layout, "precision.backend=torch"]
     expected = two_ranks.run("train", settings, 4)[0]["losses"]
     found = newer("train", settings, 4, str(tmp_path), 2)[0]["losses"]
@@ -105,7 +105,7 @@ def test_the_newer_megatron_trains_saves_and_resumes_like_the_installed_one(
 
 @pytest.mark.slow
 def test_layers_run_from_cuda_graphs_on_the_newer_megatron(newer):
-    """Over the stand-in of tests/cpu_graphs.py."""
+    """Uses the stand-in of tests/cpu_graphs.py."""
     settings = ["parallel.tensor=2", "parallel.overlap=true", "precision.backend=torch"]
     plain = newer("graph_jobs.train", settings)[0]
     graphed = newer("graph_jobs.train", [*settings, "parallel.cuda_graphs=true"])[0]

@@ -50,7 +50,7 @@ def expected_row(model, rows, row, first_z):
     x_row = row - rows["num_pairs"]
     order = torch.from_numpy(rows["positions"][x_row])
     tokens = torch.empty_like(order).scatter(0, order, torch.from_numpy(rows["tokens"][x_row]))
-    # Which copies are masks does not matter to the others, so all are: only masked ones are compared.
+    # Which copies are masks does not affect the others, so all are masks; only masked ones are compared.
     return sequential_pass(model, tokens, torch.ones_like(tokens, dtype=torch.bool), order, MASK)
 
 
@@ -115,7 +115,7 @@ def test_at_alpha_zero_the_nelbo_is_the_exact_likelihood_and_scored_once(one_ran
     ids=" ".join,
 )
 def test_rows_that_fill_a_micro_batch_change_no_score(one_rank, objective):
-    """Five stack rows hold one row of three, or two of two and an empty one."""
+    """Five stack rows hold one row that takes three, or two rows that take two and an empty stack row."""
     plain = one_rank.run("scores", objective, 7)[0]
     filled = one_rank.run("scores_in_full_micro_batches", objective, 7, 5)[0]
     assert [name for name, _, _ in filled] == [name for name, _, _ in plain]
@@ -126,7 +126,7 @@ def test_rows_that_fill_a_micro_batch_change_no_score(one_rank, objective):
 
 @pytest.mark.parametrize(("leading_mask", "num_tokens"), [("true", 106), ("false", 104)])
 def test_ar_scores_are_divided_by_the_tokens_predicted(one_rank, leading_mask, num_tokens):
-    """Of 17 tokens 16 are predicted; of the 13 of rows 2 and 5, 13 or, from the second on, 12."""
+    """Of 17 tokens, 16 are predicted; of the 13 of rows 2 and 5, 13 or, from the second on, 12."""
     objective = ["objective.name=ar", f"objective.leading_mask={leading_mask}"]
     found = one_rank.run("scores", objective, 7)[0]
     assert [(name, tokens) for name, _, tokens in found] == [("likelihood", num_tokens)]

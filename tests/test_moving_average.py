@@ -1,4 +1,4 @@
-"""Evaluations see the averaged weights; training goes on with its own, of which no second copy is kept."""
+"""Evaluations see the averaged weights; training continues with its own, without a second copy of them."""
 
 import numpy as np
 import pytest
@@ -38,14 +38,14 @@ def test_training_goes_on_as_if_nothing_had_been_evaluated(two_ranks, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_run_that_is_stopped_within_saves_its_own_masters(two_ranks, dtype):
-    """Weights may stay averaged then: nothing trains on, and no rank may wait for others after an error."""
+    """The weights may stay averaged then: training has ended, and no rank may wait after an error."""
     for found in held(two_ranks, [], dtype, fails=True):
         assert not differ(found["after"]["masters"], found["before"]["masters"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_second_copy_of_the_weights_is_kept(two_ranks, dtype):
-    """In fp32 a rank's masters lie in the weights themselves: its own share of them is kept."""
+    """In fp32 a rank's masters lie in the weights themselves, so it keeps a copy of its share of them."""
     for found in held(two_ranks, [], dtype):
         own = sum(x.nbytes for x in found["before"]["masters"]) if dtype == "fp32" else 0
         assert found["bytes kept"] == own

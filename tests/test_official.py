@@ -1,4 +1,4 @@
-"""Official checkpoints: imported without running their pickle, equal to what the official code found."""
+"""Official checkpoints: imported without running their pickle, equal to the official code's results."""
 
 import itertools
 import os
@@ -27,7 +27,7 @@ LAYOUTS = {
     "pipeline": {"pipeline": 2},
 }
 CASES = ["diffusion", "sequential", "likelihood", "sampler"]
-# Megatron's own saving would start a process, which imports everything again.
+# Megatron's own saving would start a process that imports everything again.
 STARTS_NONE = """
 from multiprocessing.process import BaseProcess
 from megatron_eso.cli.main import main
@@ -38,7 +38,7 @@ main()
 
 @pytest.fixture(scope="module")
 def imported(one_rank, tmp_path_factory):
-    """Import the small checkpoint; returns the folder, and imports it once per set of arguments."""
+    """Return a function that imports the small checkpoint, once per arguments, and returns its folder."""
     made = {}
 
     def get(mutation="", weights="ema"):
@@ -108,7 +108,7 @@ def test_training_goes_on_from_an_imported_checkpoint(imported, two_ranks, layou
 
 @pytest.mark.slow
 def test_an_official_model_is_exported_under_its_own_class(imported, tmp_path):
-    """Exported, loaded by transformers, and equal to what the official code computed."""
+    """It is exported, loaded by transformers, and equals what the official code computed."""
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
@@ -149,7 +149,7 @@ def test_the_commands_import_and_verify_in_a_process_of_their_own(tmp_path):
     command = partial(forked.run, folder=tmp_path)
     command("import", "--from", "official", CHECKPOINT, "--out", "raw", "--weights", "raw")
     assert "DIFFERENT" in command("verify", "raw", "--expected", EXPECTED, code=1)
-    # The little tokenizer of the example has no end-of-document token, so one of its words becomes it.
+    # The example's small tokenizer has no end-of-document token, so one of its words takes that role.
     tokenizer = (tmp_path / "raw" / "tokenizer.json").read_text()
     (tmp_path / "t.json").write_text(tokenizer.replace('"w96":96', '"<|endoftext|>":96'))
     (tmp_path / "words.txt").write_text(" ".join(f"w{i % 90}" for i in range(200)))
@@ -180,7 +180,7 @@ def test_padded_tokens_have_no_weights():
 
 
 class Hostile:
-    """Makes a folder when it is unpickled by running what the pickle names."""
+    """Creates a folder when it is unpickled by a reader that runs what the pickle names."""
 
     def __init__(self, path):
         self.path = path
@@ -282,7 +282,7 @@ def test_a_file_without_average_or_settings_says_what_to_give(tmp_path):
 
 
 def random_official(vocab, hidden, inner, condition, embedding, blocks, seed=0):
-    """Return tensors of the official format in any size."""
+    """Return tensors of the official format, of any size."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):

@@ -51,7 +51,7 @@ def test_the_norm_on_a_cpu_is_torchs_with_its_gradients():
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 6, 8])
 def test_parameters_are_dealt_evenly_by_size(num_ranks):
-    """Also where the pattern of a layer's parameters and the number of ranks are the same."""
+    """This also holds where the period of a layer's parameters equals the number of ranks."""
     layer = [64, 64 * 96, 64 * 64, 64, 64 * 344, 64 * 172]
     parameters = [
         nn.Parameter(torch.empty(size, device="meta")) for size in [64 * 500, *layer * 12]

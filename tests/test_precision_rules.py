@@ -1,4 +1,4 @@
-"""Every rule of precision settings, against made-up machines: each breach is named, and it alone."""
+"""Every rule of precision settings, against made-up machines: each breach is named, and nothing else."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What a profile's table makes of a timeline, and which peaks of a GPU speed is measured against."""
+"""What a profile's table makes of a timeline, and against which GPU peaks speed is measured."""
 
 import time
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_the_table_ends_with_the_whole_step():
 
 
 class Exporter:
-    """Leaves these files, as torch's profiler does: it says nothing of a full disk."""
+    """Leaves these files, as torch's profiler does, which does not report a full disk."""
 
     def __init__(self, **left):
         self.left = left

@@ -1,7 +1,7 @@
 """Random models, objectives and layouts compute what one rank computes with a dense mask.
 
-test_layouts.py changes one thing at a time; faults hide where several meet. Each number is a case of its
-own, the same on every machine. More of them: ``RANDOM_CASES=200 pytest tests/test_random_settings.py``.
+test_layouts.py changes one thing at a time; faults hide where several meet. Each number is its own case,
+the same on every machine. For more cases: ``RANDOM_CASES=200 pytest tests/test_random_settings.py``.
 """
 
 import os
@@ -47,7 +47,7 @@ def random_model(draw):
 
 
 def random_layout(draw, num_ranks):
-    """Return settings of a layout for a number of ranks."""
+    """Return the settings of a layout for a number of ranks."""
     sizes = [(t, p, c) for t in (1, 2, 4) for p in (1, 2, 4) for c in (1, 2, 4)]
     kinds = [s for s in sizes if np.prod(s) in (num_ranks, num_ranks // 2)]
     tensor, pipeline, context = draw.choice(kinds)
@@ -63,7 +63,7 @@ def random_layout(draw, num_ranks):
 
 
 def random_case(number):
-    """Return a model's settings and, for a number of ranks, a layout's that the rules allow."""
+    """Return a model's settings and, for a number of ranks, those of a layout that the rules allow."""
     draw = random.Random(f"case {number}")
     while True:
         num_ranks = draw.choice([2, 2, 4])

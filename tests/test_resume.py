@@ -1,4 +1,4 @@
-"""Checkpoints: bitwise on the same layout, equal at any other, and damage is noticed."""
+"""Checkpoints: bitwise at the same layout, equal at any other, and damage is noticed."""
 
 import json
 import shutil
@@ -50,8 +50,8 @@ def test_ten_steps_equal_five_and_a_resume_bitwise(two_ranks, tmp_path, layout, 
 
 
 def test_a_checkpoint_continues_for_twenty_steps_at_any_layout(one_rank, two_ranks, tmp_path):
-    """The same rows, times, masks and orders, whoever computes them: only sums are rounded otherwise."""
-    # Steps of the size that training takes: larger ones make of a rounding a difference that grows.
+    """Rows, times, masks and orders are the same on any rank; only sums are rounded differently."""
+    # Steps as large as in training: larger ones turn rounding into a difference that grows.
     common = ["train.steps=30", "optimizer.learning_rate=0.001"]
     whole = two_ranks.run("train", [*common, *LAYOUTS["tensor"]], 25, str(tmp_path), 5)
     losses = whole[0]["losses"][5:]
@@ -263,7 +263,7 @@ def test_compare_finds_what_differs_across_layouts(two_ranks, tmp_path):
     assert all(d.is_bitwise_equal and d.num_tensors > 5 for d in compare(one, one))
     found = {d.group: d for d in compare(one, other)}
     assert set(found) == {"weights", "exp_avg", "exp_avg_sq", "ema"}
-    assert 0 < found["weights"].largest < 2e-4  # other sums, hence rounding, nothing else
+    assert 0 < found["weights"].largest < 2e-4  # only rounding, because the sums differ
     two_ranks.run("train", ["model.num_layers=6"], 2, str(tmp_path / "deep"), 2)
     with pytest.raises(CheckpointError, match="different models"):
         compare(one, list_folders(tmp_path / "deep")[0])
@@ -310,7 +310,7 @@ def test_a_run_starts_from_the_averaged_weights_in_float32(one_rank, tmp_path, d
 
 
 def test_a_model_is_the_same_whether_a_size_is_said_or_follows(tmp_path):
-    """An imported checkpoint says its sizes; a configuration may leave them to follow from others."""
+    """An imported checkpoint states its sizes; a configuration may let them follow from others."""
     model = ModelConfig(hidden_size=64, num_layers=2, num_heads=4, vocab_size=300)
     stored = {**asdict(model), "num_kv_heads": 4, "head_size": 16, "ffn_size": ffn_size(model)}
     require_same_model(tmp_path, {"model": stored}, model)

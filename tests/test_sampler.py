@@ -1,4 +1,4 @@
-"""The cached sampler: equal to uncached passes, right in distribution, the same for a seed."""
+"""The cached sampler: equal to uncached passes, correct in distribution, the same for a given seed."""
 
 import io
 import resource
@@ -76,7 +76,7 @@ def test_tokens_are_chosen_with_their_probabilities(top_p):
 
 @pytest.fixture(scope="module")
 def large_vocabulary():
-    """Float64 probabilities of 50,258 tokens, evenly spread numbers in [0, 1), and the tokens chosen."""
+    """Return float64 probabilities of 50,258 tokens, evenly spread numbers in [0, 1), the chosen tokens."""
     logits = 2 * torch.randn(50258, generator=torch.Generator().manual_seed(0))
     logits = logits.sort(
         descending=True
@@ -132,7 +132,7 @@ def test_temperature_zero_takes_the_most_likely_token():
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_a_temperature_next_to_zero_takes_it_too(top_p):
-    """Scores divided by it are beyond any number."""
+    """Scores divided by it overflow."""
     logits, u = torch.tensor([[0.0, 2.0, -torch.inf]]), torch.tensor([0.999])
     assert choose_tokens(logits, u, temperature=1e-307, top_p=top_p).tolist() == [1]
 
@@ -298,7 +298,7 @@ def test_rows_of_parallel_steps_have_their_exact_probabilities(one_rank):
 
 
 def _two_step_log_prob(model, row, order):
-    """Return log p of a row of which step 1 decides one token, step 2 the other two."""
+    """Return log p of a row in which step 1 decides one token and step 2 the other two."""
     order, total = torch.from_numpy(order), 0.0
     for done, count in ((0, 1), (1, 2)):
         seen, new = order[:done], order[done : done + count]

@@ -52,7 +52,7 @@ def test_a_product_with_few_entries_is_the_product(number, dtype, has_bias):
 
 
 def largest_differences(overrides, dtype):
-    """Return how far the two passes' logits lie apart in a few steps, and how large the logits are."""
+    """Return how much the two passes' logits differ in a few steps, and how large the logits are."""
     session = _replica_session([*overrides, "parallel.sequence=false"], dtype)
     model = session.chunks[0].eval()
     generator = torch.Generator().manual_seed(1)
@@ -88,7 +88,7 @@ def largest_differences(overrides, dtype):
 
 
 def knows(with_other_layer):
-    """Return whether the lean pass takes a stage, with one layer's norm exchanged or not."""
+    """Return whether the lean pass accepts a stage, with one layer's norm exchanged or not."""
     model = _replica_session([], "fp32").chunks[0]
     if with_other_layer:
         model.decoder.layers[1].input_layernorm = torch.nn.Identity()

@@ -19,7 +19,7 @@ TWO = {
 
 
 def rows_and_orders():
-    """Return rows with an order of their own each; the last one ends in padding."""
+    """Return rows, each with its own order; the last row ends in padding."""
     generator = torch.Generator().manual_seed(8)
     tokens = torch.randint(0, VOCAB - 1, (NUM_ROWS, LENGTH), generator=generator)
     valid = torch.ones(NUM_ROWS, LENGTH, dtype=torch.bool)

@@ -1,6 +1,6 @@
-"""A sampler's steps run from CUDA graphs give what steps that run by themselves give.
+"""A sampler's steps that run from CUDA graphs give the same results as without graphs.
 
-Shown over a stand-in for CUDA graphs that runs on a CPU (tests/cpu_graphs.py); the last test asks a GPU.
+Tested over a stand-in for CUDA graphs that runs on a CPU (tests/cpu_graphs.py); the last test needs a GPU.
 """
 
 import numpy as np
@@ -100,7 +100,7 @@ def test_chunks_of_keys_give_the_attention_of_all(
 
 
 def test_a_chunk_that_nobody_sees_has_no_weight():
-    """Steps that run by themselves make their mask elsewhere; padding may be longer than a chunk."""
+    """Steps without graphs build their mask elsewhere; padding may be longer than a chunk."""
     is_valid = torch.arange(512) >= torch.tensor([[0], [300]])
     rows = AttentionRows(cos=torch.ones(4, 2, 1, 8), is_valid=is_valid)
     mask = rows.segment_mask(4, 512, torch.float32)
@@ -123,7 +123,7 @@ def test_a_gpu_decides_the_same_from_real_graphs(one_rank, name, kv_heads, dtype
     num_given = 0 if name == "bd3lm" else 560
     objective, _, given, rows, plan = rows_of(name, num_given, settings, length=640)
     arguments = objective, dtype, given, rows, plan
-    forced = {"forced": rows}  # a rounding would send two rows apart
+    forced = {"forced": rows}  # rounding would make two rows diverge
     if num_given:
         forced["padding"] = np.array([0, 300])
     plain = one_rank.run("sample_rows", *arguments, {**forced, "cuda_graphs": False})[0]

@@ -1,8 +1,8 @@
 """Layers of Transformer Engine: its released Python code and Megatron's wrappers, on a CPU.
 
-What its compiled half computes is a stand-in's (tests/stand_in). Shown: the layers are asked for what they
-can do, compute what the torch layers compute, and have the same checkpoints; what Transformer Engine's own
-code gathers, rounds, keeps and refuses is its own. Not shown: anything about its kernels.
+A stand-in (tests/stand_in) computes what its compiled half would. Tested: the layers are asked for what
+they can do, compute what the torch layers compute, and have the same checkpoints. Transformer Engine's own
+code gathers, rounds, keeps and refuses. Not tested: anything about its kernels.
 """
 
 import numpy as np
@@ -59,7 +59,7 @@ def test_the_layers_are_megatrons_transformer_engine_classes(ranks):
     [*(("llama", layout) for layout in LAYOUTS), *((s, "tensor") for s in SHAPES if s != "llama")],
 )
 def test_te_layers_give_the_loss_and_gradients_of_torch_layers(ranks, shape, layout):
-    """Names and shapes are compared too: gradients come as pieces of the sharded state's tensors."""
+    """This also compares names and shapes: gradients come as pieces of the sharded state's tensors."""
     settings = [*SHAPES[shape], *LAYOUTS[layout]]
     reference = ranks("on_h100", "loss_and_gradients", [*settings, *TORCH])
     found = ranks("on_h100", "loss_and_gradients", [*settings, *TE])
@@ -75,7 +75,7 @@ def _place(piece):
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "context"])
 def test_te_attention_with_merged_copies_is_split_attention(ranks, layout):
-    """Its kernels take bf16 alone: it must come as near to attention in fp64 as split attention in bf16."""
+    """Its kernels take only bf16: it must be as close to fp64 attention as split attention in bf16."""
     settings = LAYOUTS.get(layout, ["parallel.context=2"])
     exact = ranks("passes", [*settings, *TORCH], "fp64")
     split, te = (
@@ -96,7 +96,7 @@ def test_te_attention_with_merged_copies_is_split_attention(ranks, layout):
 
 
 def test_te_attention_gets_rows_without_gaps_between_them(ranks):
-    """Its kernels read from a pointer on; of a slice it sees the gaps only where keys and values differ."""
+    """Its kernels read on from a pointer; it notices a slice's gaps only where keys and values differ."""
     assert max(ranks("attention_of_a_slice", [*TE, *BF16_ATTENTION])) < 0.02
 
 
@@ -125,7 +125,7 @@ def test_fp8_state_is_saved_and_makes_a_resume_bitwise(ranks, tmp_path, recipe, 
     whole = ranks("on_h100", "train", settings, 4, str(tmp_path), 2)
     again = ranks("on_h100", "train", settings, 4, str(tmp_path), None, True)
     assert again[0]["losses"] == whole[0]["losses"][2:]
-    # At another layout too; sums are then in another order.
+    # Also at another layout, where sums are in another order.
     moved = ranks("on_h100", "train", recipe, 4, str(tmp_path), None, True)
     np.testing.assert_allclose(moved[0]["losses"], whole[0]["losses"][2:], rtol=2e-2)
     ranks("without_fp8_state", folder_of_step(tmp_path, 2).path.as_posix())
@@ -137,7 +137,7 @@ def test_fp8_state_is_saved_and_makes_a_resume_bitwise(ranks, tmp_path, recipe, 
     "recipe", [FP8, TENSORWISE, FP8_ATTENTION], ids=["delayed", "tensorwise", "attention"]
 )
 def test_weights_kept_in_fp8_train_and_resume_bitwise(ranks, tmp_path, recipe):
-    """The rounding depends on scales that are loaded too; gathered in the background it is no other."""
+    """Rounding depends on scales, which are loaded too; gathering in the background does not change it."""
     job, overlap = "train_with_fp8_weights", "parallel.overlap=true"
     plain = ranks(job, recipe, 4, str(tmp_path / "one"), 2)[0]["losses"]
     assert ranks(job, [*recipe, overlap], 4, str(tmp_path / "two"), 2)[0]["losses"] == plain
@@ -163,13 +163,13 @@ def test_a_step_that_is_not_applied_leaves_no_trace_in_scales(ranks, recipe):
 
 
 def test_fp8_weights_have_seen_no_memory_that_nobody_had_written_to(ranks):
-    """The stand-in has a large number there; delayed scales would follow it for a whole history."""
+    """The stand-in puts a large number there; delayed scales would follow it for a whole history."""
     assert 0 < ranks("largest_weight_in_history", FP8)[0] < 1
 
 
 def test_passes_outside_of_training_see_the_weights_and_keep_the_gradients(ranks):
     """Transformer Engine rounds weights, and overwrites gradients, in a step's first micro-batch."""
-    # Without sums over ranks, which a second call would take of the first one's gradients too.
+    # Without sums over ranks: a second call would also sum the first one's gradients again.
     layout = ["parallel.tensor=2", "parallel.sequence=false"]
     found = ranks("log_probability_passes", [*TENSORWISE, *layout])[0]
     assert np.abs(np.subtract(*found["values"])).min() > 1e-2
@@ -185,7 +185,7 @@ def test_an_evaluation_changes_no_scale(ranks, recipe):
 
 
 def test_sampling_with_layers_in_fp8_is_refused(ranks):
-    """Their products take no single token; a checkpoint is sampled in bf16."""
+    """Their products cannot take a single token; a checkpoint is sampled in bf16."""
     assert "load the checkpoint in bf16" in ranks("refused_sampling", FP8)[0]
 
 
@@ -219,7 +219,7 @@ def test_the_adapter_reports_the_choice_and_refuses_the_unfused_backend(ranks):
     assert "precision.attention=split" in refusal
 
 
-# Both passes of four products, and the two sums beside products that Megatron asks to be overlapped.
+# Both passes of four products, and the two sums that Megatron asks to overlap with products.
 USED = {f"{n}_{p}" for n in ("qkv", "proj", "fc1", "fc2") for p in ("fprop", "dgrad")} | {
     "qkv_wgrad", "fc1_wgrad",
 }  # fmt: skip
@@ -231,7 +231,7 @@ BUFFERS = [
 
 @pytest.mark.parametrize("precision", [[], FP8, FP8_ATTENTION], ids=["bf16", "fp8", "bf16-ends"])
 def test_user_buffers_have_the_shape_of_every_micro_batch(ranks, precision):
-    """The stand-in fails on any other shape; evaluations take 3 stack rows a row, or 2, of its 4."""
+    """The stand-in fails on any other shape; evaluations take 3 or 2 stack rows per row, of its 4."""
     settings = [*BUFFERS, *precision]
     plain = ranks("with_buffers", [*settings, "parallel.tensor_overlap=false"])[0]
     found = ranks("with_buffers", settings)[0]

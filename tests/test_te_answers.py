@@ -1,7 +1,7 @@
 """Our rules, our choice of kernel and the stand-in, against what the compiled Transformer Engine answers.
 
-tests/data/te_attention.json holds which attention release 2.11.0 takes for causal rows in training on
-machines of many kinds; tools/te_attention_oracle.py asked its compiled library.
+tests/data/te_attention.json holds which attention release 2.11.0 chooses for causal rows in training on
+many kinds of machines; tools/te_attention_oracle.py asked its compiled library.
 """
 
 import json

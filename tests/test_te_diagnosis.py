@@ -79,7 +79,7 @@ def test_the_check_command_fails_on_a_machine_without_a_gpu(monkeypatch):
 
     monkeypatch.setattr("megatron_eso.parallel.te_adapter.describe_machine", Machine)
     for name in (*FUSED_ATTENTION, DPA_RECIPE):
-        monkeypatch.setenv(name, "")  # what the command sets is undone after the test
+        monkeypatch.setenv(name, "")  # so that what the command sets is undone after the test
     done = CliRunner().invoke(app, ["doctor", "--check", "fp8"])
     assert "there is no GPU" in str(done.exception)
     assert done.exception.exit_code == 2
@@ -88,7 +88,7 @@ def test_the_check_command_fails_on_a_machine_without_a_gpu(monkeypatch):
 
 
 def test_the_doctor_asks_as_a_run_would(monkeypatch):
-    """Beside flash-attn Transformer Engine prefers it where a run does not let it."""
+    """If flash-attn is installed, Transformer Engine prefers it, which a run does not allow."""
     from typer.testing import CliRunner
 
     def diagnose():

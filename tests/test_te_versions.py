@@ -1,7 +1,7 @@
-"""What the trainer asks of a released Transformer Engine: the corners of the pairs that docs/gpu.md names.
+"""What the trainer asks of released Transformer Engines: the extremes of the pairs that docs/gpu.md names.
 
-Its Python code is the released one, over a stand-in for the compiled half (tests/stand_in). The release
-that Megatron-Core itself was tested with is tested at length in tests/test_te.py.
+The Python code is the released one, over a stand-in for the compiled half (tests/stand_in).
+tests/test_te.py tests at length the release with which Megatron-Core itself was tested.
 """
 
 import numpy as np
@@ -73,6 +73,6 @@ def test_the_choice_of_attention_is_understood(ranks):
     ],
 )
 def test_layers_ask_for_the_attention_that_was_asked_about_at_the_start(ranks, settings):
-    """Else a run is refused that could run, or ends in its first step."""
+    """Otherwise a run that could work is refused, or a run ends in its first step."""
     settings = [*TE, "precision.attention=te", "train.micro_batch_rows=2", *settings]
     assert ranks("te_jobs.questions", settings)[0] == {}

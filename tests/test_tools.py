@@ -74,7 +74,7 @@ def test_another_text_in_the_same_folder_is_refused(tmp_path, monkeypatch):
     "name", sorted(p.stem for p in Path(numerics.__file__).parent.glob("*.py"))
 )
 def test_a_tool_that_is_a_command_reads_its_options(name):
-    """Else --help would run it."""
+    """Otherwise --help would run it."""
     text = (Path(numerics.__file__).parent / f"{name}.py").read_text()
     assert ("__main__" in text) == ("ArgumentParser(" in text)
 

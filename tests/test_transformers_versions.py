@@ -1,6 +1,6 @@
 """The same exported folder on transformers 4.57 and 5: same logits, same greedy text, same likelihood.
 
-Each version is installed into a folder of its own that comes before this environment's packages; torch and
+Each version is installed into its own folder, which comes before this environment's packages; torch and
 the rest are shared.
 """
 
@@ -15,7 +15,7 @@ import torch
 from megatron_eso.export.exporter import export
 from tests.test_export import small_tokenizer
 
-# Without dependencies, so that torch is not fetched again: what a version needs beyond ours is named.
+# Installed without dependencies, so torch is not fetched again; what a version needs beyond ours is named.
 VERSIONS = {
     "4.57.6": ["transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2"],
     "5.0.0": ["transformers==5.0.0", "huggingface_hub>=1.3,<2", "tokenizers==0.22.2", "httpx", "httpcore",
@@ -62,7 +62,7 @@ json.dump(found, open(out, "w"))
 
 @pytest.fixture(scope="module")
 def folders(two_ranks, tmp_path_factory):
-    """Exported folders, esolm and backbone, with a rotary base that a misread config would lose."""
+    """Return exported folders, esolm and backbone, with a rotary base that a misread config would lose."""
     root = tmp_path_factory.mktemp("versions")
     tokenizer = small_tokenizer(root / "t.json", 60)
     overrides = ["model.qk_norm=true", "model.rotary_base=500000"]
@@ -86,7 +86,7 @@ def run(folders, kind, version, packages=None):
 
 @pytest.fixture(scope="module", params=VERSIONS)
 def packages(request, tmp_path_factory):
-    """Install one version into a folder of its own; skip loudly where there is no package index."""
+    """Install one version into its own folder; skip visibly where there is no package index."""
     target = tmp_path_factory.mktemp("packages")
     done = subprocess.run(
         [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target),

@@ -23,7 +23,7 @@ class OneRank:
 
 @pytest.fixture
 def many_chunks(monkeypatch):
-    """Five entries a chunk, two a piece."""
+    """Make chunks of five entries and pieces of two."""
     monkeypatch.setattr(vocabulary_loss, "_CHUNK_ELEMENTS", {"cpu": 5 * VOCAB})
     monkeypatch.setattr(vocabulary_loss, "_PIECE_ELEMENTS", 2 * VOCAB)
 
@@ -84,7 +84,7 @@ def test_a_known_gradient_saves_the_second_computation_of_the_logits(
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses what would make a CPU wait for a GPU."""
+    """Refuses operators that would make a CPU wait for a GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func is not torch.ops.aten._local_scalar_dense.default
@@ -146,7 +146,7 @@ def test_a_micro_batch_without_loss_has_gradients_of_zero():
 
 
 def test_no_tensor_of_all_entries_and_the_vocabulary_is_made(many_chunks):
-    """The largest thing made is a chunk of logits or the weight's gradient."""
+    """The largest tensor created is a chunk of logits or the weight's gradient."""
     inputs, targets, gradient = make_inputs(has_bias=True, number=200)
     sizes = []
 

@@ -1,10 +1,10 @@
-"""How long ranks wait for each other: no shorter than what the settings allow one of them to take."""
+"""How long ranks wait for each other: no shorter than the settings allow one of them to take."""
 
 import pytest
 
 from megatron_eso.config import derive, load_config
 
-CONTEXT = ["parallel.context=2"]  # the layout with a group of ours
+CONTEXT = ["parallel.context=2"]  # a layout with one of our own groups
 SLOW_START = ["resilience.setup_timeout_seconds=4000"]
 SLOW_SAVE = ["checkpoint.asynchronous=false", "checkpoint.timeout_seconds=5000"]
 

@@ -1,4 +1,4 @@
-"""What tests ask of an installed or unpacked Megatron-Core: its configuration of every recipe."""
+"""What tests ask of an installed or unpacked Megatron-Core: its configuration for every recipe."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ FIELDS = (
 
 
 def megatron_settings() -> dict[str, Any]:
-    """Return Megatron-Core's version and, by recipe, what its own configuration classes hold."""
+    """Return Megatron-Core's version and, by recipe, the contents of its own configuration classes."""
     silence_megatron_messages()
     found: dict[str, Any] = {"version": megatron.core.__version__}
     for name, overrides in RECIPES.items():

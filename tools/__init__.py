@@ -1,1 +1,1 @@
-"""Tools of the developers: benchmarks and generated documentation."""
+"""Developer tools: benchmarks and generated documentation."""

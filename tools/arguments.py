@@ -16,7 +16,7 @@ def at_least_1(value: str) -> int:
 
 
 def text_file(value: str) -> Path:
-    """Return the path of a file that holds text in UTF-8."""
+    """Return the path of a file that holds UTF-8 text."""
     path = Path(value)
     try:
         if not path.read_text(encoding="utf-8"):
@@ -27,7 +27,7 @@ def text_file(value: str) -> Path:
 
 
 def hardware(value: str) -> Hardware:
-    """Return a hardware profile by its name or file."""
+    """Return a hardware profile, given its name or file."""
     try:
         return load_hardware(value)
     except UserError as error:

@@ -74,7 +74,7 @@ def measure(case: dict) -> dict[str, float]:
 
 
 def resident_gib() -> float:
-    """Return this process's memory now: Python, its libraries, and the weights just made."""
+    """Return this process's current memory: Python, its libraries, and the weights just created."""
     import psutil
 
     return psutil.Process().memory_info().rss / 2**30

@@ -57,7 +57,7 @@ def measure(length: int, size: int) -> list[float]:
 
 
 def _shortest(*works: Callable[[], None]) -> list[float]:
-    """Return the shortest time of each, in seconds; they take turns."""
+    """Return the shortest time of each call, in seconds; the calls take turns."""
     times = [float("inf")] * len(works)
     for work in works:
         work()

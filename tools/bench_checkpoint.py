@@ -45,7 +45,7 @@ def main() -> None:
     if options.resume:
         return _resume(options)
     options.folder.mkdir(parents=True, exist_ok=True)
-    # A saver writes beside its checkpoints too, so they get a run's folder of their own.
+    # A saver also writes beside its checkpoints, so they get their own run folder.
     with tempfile.TemporaryDirectory(dir=options.folder) as run:
         options.folder = Path(run, "checkpoints")
         options.folder.mkdir()
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _resume(options: argparse.Namespace) -> None:
-    """Print the seconds from this process's start until it has imported, built, loaded and stepped."""
+    """Print the seconds from this process's start until it has imported, built, loaded, and stepped."""
     started, marks = psutil.Process().create_time(), []
     marks.append(time.time() - started)
     session = _session(options.layers, draw_weights=False)
@@ -106,7 +106,7 @@ def _measure(session: Session, options: argparse.Namespace) -> None:
 
 
 def read(step: int, rows: list[int]) -> Rows:
-    """Return made-up rows."""
+    """Return artificial rows."""
     tokens = torch.randint(0, VOCAB - 1, (len(rows), LENGTH + 1))
     return Rows(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
@@ -134,7 +134,7 @@ def _save(
 ) -> tuple[float, Saver]:
     """Save the current step; return how long training stood still."""
     saver = saver or _saver(session, folder, is_async=is_async)
-    session.state.step += 1  # another name for every save
+    session.state.step += 1  # gives every save its own name
     begin = time.perf_counter()
     state: dict[str, Any] = collect(
         session.chunks, session.optimizer, session.average, session.layout.weights_group

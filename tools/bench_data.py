@@ -33,13 +33,13 @@ from megatron_eso.data.tokenizer import Tokenizer
 
 LENGTH, BATCH, NUM_ROWS, ROUNDS = 2048, 8, 24_000, 3
 VOCAB_SIZE = 32768
-COPIES = 4  # of the text that is prepared: enough parts to keep every process busy to the end
+COPIES = 4  # of the text to prepare: enough parts to keep every process busy to the end
 SAMPLES_OF_A_SHARD = 16384
 PARTS = ("reading", "preparing", "waiting", "order")
 
 
 def main(parts: list[str]) -> None:
-    """Run some of the benchmarks, or all, and print their ratios."""
+    """Run the given benchmarks, or all if none is given, and print their results."""
     benches = {"reading": bench_reading, "preparing": bench_preparing, "waiting": bench_waiting}
     for name, bench in benches.items():
         if not parts or name in parts:
@@ -51,7 +51,7 @@ def main(parts: list[str]) -> None:
 
 
 def _parts(arguments: list[str]) -> list[str]:
-    """Return the parts that are asked for."""
+    """Return the requested parts."""
 
     def part(name: str) -> str:
         if name not in PARTS:
@@ -85,7 +85,7 @@ def bench_reading(folder: Path) -> None:
             mapped[samples].astype(np.int64)
 
     readers = {"our reader": ours, "np.memmap": memmap}
-    # CPU time: one thread each, and another job on the machine does not change it.
+    # CPU time, with one thread each: another job on the machine does not change it.
     speeds = best_of(readers, NUM_ROWS * (LENGTH + 1), time.process_time)
     speeds["StreamingDataset"] = streaming_speed(split)
     for name, speed in speeds.items():
@@ -124,7 +124,7 @@ def bench_preparing(folder: Path) -> None:
 
 
 def bench_waiting(folder: Path) -> None:
-    """Print the share of a step that waits for data, over the later half of steps of the quick start."""
+    """Print the share of a step that waits for data, over the second half of the quick start's steps."""
     prepare([STDLIB], folder / "set", PrepareOptions(128, 2048))
     command = [
         sys.executable, "-m", "megatron_eso", "train", "configs/run/quickstart.yaml",
@@ -155,7 +155,7 @@ print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def bench_order(num_samples: int) -> None:
-    """Print the time to the first rows of a resumed run, and the memory of a process with nothing else."""
+    """Print the time to the first rows of a resumed run, and memory of a process with only the order."""
     command = [sys.executable, "-c", ORDER, str(num_samples), str(SAMPLES_OF_A_SHARD)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     seconds, memory = map(float, output.split())
@@ -170,7 +170,7 @@ def best_of(
     num_tokens: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Return the best tokens per second of each, alternating between them."""
+    """Return the best tokens per second of each function; they take turns."""
     best = dict.fromkeys(rounds, float("inf"))
     for _ in range(ROUNDS):
         for name, run in rounds.items():
@@ -217,14 +217,14 @@ print(rows / (time.process_time() - begin))
 
 
 def streaming_speed(split: Path) -> float:
-    """Return tokens per second of streaming's own iteration, in a process of its own."""
+    """Return tokens per second of streaming's own iteration, in a separate process."""
     command = [sys.executable, "-W", "ignore", "-c", STREAMING, str(split)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(output.split()[-1])
 
 
 def tokenize(path: str, texts: list[str]) -> int:
-    """Return the number of tokens of some texts (the work of one process of the comparison)."""
+    """Return the number of tokens in some texts (the work of one process of the comparison)."""
     import os
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -233,7 +233,7 @@ def tokenize(path: str, texts: list[str]) -> int:
 
 
 def manifest_tokens(folder: Path) -> list[int]:
-    """Return the tokens of the splits of a prepared folder."""
+    """Return the number of tokens in the splits of a prepared folder."""
     manifests = [json.loads((folder / split / "manifest.json").read_text())
                  for split in ("train", "validation")]  # fmt: skip
     return [manifest["num_tokens"] for manifest in manifests]

@@ -26,7 +26,7 @@ from megatron_eso.export.mapping import rules
 from megatron_eso.export.torch_dist_writer import TorchDistWriter
 
 TASKS = ("nothing", "export", "export and verify", "import")
-ROUNDS = 3  # all tasks in turn; the shortest time and the largest peak count
+ROUNDS = 3  # each runs all tasks in turn; the shortest time and the largest peak count
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def compare(scratch: Path, mib: int, rounds: int = ROUNDS) -> dict[str, float]:
-    """Return seconds and peaks, printed as they come."""
+    """Return the seconds and peaks of all tasks; print them as well."""
     size, largest = write_checkpoint(scratch / "checkpoint", mib)
     print(f"checkpoint {size / 2**20:,.0f} MiB, largest tensor {largest / 2**20:,.0f} MiB")
     copying, seconds, peaks = [], {task: [] for task in TASKS}, dict.fromkeys(TASKS, 0.0)
@@ -81,7 +81,7 @@ def copy_twice(scratch: Path) -> float:
 
 
 def in_a_process(task: str, scratch: Path) -> dict[str, float]:
-    """Return seconds and peak memory of one task."""
+    """Return the seconds and peak memory of one task, run in its own process."""
     done = subprocess.run(
         [sys.executable, "-m", "tools.bench_export", "--task", task, "--folder", str(scratch)],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -114,7 +114,7 @@ def run_task(task: str, scratch: Path) -> None:
 
 
 def write_checkpoint(folder: Path, mib: int) -> tuple[int, int]:
-    """Write a checkpoint of about ``mib`` MiB; return its bytes and its largest tensor's."""
+    """Write a checkpoint of about ``mib`` MiB; return its size and its largest tensor's, in bytes."""
     model = ModelConfig(
         hidden_size=1024, num_heads=16, vocab_size=32000, num_layers=1, max_length=1024
     )
@@ -142,7 +142,7 @@ def layer_numbers(model: ModelConfig) -> int:
 
 
 def shape_of(model: ModelConfig, name: str) -> tuple[int, ...]:
-    """Return the shape of one of our tensors, of one layer."""
+    """Return the shape of one layer's part of one of our tensors."""
     hidden, inner = model.hidden_size, derive.ffn_size(model)
     if name.endswith("norm.weight") or name.endswith("norm_weight"):
         return (hidden,)

@@ -76,7 +76,7 @@ OBJECTIVES = {
 
 
 def main() -> None:
-    """Run the sections asked for; exit code 1 if one of their results failed."""
+    """Run the requested sections; exit with code 1 if one of their results failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -101,19 +101,19 @@ def main() -> None:
         report = Report(arguments.out, _machine())
     except ConfigError as error:
         raise SystemExit(str(error)) from None
-    look_at_new_objects()  # what the sessions leave behind is collected between measurements
+    look_at_new_objects()  # so that what sessions leave behind is collected between measurements
     for section in arguments.section or SECTIONS:
         begin = time.perf_counter()
         report.section(section)
         with report.trying(section):
             SECTIONS[section](sizes, report)
         print(f"({time.perf_counter() - begin:.0f} s)", flush=True)
-    finish()  # NCCL complains of groups that are left
+    finish()  # NCCL complains about groups that are left
     raise SystemExit(report.failures > 0)
 
 
 def _machine() -> dict[str, Any]:
-    """Return what figures depend on besides this code."""
+    """Return what the results depend on besides this code."""
     return {
         "device": torch.cuda.get_device_name() if ON_GPU else "CPU",
         "torch": torch.__version__,
@@ -124,7 +124,7 @@ def _machine() -> dict[str, Any]:
 
 
 def products(sizes: Sizes, report: Report) -> None:
-    """Speed of one large product of matrices: what the shares of the peak are to be seen against."""
+    """Speed of one large matrix product, the reference for the shares of the peak."""
     size = 8192 if ON_GPU else 512
     speed = matmul_flops_per_second(torch.bfloat16, DEVICE, size=size)
     report.row(f"{size} x {size} in bf16", tflops=speed / 1e12)
@@ -160,7 +160,7 @@ def correctness(sizes: Sizes, report: Report) -> None:
 
 
 def _ways_of_te(*, heads: int, size: int, length: int) -> dict[str, Callable[..., Tensor]]:
-    """Return attention through Transformer Engine, where it is installed."""
+    """Return the ways of attention through Transformer Engine; empty where it is not installed."""
     if not HAS_TE:
         return {}
     return {
@@ -170,7 +170,7 @@ def _ways_of_te(*, heads: int, size: int, length: int) -> dict[str, Callable[...
 
 
 def losses(sizes: Sizes, report: Report) -> None:
-    """Losses of the same steps in bf16 and fp32, of rows that can be learnt."""
+    """Losses of the same steps in bf16 and fp32, on rows that can be learned."""
     settings = [
         *sizes.loss_shape, *batch_settings(16 * 64, 64), "objective.alpha_0=0.5", *STEADY,
     ]  # fmt: skip
@@ -216,7 +216,7 @@ def attention(sizes: Sizes, report: Report) -> None:
                 of_split = ratio(both, found.get("split"))
                 report.row(f"L = {length}: {name}", forward_ms=forward * 1e3, both_ms=both * 1e3,
                            tflops=3.5 * pairs / both / 1e12, of_split=of_split)  # fmt: skip
-        torch.compiler.reset()  # the next length would be compiled for any length
+        torch.compiler.reset()  # otherwise the next length would be compiled with a dynamic length
         print("aim: split at least 1.3 x as fast as flex")
 
 
@@ -257,11 +257,11 @@ def _training_of_length(
 
 
 def head(sizes: Sizes, report: Report) -> None:
-    """The output head, both ways: on masked entries alone, on all, and with all logits at once."""
+    """The output head, forward and backward: on masked entries (half), on all, with all logits at once."""
     entries, hidden_size = sizes.step_tokens // 4, sizes.heads * sizes.head_size
     session = make_session(
         [*SMOKE.loss_shape, *batch_settings(SMOKE.step_tokens, 64)], for_training=False
-    )  # for its groups
+    )  # only its groups are used
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     hidden = torch.randn(entries, hidden_size, device=DEVICE, dtype=dtype, requires_grad=True)
     weight = (
@@ -292,14 +292,14 @@ def head(sizes: Sizes, report: Report) -> None:
 
 
 def sampling(sizes: Sizes, report: Report) -> None:
-    """Seconds of one row at one token per step, from steps timed at three places of it."""
+    """Seconds of one row at one token per step, from steps timed at three places in the row."""
     longest = max(*sizes.sampling_lengths, sizes.lengths[0])
     session = make_session(
         [
             *sizes.sampling_shape,
             *batch_settings(sizes.step_tokens, sizes.lengths[0]),
             f"model.max_length={longest + 1}",
-            "precision.backend=torch",  # as the command `sample`
+            "precision.backend=torch",  # as in the command `sample`
         ],
         for_training=False,
     )
@@ -325,7 +325,7 @@ def sampling(sizes: Sizes, report: Report) -> None:
 
 
 def graphs(sizes: Sizes, report: Report) -> None:
-    """Whole steps with layers launched as CUDA graphs against layers that launch their kernels."""
+    """Whole steps with layers launched as CUDA graphs against layers that launch single kernels."""
     for label, (shape, length) in sizes.graph_cases.items():
         base, losses = 0.0, []
         for is_graphed in (False, True):
@@ -367,7 +367,7 @@ SECTIONS: dict[str, Callable[[Sizes, Report], None]] = {
 
 
 def _restart_for_fp8_attention() -> None:
-    """Start again with the recipe that Transformer Engine reads once, when it is imported."""
+    """Restart this process with the recipe that Transformer Engine reads once, when it is imported."""
     wanted = process_environment(load_config(None, ["train.steps=1", *FP8_ATTENTION]))[DPA_RECIPE]
     if os.environ.get(DPA_RECIPE) != wanted:
         command = [sys.executable, "-m", "tools.bench_gpu", *sys.argv[1:]]

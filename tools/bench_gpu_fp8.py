@@ -58,7 +58,7 @@ def fp8(sizes: Sizes, report: Report) -> None:
 
 
 def fp8_losses(sizes: Sizes, report: Report) -> None:
-    """Losses of the same steps, and how far those of the last quarter are from bf16's."""
+    """Losses of the same steps, and how far those of the last quarter are from those in bf16."""
     if not HAS_TE:
         report.row("FP8", result=_NEEDS_TE)
         return

@@ -32,14 +32,14 @@ HAS_TE = ON_GPU and find_spec("transformer_engine") is not None
 FP8 = ["precision.backend=te", "precision.fp8=tensorwise"]
 FP8_ATTENTION = [*FP8, "precision.fp8_attention=true"]
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-_GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, are evenly spread
+_GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 are evenly spread
 _PLACES = (1 / 6, 1 / 2, 5 / 6)
 _PRODUCTS_BEFORE = 30  # of 1.4 ms each
-_STEPS_BEFORE = 3  # of those that are timed; see seconds_per_row
+_STEPS_BEFORE = 3  # before the timed steps; see seconds_per_row
 
 
 def make_session(settings: list[str], *, for_training: bool = True) -> Session:
-    """Return a session on this process alone."""
+    """Return a session on this single process."""
     config = load_config(None, ["train.steps=1000000", *settings])
     os.environ.update(process_environment(config))
     session = build_session(config, Ranks(0, 1, 0), for_training=for_training, draw_weights=False)
@@ -49,14 +49,14 @@ def make_session(settings: list[str], *, for_training: bool = True) -> Session:
 
 
 def change_batch(session: Session, settings: list[str]) -> None:
-    """Give a session another objective and batch; the model stays."""
+    """Give a session another objective and batch, but keep its model."""
     new = load_config(None, ["train.steps=1000000", *settings])
     session.config = replace(session.config, objective=new.objective, train=new.train)
     session.derived = derive.derive(session.config, 1)
 
 
 def batch_settings(step_tokens: int, length: int) -> list[str]:
-    """Return settings of a step of ``step_tokens`` data tokens; two stack rows at once, or more."""
+    """Return settings of a step of ``step_tokens`` data tokens, with micro-batches of at least two rows."""
     rows = max(step_tokens // length, 4)
     at_once = max(step_tokens // 4 // length, 2)
     return [f"model.max_length={length}", f"train.sequence_length={length}",
@@ -74,10 +74,10 @@ def random_rows(length: int, num_tokens: int) -> Callable[[int, list[int]], Rows
 
 
 def counting_rows(length: int, num_tokens: int) -> Callable[[int, list[int]], Rows]:
-    """Return rows that count on from a start, a function of step and row: they can be learnt.
+    """Return a reader of rows that count up from a start given by step and row, so they can be learned.
 
-    Starts are spread over all tokens in every step. Where they moved from step to step, losses leapt, and
-    two runs parted whatever their number formats (docs/LOG.md).
+    The starts of every step are spread over all tokens. When they moved from step to step, losses jumped,
+    and two runs diverged whatever their number formats (docs/LOG.md).
     """
 
     def read(step: int, rows: list[int]) -> Rows:
@@ -90,9 +90,9 @@ def counting_rows(length: int, num_tokens: int) -> Callable[[int, list[int]], Ro
 
 
 def attention_inputs(*, rows: int, heads: int, length: int, size: int) -> list[Tensor]:
-    """Return queries, keys, values and the output's gradient in float32, laid out as layers make them.
+    """Return queries, keys, values and the output's gradient in float32, laid out as layers produce them.
 
-    Each is [R, h, L, d]; in memory tokens come first, as in Megatron's activations.
+    Each is [R, h, L, d]; in memory, tokens come first, as in Megatron's activations.
     """
     generator = torch.Generator(DEVICE).manual_seed(1)
     shape = (length, rows, heads, size)
@@ -102,7 +102,7 @@ def attention_inputs(*, rows: int, heads: int, length: int, size: int) -> list[T
 
 
 def forward_backward(way: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """Return output and gradients for queries, keys, values and the output's gradient."""
+    """Return output and gradients, given queries, keys, values and the output's gradient."""
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
     out = way(*leaves)
     out.backward(inputs[3])
@@ -112,7 +112,7 @@ def forward_backward(way: Callable[..., Tensor], inputs: list[Tensor]) -> list[T
 def outputs_and_gradients(
     way: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype, settings: dict
 ) -> list[Tensor]:
-    """Return what :func:`forward_backward` does, computed in a number format."""
+    """Return the result of :func:`forward_backward`, computed in a number format."""
     return forward_backward(lambda *x: way(*x, **settings), [x.to(dtype) for x in inputs])
 
 
@@ -146,7 +146,7 @@ def as_official(rows: Tensor) -> Tensor:
 
 
 def te_attention(heads: int, size: int, length: int, settings: list[str]) -> Callable[..., Tensor]:
-    """Return the attention of layers on Transformer Engine: D and X rows by it, Z rows by our merge.
+    """Return the attention of Transformer Engine layers: D and X rows by its kernel, Z rows by our merge.
 
     Args:
         heads: attention heads.
@@ -172,7 +172,7 @@ def te_attention(heads: int, size: int, length: int, settings: list[str]) -> Cal
 
 
 def best_seconds(run: Callable[[], object], repeats: int) -> float:
-    """Return the best time of a call, after one that compiles and warms up."""
+    """Return the best time of a call in seconds, after one that compiles and warms up."""
     run()
     times = []
     for _ in range(repeats):
@@ -185,10 +185,10 @@ def best_seconds(run: Callable[[], object], repeats: int) -> float:
 
 
 def device_seconds(run: Callable[[], object], repeats: int) -> float:
-    """Return the best time of a call on the GPU, without what the CPU takes to launch it.
+    """Return the best time of a call on the GPU in seconds, without the CPU's time to launch it.
 
-    The CPU gets ahead behind products that keep the GPU busy for longer than it takes to launch the call.
-    In a model it is ahead likewise. Without a GPU: as :func:`best_seconds`.
+    Matrix products first keep the GPU busy for longer than the launch takes, so the CPU gets ahead, as it
+    does in a model. Without a GPU, this is :func:`best_seconds`.
     """
     if not ON_GPU:
         return best_seconds(run, repeats)
@@ -220,13 +220,13 @@ def synchronize() -> None:
 
 
 def reset_peak_memory() -> None:
-    """Let the peak of the GPU's memory be what is in use now."""
+    """Reset the peak of the GPU's memory to what is in use now."""
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
 
 
 def free_memory() -> None:
-    """Give memory that is not used back to the GPU; models refer to themselves."""
+    """Return unused memory to the GPU, after a garbage collection: models hold reference cycles."""
     gc.collect()
     if ON_GPU:
         torch.cuda.empty_cache()
@@ -238,11 +238,11 @@ def seconds_per_row(
     """Return the seconds of one row at one token per step.
 
     Args:
-        session: a model, whatever it was trained for.
+        session: a model, trained for any objective.
         objective: eso, ar or mdlm.
         length: tokens of the row.
-        num_steps: steps timed at each of three places, after three: one fills the cache, one runs as it
-            is, one is captured. 0: the whole row is timed, with all of these.
+        num_steps: steps timed at each of three places, after three untimed ones: the first fills the
+            cache, the second runs without a graph, the third is captured. 0: time the whole row.
         cuda_graphs: steps may run from graphs.
     """
     replica = session.replica

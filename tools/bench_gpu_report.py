@@ -15,13 +15,13 @@ from tools.bench_gpu_parts import free_memory
 
 
 class Report:
-    """Prints rows as they come and keeps them in a file, beside those of earlier calls."""
+    """Prints results as they come and keeps them in a file, beside those of earlier calls."""
 
     def __init__(self, out: Path | None, machine: dict[str, Any]) -> None:
-        """Begin with the results in ``out``, if there are some.
+        """Begin with the results in ``out``, if there are any.
 
         Raises:
-            ConfigError: if they are of another machine or software.
+            ConfigError: if they come from another machine or other software.
         """
         self._out, self._rows = out, []
         self.failures = 0
@@ -43,7 +43,7 @@ class Report:
         print(f"\n## {title}\n", flush=True)
 
     def row(self, what: str, **values: Any) -> None:
-        """Add a result, in the place of an earlier one of the same; lists are kept, not printed."""
+        """Add a result, replacing an earlier one of the same name; lists are kept but not printed."""
         same = {"section": self._title, "what": what}
         places = [i for i, row in enumerate(self._rows) if same.items() <= row.items()]
         at = places[0] if places else len(self._rows)
@@ -55,7 +55,7 @@ class Report:
 
     @contextmanager
     def trying(self, what: str) -> Iterator[None]:
-        """Report what stops one result, and go on with the others."""
+        """Report an error that stops one result, and continue with the others."""
         try:
             yield
         except ConfigError as error:

@@ -1,10 +1,10 @@
-"""Shapes of the GPU benchmark: full ones, and tiny ones that show it runs."""
+"""Shapes of the GPU benchmark: full ones, and tiny ones that show that it runs."""
 
 from dataclasses import dataclass, replace
 
 from megatron_eso.errors import ConfigError
 
-# At 0.001 without warm-up rounding alone parts two runs by a tenth of the loss (docs/LOG.md).
+# At 0.001 without warmup, rounding alone separates two runs by a tenth of the loss (docs/LOG.md).
 STEADY = ["optimizer.learning_rate=0.0003", "optimizer.warmup_steps=10"]
 
 
@@ -13,15 +13,15 @@ class Sizes:
     """What is measured; shapes are model settings."""
 
     shapes: dict[str, list[str]]
-    """Of whole steps, by label; the last one of FP8 too."""
+    """Shapes of whole steps, by label; the last one is also that of FP8."""
     lengths: tuple[int, ...]
     """Tokens of a row in whole steps and in attention."""
     step_tokens: int
-    """Tokens of a training step; a fourth of them at once."""
+    """Tokens of a training step; a micro-batch has a fourth of them."""
     heads: int
     head_size: int
     checked_length: int
-    """Tokens of a row where attention is compared with float64."""
+    """Tokens of the rows on which attention is compared with float64."""
     vocab: int
     graph_cases: dict[str, tuple[list[str], int]]
     """Shapes and tokens of a row, with and without CUDA graphs."""
@@ -31,10 +31,10 @@ class Sizes:
     loss_shape: list[str]
     loss_steps: int
     fp8_loss_shape: list[str]
-    """Its head size is 128, which FP8 attention needs."""
+    """A shape with a head size of 128, which FP8 attention needs."""
     fp8_loss_steps: int
     repeats: int
-    """Times a call is timed; the best counts."""
+    """How often a call is timed; the best time counts."""
 
 
 def _shape(
@@ -72,10 +72,10 @@ SMOKE = Sizes(
 
 
 def chosen(sizes: Sizes, shapes: list[str] | None, lengths: list[int] | None) -> Sizes:
-    """Return the sizes with some of their shapes and lengths alone; None: all of them.
+    """Return the sizes with only the given shapes and lengths; None: all of them.
 
     Raises:
-        ConfigError: if one is not among them.
+        ConfigError: if a given shape or length is not among them.
     """
     shapes, lengths = shapes or list(sizes.shapes), lengths or list(sizes.lengths)
     for name, asked, known in (("shape", shapes, sizes.shapes), ("length", lengths, sizes.lengths)):

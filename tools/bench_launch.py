@@ -51,7 +51,7 @@ def _time(words: list[str], environment: dict[str, str]) -> float:
 
 
 def _make_runs(folder: Path, number: int) -> str:
-    """Make run folders with long metrics; return what squeue says of them."""
+    """Create run folders with long metrics; return what squeue says about them."""
     lines = []
     metrics = '{"step": 50, "loss": 2.5, "tokens_per_second": 1000.0, "tokens": 100000}\n' * 100_000
     for i in range(number):
@@ -66,7 +66,7 @@ def _make_runs(folder: Path, number: int) -> str:
 
 
 def _slurm(folder: Path, queue: str) -> dict[str, str]:
-    """Return an environment whose Slurm answers from files."""
+    """Return an environment whose Slurm commands answer from files."""
     answers = {
         "squeue": queue, "sbatch": "7\n", "scontrol": "", "sacct": "",
         "sinfo": "main|up|4|idle|gpu:h100:8|infinite|208|1000000\n",

@@ -28,7 +28,7 @@ COMMON = [
     "train.log_every_steps=1", "train.global_batch_rows=16", "train.micro_batch_rows=4",
     "parallel.local_ranks=2", "precision.dtype=fp32", "eval.num_rows=4", "optimizer.ema_decay=0",
 ]  # fmt: skip
-# Two that calibrate, then three that are predicted.
+# Two runs that calibrate the planner, then three that it predicts.
 RUNS = {
     "tensor 2, 256 wide, alpha_0 = 1": ["model.hidden_size=256", "model.num_layers=6",
                                         "parallel.tensor=2"],
@@ -45,7 +45,7 @@ RUNS = {
 
 
 def main() -> None:
-    """Measure the runs and print predictions beside them."""
+    """Measure the runs and print the predictions beside the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="folder for the runs; finished ones are reused")
     parser.add_argument(
@@ -89,7 +89,7 @@ def _measure(folder: Path, data: Path, name: str) -> Measured:
 
 
 def _prepare(folder: Path) -> Path:
-    """Return a data set of random words; what the tokens are does not change a step's time."""
+    """Return a data set of random words; the tokens do not change a step's time."""
     data, source = folder / "data", folder / "words.txt"
     if not (data / "train" / "manifest.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)

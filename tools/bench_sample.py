@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def methods(length: int) -> list[Method]:
-    """Return what is timed at a length; Eso-LM with one token per step first."""
+    """Return the methods to time at a length; Eso-LM with one token per step comes first."""
     one = PlanSettings(alpha_0=1.0, method="fixed", num_steps=length)
     each = PlanSettings(method="fixed", num_steps=length)
     found = [
@@ -104,7 +104,7 @@ def make_model(max_length: int) -> Replica:
 
 
 def measure(replica: Replica, method: Method, length: int) -> tuple[int, float]:
-    """Return passes and seconds of a method."""
+    """Return the number of passes and the seconds of a method."""
     objective = replace(replica.config.objective, name=method.objective, block_size=16)
     replica = replace(replica, config=replace(replica.config, objective=objective))
     canvas = rows_with_prompts([[]] * method.rows, length, replica.config.model)
@@ -120,7 +120,7 @@ def measure(replica: Replica, method: Method, length: int) -> tuple[int, float]:
 
 
 def _subset(replica: Replica, canvas: object, plan: DecodingPlan) -> float:
-    """Return the seconds of all steps, from TIMED_STEPS of them evenly over the row."""
+    """Return the seconds of all steps, estimated from TIMED_STEPS of them, evenly spread over the row."""
     total = 0.0
     number = plan.num_evaluations
     for part in range(TIMED_STEPS):
@@ -133,7 +133,7 @@ def _subset(replica: Replica, canvas: object, plan: DecodingPlan) -> float:
 
 
 def _time_last_step(replica: Replica, rows: torch.Tensor, plan: DecodingPlan) -> float:
-    """Return the seconds of a plan's one step, without what fills a cache before it."""
+    """Return the seconds of a plan's single step, without the pass that fills the cache before it."""
     from megatron_eso.sample.decoders import make_decoder
 
     decoder = make_decoder(replica, plan, torch.zeros(len(rows), dtype=torch.int64))

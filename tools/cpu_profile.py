@@ -35,7 +35,7 @@ def main() -> None:
     processes.spawn(_rank, (options.ranks, free_port(), results), nprocs=options.ranks)
     found = [results.get() for _ in range(options.ranks)]
     speeds = [statistics.mean(one["products"][i] for one in found) for i in range(len(WIDTHS))]
-    # speed = peak w / (w + half), so w / speed is a line in w.
+    # speed = peak w / (w + half), so w / speed is linear in w.
     slope, offset = np.polyfit(WIDTHS, np.array(WIDTHS) / np.array(speeds), 1)
     print(f"# products of {TOKENS} tokens, GFLOP/s: "
           + ", ".join(f"{w} wide {s / 1e9:.0f}" for w, s in zip(WIDTHS, speeds, strict=True)))  # fmt: skip
@@ -65,7 +65,10 @@ def _rank(rank: int, num_ranks: int, port: int, results: Any) -> None:
 
 
 def _seconds(work: Callable[[], Any], *, together: bool = False) -> float:
-    """Return the median time of one call, several in a row; ``together``: exactly as many on all ranks."""
+    """Return the median time of one call, from several in a row.
+
+    ``together``: make the same number of calls on all ranks.
+    """
     work()
     times = []
     for _ in range(ROUNDS):

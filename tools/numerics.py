@@ -42,7 +42,7 @@ OBJECTIVES: dict[str, list[str]] = {
 
 
 def main() -> None:
-    """Prepare, train, score, and show."""
+    """Prepare data, train, score, and show the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=text_file, required=True, help="tinyshakespeare.txt")
     parser.add_argument("--out", type=Path, default=Path("runs/numerics"),
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--override", nargs="*", default=[], help="section.key=value for every run")
     options = parser.parse_args()
     prepare(options.text, options.out)
-    # Seeds outermost: a first complete table comes early.
+    # Seeds in the outer loop, so that a first complete table comes early.
     cells = [(name, seed) for seed in range(1, options.seeds + 1) for name in OBJECTIVES]
     with ThreadPoolExecutor(options.jobs) as pool:
         futures = [
@@ -62,7 +62,7 @@ def main() -> None:
             for (name, seed), future in zip(cells, futures, strict=True):
                 scores = future.result()
                 print(f"{name}, seed {seed}: " + describe(scores), flush=True)
-        except BaseException:  # Ctrl-C, or a cell that failed: none of the others starts
+        except BaseException:  # after Ctrl-C or a failed cell, start no further cell
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     table = collect(options.out, options.seeds, options.override)
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def prepare(text: Path, out: Path) -> None:
-    """Write both parts of the text, a tokenizer of its characters, and the training shards."""
+    """Write both parts of the text, a tokenizer for its characters, and the training shards."""
     whole = text.read_text()
     cut = int(0.9 * len(whole))
     try:
@@ -110,7 +110,7 @@ def write_character_tokenizer(characters: list[str], path: Path) -> None:
 
 
 def run_cell(name: str, seed: int, out: Path, overrides: list[str]) -> list[dict]:
-    """Train and score one objective with one seed, unless that was done."""
+    """Train and score one objective with one seed, unless this was already done; return its scores."""
     folder = cell_folder(out, name, seed, overrides)
     every, some = folder / "scores.json", folder / "likelihood.json"
     if not every.is_file() or (name.startswith("Eso") and not some.is_file()):
@@ -128,7 +128,7 @@ def run_cell(name: str, seed: int, out: Path, overrides: list[str]) -> list[dict
 
 
 def cell_folder(out: Path, name: str, seed: int, overrides: list[str]) -> Path:
-    """Return where a run stands: one with other overrides stands elsewhere."""
+    """Return the folder of a run; it depends on objective, seed and overrides."""
     short = "".join(c if c.isalnum() or c == "." else "-" for c in name)
     changed = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8] if overrides else ""
     return out / "-".join(filter(None, (short, f"seed{seed}", changed)))
@@ -146,12 +146,12 @@ def command(*words: object) -> None:
 
 
 def describe(scores: list[dict]) -> str:
-    """Return scores in one line."""
+    """Return the scores as one line."""
     return ", ".join(f"{s['metric']} {s['nats_per_token']:.4f}" for s in scores)
 
 
 def collect(out: Path, seeds: int, overrides: list[str]) -> list[dict]:
-    """Return a row per objective: mean and spread over the seeds of every score."""
+    """Return one row per objective: mean and spread of every score over the seeds."""
     table = []
     for name in OBJECTIVES:
         found: dict[str, list[float]] = {}
@@ -162,7 +162,7 @@ def collect(out: Path, seeds: int, overrides: list[str]) -> list[dict]:
                 some = f", {LIKELIHOOD_ROWS} rows"
                 scores[some] = json.loads((folder / "likelihood.json").read_text())
             for suffix, part in scores.items():
-                # At alpha_0 = 0 the NELBO is the likelihood, and both have that name: one of them counts.
+                # At alpha_0 = 0 the NELBO is the likelihood and both have that name; count one of them.
                 for metric, nats in {s["metric"]: s["nats_per_token"] for s in part}.items():
                     found.setdefault(metric + suffix, []).append(nats)
         table.append(

@@ -77,7 +77,7 @@ class Model(nn.Module):
 
 
 def train(data: Tensor, seed: int, positions: str) -> tuple[float, float]:
-    """Return held-out nats per character: nanoGPT's random crops, and all crops side by side."""
+    """Return held-out nats per character on nanoGPT's random crops, and on all adjacent crops."""
     torch.manual_seed(seed)
     cut = int(0.9 * len(data))
     training, held_out = data[:cut], data[cut:]
@@ -87,7 +87,7 @@ def train(data: Tensor, seed: int, positions: str) -> tuple[float, float]:
         {"params": [w for w in model.parameters() if w.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.99))
-    crops = torch.Generator().manual_seed(seed)  # the same for both kinds of positions
+    crops = torch.Generator().manual_seed(seed)  # the same crops for both kinds of positions
     for step in range(STEPS):
         share = max(0.0, (step - WARMUP) / (STEPS - WARMUP))
         rate = LOWEST + 0.5 * (1 + math.cos(math.pi * share)) * (PEAK - LOWEST)

@@ -37,7 +37,7 @@ class Layer(nn.Module):
 
 
 class OfficialScheme(nn.Module):
-    """Embedding, layers, norm, head on all entries."""
+    """Embedding, layers, norm, and a head on all entries."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()

@@ -62,7 +62,7 @@ size_t cudnnGetVersion(void) { return (size_t)number("MADE_UP_CUDNN"); }
 
 
 def main() -> None:
-    """Write the answers of all compute capabilities, or, in a process with a made-up one, print its own."""
+    """Write the answers for all compute capabilities or, in a process with a made-up one, print its own."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -82,14 +82,14 @@ def main() -> None:
 
 
 def ask(library: Path, capability: tuple[int, int]) -> list[Any]:
-    """Return the answers on GPUs of one compute capability, from a process of its own: it is asked once."""
+    """Return the answers for GPUs of one compute capability, from a new process, which asks for it once."""
     with tempfile.TemporaryDirectory() as folder:
         made_up = Path(folder) / "made_up.so"
         compiler = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(made_up)]
         subprocess.run(compiler, input=_MADE_UP, text=True, check=True)
         machine = {"MADE_UP_MAJOR": str(capability[0]), "MADE_UP_MINOR": str(capability[1])}
         spec = importlib.util.find_spec("nvidia")
-        packages = spec.submodule_search_locations if spec else []  # of pip: CUDA's libraries
+        packages = spec.submodule_search_locations if spec else []  # pip's CUDA libraries
         folders = [
             str(folder) for package in packages or [] for folder in Path(package).glob("*/lib")
         ]
@@ -105,11 +105,11 @@ def ask(library: Path, capability: tuple[int, int]) -> list[Any]:
 
 
 def answers(library: Path) -> list[Any]:
-    """Return [cuDNN, format, head size, row length, answer] of causal rows in training, on this GPU."""
-    importlib.import_module("torch")  # loads the libraries of CUDA
+    """Return [cuDNN, format, head size, row length, answer] for causal rows in training, on this GPU."""
+    importlib.import_module("torch")  # loads CUDA's libraries
     ctypes.CDLL(
         "libnvrtc.so.13", mode=ctypes.RTLD_GLOBAL
-    )  # not named by the library, which uses it
+    )  # the library uses it but does not name it
     choose = ctypes.CDLL(str(library)).nvte_get_fused_attn_backend
     size, flag = ctypes.c_size_t, ctypes.c_bool
     choose.argtypes = [

@@ -1,1 +1,1 @@
-"""The ``megatron-eso`` command: one file a command; heavy imports stand inside the command."""
+"""The ``megatron-eso`` command: one file per command; heavy imports stand inside the command."""

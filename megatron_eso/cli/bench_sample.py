@@ -1,4 +1,4 @@
-"""``megatron-eso bench-sample``: speed against quality of samplers."""
+"""``megatron-eso bench-sample``: measure the speed of samplers against their quality."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,9 +53,9 @@ def bench_sample(
     from megatron_eso.sample.sampler import Choice
 
     choice = Choice(temperature=temperature, top_p=top_p, seed=seed)
-    # Everything that can be wrong is looked at before anything is measured.
+    # Check everything that can be wrong before measuring anything.
     asked = _checked(checkpoints, steps, alpha_0, length, choice, rows=rows, batch=batch)
-    require_writable(out, f"to --out {out}")  # what lies in it stays until the first point
+    require_writable(out, f"to --out {out}")  # files in it stay until the first point
     loaded_judge = None
     if judge is not None:
         longest = max(size for _, size, _ in asked)
@@ -91,7 +91,7 @@ def _checked(
     rows: int,
     batch: int,
 ) -> list[tuple[Any, int, list[Any]]]:
-    """Return what is known of each checkpoint, its tokens of a row and its settings, all checked."""
+    """Return each checkpoint's description, its tokens per row and its settings, all checked."""
     from megatron_eso.cli.model_loading import describe, tokenizer_of
     from megatron_eso.errors import ConfigError
     from megatron_eso.sample.generate import check_request
@@ -114,7 +114,7 @@ def _checked(
 
 
 def _write(out: Path, points: list[Any]) -> None:
-    """Write what has been measured so far; a later point may fail."""
+    """Write the points measured so far, because a later one may fail."""
     from megatron_eso.eval.frontier import table
     from megatron_eso.files import write_json, write_whole
 
@@ -139,13 +139,13 @@ def _settings(
 
 
 def _judge(path: Path, samplers: list[Any], longest: int) -> Any:
-    """Return the judge; one of ours must share the tokenizer of all that it will read."""
+    """Return the judge; if it is one of our models, its tokenizer must be that of every sampler."""
     from megatron_eso.cli.model_loading import describe, is_exported, load
     from megatron_eso.errors import ConfigError
     from megatron_eso.eval.frontier import hugging_face_judge, our_judge
     from megatron_eso.export.describe import read_facts
 
-    if is_exported(path) and not read_facts(path):  # not one of ours
+    if is_exported(path) and not read_facts(path):  # not one of our models
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError as error:
@@ -169,7 +169,7 @@ def _judge(path: Path, samplers: list[Any], longest: int) -> Any:
 
 
 def _hash(known: Any) -> str:
-    """Return a hash of what a tokenizer makes of text; our exports differ in their post-processor."""
+    """Return a hash of the tokenizer without its post-processor, in which our exports differ."""
     import hashlib
     import json
 

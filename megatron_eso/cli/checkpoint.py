@@ -1,4 +1,4 @@
-"""``megatron-eso checkpoint``: what is kept of a run, whether it is whole, and what to remove.
+"""``megatron-eso checkpoint``: which checkpoints are kept, whether they are whole, which to remove.
 
 ``list``, ``verify`` and ``prune`` work on a login node without torch.
 """
@@ -174,7 +174,7 @@ def _folders(run: Path) -> "list[CheckpointFolder]":
 
 
 def _one(path: Path) -> "CheckpointFolder":
-    """Return a checkpoint folder itself, or the newest committed one of a run."""
+    """Return the checkpoint folder given, or the newest committed one of a run."""
     from megatron_eso.checkpoint.folder import MARKER, SIDECAR, CheckpointFolder
     from megatron_eso.errors import CheckpointError
 

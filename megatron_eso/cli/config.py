@@ -1,4 +1,4 @@
-"""``megatron-eso config``: look at a configuration before running it."""
+"""``megatron-eso config``: show a configuration before running it."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""``megatron-eso doctor``: what this machine can do, and whether a backend that is asked for is there."""
+"""``megatron-eso doctor``: what this machine can do, and whether a requested backend is available."""
 
 import os
 from pathlib import Path
@@ -41,7 +41,7 @@ def doctor(
     from megatron_eso.config import load_config
     from megatron_eso.config.precision_rules import ASKED, process_environment
 
-    # As for a run: Transformer Engine is asked about the attention that it may use then.
+    # Set what a run would set, so that Transformer Engine answers for the attention a run may use.
     os.environ.update(process_environment(load_config(None, list(ASKED["te"]))))
     from rich.console import Console
     from rich.table import Table

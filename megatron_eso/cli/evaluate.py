@@ -71,12 +71,12 @@ def evaluate(
         likelihood_orders=1 if orders is None else orders, alpha_0=alpha_0, micro_batch_rows=batch,
         nelbo_repeats=1 if repeats is None else repeats, noise_eps=0.0 if eps is None else eps,
     )  # fmt: skip
-    # Everything that can be wrong is looked at before weights are read.
+    # Check everything that can be wrong before reading weights.
     drawn = {"orders": orders, "repeats": repeats, "eps": eps}
     _check_numbers(metric, drawn, rows=rows, batch=batch)
     check_ranges(RunConfig(eval=settings), "eval")
     is_prepared = _check_data(data, tokenizer, text_key)
-    if json_file is not None and os.environ.get("RANK", "0") == "0":  # who writes it
+    if json_file is not None and os.environ.get("RANK", "0") == "0":  # rank 0 writes the file
         _check_writable(json_file)
     if ranks > 1 and "RANK" not in os.environ:
         from megatron_eso.launch.local import start_ranks
@@ -124,7 +124,7 @@ def evaluate(
 
 
 def _check_numbers(metric: str, drawn: dict[str, Any], *, rows: int, batch: int) -> None:
-    """Refuse numbers without a meaning, and draws of a metric that is not asked for."""
+    """Refuse meaningless numbers, and draws for a metric that is not requested."""
     from megatron_eso.errors import ConfigError
 
     if rows < 0:
@@ -156,7 +156,7 @@ def _say_what_is_unused(objective: Any, settings: Any, drawn: dict[str, Any]) ->
 
 
 def _check_writable(path: Path) -> None:
-    """Make the folder of a file and refuse one that takes none, or a folder of the file's name."""
+    """Create the file's folder; refuse one that cannot be written, or a folder with the file's name."""
     from megatron_eso.data.output import require_writable
     from megatron_eso.errors import DataError
 
@@ -166,7 +166,7 @@ def _check_writable(path: Path) -> None:
 
 
 def _check_data(data: str, tokenizer: Path | None, text_key: str | None) -> bool:
-    """Return whether the data are a prepared split, else raw text; refuse options of the other kind."""
+    """Return whether the data are a prepared split, not raw text; refuse options for raw text then."""
     from megatron_eso.data.manifest import MANIFEST_NAME
     from megatron_eso.errors import ConfigError, DataError
     from megatron_eso.files import is_remote
@@ -226,7 +226,7 @@ def _reader(
 
 
 def _tokenizer_of_training(loaded: Any) -> str | None:
-    """Return the hash of the tokenizer of a checkpoint's data; None of a model that came from elsewhere."""
+    """Return the hash of the tokenizer of a checkpoint's data; None for a model from elsewhere."""
     from megatron_eso.checkpoint.folder import SIDECAR, read_sidecar
 
     if not (loaded.path / SIDECAR).is_file():

@@ -1,4 +1,4 @@
-"""``megatron-eso export``: a checkpoint as a folder that transformers loads."""
+"""``megatron-eso export``: write a checkpoint as a folder that transformers can load."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -19,7 +19,7 @@ class Format(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Format of the exported numbers."""
+    """Number format of the exported weights."""
 
     FP32 = "fp32"
     BF16 = "bf16"
@@ -92,7 +92,7 @@ def export(
 
 
 def _bar(done: int, total: int) -> None:
-    """Show how far writing is, on a terminal alone."""
+    """Show the progress of writing, only on a terminal."""
     import sys
 
     if sys.stderr.isatty():

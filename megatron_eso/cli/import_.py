@@ -1,4 +1,4 @@
-"""``megatron-eso import``: turn another program's weights into a checkpoint of ours."""
+"""``megatron-eso import``: turn another program's weights into one of our checkpoints."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -19,7 +19,7 @@ class Source(StrEnum):
 
 
 class Weights(StrEnum):
-    """Which weights of the file."""
+    """Which of the file's weights to take."""
 
     EMA = "ema"
     RAW = "raw"
@@ -80,7 +80,7 @@ def import_(
 
 
 def _require_of_format(source: Source, given: list[str]) -> None:
-    """Raise for options of the other format: ignored, they would seem to have been followed."""
+    """Refuse options of the other format: silently ignored, they would seem to have been followed."""
     from megatron_eso.errors import ConfigError
 
     meant = {
@@ -141,7 +141,7 @@ def _from_official(
 
 
 def _print_settings(folder: Any, sequence_length: int, model: Any) -> None:
-    """Print the settings with which training goes on."""
+    """Print the settings that continue training."""
     from dataclasses import asdict
 
     from megatron_eso.config.schema import ObjectiveConfig

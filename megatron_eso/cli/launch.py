@@ -1,4 +1,4 @@
-"""``megatron-eso launch``: train under supervision, starting again after crashes and hangs."""
+"""``megatron-eso launch``: train under supervision, restarting after crashes and hangs."""
 
 import os
 from pathlib import Path
@@ -77,7 +77,7 @@ def launch(
             max_restarts=0 if place else settings.max_restarts_without_progress,
             is_warm=(can_be_warm() and not place) if warm is None else warm,
             rank_environment=place or None,
-            # `never` is said of what was there before: a restart goes on from the run's own checkpoints.
+            # resume=never concerns earlier checkpoints: a restart continues from the run's own.
             arguments_to_go_on=("checkpoint.resume=auto",),
         )
     )

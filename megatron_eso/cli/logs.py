@@ -1,4 +1,4 @@
-"""``megatron-eso logs``: the output of a run."""
+"""``megatron-eso logs``: print the output of a run."""
 
 import os
 from pathlib import Path
@@ -35,7 +35,7 @@ def logs(
 
 
 def _own_log(run: Path) -> Path:
-    """Return the log of a run that was not submitted, or say what there is instead."""
+    """Return the log of a run that was not submitted; otherwise raise an error that says what is there."""
     from megatron_eso.errors import ClusterError
 
     if not run.is_dir():

@@ -1,7 +1,7 @@
 """The ``megatron-eso`` command: finds the file of a subcommand and prints user errors as messages.
 
-A subcommand's module is imported only when it is asked for, so ``plan`` or ``submit`` on a login node
-never import torch.
+A subcommand's module is imported only when the subcommand is called, so ``plan`` or ``submit`` on a
+login node never import torch.
 """
 
 import importlib
@@ -48,7 +48,7 @@ COMMANDS = {
 
 
 class LazyGroup(TyperGroup):
-    """A command group that imports a subcommand's module when it is named."""
+    """A command group that imports a subcommand's module only when the subcommand is named."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the command names in the order of the table."""
@@ -62,7 +62,7 @@ class LazyGroup(TyperGroup):
         module = importlib.import_module(f"megatron_eso.cli.{module_name}")
         command: Any = typer.main.get_command(module.app)
         for documented in (command, *getattr(command, "commands", {}).values()):
-            # \b keeps the lines of an example apart in the help text.
+            # \b keeps the help text from joining the lines of an example.
             documented.help = (documented.help or "").replace("Examples:", "\b\nExamples:")
         command.name, command.short_help = cmd_name, summary
         return command
@@ -91,8 +91,8 @@ def main() -> None:
     try:
         app(prog_name="megatron-eso")
     except UserError as error:
-        if is_first_to_say(str(error), os.environ):  # of ranks that all find it
-            sys.stderr.write(f"error: {error}\n")  # at once: print writes a line's end by itself
+        if is_first_to_say(str(error), os.environ):  # all ranks may find the same error
+            sys.stderr.write(f"error: {error}\n")  # one write: print sends the newline separately
         raise SystemExit(error.exit_code) from None
     finally:
         look_no_more()

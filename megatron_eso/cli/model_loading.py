@@ -1,4 +1,4 @@
-"""What ``eval`` and ``sample`` share: one checkpoint or exported folder, its model and tokenizer."""
+"""What ``eval`` and ``sample`` share: reading a checkpoint or exported folder, its model and tokenizer."""
 
 import os
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ class Loaded:
     """ema, raw, or exported."""
     tokenizer_file: Path | None
     tokenizer: Any
-    """Of ``tokenizers``; None unless asked for."""
+    """Tokenizer of the package ``tokenizers``; None unless requested."""
 
 
 @dataclass(frozen=True)
 class Described:
-    """What is known of a model before its weights are read."""
+    """What is known about a model before its weights are read."""
 
     path: Path
     model: Any
@@ -37,10 +37,10 @@ class Described:
 
 
 def describe(path: Path) -> Described:
-    """Return what a checkpoint, a run or an exported folder says of its model.
+    """Return what a checkpoint, a run or an exported folder says about its model.
 
     Raises:
-        CheckpointError: if it cannot be read.
+        CheckpointError: if ``path`` cannot be read.
     """
     if is_exported(path):
         from megatron_eso.export.import_hf import describe_hf
@@ -60,10 +60,10 @@ def describe(path: Path) -> Described:
 
 
 def tokenizer_of(known: Described) -> Any:
-    """Return the tokenizer (of ``tokenizers``); refuse one whose ids are not the model's.
+    """Return the tokenizer (of the package ``tokenizers``); refuse one that does not fit the model.
 
     Raises:
-        CheckpointError: if there is none, or the numbers of ids differ.
+        CheckpointError: if there is no tokenizer, or the numbers of ids differ.
     """
     from megatron_eso.data.tokenizer import load_tokenizer
     from megatron_eso.errors import CheckpointError
@@ -77,10 +77,10 @@ def tokenizer_of(known: Described) -> Any:
 
 
 def require_tokenizer_of_model(file: Path, path: Path, model: Any) -> None:
-    """Refuse a tokenizer whose ids are not those of the model at ``path``.
+    """Refuse a tokenizer whose number of ids is not that of the model at ``path``.
 
     Raises:
-        CheckpointError: naming the numbers of ids.
+        CheckpointError: if the numbers differ; the message names them.
     """
     from megatron_eso.data.tokenizer import Tokenizer
     from megatron_eso.errors import CheckpointError
@@ -105,10 +105,10 @@ def load(
     context: int = 1,
     with_tokenizer: bool = True,
 ) -> Loaded:
-    """Load the checkpoint meant by ``path``: its folder, a run's, or a Hugging Face folder.
+    """Return the model at ``path``: the folder of a checkpoint or a run, or a Hugging Face folder.
 
     Raises:
-        CheckpointError: if it cannot be read, or a tokenizer is wanted and there is none.
+        CheckpointError: if it cannot be read, or a tokenizer is requested and there is none that fits.
     """
     from megatron_eso.checkpoint.find import find_checkpoint_together
     from megatron_eso.config.schema import ParallelConfig
@@ -119,13 +119,13 @@ def load(
 
         with _imported(path) as folder:
             loaded = _load(folder, parallel, dtype=dtype, use_ema=use_ema)
-        kept = loaded.tokenizer_file  # its copy has vanished
+        kept = loaded.tokenizer_file  # this path is in the temporary copy, which has vanished
         loaded = replace(
             loaded, path=path, step=read_facts(path).get("step", 0), kind="exported",
             tokenizer_file=None if kept is None else path / kept.name,
         )  # fmt: skip
     else:
-        # A run that goes on may commit one while the ranks look: the first one's choice is all ranks'.
+        # A live run may commit a checkpoint while the ranks look, so all take the first rank's choice.
         device = _join()[1].torch_device
         folder = find_checkpoint_together(path, hashes=False, device=device)
         loaded = _load(folder, parallel, dtype=dtype, use_ema=use_ema)
@@ -140,15 +140,15 @@ def load(
 
 
 def is_exported(path: Path) -> bool:
-    """Return whether a folder is a Hugging Face model's."""
+    """Return whether a folder is that of a Hugging Face model."""
     return (path / "config.json").is_file()
 
 
 @contextmanager
 def _imported(path: Path) -> Iterator[Any]:
-    """Give the checkpoint an exported folder is imported to: one copy per machine, by its first rank.
+    """Yield a temporary checkpoint made from an exported folder by the first rank of each machine.
 
-    It vanishes once every rank has left. Every rank must call this.
+    It vanishes once every rank has left the block. Every rank must call this.
     """
     import socket
     import tempfile
@@ -180,7 +180,7 @@ def _imported(path: Path) -> Iterator[Any]:
 
 
 def _join() -> tuple[Any, Any]:
-    """Return where this process stands and its device, the process group joined."""
+    """Join the process group; return this process's place among the ranks and its device."""
     from megatron_eso.launch.environment import Ranks
     from megatron_eso.parallel.device import choose_device, start_process_group
 
@@ -191,7 +191,7 @@ def _join() -> tuple[Any, Any]:
 
 
 def _load(folder: Any, parallel: Any, *, dtype: str, use_ema: bool) -> Loaded:
-    """Load a checkpoint's model, without its tokenizer."""
+    """Return a checkpoint's model without its tokenizer."""
     from megatron_eso.checkpoint.folder import tokenizer_path
     from megatron_eso.checkpoint.replica import load_replica, run_config_of
     from megatron_eso.config.check import check_layout

@@ -88,7 +88,7 @@ def _question(context: typer.Context) -> str:
     """Return the question that the options ask.
 
     Raises:
-        UserError: for two questions, or an option that the question ignores.
+        UserError: for two questions, or for an option that the question ignores.
     """
     given = [
         name
@@ -117,5 +117,5 @@ def _question(context: typer.Context) -> str:
 
 
 def _flag(name: str) -> str:
-    """Return how the command line names a parameter."""
+    """Return the name of a parameter on the command line."""
     return "the plain plan" if name == "plan" else "--" + name.replace("_", "-")

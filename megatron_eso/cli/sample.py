@@ -104,7 +104,7 @@ def sample(
     from megatron_eso.sample.output import require_new
     from megatron_eso.sample.sampler import Choice
 
-    # Everything that can be wrong is looked at before weights are read.
+    # Check everything that can be wrong before reading weights.
     known = describe(checkpoint)
     tokenizer = tokenizer_of(known)
     canvas = _canvas(known, tokenizer, prompt or [""], infill, num_samples, length)
@@ -123,7 +123,7 @@ def sample(
 
 
 def _require_ranks(ranks: int, tensor: int, pipeline: int) -> None:
-    """Refuse a layout that does not use every rank, those of a launcher or those to start here."""
+    """Refuse a layout that does not use every rank, whether a launcher or this command starts them."""
     from megatron_eso.errors import ConfigError
     from megatron_eso.launch.environment import Ranks
 
@@ -142,7 +142,7 @@ def _require_ranks(ranks: int, tensor: int, pipeline: int) -> None:
 
 
 def _require_text(option: str, texts: list[str]) -> None:
-    """Refuse what the shell handed over as bytes that are no text."""
+    """Refuse texts that the shell passed as bytes that are not valid text."""
     from megatron_eso.errors import ConfigError
 
     for text in texts:
@@ -206,7 +206,7 @@ def _run(
             evaluations += part.sampled.num_steps
             decided = part.plan.counts[
                 : part.sampled.num_steps
-            ]  # fewer than planned where rows ended
+            ]  # fewer steps than planned if all rows ended early
             tokens += int(sum(decided)) * len(part.padding)
             for ids in part.token_rows(choice.stop_token):
                 text = decode(loaded.tokenizer, ids)
@@ -225,7 +225,7 @@ def _run(
 
 
 def _watch(loaded: Any, canvas: Any, choice: Any, stack: Any) -> Any:
-    """Return what draws the rows, one after the other, as they fill."""
+    """Return a callback that draws the rows, one after the other, as they fill."""
     from rich.console import Console
 
     from megatron_eso.sample.live import LiveRow
@@ -235,7 +235,7 @@ def _watch(loaded: Any, canvas: Any, choice: Any, stack: Any) -> Any:
     choice.on_step = lambda step, tokens: drawn[-1].on_step(step, tokens)
 
     def begin(plan: Any) -> None:
-        stack.close()  # leave the picture of the row before
+        stack.close()  # end the picture of the previous row
         mask_id = loaded.replica.config.model.vocab_size - 1
         drawn.append(LiveRow(console, loaded.tokenizer, plan.num_evaluations, mask_id))
         stack.enter_context(drawn[-1]).begin(*next(rows))

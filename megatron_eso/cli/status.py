@@ -1,4 +1,4 @@
-"""``megatron-eso status``: where submitted runs are."""
+"""``megatron-eso status``: show where submitted runs are."""
 
 import os
 import time

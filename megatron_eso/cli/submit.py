@@ -1,4 +1,4 @@
-"""``megatron-eso submit``: hand a run to Slurm."""
+"""``megatron-eso submit``: submit a run to Slurm."""
 
 from pathlib import Path
 from typing import Annotated

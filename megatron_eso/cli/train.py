@@ -1,4 +1,4 @@
-"""``megatron-eso train``: train on the ranks a launcher started, or start them here."""
+"""``megatron-eso train``: train on the ranks that a launcher started, or start them here."""
 
 import os
 import sys

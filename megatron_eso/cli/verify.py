@@ -1,4 +1,4 @@
-"""``megatron-eso verify``: is this model the one it was made from, or the official code's?"""
+"""``megatron-eso verify``: does a model equal the one it was made from, or that of the official code?"""
 
 from pathlib import Path
 from typing import Annotated
@@ -48,7 +48,7 @@ def verify(
 
 
 def _require_effect(has_expected: bool, has_against: bool, has_layout: bool) -> None:
-    """Refuse options of the other comparison."""
+    """Refuse options that belong to the other comparison."""
     from megatron_eso.errors import ConfigError
 
     if has_expected and has_against:

@@ -1,4 +1,4 @@
-"""``megatron-eso watch``: shorten the wait of requeued jobs from the login node."""
+"""``megatron-eso watch``: shorten the wait of requeued jobs, from the login node."""
 
 from pathlib import Path
 from typing import Annotated

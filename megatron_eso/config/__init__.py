@@ -1,4 +1,4 @@
-"""The configuration of a run: schema, loading, rules across sections, derived numbers."""
+"""The configuration of a run: schema, loading, rules between settings, derived numbers."""
 
 from megatron_eso.config.check import check, check_start, violations
 from megatron_eso.config.derive import Derived

@@ -1,8 +1,8 @@
-"""Rules between settings. Every violation is reported at once, with the numbers and what to change.
+"""Rules between settings. All violations are reported together, with the numbers and what to change.
 
-A rule is a generator of messages; :func:`violations` runs them all. A rule counts on every setting of
-the sections it reads being within its range (declared in ``schema.py``) and is not asked otherwise;
-rules that need the number of ranks are left out when it is not known yet.
+A rule is a generator of messages; :func:`violations` runs all rules. A rule runs only if every setting
+of the sections it reads is within its range (declared in ``schema.py``), and may rely on that. Rules
+that need the number of ranks are skipped while it is unknown.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,12 +16,12 @@ from megatron_eso.errors import ConfigError
 
 
 def check(config: RunConfig, world_size: int | None = None) -> None:
-    """Raise a :class:`ConfigError` that lists every violation; return nothing if there is none."""
+    """Raise a :class:`ConfigError` that lists every violation, if there is any."""
     _refuse(violations(config, world_size))
 
 
 def check_start(config: RunConfig, world_size: int) -> None:
-    """Raise what :func:`check` does, also where a run that is about to start has no data."""
+    """Do what :func:`check` does, and also refuse a run without data; for a run about to start."""
     found = violations(config, world_size)
     if not config.data.sources:
         found.append(
@@ -31,9 +31,9 @@ def check_start(config: RunConfig, world_size: int) -> None:
 
 
 def check_layout(config: RunConfig, world_size: int) -> None:
-    """Raise a :class:`ConfigError` unless the model can be spread over the ranks as the layout says.
+    """Raise a :class:`ConfigError` unless the layout can spread the model over the ranks.
 
-    For what loads a model without training it: the rules of batches do not matter there.
+    For commands that load a model without training it: the rules for batches do not matter there.
     """
     parallel = config.parallel
     found, wrong = _beyond_ranges(config, _RULES[_layout])
@@ -52,9 +52,9 @@ def check_layout(config: RunConfig, world_size: int) -> None:
 
 
 def check_ranges(config: RunConfig, *sections: str) -> None:
-    """Raise a :class:`ConfigError` that lists the settings of some sections beyond their ranges.
+    """Raise a :class:`ConfigError` that lists the settings of some sections outside their ranges.
 
-    For what does not train: the rules of training batches and layouts do not matter there.
+    For commands that do not train: the rules for training batches and layouts do not matter there.
     """
     found, _ = _beyond_ranges(config, sections)
     if found:
@@ -62,7 +62,7 @@ def check_ranges(config: RunConfig, *sections: str) -> None:
 
 
 def violations(config: RunConfig, world_size: int | None = None) -> list[str]:
-    """Return one message per setting beyond its range and per broken rule."""
+    """Return one message per setting outside its range and per broken rule."""
     found, wrong = _beyond_ranges(config)
     for rule, sections in _RULES.items():
         if not wrong.intersection(sections):
@@ -80,9 +80,9 @@ def _refuse(found: list[str]) -> None:
 
 
 def _beyond_ranges(config: RunConfig, sections: tuple[str, ...] = ()) -> tuple[list[str], set[str]]:
-    """Return a message for each setting beyond its range, and the sections that have one.
+    """Return a message for each setting outside its range, and the sections that hold such settings.
 
-    Looks at these sections only; at all if none is given.
+    Looks only at the given sections, or at every section if none is given.
     """
     beyond = [(name.split(".")[0], message) for name, message in out_of_range(config)]
     if sections:
@@ -178,7 +178,7 @@ def _length(config: RunConfig) -> Iterator[str]:
 
 
 def _profile(config: RunConfig) -> Iterator[str]:
-    """Steps and ranks that a run does not have would never be profiled, and silently."""
+    """Refuse steps and ranks that the run does not have: they would silently never be profiled."""
     steps = derive.total_steps(config)
     beyond = [step for step in config.train.profile_steps if not 1 <= step <= steps]
     if beyond and steps:
@@ -228,7 +228,7 @@ def _layout(config: RunConfig) -> Iterator[str]:
 
 
 def _cuda_graphs(config: RunConfig) -> Iterator[str]:
-    """A graph repeats the same kernels on the same addresses."""
+    """Refuse what a CUDA graph cannot do: it repeats the same kernels on the same addresses."""
     if not config.parallel.cuda_graphs:
         return
     unfit = {
@@ -376,5 +376,5 @@ _RULES: dict[Callable[[RunConfig], Iterator[str]], tuple[str, ...]] = {
     _baselines: ("objective", "train"),
     _resilience: ("resilience", "train"),
 }
-"""Each rule, and the sections whose settings must be within their ranges for it to be asked."""
+"""Each rule, and the sections whose settings must be within their ranges for it to run."""
 _WORLD_READS = ("model", "objective", "parallel", "train")

@@ -1,4 +1,4 @@
-"""Numbers that follow from the configuration, each with the rule that gave it.
+"""Numbers that follow from the configuration, each with the rule that gives it.
 
 Nothing here changes the configuration; the trainer prints ``derive(...).lines()`` at start.
 A *slot* is two stack rows: two diffusion rows, or one sequential row with its mask copies.
@@ -40,7 +40,7 @@ class Derived:
 
 
 def derive(config: RunConfig, world_size: int) -> Derived:
-    """Return what follows from a configuration that :func:`check` accepts.
+    """Return the derived settings of a configuration that :func:`check` accepts.
 
     Args:
         config: the run.
@@ -119,7 +119,7 @@ def ffn_size(model: ModelConfig) -> int:
 
 
 def with_sizes(model: ModelConfig) -> ModelConfig:
-    """Return the model with every size that follows from others written out."""
+    """Return the model with every size filled in that otherwise follows from other settings."""
     return replace(
         model,
         head_size=head_size(model),
@@ -129,7 +129,7 @@ def with_sizes(model: ModelConfig) -> ModelConfig:
 
 
 def padded_vocab_size(model: ModelConfig) -> int:
-    """Return the rows of the embedding and of the head."""
+    """Return the number of rows of the embedding and of the head."""
     multiple = model.vocab_padding_multiple
     return multiple * math.ceil(model.vocab_size / multiple)
 
@@ -144,7 +144,7 @@ def diffusion_fraction(objective: ObjectiveConfig) -> float:
 
 
 def nelbo_stack_rows(objective: ObjectiveConfig) -> int:
-    """Return the stack rows of one row in the NELBO: it takes every pass that it may take in training."""
+    """Return the stack rows of one row in the NELBO: a row takes every pass it may take in training."""
     if objective.name == "bd3lm":
         return 2
     alpha_0 = objective.alpha_0 if objective.name == "eso" else 1.0
@@ -152,12 +152,15 @@ def nelbo_stack_rows(objective: ObjectiveConfig) -> int:
 
 
 def has_user_buffers(parallel: ParallelConfig, precision: PrecisionConfig) -> bool:
-    """Return whether layers exchange through Transformer Engine's user buffers (backend resolved)."""
+    """Return whether layers exchange data through Transformer Engine's user buffers.
+
+    ``precision.backend`` must already be resolved.
+    """
     return parallel.tensor_overlap and precision.backend == "te"
 
 
 def fixed_stack_rows(config: RunConfig) -> int | None:
-    """Return the stack rows that every micro-batch must have, an evaluation's too; None: any number."""
+    """Return the stack rows that every micro-batch must have, also in evaluation; None: any number."""
     is_fixed = has_user_buffers(config.parallel, config.precision)
     return config.train.micro_batch_rows if is_fixed else None
 
@@ -178,11 +181,12 @@ def total_steps(config: RunConfig) -> int:
 def waiting_seconds(config: RunConfig) -> float:
     """Return how long a rank waits for others in a collective before it gives up.
 
-    That must be longer than one of them may take alone, else NCCL's watchdog (gloo likewise) ends a run
-    that the settings let go on; and longer than the launcher waits, which shows where every rank stands.
+    This must exceed the time that one of them may take alone, or NCCL's watchdog (likewise gloo's timeout)
+    ends a run that the settings allow to continue. It must also exceed the launcher's limit, because the
+    launcher shows where every rank stands.
     """
     resilience, checkpoint = config.resilience, config.checkpoint
     allowed = [600.0, resilience.setup_timeout_seconds, resilience.min_timeout_seconds]
     if not checkpoint.asynchronous:
-        allowed.append(checkpoint.timeout_seconds)  # the first to have written wait for the last
+        allowed.append(checkpoint.timeout_seconds)  # ranks that have written wait for the last one
     return max(allowed) + 60.0

@@ -1,4 +1,4 @@
-"""Every single setting of a configuration, for what is said where a setting is declared (ranges, paths)."""
+"""Every setting of a configuration, for facts that its declaration states (ranges, paths)."""
 
 from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
@@ -6,10 +6,12 @@ from typing import Any
 
 
 def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Field, Any]]:
-    """Yield the name, the dataclass's field and the value of each setting that is no section.
+    """Yield the name, the dataclass field and the value of each setting that is not a section.
+
+    Lists yield only the settings of the sections they hold.
 
     Args:
-        settings: a configuration's dataclass; sections and lists of sections within it are looked at too.
+        settings: dataclass of a configuration; nested sections and lists of sections are included.
         prefix: put before the names, such as ``cluster.``.
     """
     for item in fields(settings):

@@ -1,10 +1,10 @@
 """Read a configuration: defaults, included files, the file itself, ``key=value`` overrides.
 
-A YAML file may start with ``include: [path, ...]``; paths are relative to the file, later ones win,
-and the file itself wins over what it includes. Every error names the file or override it stands in.
+A YAML file may hold ``include: [path, ...]``. Paths are relative to the file; later ones win, and
+the file itself wins over what it includes. Every error names its file or override.
 
 YAML guesses a type from how a value looks: 4:00:00 is a number in base 60, 010 one in base 8, off is
-false. Where the schema has text, what was written is the value, null apart.
+false. Where the schema has text, the value is the text as written, except null.
 """
 
 import re
@@ -48,7 +48,7 @@ def load_config(
     for source, content in _layers(path, overrides or [], schema):
         _refuse_wrong_keys(content, schema, source)
         try:
-            merged = OmegaConf.unsafe_merge(merged, content)  # merge() copies all of it
+            merged = OmegaConf.unsafe_merge(merged, content)  # merge() would copy everything
         except OmegaConfBaseException as error:
             raise ConfigError(f"{source}: {_first_lines(error)}") from None
     try:
@@ -60,7 +60,7 @@ def load_config(
         ) from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path or 'overrides'}: {_first_lines(error)}") from None
-    return with_paths(found, expanduser)  # no shell replaces a ~ in them
+    return with_paths(found, expanduser)  # no shell expands a ~ in these values
 
 
 def load_run(path: Path, overrides: list[str]) -> RunConfig:
@@ -82,12 +82,12 @@ def load_run(path: Path, overrides: list[str]) -> RunConfig:
 
 
 def to_yaml(config: Any) -> str:
-    """Return the configuration as YAML, every field spelled out; reading it gives the same again."""
+    """Return the configuration as YAML with every field; reading it gives the same configuration."""
     return OmegaConf.to_yaml(OmegaConf.create(_literal(asdict(config))))
 
 
 def as_literal(text: str) -> str:
-    """Return a text in the form that a file or an override has it in: ``${`` in it refers to nothing."""
+    """Return a text escaped for a file or an override, so that ``${`` in it is no reference."""
     return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
 
 
@@ -122,7 +122,7 @@ def _override(override: str, schema: type) -> DictConfig:
     key, text = re.split(r"(?<!\\)=", override, maxsplit=1)
     content = OmegaConf.from_dotlist([f"{key}=null"])
     kind, inner = schema, OmegaConf.to_container(content)
-    while isinstance(inner, dict):  # one level, and one key, for each part of the key
+    while isinstance(inner, dict):  # one level with a single key for each part of the dotted key
         ((part, inner),) = inner.items()
         kind = _kind_below(kind, str(part))
     OmegaConf.update(content, key, _read_yaml(text, kind))
@@ -160,7 +160,7 @@ def _file_layers(
 
 
 def _includes(content: DictConfig, path: Path) -> list[str]:
-    """Take the included paths out of a file's content."""
+    """Remove the included paths from a file's content and return them."""
     found = content.pop(INCLUDE_KEY, [])
     paths = list(found) if isinstance(found, list | ListConfig) else [found]
     if not all(isinstance(item, str) for item in paths):
@@ -172,7 +172,7 @@ def _includes(content: DictConfig, path: Path) -> list[str]:
 
 
 def _read_yaml(source: str | IO[str], kind: Any) -> Any:
-    """Return what the YAML of a value of this type says, text as it was written."""
+    """Return the value of YAML whose schema type is ``kind``, with text as it was written."""
     loader = get_yaml_loader()(source)
     try:
         node = loader.get_single_node()
@@ -184,14 +184,14 @@ def _read_yaml(source: str | IO[str], kind: Any) -> Any:
 def _as_written(node: Node, kind: Any, done: dict[tuple[int, Any], Node]) -> Node:
     """Return a copy of a YAML node in which a scalar is a string where the schema has text.
 
-    ``done`` keeps one copy of a node that aliases repeat, also of one that contains itself.
+    ``done`` holds the copy of each node, so that aliases share it and a node may contain itself.
     """
     if (id(node), kind) in done:
         return done[id(node), kind]
     written = done[id(node), kind] = copy(node)
     if isinstance(node, ScalarNode):
         written.tag = TEXT_TAG if _is_text(kind) and node.tag != NULL_TAG else node.tag
-    elif isinstance(node, SequenceNode):  # in the place of a mapping: what a merge key merges
+    elif isinstance(node, SequenceNode):  # where the schema has a mapping: a merge key's list
         item = _kind_below(kind, "") if get_origin(kind) is list else kind
         written.value = [_as_written(value, item, done) for value in node.value]
     elif isinstance(node, MappingNode):
@@ -210,7 +210,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _kind_below(kind: Any, key: str) -> Any:
-    """Return the type, null apart, of what stands at a key or in a list; None if there is no such."""
+    """Return the type, without None, of a key's value or a list's items; None if there is no such key."""
     if is_dataclass(kind):
         below = next((f.type for f in fields(kind) if f.name == key), None)
     else:
@@ -226,7 +226,7 @@ def _refuse_wrong_keys(content: DictConfig, schema: type, source: str) -> None:
 
 
 def _wrong_keys(content: Any, schema: Any, prefix: str, root: Any) -> Iterator[str]:
-    """Yield one message per key that the schema does not have, or that would change part of a list."""
+    """Yield one message per key that the schema lacks, or whose value is no whole list or mapping there."""
     if not isinstance(content, DictConfig) or not is_dataclass(schema):
         return
     types = {f.name: f.type for f in fields(schema)}
@@ -244,12 +244,12 @@ def _wrong_keys(content: Any, schema: Any, prefix: str, root: Any) -> Iterator[s
             yield f"'{full}' is a list, which can only be replaced whole: write {full}={_form(kind)}"
         elif get_origin(kind) is dict and isinstance(value, ListConfig):
             yield f"'{full}' holds named values, not a list: write {full}={_form(kind)}"
-        # In lists of sections omegaconf itself names the wrong key.
+        # Inside lists of sections, omegaconf itself names the wrong key.
         yield from _wrong_keys(value, kind, f"{full}.", root)
 
 
 def _form(kind: Any) -> str:
-    """Return how a list, or a mapping of names to values, is written."""
+    """Return how to write a list, or a mapping of names to values."""
     if get_origin(kind) is dict:
         return "{NAME: ..., NAME: ...}"
     item = get_args(kind)[0]
@@ -258,7 +258,7 @@ def _form(kind: Any) -> str:
 
 
 def _elsewhere(key: str, schema: Any) -> list[str]:
-    """Return ``section.key`` names of other sections that hold a field of this name."""
+    """Return the ``section.key`` names of all sections that hold a field of this name."""
     sections = [(f.name, f.type) for f in fields(schema) if is_dataclass(f.type)]
     return [f"{name}.{key}" for name, kind in sections if key in {g.name for g in fields(kind)}]
 

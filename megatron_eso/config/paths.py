@@ -1,8 +1,8 @@
 """Which settings hold paths, stated where the setting is declared.
 
-``init_from: str | None = path_to(Place.SHARED, None)`` in a configuration's dataclass gives the default and
-says on which file system it lies. :func:`with_paths` changes them all (a ~ at the start, in load.py);
-:func:`paths` names them (what a container must see, in launch/mounts.py).
+``init_from: str | None = path_to(Place.SHARED, None)`` in a configuration's dataclass gives the default
+and says on which file system the path lies. :func:`with_paths` changes all paths (load.py expands a ~ at
+the start); :func:`paths` lists them (launch/mounts.py finds what a container must see).
 """
 
 from collections.abc import Callable, Iterator
@@ -32,22 +32,22 @@ class NamedPath:
 
 
 def path_to(place: Place, default: str | None) -> Any:
-    """Return a dataclass field of a path with this default."""
+    """Return a dataclass field that holds a path and has this default."""
     return field(default=default, metadata=mark(place))
 
 
 def mark(place: Place) -> dict[str, Place]:
-    """Return the metadata of a dataclass field that holds a path, or paths by name."""
+    """Return the metadata of a dataclass field that holds a path, or a dict of named paths."""
     return {"path": place}
 
 
 def place_of(setting: Field) -> Place | None:
-    """Return where the path leads to that a dataclass's field holds; None: it holds none."""
+    """Return where the path of a dataclass field leads; None: the field holds no path."""
     return setting.metadata.get("path")
 
 
 def paths(settings: Any) -> Iterator[NamedPath]:
-    """Yield the paths that a configuration gives, also those of its sections and lists of sections."""
+    """Yield the paths of a configuration, including its sections and lists of sections."""
     for name, item, value in leaves(settings):
         place = place_of(item)
         if place and isinstance(value, dict):
@@ -57,7 +57,7 @@ def paths(settings: Any) -> Iterator[NamedPath]:
 
 
 def with_paths(settings: Any, change: Callable[[str], str]) -> Any:
-    """Return a configuration, every path of which is what ``change`` makes of it."""
+    """Return a copy of a configuration with ``change`` applied to every path."""
 
     def changed(item: Field) -> Any:
         value = getattr(settings, item.name)

@@ -1,4 +1,4 @@
-"""What rules of precision are made of: the machine they look at, a rule, and who wants what.
+"""The parts of precision rules: the machine they look at, a rule, and which settings want what.
 
 The rules themselves are the table in precision_table.py.
 """
@@ -11,12 +11,12 @@ from megatron_eso.config.schema import RunConfig
 Version = tuple[int, ...]
 OLDEST_TE: Version = (2, 9)
 BROKEN_CUDNN: tuple[Version, ...] = ((9, 10, 0), (9, 10, 1))
-"""Releases whose attention in bf16 Transformer Engine refuses to use (asked: docs/LOG.md)."""
+"""Releases whose bf16 attention Transformer Engine refuses to use (tested: docs/LOG.md)."""
 FUSED_ATTENTION = {"NVTE_FUSED_ATTN": "1", "NVTE_FLASH_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"}
-"""Without these Transformer Engine may fall back to its unfused kernel, silently and at many times the
-cost. Megatron-Core sets them for a model, and refuses those of another in the same process."""
+"""Without these, Transformer Engine may silently fall back to its unfused kernel, at many times the
+cost. Megatron-Core sets them for a model and refuses other values for a second one in the same process."""
 DPA_RECIPE = "NVTE_DPA_FP8_RECIPE"
-# Layers as of a 7B model: the rules depend on shapes.
+# Layers shaped like those of a 7B model, because the rules depend on shapes.
 _SHAPE = (
     "model.hidden_size=4096", "model.num_layers=32", "model.num_heads=32", "model.num_kv_heads=8",
     "model.max_length=4096", "train.sequence_length=4096", "train.micro_batch_rows=2", "train.steps=1",
@@ -27,12 +27,12 @@ ASKED = {
     "fp8": (*_SHAPE, "precision.fp8=tensorwise"),
     "fp8-attention": (*_SHAPE, "precision.fp8=tensorwise", "precision.fp8_attention=true"),
 }
-"""What ``doctor --check`` can ask for, as settings."""
+"""What ``doctor --check`` can ask for, expressed as settings."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the rules must know about the machine of a rank."""
+    """What the rules must know about a rank's machine."""
 
     gpu: str = ""
     """Name of the GPU; empty: there is none."""
@@ -45,12 +45,12 @@ class Machine:
     cudnn: Version = (0, 0, 0)
     """Version of cuDNN that Transformer Engine uses."""
     dpa_recipe: str = ""
-    """What Transformer Engine read from NVTE_DPA_FP8_RECIPE when it was imported."""
+    """Value of NVTE_DPA_FP8_RECIPE that Transformer Engine read when it was imported."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing that must hold if it applies."""
+    """One condition that must hold where it applies."""
 
     name: str
     applies: Callable[[RunConfig], bool]
@@ -64,23 +64,23 @@ def wants_fp8(config: RunConfig) -> bool:
 
 
 def wants_te_attention(config: RunConfig) -> bool:
-    """Return whether diffusion and true-token rows go through Transformer Engine's attention."""
+    """Return whether diffusion rows and true tokens go through Transformer Engine's attention."""
     return config.precision.attention == "te" or config.precision.fp8_attention
 
 
 def asks_for_fp8(config: RunConfig) -> str:
-    """Return the setting by which a part computes in FP8."""
+    """Return the setting that makes a part compute in FP8."""
     fp8 = config.precision.fp8
     return f"precision.fp8={fp8}" if fp8 != "off" else "precision.fp8_attention=true"
 
 
 def asks_for_te_attention(config: RunConfig) -> str:
-    """Return the setting by which rows go through Transformer Engine's attention."""
+    """Return the setting that sends rows through Transformer Engine's attention."""
     return f"precision.{'fp8_attention=true' if config.precision.fp8_attention else 'attention=te'}"
 
 
 def wants_te(config: RunConfig) -> bool:
-    """Return whether the settings cannot do without Transformer Engine."""
+    """Return whether the settings need Transformer Engine."""
     return config.precision.backend == "te" or wants_fp8(config) or wants_te_attention(config)
 
 
@@ -95,7 +95,7 @@ def broken(rules: tuple[Rule, ...], config: RunConfig, machine: Machine | None =
 
 
 def process_environment(config: RunConfig) -> dict[str, str]:
-    """Return variables that must be set before Transformer Engine is imported, which reads them once."""
+    """Return the variables to set before Transformer Engine is imported, because it reads them once."""
     found = {}
     if wants_te_attention(config):
         found |= FUSED_ATTENTION

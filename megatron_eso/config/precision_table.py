@@ -1,9 +1,9 @@
 """Which number formats and kernels may be combined: a table of rules over (settings, machine).
 
-A rule says when it applies, when it holds, and what to tell the user if it does not. Rules of settings
-alone are part of ``check``; rules of the machine run on every rank before anything is allocated, and in
-``megatron-eso doctor``. The facts are Transformer Engine's (2.9 to 2.20), Megatron-Core's (0.16, 0.19)
-and cuDNN's; docs/gpu.md says where each comes from.
+A rule says when it applies, when it holds, and what to tell the user if it is broken. Rules that read
+only settings are part of ``check``; rules about the machine run on every rank before anything is
+allocated, and in ``megatron-eso doctor``. The facts are those of Transformer Engine (2.9 to 2.20),
+Megatron-Core (0.16, 0.19) and cuDNN; docs/gpu.md gives the source of each.
 """
 
 from dataclasses import replace
@@ -28,7 +28,7 @@ from megatron_eso.errors import ConfigError
 
 
 def require_machine(config: RunConfig, machine: Machine) -> None:
-    """Raise a :class:`ConfigError` that lists every rule of the machine that is broken."""
+    """Raise a :class:`ConfigError` that lists every broken rule about the machine, if any."""
     found = broken(MACHINE_RULES, config, machine)
     if found:
         raise ConfigError(
@@ -38,7 +38,7 @@ def require_machine(config: RunConfig, machine: Machine) -> None:
 
 
 def _odd_features(config: RunConfig) -> dict[str, int]:
-    """Return the widths of a tensor rank's matrices that FP8 GEMMs cannot take."""
+    """Return the matrix widths of a tensor rank that FP8 GEMMs cannot take (not multiples of 16)."""
     model, tensor = config.model, config.parallel.tensor
     size, heads = derive.head_size(model), model.num_heads + 2 * derive.num_kv_heads(model)
     widths = {
@@ -51,7 +51,7 @@ def _odd_features(config: RunConfig) -> dict[str, int]:
 
 
 def _token_multiple(config: RunConfig) -> int:
-    """Return what the row length must be a multiple of, so that every GEMM has 8 n tokens."""
+    """Return the number that must divide the row length, so that every GEMM has 8 n tokens."""
     parallel = config.parallel
     return 8 * (parallel.tensor if parallel.sequence else 1) * parallel.context
 
@@ -75,7 +75,7 @@ def _cudnn_runs_fp8(config: RunConfig, machine: Machine) -> bool:
 
 
 def _evaluated_stack_rows(config: RunConfig) -> int:
-    """Return the stack rows that one row takes at once in an evaluation."""
+    """Return the largest number of stack rows that one row takes at the same time in an evaluation."""
     objective, settings = config.objective, config.eval
     if settings.alpha_0 is not None:
         objective = replace(objective, alpha_0=settings.alpha_0)

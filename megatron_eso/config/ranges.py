@@ -1,8 +1,8 @@
 """The range of a single setting, stated where the setting is declared.
 
 ``beta1: float = within(0.9, at_least=0, below=1)`` in a configuration's dataclass gives the default
-and the range; :func:`out_of_range` finds what lies beyond, :mod:`megatron_eso.config.check` reports it,
-and docs/config.md shows it. null, where a setting allows it, is within every range.
+and the range. :func:`out_of_range` finds values outside, :mod:`megatron_eso.config.check` reports them,
+and docs/config.md shows the range. Where a setting allows null, null is within every range.
 """
 
 import math
@@ -15,7 +15,7 @@ from megatron_eso.config.leaves import leaves
 
 @dataclass(frozen=True)
 class Range:
-    """An interval of numbers, and what may have been meant by a value beyond it."""
+    """An interval of numbers, and a hint to give with a value outside it."""
 
     at_least: float = -math.inf
     above: float | None = None
@@ -32,7 +32,7 @@ class Range:
         )
 
     def __str__(self) -> str:
-        """Return the interval as it follows "must be"."""
+        """Return the interval in words that can follow "must be"."""
         if self.at_most < math.inf or (self.below is not None and self.below < math.inf):
             left = f"[{self.at_least:g}" if self.above is None else f"({self.above:g}"
             right = f"{self.at_most:g}]" if self.below is None else f"{self.below:g})"
@@ -47,15 +47,15 @@ def within(default: Any, **bounds: Any) -> Any:
 
 
 def range_of(setting: Field) -> Range | None:
-    """Return the range that a dataclass's field was declared with."""
+    """Return the range with which a dataclass field was declared; None: it has none."""
     return setting.metadata.get("range")
 
 
 def out_of_range(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the name of each setting that lies beyond its range, and a message that says so.
+    """Yield the name of each setting outside its range, and a message that says so.
 
     Args:
-        settings: a configuration's dataclass; sections and lists of sections within it are looked at too.
+        settings: dataclass of a configuration; nested sections and lists of sections are included.
         prefix: put before the names, such as ``cluster.``.
     """
     for name, item, value in leaves(settings, prefix):

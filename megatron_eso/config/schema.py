@@ -4,7 +4,7 @@ These dataclasses are OmegaConf structured configurations: frozen, and closed (a
 error). A *row* is one sequence of ``train.sequence_length`` tokens; a *stack row* is a row as it runs
 through the transformer, where a sequential row of the Eso-LM objective counts twice (its true tokens
 and its mask copies). ``docs/config.md`` is generated from the fields, their ranges and the strings
-below them; which fields hold paths is marked (``paths.py``); rules between settings are in ``check.py``.
+below them. Fields that hold paths are marked (``paths.py``); rules between settings are in ``check.py``.
 """
 
 import math

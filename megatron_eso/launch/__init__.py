@@ -1,1 +1,1 @@
-"""Starting processes: on this machine and on clusters. No torch here."""
+"""Start processes, on this machine and on clusters. Nothing here imports torch."""

@@ -1,7 +1,8 @@
-"""Other launchers for the ranks of one machine: torchrun's elastic agent, and NVIDIA's ft_launcher.
+"""Other launchers for the ranks of one machine: torchrun's elastic agent and NVIDIA's ft_launcher.
 
-Ours (supervisor.py) needs neither. With ft_launcher a rank's :class:`FtMonitor` passes the heartbeats
-and limits of ``heartbeat.py`` on, so that it sees hangs by the same limits; torchrun sees only deaths.
+Our own launcher (supervisor.py) needs neither. Under ft_launcher, a rank's :class:`FtMonitor` forwards
+the heartbeats and limits of ``heartbeat.py``, so ft_launcher detects hangs by the same limits. torchrun
+sees only deaths.
 """
 
 import os
@@ -27,8 +28,8 @@ def agent_command(
         agent: torchrun or ft_launcher.
         arguments: what follows ``python -m megatron_eso``.
         num_ranks: ranks on this machine.
-        max_restarts: restarts after faults; here they count whether or not there was progress.
-        setup_seconds: ft_launcher's limit until a rank tells its own.
+        max_restarts: restarts after faults; these launchers count them even if there was progress.
+        setup_seconds: ft_launcher's limit until a rank sends its own.
 
     Raises:
         ConfigError: for an unknown agent, or one that is not installed.
@@ -48,12 +49,12 @@ def agent_command(
 
 
 def agent_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of an agent: ranks that start again must not meet its own store's port."""
+    """Return the environment of an agent: restarted ranks must not meet the port of its own store."""
     return {**environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 class FtMonitor:
-    """A rank's line to ft_launcher's monitor of it."""
+    """A rank's connection to the ft_launcher monitor that watches it."""
 
     def __init__(self, client: Any) -> None:
         self._client, self._limit = client, 0.0
@@ -61,7 +62,7 @@ class FtMonitor:
 
     @classmethod
     def find(cls, environ: Mapping[str, str]) -> "FtMonitor | None":
-        """Return the line, if ft_launcher started this process."""
+        """Return the connection, or None if ft_launcher did not start this process."""
         if FT_SOCKET not in environ:
             return None
         from nvidia_resiliency_ext.fault_tolerance import (  # pyright: ignore[reportMissingImports]
@@ -71,7 +72,7 @@ class FtMonitor:
         return cls(RankMonitorClient())
 
     def beat(self, limit_seconds: float) -> None:
-        """Say that this rank is alive, and how long it may be silent now."""
+        """Report that this rank is alive, and how long it may stay silent from now on."""
         if limit_seconds != self._limit:
             self._limit = limit_seconds
             limits = {

@@ -24,10 +24,10 @@ from megatron_eso.launch.pairs import slow_nodes
 from megatron_eso.launch.records import Records
 from megatron_eso.launch.slurm import is_out_of_service
 
-# slurm-gcp's words for a spot machine that was taken back: the node boots again and is not sick.
+# slurm-gcp's words for a spot machine that was taken back. Such a node boots again; it is not sick.
 _BLAMELESS = "Preempted instance"
 _MAINTENANCE_HOURS = 2.0
-"""How long a node is avoided whose maintenance is announced: the notice comes an hour before."""
+"""How long to avoid a node with announced maintenance; the notice comes an hour before."""
 _SILENT = "gave no answer to the health check"
 
 
@@ -42,20 +42,20 @@ class Ending:
     is_term: bool
     """Slurm sent TERM to the batch script."""
     is_usr1: bool
-    """The walltime signal (or `cancel --after-checkpoint`) came."""
+    """The walltime signal came, or the same signal from `cancel --after-checkpoint`."""
     is_stop_asked: bool
     """The user asked for no further attempt."""
     num_without_progress: int
     """Attempts in a row without progress before this one."""
     has_failed_rank: bool = False
-    """srun's code was not 0: a rank failed, and srun sent TERM to the others, which saved."""
+    """srun's exit code was not 0: a rank failed, and srun sent TERM to the others, which saved."""
 
 
 def decide(ending: Ending, max_attempts: int) -> tuple[str, int, str]:
     """Return what to do, the new count of attempts without progress, and why.
 
-    Of srun's exit code only "not 0" counts: it is the largest of the ranks', and 143 hides the first
-    failure. With a failed rank, the TERM that the others report came from srun, not from a preemption.
+    Only whether srun's exit code is 0 matters: it is the largest of the ranks' codes, and 143 hides the
+    first failure. If a rank failed, the TERM that the others report came from srun, not from preemption.
     """
     state = ending.status.get("state", "")
     count = 0 if ending.has_progress else ending.num_without_progress
@@ -79,7 +79,7 @@ def decide(ending: Ending, max_attempts: int) -> tuple[str, int, str]:
 
 
 def is_fault(ending: Ending) -> bool:
-    """Return whether ranks failed, rather than being asked to stop by a limit or a preemption."""
+    """Return whether ranks failed by themselves, not because a limit or a preemption stopped them."""
     if ending.is_usr1 or ending.is_term or ending.is_stop_asked:
         return False
     return ending.has_failed_rank and ending.status.get("state") != "failed"
@@ -98,12 +98,12 @@ def _reason(ending: Ending, state: str) -> str:
 
 
 def begin(records: Records, attempt: str, nodes: list[str], started: float | None = None) -> str:
-    """Return ``go``, or ``done`` if the run has finished; see the module's text."""
+    """Return ``go``, or ``done`` if nothing is left to do; see the module docstring."""
     status, asked_steps = records.status(), records.state().get("total_steps", 0)
     if status.get("state") == "finished" and status.get("total_steps", 0) >= asked_steps:
         print("the run has finished already", file=sys.stderr)
         return "done"
-    if (records.folder / "stop").exists():  # and the node was lost before the checkpoint
+    if (records.folder / "stop").exists():  # the node was lost before it saved the checkpoint
         print("stopped as asked by `megatron-eso cancel`", file=sys.stderr)
         return "done"
     lease.acquire(records.run / "checkpoints", attempt)
@@ -126,15 +126,15 @@ def choose(
     checked: bool,
     min_gb_per_second: float = 0.0,
 ) -> str:
-    """Return the nodes that train, in Slurm's order, or what to do if too few are healthy."""
+    """Return ``run`` with the nodes that train, in Slurm's order, or what to do if too few are healthy."""
     sick = _sick(records, attempt, nodes, min_gb_per_second) if checked else {}
     if len(nodes) > 1 and all(sick.get(node) == _SILENT for node in nodes):
-        # Not the nodes: srun, or the Python of the check. To exclude them would leave the job none.
+        # The cause is not the nodes but srun or the check's Python. Excluding all nodes would leave none.
         why = "the health check ran on no node; srun says why above"
         return _give_up_nodes(records, attempt, why)
     _avoid(records, sick)
     listed = records.bad_nodes()
-    # Nodes of the list that pass today are a last resort, not a reason to wait.
+    # Listed nodes that pass the check today are a last resort; they are better than waiting.
     good = [n for n in nodes if n not in listed] + [
         n for n in nodes if n in listed and n not in sick
     ]
@@ -147,20 +147,20 @@ def choose(
 
 
 def unfit(records: Records, attempt: str, node: str, why: str) -> str:
-    """Return what to do where a node cannot serve the job as the batch script's or a rank's."""
+    """Return what to do if a node cannot run the batch script or a rank."""
     _avoid(records, {node: why})
     return _give_up_nodes(records, attempt, f"{node}: {why}")
 
 
 def _avoid(records: Records, bad: dict[str, str]) -> None:
-    """Put nodes on the run's list of bad ones, and say why."""
+    """Put nodes on the run's list of bad nodes, and print why."""
     for node, why in bad.items():
         print(f"bad node {node}: {why}", file=sys.stderr)
     records.add_bad_nodes(bad, records.state().get("bad_node_hours", 24.0))
 
 
 def _and_exclude(records: Records, verb: str) -> str:
-    """Return the decision with the nodes that Slurm shall leave out."""
+    """Return the decision followed by the nodes that Slurm must exclude."""
     nodes, said = exclusions(
         records,
         partition=os.environ.get("SLURM_JOB_PARTITION", ""),
@@ -173,7 +173,7 @@ def _and_exclude(records: Records, verb: str) -> str:
 
 
 def _give_up_nodes(records: Records, attempt: str, why: str) -> str:
-    """Count an attempt without progress; return ``requeue NODES``, or ``hold`` after too many of them."""
+    """Count an attempt without progress; return ``requeue NODES``, or ``hold NODES`` after too many."""
     state = records.state()
     count = state.get("without_progress", 0) + 1
     records.set_state(without_progress=count)
@@ -183,7 +183,7 @@ def _give_up_nodes(records: Records, attempt: str, why: str) -> str:
 
 
 def _sick(records: Records, attempt: str, nodes: list[str], minimum: float) -> dict[str, str]:
-    """Return the nodes that failed their checks, and why."""
+    """Return the nodes that failed a check, and why."""
     folder = records.folder / "health" / attempt
     sick: dict[str, str] = {}
     for node in nodes:
@@ -198,11 +198,11 @@ def _sick(records: Records, attempt: str, nodes: list[str], minimum: float) -> d
 
 
 def end(records: Records, attempt: str, options: argparse.Namespace) -> str:
-    """Return what the batch script does now."""
+    """Return what the batch script must do now."""
     held = lease.read(records.run / "checkpoints")
     if held and held["owner"] != attempt:
-        # This attempt's node was cut off and Slurm started the job elsewhere: a requeue from here
-        # would end the new attempt, and the records are its now.
+        # This attempt's node was cut off, and Slurm started the job elsewhere. A requeue from here
+        # would end the new attempt, and the records now belong to that attempt.
         print(f"leave: a newer attempt, {held['owner']}, is at work", file=sys.stderr)
         return "leave"
     state, status = records.state(), records.status()
@@ -223,7 +223,7 @@ def end(records: Records, attempt: str, options: argparse.Namespace) -> str:
     )
     verb, count, why = decide(ending, options.max_attempts)
     if verb == "requeue" and options.in_job_left > 0 and is_fault(ending):
-        # The nodes are ours still: start the ranks again on those that are healthy.
+        # The nodes are still ours: start the ranks again on the healthy ones.
         step, updated = records.checkpoint_step(), status.get("updated")
         records.set_state(without_progress=count, step_before=step, status_before=updated)
         records.add_event(attempt, "again", why=why, step=step, code=options.code)
@@ -237,10 +237,10 @@ def end(records: Records, attempt: str, options: argparse.Namespace) -> str:
 
 
 def suspects(events: list[dict], attempt: str) -> dict[str, str]:
-    """Return the node whose rank failed first in every start of an attempt, if there were several.
+    """Return the node whose rank failed first in every start of an attempt, if there were several starts.
 
-    Such a node passes its check and fails under load. The first failure is a rank that was killed, else
-    the one that was written first: the others fail because they lose it. A hang blames nobody.
+    Such a node passes its check and fails under load. The first failure is that of a killed rank, or else
+    the one recorded first: the other ranks fail because they lose that rank. A hang blames no node.
     """
     starts: dict[str, list[dict]] = {}
     for event in events:
@@ -254,9 +254,9 @@ def suspects(events: list[dict], attempt: str) -> dict[str, str]:
 
 
 def node_troubles() -> dict[str, str]:
-    """Return the nodes that Slurm calls down or drained, with its reason.
+    """Return the nodes that Slurm reports as out of service, with its reason.
 
-    Without spot machines that were taken back: in a day, a run would forbid itself all its nodes.
+    Spot machines that were taken back do not count: otherwise a run would exclude all its nodes in a day.
     """
     done = subprocess.run(["sinfo", "-hN", "-o", "%N|%T|%E"], capture_output=True, text=True)
     found = {}
@@ -282,7 +282,7 @@ def _note(records: Records, attempt: str, verb: str, why: str, **facts: object) 
 
 
 def main() -> None:
-    """Run one verb of the command line."""
+    """Run the verb given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("verb", choices=("begin", "choose", "unfit", "launching", "chained", "end"))
     parser.add_argument("--run", type=Path, required=True)

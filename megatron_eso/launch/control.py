@@ -12,10 +12,10 @@ from megatron_eso.launch.records import Records, tasks_of
 
 
 def job_of(run: Path) -> str:
-    """Return the job id that was submitted for a run.
+    """Return the id of the job that was submitted for a run.
 
     Raises:
-        ClusterError: if none was.
+        ClusterError: if no job was submitted.
     """
     job = read_json(run / "slurm" / "job.json").get("job")
     if not job:
@@ -24,10 +24,10 @@ def job_of(run: Path) -> str:
 
 
 def cancel(run: Path, *, after_checkpoint: bool) -> str:
-    """End the job of a run, at once or after the next checkpoint; return what was done.
+    """End a run's job, immediately or after a checkpoint; return what was done.
 
     After a checkpoint: the file ``stop`` keeps the batch script from requeueing, and the signal that
-    Slurm sends before the time limit makes the ranks save.
+    Slurm also sends before the time limit makes the ranks save.
     """
     job = job_of(run)
     live = slurm.queue(job=job)
@@ -48,9 +48,9 @@ def cancel(run: Path, *, after_checkpoint: bool) -> str:
 
 
 def requeue(run: Path) -> str:
-    """Release the held job of a run and forget its failures; return what was done.
+    """Release a run's held job and forget its failures; return what was done.
 
-    Of an array, all tasks that are held or have failed.
+    For an array, this covers all tasks that are held or have failed.
 
     Raises:
         ClusterError: if nothing is held or has failed.
@@ -74,7 +74,7 @@ def requeue(run: Path) -> str:
 
 
 def _way_back(record: dict[str, str]) -> str:
-    """Return scontrol's word that lets a job try again; empty if it is at work or waits its turn."""
+    """Return the scontrol verb that lets a job try again; empty if it is running or waits its turn."""
     state = record.get("JobState", "")
     if (state == "PENDING" and record.get("Priority") == "0") or state.startswith("SPECIAL_EXIT"):
         return "release"
@@ -90,9 +90,9 @@ def _number(record: dict[str, str], job: str) -> str:
 def watch(
     runs: list[Path] | None, *, every_seconds: float, once: bool, say: Callable[[str], None]
 ) -> None:
-    """Start requeued jobs at once instead of after the credential wait, until no job is left.
+    """Start requeued jobs immediately, without the credential wait, until no job is left.
 
-    From inside the job this is not possible: Slurm overwrites the start time while it ends.
+    A job cannot do this for itself: Slurm overwrites the start time while the job ends.
     """
     wanted = None if runs is None else {os.path.realpath(run) for run in runs}
     while True:

@@ -1,7 +1,7 @@
-"""Which rank a process is, from what its launcher left in the environment.
+"""Which rank a process is, according to the environment that its launcher set.
 
-torchrun sets RANK; under ``srun`` only SLURM_* exist. Pure functions of a mapping, so that every
-launcher's environment can be tested without it.
+torchrun sets RANK; under ``srun`` only SLURM_* exist. These are pure functions of a mapping, so every
+launcher's environment can be tested without that launcher.
 """
 
 import platform
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from megatron_eso.errors import ClusterError, ConfigError
 
 GPUS_VARIABLE = "MEGATRON_ESO_GPUS"
-"""GPUs of a node that our job script asked for."""
+"""GPUs per node that our job script requested."""
 _PORT_FLOOR, _NUM_PORTS = 20000, 10000
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
@@ -27,7 +27,7 @@ class Ranks:
 
     @staticmethod
     def from_environment(environ: Mapping[str, str]) -> "Ranks":
-        """Read what torchrun (or our Slurm launcher) put into the environment; alone otherwise.
+        """Return what torchrun or our Slurm launcher put into the environment; without one, a single rank.
 
         Raises:
             ConfigError: if a variable is not a number.
@@ -45,13 +45,13 @@ class Ranks:
 def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Return RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of this process.
 
-    Names that are set already win. Under ``srun`` the rest comes from SLURM_PROCID, SLURM_NTASKS,
+    Variables that are already set win. Under ``srun`` the rest comes from SLURM_PROCID, SLURM_NTASKS,
     SLURM_LOCALID, the first host of the (plain or bracketed) node list, and a port that differs
-    from attempt to attempt, so that a requeued job does not meet the old one's socket.
-    An empty result means: no launcher, one process.
+    from attempt to attempt, so that a requeued job does not meet the socket of the earlier attempt.
+    An empty result means one process without a launcher.
 
     Raises:
-        ClusterError: if a launcher set only a part of what is needed.
+        ClusterError: if a launcher set only some of the variables.
     """
     if "RANK" not in environ and not _is_srun_task(environ):
         return {}
@@ -76,7 +76,7 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
 def first_host(nodelist: str) -> str:
     """Return the first host of a Slurm node list: ``n[03-05,9],m1`` -> ``n03``.
 
-    Slurm writes the list in its own (topology) order, and rank 0 is on the first.
+    Slurm writes the list in its own (topology) order, and rank 0 runs on the first host.
     """
     match = re.match(r"([^,\[]+)(?:\[([^\]]+)\]([^,]*))?", nodelist)
     if not match:
@@ -100,12 +100,12 @@ def attempt_name(environ: Mapping[str, str]) -> str:
 
 
 def node_name(environ: Mapping[str, str]) -> str:
-    """Return the name that Slurm has for this node, else the machine's own."""
+    """Return Slurm's name for this node, or else the machine's own name."""
     return environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def is_of_job_script(environ: Mapping[str, str]) -> bool:
-    """Return whether our job script runs this process: which holds the lease of the run itself."""
+    """Return whether our job script runs this process; the script itself then holds the run's lease."""
     return bool(environ.get("MEGATRON_ESO_ATTEMPT"))
 
 
@@ -113,7 +113,7 @@ _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def _is_srun_task(environ: Mapping[str, str]) -> bool:
-    """Tell a task of ``srun`` from the batch script, where SLURM_PROCID is 0 as well."""
+    """Return whether this is a task of ``srun``, not the batch script, where SLURM_PROCID is also 0."""
     return (
         "SLURM_PROCID" in environ
         and ("SLURM_NTASKS" in environ or "SLURM_NPROCS" in environ)

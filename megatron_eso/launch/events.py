@@ -1,7 +1,7 @@
-"""The ledger of a run: RUN/events.jsonl, one line per event, only ever appended to.
+"""The ledger of a run: RUN/events.jsonl, one line per event, append-only.
 
-Launcher and rank 0 write it, `megatron-eso goodput` reads it (launch/ledger.py). Every line carries
-the wall clock and the machine's own clock with its boot, so that a wall clock that jumps is noticed.
+The launcher and rank 0 write it; `megatron-eso goodput` reads it (launch/ledger.py). Every line holds
+the wall clock, the machine's monotonic clock and the boot it belongs to, so clock jumps are noticed.
 """
 
 import json
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def record(run: Path, event: str, **facts: Any) -> None:
-    """Append one event; a folder that cannot be written is a warning, never the end of a run."""
+    """Append one event; a folder that cannot be written causes a warning and never ends a run."""
     line = {
         "event": event,
         "time": time.time(),
@@ -27,7 +27,7 @@ def record(run: Path, event: str, **facts: Any) -> None:
     }
     try:
         run.mkdir(parents=True, exist_ok=True)
-        # One write of one line: processes that append at the same time do not mix their lines.
+        # Each line is a single write, so processes that append at the same time do not mix their lines.
         descriptor = os.open(run / EVENTS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             text = missing_newline(run / EVENTS) + json.dumps(line) + "\n"
@@ -39,7 +39,7 @@ def record(run: Path, event: str, **facts: Any) -> None:
 
 
 def missing_newline(path: Path) -> str:
-    """Return the newline that the next line must begin with after one cut off by a crash, else nothing."""
+    """Return the newline to write first if a crash cut the last line off, else an empty string."""
     with open(path, "rb") as file:
         if not file.seek(0, os.SEEK_END):
             return ""

@@ -1,9 +1,9 @@
-"""Which bad nodes Slurm shall leave out of a job: as many as it can do without.
+"""Which bad nodes Slurm excludes from a job: as many as the job can do without.
 
-Slurm's own list neither expires nor knows that the partition is small: a job that must not have two of
-ten nodes and needs nine waits for ever. So a node is left out only while enough others are in service,
-the one found bad last before the others; the rest may come back, and their check decides. What the site's
-or the user's own ``--exclude`` names stays out. Standard library only.
+Slurm's own list does not expire and ignores the size of the partition: a job that needs nine of ten
+nodes and excludes two waits forever. So a node is excluded only while enough others are in service;
+nodes that stay on the list longest go first. The rest may come back, and their health check decides.
+Nodes named by the site's or the user's own ``--exclude`` stay excluded. Standard library only.
 """
 
 from collections.abc import Collection, Mapping
@@ -21,11 +21,11 @@ def to_leave_out(
     Args:
         bad: nodes to avoid, the worst first.
         states: state of every node of the partition.
-        always: nodes that the job must not have in any case.
-        need: nodes of the job.
+        always: nodes that the job must never get.
+        need: number of nodes of the job.
     """
     served = {n for n, s in states.items() if not slurm.is_out_of_service(s)} - set(always)
-    # Where too few are in service, a node that is down now may be the one that the job waits for.
+    # If too few nodes are in service, the job may be waiting for one that is down now.
     spare = len(served) - need
     out: list[str] = []
     kept: list[str] = []
@@ -40,13 +40,13 @@ def to_leave_out(
 
 
 def exclusions(records: Records, *, partition: str, need: int, always: str) -> tuple[str, str]:
-    """Return the value of ``--exclude`` for a run's next job (empty: none), and what to say about it.
+    """Return the value of ``--exclude`` for a run's next job (empty: none), and what to tell the user.
 
     Args:
-        records: the run's, with its bad nodes.
+        records: the run's records, with its bad nodes.
         partition: partition or partitions; empty: Slurm's default.
-        need: nodes of the job.
-        always: node list that the job must not have in any case, in Slurm's notation.
+        need: number of nodes of the job.
+        always: nodes that the job must never get, in Slurm's notation.
     """
     listed = records.bad_nodes()
     bad = sorted(listed, key=lambda node: (-listed[node]["until"], node))

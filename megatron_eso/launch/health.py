@@ -31,12 +31,12 @@ def problems(
     Args:
         folder: folder on the shared file system to write a probe into.
         node: name of the node.
-        num_devices: nvidiaN files that must exist in ``device_folder``; 0: do not look.
+        num_devices: number of nvidiaN files that must exist in ``device_folder``; 0: do not look.
         device_folder: where the device files are.
-        command: command of the site for bash; empty: none.
-        max_skew: largest difference, in seconds, to the file system's clock.
+        command: the site's own command, run by bash; empty: none.
+        max_skew: largest allowed difference from the file system's clock, in seconds.
         file: a file that the network needs on each node; empty: none.
-        file_lacks: what it means if the file is not there.
+        file_lacks: what it means if the file is missing.
     """
     found = []
     if num_devices:

@@ -1,10 +1,10 @@
 """What a rank tells its launcher while it runs: which section it is in, and how long that may take.
 
 Ranks write fixed-size records into one unnamed file that the launcher opened, so nothing is left
-behind whoever is killed. The launcher judges from outside: a rank that is stopped (SIGSTOP), waits
-for ever in a collective, or holds Python's lock cannot tell anybody, but its record stops changing.
+behind, whichever process is killed. The launcher judges from outside: a rank that is stopped (SIGSTOP),
+waits forever in a collective, or holds Python's lock cannot report it, but its record stops changing.
 
-The limit of a section is a multiple of the longest time it took so far, never below a floor.
+A section's limit is a multiple of its longest duration so far, never below a floor.
 """
 
 import os
@@ -21,7 +21,7 @@ _BYTES = 128
 
 @dataclass(frozen=True)
 class Beat:
-    """A rank's last word."""
+    """A rank's latest record."""
 
     number: int
     section: str
@@ -29,7 +29,7 @@ class Beat:
     step: int
     """Optimizer steps done."""
     kept_step: int
-    """Step of the newest checkpoint that a restart would continue from; -1: none."""
+    """Step of the newest checkpoint, from which a restart would continue; -1: none."""
     limit_seconds: float
 
 
@@ -47,11 +47,11 @@ class Board:
         os.pwrite(self.descriptor, b" " * (_BYTES * self.num_ranks), 0)
 
     def variable(self, rank: int) -> str:
-        """Return what the rank must find in its environment."""
+        """Return the value that the rank must find in its environment."""
         return f"{self.descriptor}:{rank * _BYTES}"
 
     def read(self, rank: int) -> Beat | None:
-        """Return a rank's last word; None before the first, or if it is half written."""
+        """Return a rank's latest record; None before the first one, or if it is half written."""
         words = os.pread(self.descriptor, _BYTES, rank * _BYTES).decode("ascii", "replace").split()
         try:
             number, section, step, kept, limit = words
@@ -60,12 +60,12 @@ class Board:
             return None
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         self._file.close()
 
 
 class Heart:
-    """A rank's side; without a launcher that listens every call does nothing."""
+    """A rank's side; if no launcher listens, every call does nothing."""
 
     def __init__(
         self,
@@ -94,11 +94,11 @@ class Heart:
         self.enter("setup")
 
     def enter(self, section: str) -> None:
-        """Begin a section; the one before is measured."""
+        """Begin a section and record how long the previous one took."""
         now = time.monotonic()
         passed = now - self._began
         if self._section == "step" and self._first_step is None:
-            # It also builds what later steps reuse: a bound for the second step, no more.
+            # The first step also builds what later steps reuse, so it bounds only the second step.
             self._first_step = passed
         elif self._section not in ("", "setup"):
             self._longest[self._section] = max(self._longest.get(self._section, 0.0), passed)
@@ -106,7 +106,7 @@ class Heart:
         self.beat()
 
     def beat(self) -> None:
-        """Say that this rank is alive and moving."""
+        """Report that this rank is alive and making progress."""
         self._number += 1
         limit = self.limit(self._section)
         if self._ft_monitor is not None:

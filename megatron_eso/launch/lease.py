@@ -1,12 +1,14 @@
 """Who may publish checkpoints of a run: a lease file that every attempt takes at its start.
 
-Ranks on a node that was cut off the network live on while Slurm starts the same job elsewhere, on
-the same file system. The writer calls :func:`require_lease` just before it publishes; an attempt
-that lost the lease must not publish. Owners are ``JOBID.RESTART_COUNT`` where our job script runs the
-ranks, else ``HOST/PID/START``, with ``JOBID.RESTART_COUNT@`` before it in a job of another's. Of one job,
-a newer attempt takes the lease from an older one; a process of the same attempt does not take it from a
-living one. Of two jobs, Slurm says whether the other one still runs; where it cannot be asked (in a
-container), the one with the higher number is the newer.
+Ranks on a node that was cut off from the network keep running while Slurm starts the same job elsewhere,
+on the same file system. The writer calls :func:`require_lease` just before it publishes; an attempt
+that lost the lease must not publish.
+
+Owners are named ``JOBID.RESTART_COUNT`` where our job script runs the ranks, else ``HOST/PID/START``. In
+a Slurm job with another script, ``JOBID.RESTART_COUNT@`` stands before that. Within one job, a newer
+attempt takes the lease from an older one; a process does not take it from a living process of the same
+attempt. Between two jobs, Slurm says whether the other one still runs. Where Slurm cannot be asked (in a
+container), the job with the higher number is the newer one.
 The file system must show a rename to all nodes (NFS, Lustre and Filestore do).
 """
 
@@ -25,7 +27,7 @@ from megatron_eso.launch.environment import attempt_name, is_of_job_script
 _RUNNING = ("RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
 LEASE_FILE = "lease.json"
 QUIET_SECONDS = 600.0
-"""A lease of another host that was not renewed for this long may be taken."""
+"""A lease of another host may be taken if it was not renewed for this long."""
 
 
 def owner_name(environ: Mapping[str, str]) -> str:
@@ -37,7 +39,7 @@ def owner_name(environ: Mapping[str, str]) -> str:
 
 
 def acquire(folder: Path, owner: str, *, now: float | None = None) -> None:
-    """Take the lease of the checkpoints in ``folder``, from an older attempt or a dead process.
+    """Take the lease of the checkpoints in ``folder``, also from an older attempt or a dead process.
 
     Raises:
         CheckpointError: if a newer attempt or a living process holds it.
@@ -59,10 +61,10 @@ def acquire(folder: Path, owner: str, *, now: float | None = None) -> None:
 def require_lease(
     folder: Path, owner: str, *, renew: bool = True, now: float | None = None
 ) -> None:
-    """Return if ``owner`` still holds the lease (and renew it); call before publishing.
+    """Check that ``owner`` still holds the lease, and renew it; call this before publishing.
 
     Raises:
-        LostLeaseError: if another attempt took it or the file is gone.
+        LostLeaseError: if another attempt took the lease, or the file is missing or damaged.
     """
     held = read(folder)
     if not held:
@@ -80,7 +82,7 @@ def require_lease(
 
 
 def release(folder: Path, owner: str) -> None:
-    """Give the lease back if ``owner`` holds it."""
+    """Release the lease if ``owner`` holds it."""
     held = read(folder)
     if held and held["owner"] == owner:
         (folder / LEASE_FILE).unlink(missing_ok=True)
@@ -118,7 +120,7 @@ def _why_not(held: dict, owner: str, folder: Path, now: float) -> str:
 def _job_lives(holder: str, folder: Path) -> bool | None:
     """Return whether the holder's job runs; None if Slurm cannot be asked.
 
-    A job of our script says by its folder that it is the one, and not another cluster's of that number.
+    A job of our script is identified by its folder: another cluster may have a job of the same number.
     """
     attempt, at, _ = holder.partition("@")
     try:
@@ -148,7 +150,7 @@ def _attempt(owner: str) -> tuple[int, int] | None:
 
 
 def _start_of(pid: int) -> str:
-    """Return the kernel's start time of a process, which tells a reused pid; '' if it is gone."""
+    """Return the kernel's start time of a process, which reveals a reused pid; '' if it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:

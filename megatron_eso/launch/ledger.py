@@ -1,9 +1,9 @@
-"""Where a run's time went, from the events in RUN/events.jsonl (launch/events.py).
+"""Where a run's time went, computed from the events in RUN/events.jsonl (launch/events.py).
 
 Time is cut into stretches, each with one cause. Training time counts as effective only if its steps
-were kept: what a fault undid is ``lost steps``. The clock of the machine decides how much time passed
-between two events of one boot; the wall clock is used only across machines and reboots, and a jump
-of it is reported instead of counted.
+were kept; time that a fault undid counts as ``lost steps``. Between two events of one boot, the
+machine's monotonic clock decides how much time passed. The wall clock is used only across machines and
+reboots; its jumps are reported, not counted.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ class Stretch:
 
     @property
     def seconds(self) -> float:
-        """Length."""
+        """Length of the stretch."""
         return self.end - self.begin
 
 
@@ -47,25 +47,25 @@ class Ledger:
     lost_steps: int
     last_step: int
     clock_jumps: list[float]
-    """Seconds by which the wall clock moved away from the machine's own."""
+    """Seconds by which the wall clock departed from the machine's monotonic clock."""
 
     @property
     def elapsed(self) -> float:
-        """From the first to the last event."""
+        """Seconds from the first to the last event."""
         return self.stretches[-1].end if self.stretches else 0.0
 
     def seconds(self, cause: str) -> float:
-        """Return the time with one cause."""
+        """Return the seconds spent on one cause."""
         return sum(s.seconds for s in self.stretches if s.cause == cause)
 
     @property
     def effective_share(self) -> float:
-        """Time of steps that were kept, of all time."""
+        """Share of the elapsed time that went into steps that were kept."""
         return self.seconds(TRAINING) / self.elapsed if self.elapsed else 0.0
 
     @property
     def mean_seconds_between_failures(self) -> float | None:
-        """Time in which the run was up, per fault; None without a fault."""
+        """Seconds that the run was up per fault; None without a fault."""
         up = self.elapsed - self.seconds("not running")
         return up / len(self.faults) if self.faults else None
 
@@ -104,7 +104,7 @@ def read_ledger(run: Path) -> Ledger:
 
 
 def account(events: list[dict[str, Any]]) -> Ledger:
-    """Return the account of events in the order they were written."""
+    """Return the account of events that are in the order they were written."""
     times, jumps = _axis(events)
     stretches: list[Stretch] = []
     lost_steps, faults = 0, []
@@ -115,7 +115,7 @@ def account(events: list[dict[str, Any]]) -> Ledger:
         pieces, lost = _attempt(events[first : last + 1], times[first : last + 1], resumed)
         stretches += pieces
         lost_steps += lost
-        # Launchers on several nodes may each report the fault of one rank: it is one.
+        # Launchers on several nodes may each report the same fault: count it once.
         faults += [e for e in events[first : last + 1] if e["event"] == "fault"][:1]
         if nearest > last and times[nearest] > times[last]:
             gap_is_restart = (
@@ -135,7 +135,7 @@ def account(events: list[dict[str, Any]]) -> Ledger:
 
 
 def _axis(events: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Return the time of every event since the first, never running backwards, and clock jumps."""
+    """Return every event's time since the first, never running backwards, and the clock jumps."""
     times, jumps = [0.0], []
     for before, event in pairwise(events):
         wall = event["time"] - before["time"]
@@ -144,14 +144,14 @@ def _axis(events: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
             passed = event["clock"] - before["clock"]
             if abs(wall - passed) > _JUMP_SECONDS:
                 jumps.append(wall - passed)
-        elif wall < -_JUMP_SECONDS:  # less is what the clocks of two machines differ by
+        elif wall < -_JUMP_SECONDS:  # the clocks of two machines differ by less
             jumps.append(wall)
         times.append(times[-1] + max(passed, 0.0))
     return times, jumps
 
 
 def _attempts(events: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
-    """Yield (first, last) event of every start of the ranks."""
+    """Yield the indices (first, last) of the events of every start of the ranks."""
     first = 0
     for index in range(1, len(events)):
         kind, before = events[index]["event"], events[index - 1]["event"]
@@ -163,7 +163,7 @@ def _attempts(events: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
 
 
 def _resumed_step(events: list[dict[str, Any]]) -> int | None:
-    """Return the step that the next start which got that far continued from."""
+    """Return the step from which the next start that became ready continued; None if none did."""
     return next((int(e["step"]) for e in events if e["event"] == "ready"), None)
 
 
@@ -198,13 +198,13 @@ def _attempt(
 
 
 def _lost_steps(events: list[dict[str, Any]], resumed: int | None) -> int:
-    """Return how many steps of this start the next one does again."""
+    """Return how many steps of this start the next one repeats."""
     reached = max((int(e["step"]) for e in events if "step" in e), default=0)
     return max(reached - resumed, 0) if resumed is not None else 0
 
 
 def _mark_lost(pieces: list[Stretch], share: float) -> list[Stretch]:
-    """Call the last ``share`` of the training time lost: its steps were done again."""
+    """Return the pieces with the last ``share`` of the training time marked lost: it was repeated."""
     left = share * sum(p.seconds for p in pieces if p.cause == TRAINING)
     marked: list[Stretch] = []
     for piece in reversed(pieces):
@@ -218,7 +218,7 @@ def _mark_lost(pieces: list[Stretch], share: float) -> list[Stretch]:
 
 
 def clock(seconds: float) -> str:
-    """Return a duration for people."""
+    """Return a duration in readable form."""
     if seconds < 600:
         return f"{seconds:.1f} s"
     hours, rest = divmod(int(seconds), 3600)

@@ -1,4 +1,4 @@
-"""Start the ranks of a command that does not train: nothing to save, nothing to restart.
+"""Start the ranks of a command that does not train and so has nothing to save or restart.
 
 Training goes through launch/supervisor.py.
 """
@@ -14,7 +14,7 @@ from typing import IO
 from megatron_eso.launch.processes import adopt_orphans, free_port, kill_session, reap
 from megatron_eso.launch.starter import Starter, can_be_warm, threads_of_each
 
-_SECONDS_TO_SAY_SO_TOO = 2.0  # what one rank finds wrong, all usually do, a moment apart
+_SECONDS_TO_SAY_SO_TOO = 2.0  # all ranks usually find the same error, a moment apart
 
 
 def start_ranks(
@@ -28,14 +28,14 @@ def start_ranks(
     """Run ``python -m MODULE ARGUMENTS`` on ``number`` ranks; return the exit code.
 
     If one rank fails, or this process is interrupted, all are ended. The first rank speaks for all:
-    what others wrote to standard error is shown only if the first did not fail itself.
+    the standard error of the others is shown only if the first rank did not fail by itself.
 
     Args:
-        number: how many.
-        arguments: of the command.
-        preload: modules that take long to import, which ranks share where they can.
-        module: what each rank runs.
-        is_warm: fork ranks from one process that has imported those; None: where that can be.
+        number: number of ranks.
+        arguments: arguments of the command.
+        preload: modules that take long to import; forked ranks share them.
+        module: module that each rank runs.
+        is_warm: fork ranks from one process that has imported ``preload``; None: where this is possible.
     """
     adopt_orphans()
     base = {**os.environ, **threads_of_each(number)}
@@ -57,17 +57,17 @@ def start_ranks(
             for pid in ranks:
                 kill_session(pid)
             reap(wait_seconds=5.0)
-        if codes.get(ranks[0], -1) <= 0:  # well, or ended for another's fault
+        if codes.get(ranks[0], -1) <= 0:  # it succeeded, or was ended for another rank's fault
             _show(said)
     failed = next((code for code in codes.values() if code), 0)
     return failed if failed >= 0 else 128 - failed
 
 
 def _wait(ranks: Sequence[int]) -> dict[int, int]:
-    """Wait until all ranks have ended, or one has failed and the first had time to say why it did too.
+    """Wait until all ranks have ended, or one has failed and the first had time to report its failure.
 
     Returns:
-        Exit codes of those that have ended, the first to fail before others.
+        Exit codes of the ranks that have ended; the first to fail comes before later ones.
     """
     codes: dict[int, int] = {}
     deadline = float("inf")
@@ -82,7 +82,7 @@ def _wait(ranks: Sequence[int]) -> dict[int, int]:
 
 
 def _show(said: Sequence[IO[bytes]]) -> None:
-    """Write what ranks wrote to standard error, the same words once."""
+    """Print what ranks wrote to standard error, identical text only once."""
     shown = set()
     for file in said:
         file.seek(0)

@@ -30,7 +30,7 @@ _QUIET = {"preempted": {"FALSE", ""}, MAINTENANCE: {"NONE", ""}}
 def warning(
     server: str, timeout_seconds: float = 2.0, names: Collection[str] = tuple(_QUIET)
 ) -> str:
-    """Return what is about to happen to this machine, or an empty string.
+    """Return the announced event of this machine as NAME=VALUE, or an empty string.
 
     Raises:
         OSError: if the server does not answer.
@@ -44,20 +44,20 @@ def warning(
                 value = reply.read().decode().strip()
         except urllib.error.HTTPError as error:
             error.close()
-            continue  # the server is there but does not know the value
+            continue  # the server answers but does not know this value
         if value.upper() not in _QUIET[name]:
             return f"{name}={value}"
     return ""
 
 
 def watch(pid: int, server: str, every_seconds: float, records: Records | None = None) -> None:
-    """Send SIGTERM to ``pid`` from the first warning on; return when the process is gone.
+    """Send SIGTERM to ``pid`` repeatedly after the first warning; return when the process is gone.
 
     Args:
-        pid: the local rank 0, or what passes signals on to it.
+        pid: the local rank 0, or a process that passes signals on to it.
         server: address of the metadata server.
-        every_seconds: time between two questions.
-        records: where maintenance of this node is noted; None: nowhere.
+        every_seconds: time between two queries.
+        records: where to note maintenance of this node; None: nowhere.
     """
     has_complained, reason = False, ""
     names: Collection[str] | None = None
@@ -82,7 +82,7 @@ def watch(pid: int, server: str, every_seconds: float, records: Records | None =
 
 
 def _worth_stopping_for(server: str) -> Collection[str]:
-    """Return the values to watch: not maintenance that was announced before the ranks began."""
+    """Return the names to watch, without maintenance that was announced before the ranks started."""
     known = warning(server, names=[MAINTENANCE])
     if known:
         _say(
@@ -104,7 +104,7 @@ def _lives(pid: int) -> bool:
 
 
 def main() -> None:
-    """Watch on behalf of a process."""
+    """Watch for the process given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pid", type=int, required=True)
     parser.add_argument("--server", default=SERVER)

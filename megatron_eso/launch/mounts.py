@@ -1,8 +1,8 @@
 """What a run in a container must see beyond its own folder: data and checkpoints on the shared file system.
 
-Folders of the shared file system are mounted under their own names. What lies on the node itself (copies
-in its memory, the cache of remote data) must be mounted by the profile: here nobody knows whether it exists
-there.
+Folders of the shared file system are mounted under their own names. Folders of the node itself (copies
+in its memory, the cache of remote data) must be mounted by the profile: we cannot know here whether they
+exist there.
 """
 
 import os
@@ -23,10 +23,10 @@ def mounts_of(configs: list[RunConfig], given: list[str], seen: list[Path]) -> l
     Args:
         configs: the run, or every task of an array.
         given: the profile's pairs.
-        seen: folders that the job script mounts itself.
+        seen: folders that the job script itself mounts.
 
     Raises:
-        ClusterError: if a folder of the node is not among the profile's mounts, or one cannot be mounted.
+        ClusterError: if the profile does not mount a folder of the node, or a folder cannot be mounted.
     """
     inside = [*map(str, seen), *_ALWAYS_THERE]
     inside += [pair.split(":")[1 if ":" in pair else 0] for pair in given]
@@ -55,7 +55,7 @@ def _of_the_node(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _shared(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield what must be mounted; the run's own folder is, by the job script."""
+    """Yield the shared folders to mount; the job script already mounts the run's own folder."""
     for named in paths(config):
         if named.place is Place.DATA and not is_remote(named.path):
             split = PurePosixPath(os.path.abspath(named.path))

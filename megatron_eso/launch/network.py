@@ -1,8 +1,8 @@
 # ruff: noqa: E501 -- shell text whose lines cannot be broken
 """Shell text that sets up NCCL for a machine type.
 
-The plugins' own profiles are sourced, never copied: their tuning values change with the plugin and
-other values are refused by its configuration check. Sources: the NCCL tests among the machine-learning
+The plugins' own profiles are sourced, never copied: their tuning values change with the plugin, and
+the plugin's configuration check refuses other values. Sources: the NCCL tests among the machine-learning
 examples of Google's cluster-toolkit.
 """
 
@@ -11,7 +11,7 @@ set_network() { :; }
 network_mounts=() network_file="" network_lacks=""
 """
 
-# One node: the plugin is not installed for the job, so it must not be loaded.
+# On one node the plugin is not installed for the job, so it must not be loaded.
 _TCPXO = """\
 network_file=${TCPXO_FOLDER:-/var/lib/tcpxo/lib64}/nccl-env-profile.sh
 network_lacks="the prolog that installs GPUDirect-TCPXO did not run"
@@ -58,7 +58,7 @@ set_network() {
 network_mounts=()
 """
 
-# The toolkit's images had the plugin in /usr/local/gib first and have it in /var/lib/gib now.
+# The toolkit's images first had the plugin in /usr/local/gib; they now have it in /var/lib/gib.
 _GIB = """\
 gib_folder=/var/lib/gib
 [ -d "$gib_folder" ] || gib_folder=/usr/local/gib
@@ -85,7 +85,7 @@ network_mounts=()
 
 NETWORKS = {"plain": _PLAIN, "tcpx": _TCPX, "tcpxo": _TCPXO, "gib": _GIB}
 
-# set_container sets CONTAINER, options of srun, and WRAP, words before a rank's command.
+# set_container sets CONTAINER (options of srun) and WRAP (words before a rank's command).
 _NO_CONTAINER = """\
 set_container() { :; }
 CONTAINER=() WRAP=()

@@ -1,14 +1,14 @@
-"""Which node is slow, from all-reduces between pairs of neighbours in a ring.
+"""Which node is slow, judged from all-reduces between pairs of neighbors in a ring.
 
-A slow node is slow with both its neighbours; a node that is slow with one only has a slow neighbour.
-Measured by parallel/pair_bandwidth.py on every node, judged here by the batch script's helper.
+A slow node is slow with both neighbors; a node that is slow with only one has a slow neighbor.
+parallel/pair_bandwidth.py measures on every node; the batch script's helper judges with this module.
 """
 
 from collections.abc import Mapping, Sequence
 
 
 def rounds(num_nodes: int) -> list[list[tuple[int, int]]]:
-    """Return the pairs of neighbours in a ring, in rounds in which no node is in two pairs."""
+    """Return the pairs of neighbors in a ring, in rounds in which no node is in two pairs."""
     ring = [(i, (i + 1) % num_nodes) for i in range(num_nodes if num_nodes > 2 else num_nodes - 1)]
     whole = num_nodes - num_nodes % 2
     found = [ring[0:whole:2], ring[1:whole:2], ring[whole:]]
@@ -18,12 +18,12 @@ def rounds(num_nodes: int) -> list[list[tuple[int, int]]]:
 def slow_nodes(
     reports: Mapping[str, Mapping[str, dict]], nodes: Sequence[str], minimum: float
 ) -> dict[str, str]:
-    """Return the nodes that are slow with every neighbour, and why.
+    """Return the nodes that are slow with every neighbor, and why.
 
     Args:
-        reports: node -> neighbour -> {"gb_per_second": speed} or {"error": text}, as each node wrote it.
-            A node that wrote nothing counts as slow with all.
-        nodes: nodes to judge, in the ring's order; pairs with others are left out.
+        reports: node -> neighbor -> {"gb_per_second": speed} or {"error": text}, as each node wrote it,
+            in the ring's order. A node that wrote nothing counts as slow with every neighbor.
+        nodes: nodes to judge; pairs with other nodes are left out.
         minimum: speed in GB/s below which a pair is slow.
     """
     seen: dict[str, list[tuple[bool, str]]] = {node: [] for node in nodes}

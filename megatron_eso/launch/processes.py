@@ -1,8 +1,9 @@
 """Child processes that end with their parent: no rank, writer or template outlives its launcher.
 
-A child gets a session of its own (the terminal's Ctrl-C reaches it through its launcher alone, once)
-and the kernel kills it when its parent dies. The launcher adopts whatever its ranks leave behind, so
-a writer of a killed rank is found and ended too. Both are Linux calls; elsewhere they do nothing.
+A child gets its own session (the terminal's Ctrl-C reaches it only through its launcher, and once), and
+the kernel kills it when its parent dies. The launcher adopts the processes that its ranks leave behind,
+so it also finds and ends the writer of a killed rank. Killing with the parent and adopting are Linux
+calls; elsewhere they do nothing.
 """
 
 import ctypes
@@ -20,16 +21,16 @@ from megatron_eso.errors import ClusterError
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Signals that ask a run to save and stop. They wait in a new rank until it is ready for them."""
+"""Signals that ask a run to save and stop. A new rank blocks them until it is ready for them."""
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of what its dead children leave behind."""
+    """Make this process the parent of the processes that its dead children leave behind."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when ``parent`` ends; end now if it has."""
+    """Have the kernel kill this process when ``parent`` ends; end now if it already has."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
@@ -41,13 +42,13 @@ def spawn(
     inherit: Sequence[int],
     errors: int | None = None,
 ) -> int:
-    """Start a command in a session of its own and return its process id.
+    """Start a command in its own session and return its process id.
 
     Args:
         command: program and arguments.
-        environment: its whole environment.
-        inherit: file descriptors that stay open in it.
-        errors: file descriptor that takes its standard error; None: as of this process.
+        environment: the command's whole environment.
+        inherit: file descriptors that stay open in the command.
+        errors: file descriptor that takes the command's standard error; None: that of this process.
     """
 
     def become() -> None:
@@ -61,10 +62,10 @@ def spawn(
 
 
 def fork_into_session(run: Callable[[], None]) -> int:
-    """Fork a child that ends with this process and has a session of its own; return its process id.
+    """Fork a child that ends with this process and has its own session; return its process id.
 
     Args:
-        run: what the child does, signals held; if it comes back the child ends with code 127.
+        run: called in the child, with signals held; if it returns, the child ends with code 127.
     """
     parent = os.getpid()
     before = hold_signals()  # a handler of ours must not run in the child
@@ -76,32 +77,32 @@ def fork_into_session(run: Callable[[], None]) -> int:
         os.setsid()
         die_with_parent(parent)
         run()
-    finally:  # it came back, or exec failed
+    finally:  # run returned, or exec failed
         os._exit(127)
 
 
 def hold_signals() -> set[signal.Signals]:
-    """Let signals that ask for a stop wait until :func:`release_signals`; return the mask before."""
+    """Block signals that ask for a stop until :func:`release_signals`; return the mask before."""
     return set(signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING))  # type: ignore[arg-type]
 
 
 def ignore_signals() -> None:
-    """Let the signals that stop a run do nothing from here on: the work is done, the process ends.
+    """Ignore the signals that stop a run from here on: the work is done and the process is ending.
 
-    A launcher repeats them, and Python gives up its own handlers before it has taken everything apart;
-    the process would die of the next one and look like a fault.
+    A launcher repeats them, and Python drops its own handlers before it has finished shutting down. The
+    next signal would kill the process, which would look like a fault.
     """
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
 def release_signals() -> None:
-    """Take signals that have waited."""
+    """Unblock the signals, so that those that have waited arrive."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 def send(pid: int, number: int) -> None:
-    """Send a signal to one process, which may have ended."""
+    """Send a signal to one process, which may already have ended."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:
@@ -109,7 +110,7 @@ def send(pid: int, number: int) -> None:
 
 
 def kill_session(pid: int) -> None:
-    """Kill a child and everything in its session, also what it left behind."""
+    """Kill a child and every process in its session, also those it left behind."""
     for send_to in (os.killpg, os.kill):
         try:
             send_to(pid, signal.SIGKILL)
@@ -121,7 +122,7 @@ def reap(wait_seconds: float = 0.0) -> dict[int, int]:
     """Return the exit codes of children that have ended: pid -> code, or -signal.
 
     Args:
-        wait_seconds: go on until no child is left, at most this long.
+        wait_seconds: keep waiting until no child is left, at most this long.
     """
     ended: dict[int, int] = {}
     deadline = time.monotonic() + wait_seconds
@@ -154,8 +155,8 @@ def _prctl(option: int, value: int) -> None:
 def free_port() -> int:
     """Return a port of this machine that nobody listens on.
 
-    Its listener starts seconds later, once it has imported torch. So it is none of the ports that the
-    kernel gives to whoever asks for any: a connection that goes out in between would take it.
+    The listener starts seconds later, once it has imported torch. So the port lies outside the range
+    from which the kernel assigns ports: an outgoing connection in the meantime could take one of those.
     """
     for _ in range(100):
         with socket.socket() as probe, suppress(OSError):
@@ -167,7 +168,7 @@ def free_port() -> int:
 
 
 def _own_ports() -> tuple[int, int]:
-    """Return the larger range of ports that the kernel does not give away."""
+    """Return the larger of the two ranges (below, above) from which the kernel assigns no ports."""
     try:
         first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A cluster in one YAML file: partition, nodes, limits, network, container, and how to survive.
+"""A cluster in one YAML file: partition, nodes, limits, network, container, and what to do about faults.
 
 ``configs/cluster/NAME.yaml`` holds a profile; ``--cluster`` takes a name or a path, and
 ``cluster.key=value`` overrides on the command line.
@@ -38,18 +38,18 @@ class HealthConfig:
     enabled: bool = True
     """Check every node at the start of each attempt; a sick one is remembered and excluded."""
     num_devices: int = within(0, at_least=0)
-    """/dev/nvidiaN files a node must have; 0: do not look."""
+    """Number of /dev/nvidiaN files a node must have; 0: do not look."""
     device_folder: str = "/dev"
     """Where the device files are."""
     command: str = ""
-    """A command of the site, run by bash on each node; a non-zero exit means sick."""
+    """The site's own command, run by bash on each node; a non-zero exit means sick."""
     max_clock_skew_seconds: float = within(30.0, above=0)
-    """Largest difference between a node's clock and the shared file system's; above it, sick."""
+    """Largest difference between a node's clock and the shared file system's; above it the node is sick."""
     min_pair_gb_per_second: float = within(0.0, at_least=0)
     """All-reduce speed in GB/s between one process of a node and one of its neighbor; a node below it
-    with both neighbors is sick. 0: not measured, as it costs a start of torch on every node."""
+    with both neighbors is sick. 0: not measured, as this costs a start of torch on every node."""
     timeout_seconds: int = within(120, at_least=1)
-    """Limit for the check of all nodes, and again for their pairs; a silent node is sick."""
+    """Limit for the check of all nodes, and again for that of their pairs; a silent node is sick."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class SurvivalConfig:
     max_attempts_without_progress: int = within(3, at_least=1)
     """After this many attempts in a row without a newer checkpoint the job is held."""
     in_job_restarts: int = within(2, at_least=0)
-    """Faults after which the ranks start again on the same nodes, before the job is requeued."""
+    """Number of faults after which the ranks start again on the same nodes before the job is requeued."""
     bad_node_hours: float = within(24.0, at_least=0)
     """How long a node stays on the run's bad-node list."""
     spare_nodes: int = within(0, at_least=0)
     """Nodes to allocate beyond those that train; used where a health check fails."""
     poll_metadata: bool = False
-    """Ask the cloud's metadata server for spot preemption and maintenance; no signal tells the job."""
+    """Ask the cloud's metadata server about spot preemption and maintenance; no signal announces them."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class ClusterProfile:
     tasks_per_node: int = within(1, at_least=1)
     """Ranks per node; one per GPU."""
     gpus_per_node: int = within(0, at_least=0)
-    """GPUs per node to ask for; 0: none."""
+    """GPUs to request per node; 0: none."""
     gpu_type: str = ""
     """Type in --gpus-per-node=TYPE:N; empty: any."""
     cpus_per_task: int = within(1, at_least=1)
@@ -109,7 +109,7 @@ class ClusterProfile:
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of the job."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines of the site, run as they are before training (module load, source venv)."""
+    """The site's shell lines, run unchanged before training (module load, source venv)."""
     python: str = "python3"
     """Python of the ranks (inside the container, if there is one)."""
     host_python: str = "python3"
@@ -118,13 +118,13 @@ class ClusterProfile:
     """plain: NCCL as it is; tcpx: A3 High; tcpxo: A3 Mega; gib: A3 Ultra."""
     hardware: str = ""
     """Hardware profile of the planner (configs/hardware): `submit` refuses a run that does not fit into
-    the GPUs' memory and shows the planner's warnings. Empty: not checked."""
+    the GPUs' memory and shows the planner's warnings. Empty: the planner is not asked."""
     checkpoint_gb_per_second: float = within(1.0, above=0, below=math.inf)
     """Speed at which all nodes together write a checkpoint; signal_seconds must leave time for one."""
     shared_folders: list[str] = field(default_factory=list)
     """Folders that login and compute nodes share; runs elsewhere are refused. Empty: not checked."""
     boot_minutes: int = within(0, at_least=0)
-    """Minutes that a dynamic node may take to boot; `status` says that so long is normal."""
+    """Time that a dynamic node may take to boot; `status` calls a wait up to it normal."""
     container: ContainerConfig = field(default_factory=ContainerConfig)
     """Container runtime and image."""
     health: HealthConfig = field(default_factory=HealthConfig)
@@ -139,7 +139,7 @@ class ClusterProfile:
 
 
 def load_profile(name: str, overrides: list[str] | None = None) -> ClusterProfile:
-    """Return the profile of a name in configs/cluster or of a YAML file.
+    """Return the profile from a YAML file, or by its name in configs/cluster.
 
     Raises:
         ClusterError: if there is no such profile, or its values cannot work.
@@ -156,10 +156,10 @@ def load_profile(name: str, overrides: list[str] | None = None) -> ClusterProfil
 
 
 def minutes_of(limit: str) -> float:
-    """Return a Slurm time limit in minutes: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
+    """Return the minutes of a Slurm time limit: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
 
     Raises:
-        ClusterError: if it is none of these.
+        ClusterError: if the limit has none of these forms.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
     if not match:

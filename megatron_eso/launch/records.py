@@ -2,7 +2,8 @@
 
 Standard library only: the batch script runs this with the node's own Python.
 
-attempts.jsonl   one line per event: begin, launching, end     bad_nodes.json   node -> reason, until
+attempts.jsonl   one line per event: begin, launching, again, end
+bad_nodes.json   node -> reason, until
 state.json       counters and the status before the attempt    stop             "do not requeue"
 held.json        why the job was held                          health/ATTEMPT/  one file per node
 announced/       one file per node that the cloud will take
@@ -56,20 +57,20 @@ class Records:
         return {node: entry for node, entry in found.items() if entry.get("until", 0) > now}
 
     def add_bad_nodes(self, reasons: dict[str, str], hours: float) -> None:
-        """Remember nodes for some hours."""
+        """Put nodes on the list of bad nodes for some hours."""
         until = time.time() + hours * 3600
         new = {node: {"reason": reason, "until": until} for node, reason in reasons.items()}
         if new:
             write_json(self.folder / "bad_nodes.json", {**self.bad_nodes(), **new})
 
     def announce(self, node: str, why: str) -> None:
-        """Note on a node itself that it will go; :meth:`take_announced` reads it."""
+        """Record, called on the node itself, that it will go; :meth:`take_announced` reads the record."""
         folder = self.folder / "announced"
         folder.mkdir(exist_ok=True)
         write_json(folder / f"{node}.json", {"node": node, "why": why})
 
     def take_announced(self) -> list[tuple[str, str]]:
-        """Return the nodes announced to go since the last call, and why."""
+        """Return and forget the nodes announced to go since the last call, each with the reason."""
         found = []
         for path in sorted((self.folder / "announced").glob("*.json")):
             entry = read_json(path)
@@ -90,11 +91,11 @@ class Records:
 def checkpoint_step(run: Path) -> int:
     """Return the step of a run's newest committed checkpoint; -1 if there is none."""
     marked = (run / "checkpoints").glob("step_*/COMMITTED")
-    names = (_STEP.fullmatch(path.parent.name) for path in marked)  # a copy may have another name
+    names = (_STEP.fullmatch(path.parent.name) for path in marked)  # copies may have other names
     return max((int(name.group(1)) for name in names if name), default=-1)
 
 
 def tasks_of(run: Path) -> list[Path]:
-    """Return the folders of an array's tasks in its run folder, by number; empty for a single run."""
+    """Return the folders of an array's tasks in its run folder, by task number; empty for a single run."""
     found = [path.parent for path in run.glob("*/slurm") if path.parent.name.isdigit()]
     return sorted(found, key=lambda path: int(path.name))

@@ -1,6 +1,6 @@
-"""What `megatron-eso status` says: the job, the run, its attempts and its bad nodes.
+"""What `megatron-eso status` prints: the job, the run, its attempts and its bad nodes.
 
-One Slurm query serves any number of runs; everything else is read from the run folders.
+One Slurm query serves any number of runs; everything else comes from the run folders.
 """
 
 import json
@@ -22,11 +22,11 @@ class Goodput:
     """Where a run's time went, in seconds."""
 
     elapsed: float
-    """First begin to the last event (or now, while the job runs)."""
+    """From the first event to the last event (or to now, while the job runs)."""
     in_job: float
     """Sum over attempts."""
     training: float
-    """From the ranks' start to the attempt's end."""
+    """From the ranks' start to the attempt's end, summed over attempts."""
     num_attempts: int
     steps_kept: int
     """Step of the newest checkpoint."""
@@ -44,9 +44,9 @@ class Goodput:
 
 
 def goodput(events: list[dict], *, step: int, is_running: bool, now: float) -> Goodput | None:
-    """Return the times of all attempts from RUN/slurm/attempts.jsonl; None before the first.
+    """Return the times of all attempts from RUN/slurm/attempts.jsonl; None before the first attempt.
 
-    An attempt that was cut off (node failure, KILL) has no end; its last event counts as the end,
+    An attempt that was cut off (node failure, KILL) has no end event; its last event counts as the end,
     so its time is a lower bound.
     """
     attempts: dict[str, list[dict]] = {}
@@ -67,13 +67,13 @@ def goodput(events: list[dict], *, step: int, is_running: bool, now: float) -> G
 
 @dataclass(frozen=True)
 class StartUp:
-    """From the first line of the job script to the first collective, in seconds."""
+    """Seconds from the first line of the job script to the first collective."""
 
     attempt: str
     checks: float
     """Helpers and node checks, until srun starts the ranks."""
     imports: float
-    """srun, container, Python's imports on rank 0."""
+    """srun, container, and Python's imports on rank 0."""
     joining: float
     """Process groups and the first exchange between all ranks."""
 
@@ -91,13 +91,13 @@ def start_up(events: list[dict], ledger: list[dict]) -> StartUp | None:
 
     Args:
         events: RUN/slurm/attempts.jsonl.
-        ledger: RUN/events.jsonl, whose ``setup`` entries rank 0 writes. Both are wall clocks, of the
-            first node and of rank 0's, which are the same machine in most jobs.
+        ledger: RUN/events.jsonl, whose ``setup`` events rank 0 writes. Both hold wall clock times, one of
+            the first node and one of rank 0's node, which are the same machine in most jobs.
     """
     found = None
     for index, launch in enumerate(events):
         if launch["event"] != "launching" or events[index - 1]["event"] != "begin":
-            continue  # ranks that start again within an attempt find imports in the page cache
+            continue  # ranks that start again within an attempt find their imports in the page cache
         started = events[index - 1].get("started")
         later = next((e["time"] for e in events[index + 1 :]), float("inf"))
         met = [e for e in ledger if e["event"] == "setup" and launch["time"] < e["time"] < later]
@@ -110,7 +110,7 @@ def start_up(events: list[dict], ledger: list[dict]) -> StartUp | None:
 
 
 def job_of_task(run: Path, jobs: list[slurm.QueuedJob]) -> slurm.QueuedJob | None:
-    """Return the job of an array's task: its own line of squeue, or that of all tasks that wait."""
+    """Return the job of an array's task: its own line of squeue, or the line of all waiting tasks."""
     number = str(read_json(run / "slurm" / "job.json").get("job", ""))
     array, underscore, _ = number.partition("_")
     if not underscore:
@@ -129,7 +129,7 @@ def one_line(run: Path, job: slurm.QueuedJob | None, now: float) -> str:
 
 
 def describe(run: Path, job: slurm.QueuedJob | None, now: float, *, unasked: str = "") -> list[str]:
-    """Return everything known of a run.
+    """Return everything known about a run, as lines.
 
     Args:
         run: its folder.
@@ -205,7 +205,7 @@ def _progress(run: Path, status: dict) -> str:
 
 
 def _last_metrics(run: Path) -> dict:
-    """Return the last whole line of metrics.jsonl, reading only its end."""
+    """Return the last whole line of metrics.jsonl that holds a loss, reading only the file's end."""
     try:
         with open(run / "metrics.jsonl", "rb") as file:
             file.seek(0, 2)

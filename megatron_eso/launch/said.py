@@ -1,6 +1,7 @@
-"""What the ranks of one launcher have said: an error that all of them find is printed once.
+"""What the ranks of one launcher have printed: an error that all of them find is printed once.
 
-The launcher opens an unnamed file and every rank inherits it, so nothing is left behind whoever is killed.
+The launcher opens an unnamed file that every rank inherits, so nothing is left behind, whichever process
+is killed.
 """
 
 import fcntl
@@ -19,25 +20,25 @@ class Said:
         self._file = tempfile.TemporaryFile()
         self.descriptor = self._file.fileno()
         self.variable = f"{self.descriptor}:{os.fstat(self.descriptor).st_ino}"
-        """What ranks must find in their environment."""
+        """The value that ranks must find in their environment."""
 
     def clear(self) -> None:
         """Forget what was said."""
         os.ftruncate(self.descriptor, 0)
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         self._file.close()
 
 
 def is_first_to_say(text: str, environ: Mapping[str, str]) -> bool:
-    """Return whether no other rank of the same start has asked this of the same text.
+    """Return whether this is the first call with this text among all ranks of the same start.
 
-    Without a launcher that listens the answer is always yes, so that no error is kept quiet.
+    If no launcher listens, the answer is always True, so that no error is suppressed.
     """
     try:
         descriptor, number = map(int, environ.get(VARIABLE, "").split(":"))
-        if os.fstat(descriptor).st_ino != number:  # not ours: a process in between has closed it
+        if os.fstat(descriptor).st_ino != number:  # another file: a process in between closed ours
             return True
         fcntl.lockf(descriptor, fcntl.LOCK_EX)
     except (ValueError, OSError):

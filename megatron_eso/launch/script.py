@@ -1,8 +1,8 @@
-"""The sbatch script of a run: a pure function of profile and run, so that it can be compared as text.
+"""The sbatch script of a run: a pure function of profile and run, so that tests can compare its text.
 
-It has three parts: #SBATCH lines, which hold only values of the profile (checked there); shell
-variables, every value quoted; and job.sh, the same text for every job. Names a user chooses enter
-through quoted variables and through sbatch's arguments, never through #SBATCH lines.
+It has three parts: #SBATCH lines, which hold only values of the profile (checked in profile.py); shell
+variables, every value quoted; and job.sh, the same text for every job. Names that a user chooses enter
+through quoted variables and sbatch's arguments, never through #SBATCH lines.
 """
 
 import re
@@ -23,14 +23,14 @@ ARRAY_OUTPUT = "%a/slurm-%A_%a.out"
 
 @dataclass(frozen=True)
 class Job:
-    """What the script needs to know of a run."""
+    """What the script needs to know about a run."""
 
     name: str
     """Name of the run."""
     run: Path
     """Run folder, absolute, on a file system that the nodes see."""
     submit_folder: Path
-    """Folder the ranks work in: relative data paths start here."""
+    """Working folder of the ranks: relative data paths start here."""
     sweep: list[str] | None = None
     """Array: one override list per task (shell-split); None: a single run."""
 
@@ -39,8 +39,8 @@ def render(profile: ClusterProfile, job: Job) -> str:
     """Return the whole script.
 
     Raises:
-        ClusterError: if a path holds characters that Slurm, a search path or a container's mounts cannot
-            have in names.
+        ClusterError: if a path holds characters that Slurm, a search path or a container's mounts do not
+            allow in names.
     """
     has_container = profile.container.runtime != "none"
     for what, path, more in (
@@ -48,7 +48,7 @@ def render(profile: ClusterProfile, job: Job) -> str:
             "folder",
             job.run,
             ":," if has_container else ":",
-        ),  # the job's code is in it, on PYTHONPATH
+        ),  # this folder holds the job's code and is on PYTHONPATH
         ("the current folder", job.submit_folder, ":," if has_container else ""),
     ):
         if re.search(r"[\x00-\x1f\x7f]", str(path)):
@@ -104,17 +104,17 @@ def directives(profile: ClusterProfile) -> list[str]:
 
 
 def job_name(name: str) -> str:
-    """Return a run's name as Slurm and file names can take it."""
+    """Return a run's name in a form that Slurm and file names accept."""
     return re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII).strip("_")[:60] or "run"
 
 
 def identity(job: Job) -> list[str]:
-    """Return the sbatch options by which a job, or a successor that it submits, is known as ours."""
+    """Return the sbatch options that identify a job, or a successor that it submits, as ours."""
     return [f"--job-name={job_name(job.name)}", f"--comment={slurm.COMMENT}"]
 
 
 def quote_word(text: str) -> str:
-    """Return text for a comment: printable, on one line."""
+    """Return the text in a form that a shell comment can hold: printable, on one line."""
     return re.sub(r"[^\w .:/@+-]", "_", text, flags=re.ASCII)
 
 
@@ -171,7 +171,7 @@ def _sweep(job: Job) -> list[str]:
 
 
 def _successor(job: Job) -> list[str]:
-    """Return the lines that let a job submit its successor; an array's task submits itself again."""
+    """Return the lines with which an array's task submits itself again; empty for a single run."""
     if job.sweep is None:
         return []
     return [

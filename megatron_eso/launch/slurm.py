@@ -1,6 +1,6 @@
-"""Slurm's commands: one runner, parsers of what they print, and their refusals in our words.
+"""Slurm's commands: one runner, parsers of their output, and their refusals in our words.
 
-Text output is read, not JSON: its shape differs from version to version.
+We read the text output, not JSON, whose shape differs from version to version.
 """
 
 import getpass
@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_eso.errors import ClusterError
 
 COMMENT = "megatron-eso"
-"""How our jobs are told from others in the queue."""
+"""Comment that distinguishes our jobs from others in the queue."""
 QUEUE_FORMAT = "%i|%T|%r|%R|%M|%S|%k|%Z"
 SINFO_FORMAT = "%R|%a|%D|%T|%G|%l|%c|%m"
 _OUT_OF_SERVICE = ("down", "drain", "fail", "error", "unknown", "power")
@@ -74,7 +74,7 @@ class QueuedJob:
 
     @property
     def run(self) -> Path | None:
-        """Folder, without symbolic links, that a job of ours works on; None: it is no job of ours."""
+        """Folder, symbolic links resolved, that our job works on; None: the job is not ours."""
         return Path(os.path.realpath(self.folder)) if self.comment == COMMENT else None
 
 
@@ -96,8 +96,8 @@ def command(*words: str, stdin: str | None = None, timeout_seconds: float = 60.0
     """Run a Slurm command and return what it prints.
 
     Raises:
-        ClusterError: if it is not installed, refuses or does not answer: the reason in our words,
-            Slurm's text below it.
+        ClusterError: if the command is not installed, refuses or does not answer. The message gives the
+            reason in our words, with Slurm's text below it.
     """
     if not shutil.which(words[0]):
         raise ClusterError(
@@ -125,7 +125,7 @@ def refusal(program: str, text: str) -> str:
 
 
 def queue(*, job: str = "") -> list[QueuedJob]:
-    """Return the user's jobs in one query, or one job; a job that has left the queue is no error."""
+    """Return all jobs of the user, or one job, in one query; empty if that job has left the queue."""
     which = ["--jobs", job] if job else ["--user", getpass.getuser()]
     try:
         return parse_queue(command("squeue", "-h", "-a", *which, "-o", QUEUE_FORMAT))
@@ -162,7 +162,7 @@ def parse_nodes(text: str) -> list[NodeGroup]:
 
 
 def node_states(partition: str) -> dict[str, str]:
-    """Return the state of every node of a partition, or of several (``a,b``); empty: Slurm's default."""
+    """Return the state of every node of a partition or several (``a,b``); empty: Slurm's default one."""
     which = ["-p", partition] if partition else ["-a"]  # Slurm refuses both
     states = {}
     for line in command("sinfo", "-hN", *which, "-o", "%N|%T|%P").splitlines():
@@ -207,7 +207,7 @@ def accounting(job: str) -> list[dict[str, str]]:
 
 
 def final_state(job: str) -> str:
-    """Return the state of a job that has left squeue: scontrol's memory, else sacct's, else ''."""
+    """Return the state of a job that has left squeue, from scontrol, else from sacct, else ''."""
     try:
         return parse_record(command("scontrol", "show", "job", "-o", job)).get("JobState", "")
     except ClusterError:
@@ -216,10 +216,10 @@ def final_state(job: str) -> str:
 
 
 def explain(job: QueuedJob) -> str:
-    """Return what a job waits for, in a sentence."""
+    """Return what a job waits for, as text for the user."""
     if job.state == "CONFIGURING":
         return "its nodes are booting"
-    # squeue writes some reasons with spaces, scontrol the same ones with underscores
+    # squeue writes some reasons with spaces that scontrol writes with underscores
     text = EXPLANATIONS.get(job.reason, EXPLANATIONS.get(job.reason.replace(" ", "_"), ""))
     text = text or EXPLANATIONS.get(_beginning(job), "")
     return text or ("" if job.reason == "None" else job.reason)
@@ -231,7 +231,7 @@ def lacks_nodes(job: QueuedJob) -> bool:
 
 
 def _beginning(job: QueuedJob) -> str:
-    """Return the reason whose end varies: a list of nodes, or words of the version."""
+    """Return the fixed beginning of a reason whose end varies (node list, Slurm version), else ''."""
     reason = job.reason.replace(" ", "_")
     return next(
         filter(reason.startswith, ("ReqNodeNotAvail", "Nodes_required_for_job_are_DOWN")), ""
@@ -239,12 +239,12 @@ def _beginning(job: QueuedJob) -> str:
 
 
 def is_out_of_service(state: str) -> bool:
-    """Return whether a node in this state gets no job; a star says that it does not answer."""
+    """Return whether a node in this state gets no job; a star marks a node that does not answer."""
     return state.startswith(_OUT_OF_SERVICE) or state.endswith("*")
 
 
 def nodes_out_of_service() -> list[str]:
-    """Return what is wrong with nodes that get no job, a line for each state and reason."""
+    """Return what is wrong with nodes that get no job, one line per state and reason."""
     groups = [
         line.split("|", 3)
         for line in command("sinfo", "-ah", "-o", "%D|%N|%T|%E").splitlines()
@@ -261,7 +261,7 @@ def nodes_out_of_service() -> list[str]:
 
 
 def _gpus(gres: str) -> int:
-    """Return the GPUs of a gres field: ``gpu:h100:8(S:0-1),other:1`` -> 8."""
+    """Return the number of GPUs in a gres field: ``gpu:h100:8(S:0-1),other:1`` -> 8."""
     total = 0
     for item in gres.split(","):
         parts = item.split("(")[0].split(":")

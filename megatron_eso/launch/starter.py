@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_eso.launch.processes import kill_session, spawn
 
-# What training imports; PyTorch's optimizers import torch._dynamo when they are made.
+# What training imports; PyTorch's optimizers import torch._dynamo when they are constructed.
 _PRELOAD = ("megatron_eso.train.loop", "megatron_eso.cli.train", "torch._dynamo")
 _DEVICES = Path("/dev")
 
@@ -27,11 +27,11 @@ class Starter:
         module: str = "megatron_eso",
         preload: Sequence[str] = _PRELOAD,
     ) -> None:
-        """Start the template, if there is to be one.
+        """Store what ranks need; a template starts with the first rank.
 
         Args:
             arguments: what follows ``python -m MODULE``.
-            inherit: file descriptors that ranks keep.
+            inherit: file descriptors that stay open in ranks.
             environment: environment of the template; ranks get their own.
             is_warm: fork ranks from a process that has imported everything.
             module: module that a rank runs.
@@ -49,14 +49,15 @@ class Starter:
 
         Args:
             environment: the rank's environment.
-            errors: an inherited file descriptor that takes its standard error; None: as of this process.
+            errors: inherited file descriptor that takes the rank's standard error; None: that of this
+                process.
         """
         if not self._is_warm:
             command = [sys.executable, "-m", self._module, *self.arguments]
             return spawn(command, environment, self._inherit, errors)
         order = {"arguments": self.arguments, "environment": dict(environment),
                  "module": self._module, "errors": errors}  # fmt: skip
-        for _ in range(2):  # the second time with a new template, should the first have died
+        for _ in range(2):  # the second time with a new template, in case the first has died
             try:
                 return self._ask(json.dumps(order) + "\n")
             except OSError:
@@ -89,14 +90,14 @@ class Starter:
 
 
 def threads_of_each(number: int) -> dict[str, str]:
-    """Return the environment that shares this machine's cores among ``number`` ranks, unless it is set."""
+    """Return the variable that divides this machine's cores among ``number`` ranks; empty if it is set."""
     if "OMP_NUM_THREADS" in os.environ:
         return {}
     return {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // number, 1))}
 
 
 def can_be_warm() -> bool:
-    """Return whether ranks of this machine may be forked: no GPU, and a kernel that hands orphans over."""
+    """Return whether ranks may be forked on this machine: no GPU, and a kernel that hands over orphans."""
     return sys.platform == "linux" and not has_gpu()
 
 

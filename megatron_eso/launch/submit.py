@@ -1,6 +1,6 @@
-"""Submit a run: check, ask Slurm, snapshot, submit. Refused at any point: nothing is left behind.
+"""Submit a run: check, ask Slurm, snapshot, submit. A refused submission leaves no new run folder.
 
-RUN/slurm/   config.yaml, job.sbatch, code/ (the package as it is now), commit.txt, job.json
+RUN/slurm/   config.yaml, profile.yaml, job.sbatch, code/ (a copy of the package), commit.txt, job.json
 """
 
 import os
@@ -44,11 +44,11 @@ def prepare(
     profile: ClusterProfile,
     sweep: list[list[str]] | None = None,
 ) -> Plan:
-    """Return what would be submitted, after every check that needs no Slurm.
+    """Return what would be submitted, after every check that does not need Slurm.
 
     Raises:
-        ConfigError: if a setting does not fit the number of ranks.
-        ClusterError: if the folder cannot work.
+        ConfigError: if a setting is wrong or does not fit the number of ranks.
+        ClusterError: if the nodes do not see the folder, or cannot use it.
     """
     import shlex
 
@@ -86,10 +86,10 @@ def prepare(
 
 
 def _to_go_on(config: RunConfig, run: Path) -> CheckpointConfig:
-    """Return the checkpoint settings of the job: an attempt goes on from what those before it saved.
+    """Return the checkpoint settings of the job: an attempt continues from what earlier ones saved.
 
     Raises:
-        ClusterError: if the run is to start anew and holds checkpoints already.
+        ClusterError: if the run must start from scratch (resume=never) and already holds checkpoints.
     """
     if config.checkpoint.resume == "never" and any(run.glob("**/checkpoints/step_*")):
         raise ClusterError(
@@ -100,7 +100,7 @@ def _to_go_on(config: RunConfig, run: Path) -> CheckpointConfig:
 
 
 def test_only(plan: Plan) -> str:
-    """Return Slurm's estimate of the start; nothing is submitted.
+    """Return Slurm's estimate of the start, without submitting anything.
 
     Raises:
         ClusterError: if the cluster could never run the job.
@@ -121,7 +121,7 @@ def submit(plan: Plan, *, throttle: int = 0) -> str:
     existed = plan.job.run.exists()
     lock = _lock(plan.job.run)
     try:
-        _refuse_live_job(plan.job.run)  # of a submit that was at work since
+        _refuse_live_job(plan.job.run)  # another submit may have finished since the first look
         _snapshot(plan)
         job = slurm.command("sbatch", "--parsable", *_arguments(plan, throttle=throttle),
                             str(plan.job.run / "slurm" / "job.sbatch")).strip().split(";")[0]  # fmt: skip
@@ -150,7 +150,7 @@ def _refuse_live_job(run: Path) -> None:
 
 
 def live_job(run: Path) -> slurm.QueuedJob | None:
-    """Return the job in the queue that works on a run folder, if any."""
+    """Return the job in the queue that works on a run folder, or None."""
     for job in slurm.queue():
         if job.run == Path(os.path.realpath(run)):
             return job
@@ -190,7 +190,7 @@ def _check_partition(profile: ClusterProfile) -> None:
 
 
 def _arguments(plan: Plan, *, throttle: int, chdir: bool = True) -> list[str]:
-    """Return sbatch's options that carry the user's names: no shell reads them."""
+    """Return the sbatch options that carry the user's names; no shell reads them."""
     arguments = identity(plan.job)
     if chdir:
         arguments.append(f"--chdir={plan.job.run}")
@@ -211,7 +211,7 @@ def _arguments(plan: Plan, *, throttle: int, chdir: bool = True) -> list[str]:
 
 
 def _file_system(path: Path) -> str:
-    """Return the type of the file system a path is on, or would be; '' where /proc does not tell."""
+    """Return the type of the file system a path is on, or would be on; '' where /proc does not tell."""
     while not path.exists():
         path = path.parent
     device = path.stat().st_dev
@@ -228,7 +228,7 @@ def _file_system(path: Path) -> str:
 
 
 def _lock(run: Path) -> Path:
-    """Refuse a second submit of the same run at the same moment."""
+    """Return a new lock file that refuses a second submit of the same run at the same time."""
     lock = run / "slurm" / "submitting"
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -275,5 +275,5 @@ def _git(*words: str) -> str:
 
 
 def _quoted_value(path: Path) -> str:
-    """Return a path as a YAML string for an override: quoted, so that no character has a meaning."""
+    """Return a path as a quoted YAML string for an override, so that no character has a special meaning."""
     return "'" + as_literal(str(path)).replace("'", "''") + "'"

@@ -1,8 +1,8 @@
-"""Supervise the ranks of a run on this machine: notice deaths and hangs, start again, give up in time.
+"""Supervise the ranks of a run on this machine: notice deaths and hangs, restart, give up in time.
 
-A fault of one rank ends all of them, since the others wait for it in a collective; they start again
-from the newest valid checkpoint. User errors are not tried again. Restarts in a row without a newer
-checkpoint end the run with an exit code of its own: whatever it is, it will not go away.
+A fault of one rank ends all ranks, since the others wait for it in a collective; they start again
+from the newest valid checkpoint. User errors are not retried. Too many restarts in a row without a newer
+checkpoint end the run with an exit code of their own: such a fault will not go away by itself.
 """
 
 import os
@@ -53,17 +53,17 @@ class Supervision:
     run: Path
     """Run folder, for the ledger."""
     setup_timeout_seconds: float = 600.0
-    """From a rank's start to its first word."""
+    """From a rank's start to its first heartbeat."""
     max_restarts: int = 3
     """Restarts in a row without a newer checkpoint; 0: never restart."""
     is_warm: bool = False
     """Fork ranks from a template; see launch/template.py."""
     rank_environment: Mapping[str, str] | None = None
-    """RANK, WORLD_SIZE ... given by srun for the one rank of this task; None: we choose them."""
+    """RANK, WORLD_SIZE ... that srun gave the single rank of this task; None: we choose them."""
     module: str = "megatron_eso"
     """Module that a rank runs, with training's imports and arguments."""
     arguments_to_go_on: tuple[str, ...] = ()
-    """Further arguments once the run has a checkpoint of its own."""
+    """Further arguments once the run has its own checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Ending:
     """How one start of the ranks ended."""
 
     code: int
-    """Exit code for the user if it is not tried again."""
+    """Exit code for the user if the ranks are not started again."""
     is_fault: bool
     why: str = ""
     cause: str = ""
@@ -97,22 +97,22 @@ class _Rank:
 
 @dataclass
 class _Stop:
-    """Signals that came to the launcher."""
+    """Signal handler of the launcher; keeps the first signal's name."""
 
     name: str = ""
     pids: list[int] = field(default_factory=list)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Pass the signal on to every rank, which agree on a step, save and stop."""
+        """Pass the signal on to every rank; the ranks agree on a step, save and stop."""
         self.name = self.name or signal.Signals(number).name
         for pid in self.pids:
             send(pid, number)
 
 
 def supervise(settings: Supervision) -> int:
-    """Run the ranks to their end, starting them again after faults; return the exit code.
+    """Run the ranks to their end, restarting them after faults; return the exit code.
 
-    The process is expected to end then: signals that stop a run are ignored from there on.
+    The process should then end: it ignores signals that stop a run from that point on.
     """
     refusal = _refusal(settings)
     if refusal:
@@ -144,30 +144,30 @@ def supervise(settings: Supervision) -> int:
 def _refusal(settings: Supervision) -> str:
     """Return why the ranks would be refused the run's lease, or an empty string.
 
-    Asked before the first event, which would cut the account of the run that holds it.
+    Called before the first event, which would cut the account of the run that holds the lease.
     """
     if settings.rank_environment or is_of_job_script(os.environ):
         return ""  # the job script has taken it
     checkpoints, owner = settings.run / "checkpoints", lease.owner_name(os.environ)
     try:
         lease.acquire(checkpoints, owner)
-        lease.release(checkpoints, owner)  # rank 0 takes it
+        lease.release(checkpoints, owner)  # rank 0 takes it again
     except CheckpointError as error:
         return str(error)
     except OSError:
-        return ""  # the ranks say what is wrong with the folder
+        return ""  # the ranks report what is wrong with the folder
     return ""
 
 
 def _note(settings: Supervision, event: str, **facts: object) -> None:
-    """Write to the ledger; of many launchers under srun only the first rank's does."""
+    """Write to the ledger; of many launchers under srun, only that of rank 0 writes."""
     given = settings.rank_environment
     if given is None or given["RANK"] == "0":
         events.record(settings.run, event, **facts)
 
 
 def _place_in_job(settings: Supervision) -> dict[str, str]:
-    """Return the attempt, the start within it and the node of a task of srun; see attempt.suspects."""
+    """Return the attempt, the start within it and the node of an srun task; see attempt.suspects."""
     if settings.rank_environment is None:
         return {}
     return {
@@ -193,7 +193,7 @@ def _restart_until_done(
             return ending.code
         without_progress = 0 if ending.kept_step > kept else without_progress + 1
         kept = max(kept, ending.kept_step)
-        # Ranks that did not get far do not tell of checkpoints.
+        # Ranks that failed early have not reported any checkpoint.
         newest = max(kept, checkpoint_step(settings.run))
         events.record(
             settings.run, "fault", cause=ending.cause, why=ending.why, rank=ending.rank,
@@ -222,7 +222,7 @@ def _restart_until_done(
 def _run_once(
     settings: Supervision, starter: Starter, board: Board, stop: _Stop, base: dict[str, str]
 ) -> Ending:
-    """Start all ranks and wait until they end or one fails; none is left when this returns."""
+    """Start all ranks and wait until they end or one fails; kill those left before returning."""
     board.clear()
     port, ranks = free_port(), []
     _note(settings, "start", num_ranks=settings.num_ranks)
@@ -231,7 +231,7 @@ def _run_once(
         pid = starter.start({**base, **own, VARIABLE: board.variable(local)})
         ranks.append(_Rank(pid, int(own["RANK"])))
         stop.pids.append(ranks[-1].pid)
-    if stop.name:  # it came before there was anybody to tell
+    if stop.name:  # the signal came before there were ranks to pass it on to
         for rank in ranks:
             send(rank.pid, signal.Signals[stop.name])
     try:
@@ -280,7 +280,7 @@ def _watch(settings: Supervision, starter: Starter, board: Board, ranks: list[_R
 
 
 def _death(ranks: list[_Rank]) -> Ending:
-    """Describe the first failure: a signal before an exception, which may only be its echo."""
+    """Describe the first failure: a signal before an exit code, which may be only its consequence."""
     rank = min((r for r in ranks if r.code not in (None, 0)), key=lambda r: (r.code or 0) >= 0)
     code = rank.code or 0
     if code < 0:
@@ -298,7 +298,7 @@ def _hung(settings: Supervision, ranks: list[_Rank]) -> Ending | None:
         limit = rank.beat.limit_seconds if rank.beat else settings.setup_timeout_seconds
         if rank.code is not None or rank.silent_seconds <= limit:
             continue
-        # All wait for one: a stopped process is it, else the one that is farthest behind.
+        # All ranks wait for one: a stopped process if there is one, else the rank farthest behind.
         stopped = [r for r in ranks if state_of(r.pid) in ("T", "t")]
         hangs = (stopped or [min(ranks, key=_place)])[0]
         waits = f"rank {rank.number} waits in section {_section(rank)!r}, " if hangs != rank else ""
@@ -337,7 +337,7 @@ def _fault(ranks: list[_Rank], rank: _Rank, cause: str, how: str, code: int) -> 
 
 
 def _show_stacks(ranks: list[_Rank]) -> None:
-    """Let every rank print where it stands (faulthandler answers even while Python's lock is held)."""
+    """Make every rank print its stack (faulthandler answers even while Python's lock is held)."""
     for rank in ranks:
         if rank.beat:
             send(rank.pid, signal.SIGUSR2)
@@ -355,5 +355,5 @@ def _environment(local: int, number: int, port: int) -> dict[str, str]:
 
 
 def say(text: str) -> None:
-    """Print a line of the launcher, beside the ranks' output."""
+    """Print a line from the launcher, on standard error."""
     print(f"[launch {time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)

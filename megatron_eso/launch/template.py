@@ -4,8 +4,8 @@
 
 reads lines {"module": M, "arguments": [...], "environment": {...}, "errors": file descriptor or null}
 from a socket and answers each with the process id of a rank that runs ``python -m M ARGUMENTS``. The
-rank becomes the launcher's child: the launcher adopts orphans, and the process between them ends at
-once. Only for CPU runs, as a GPU that was used before a fork cannot be used after it.
+rank becomes the launcher's child: the launcher adopts orphans, and the process between the two ends
+immediately. For CPU runs only, as a GPU that was used before a fork cannot be used after it.
 """
 
 import importlib
@@ -29,7 +29,7 @@ def main() -> None:
     look_rarely()
     for name in sys.argv[3:]:
         importlib.import_module(name)
-    look_at_new_objects()  # ranks share what is not looked at, as nothing is written there
+    look_at_new_objects()  # ranks share memory that the collector does not scan and so does not write
     with channel.makefile("r") as lines:
         for line in lines:
             if not os.fork():
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def _hand_over(channel: socket.socket, launcher: int, order: dict[str, Any]) -> None:
-    """Fork the rank and end, which makes the rank the launcher's child."""
+    """Fork the rank and end this process, which makes the rank the launcher's child."""
     rank = os.fork()
     if rank:
         channel.sendall(f"{rank}\n".encode())
@@ -67,7 +67,7 @@ def _hand_over(channel: socket.socket, launcher: int, order: dict[str, Any]) -> 
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Taking apart what the template imported would copy most of its memory first, for seconds.
+    # Tearing down what the template imported would first copy most of its memory, for seconds.
     os._exit(code)
 
 

@@ -1,4 +1,4 @@
-"""The ledger as a picture: one bar over time, coloured by cause."""
+"""The ledger as a picture: one bar over time, colored by cause; the title counts the faults."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ _COLORS = ("tab:green", "tab:red", "tab:blue", "tab:cyan", "tab:purple", "black"
 
 
 def write_timeline(ledger: Ledger, out: Path) -> None:
-    """Write the picture; its format follows from the name (.png, .svg, .pdf).
+    """Write the picture; the file name's ending sets the format (.png, .svg, .pdf).
 
     Raises:
         UserError: if matplotlib is missing or the format is unknown.
