@@ -1,4 +1,4 @@
-"""Types of the tools' arguments: what cannot be is a message of argparse, not a traceback later."""
+"""Types of the tools' arguments: an impossible value is an argparse message, not a later traceback."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""FP8 on a GPU: how fast against BF16, and how far its losses are from BF16's."""
+"""FP8 on a GPU: its speed against BF16, and how far its losses are from BF16's."""
 
 from megatron_eso.train.step import train_step
 from tools.bench_gpu_parts import (

@@ -1,4 +1,4 @@
-"""What bench_gpu.py measures with: sessions, inputs, clocks, and attention in other ways than ours."""
+"""The parts of bench_gpu.py: sessions, inputs, clocks, and other ways of attention than ours."""
 
 import gc
 import os

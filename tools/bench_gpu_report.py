@@ -1,4 +1,4 @@
-"""The report of the GPU benchmark's results: printed as they come, kept in a file."""
+"""The report of the GPU benchmark's results: printed as they come and kept in a file."""
 
 import json
 import traceback

@@ -1,7 +1,7 @@
-"""A straightforward implementation of the official Eso-LM training scheme, for comparison alone.
+"""A straightforward implementation of the official Eso-LM training scheme, only for comparison.
 
 Plain torch: rows of [z; x], 2L long, under a dense mask; logits for every entry; the same Llama-style
-shape as ours. What bench.py measures our trainer against.
+shape as ours. bench.py measures our trainer against it.
 """
 
 import torch

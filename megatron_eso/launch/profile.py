@@ -46,7 +46,7 @@ class HealthConfig:
     max_clock_skew_seconds: float = within(30.0, above=0)
     """Largest difference between a node's clock and the shared file system's; above it the node is sick."""
     min_pair_gb_per_second: float = within(0.0, at_least=0)
-    """All-reduce speed in GB/s between one process of a node and one of its neighbor; a node below it
+    """All-reduce speed in GB/s between one process of a node and one of a neighbor; a node below it
     with both neighbors is sick. 0: not measured, as this costs a start of torch on every node."""
     timeout_seconds: int = within(120, at_least=1)
     """Limit for the check of all nodes, and again for that of their pairs; a silent node is sick."""
