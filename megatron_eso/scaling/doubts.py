@@ -37,10 +37,8 @@ def doubts(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         better = [o for o in rows if o["objective"] == row["objective"] and _is_clear(row, o)]
         reason = _smaller(row, better) or _valley(row, better)
-        rate = row.get("learning_rate")
-        told = "" if rate is None else f" ({rate:.3g} here; learning_rate in the sweep file)"
         found.append(
-            f"loss {row['loss']:.4g}, but {reason}: it trained badly, most often by its learning rate{told}"
+            f"loss {row['loss']:.4g}, but {reason}: it trained badly, {_cause(row)}"
             if reason
             else ""
         )
@@ -50,7 +48,7 @@ def doubts(rows: Sequence[Row]) -> list[str]:
 def why_not_finished(row: Row) -> str:
     """Return why a cell has nothing to fit, or an empty string."""
     if row.get("state") != "finished":
-        more = f": {row['remark']}" if row.get("remark") else ""
+        more = f": {row['remark']}, {_cause(row)}" if row.get("remark") else ""
         return (
             f"state {row.get('state')} at step {row.get('steps_done')} of {row.get('steps')}{more}"
         )
@@ -58,12 +56,12 @@ def why_not_finished(row: Row) -> str:
     return "" if isinstance(loss, int | float) and loss == loss else "no validation loss"
 
 
-def no_better_than_unigram(rows: Sequence[Row]) -> list[str]:
-    """Return the names of cells that predict no better than token frequencies do."""
+def hardly_better_than_unigram(rows: Sequence[Row]) -> list[str]:
+    """Return the names of cells that are not clearly better than token frequencies."""
     return [
         str(row.get("cell"))
         for row in rows
-        if row.get("unigram_loss") is not None and row["loss"] >= row["unigram_loss"]
+        if row.get("unigram_loss") is not None and row["loss"] > (1 - CLEARLY) * row["unigram_loss"]
     ]
 
 
@@ -87,6 +85,13 @@ def why_diverged(losses: Sequence[float]) -> str:
     if last - low > max(ROSE * low, _NOISE * of_level):
         return f"its training loss ended at {last:.4g}, and was {low:.4g} before"
     return ""
+
+
+def _cause(row: Row) -> str:
+    """Return the setting to look at, and how to fit the cell nevertheless."""
+    rate = row.get("learning_rate")
+    told = "" if rate is None else f" ({rate:.3g} here; learning_rate in the sweep file)"
+    return f"most often by its learning rate{told}; --keep {row.get('cell')} fits it too"
 
 
 def _levels(losses: Sequence[float]) -> tuple[int, list[float]]:

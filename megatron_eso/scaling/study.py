@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_eso.errors import ConfigError, DataError
-from megatron_eso.scaling.doubts import doubts, no_better_than_unigram, why_not_finished
+from megatron_eso.scaling.doubts import doubts, hardly_better_than_unigram, why_not_finished
 from megatron_eso.scaling.isoflop import (
     Minimum,
     PowerLaw,
@@ -93,7 +93,7 @@ def fit_study(
         if why and str(row.get("cell")) not in keep
     ]
     for row, why in doubted:
-        left_out.append((str(row.get("cell")), f"{why}; --keep {row.get('cell')} fits it too"))
+        left_out.append((str(row.get("cell")), why))
     doubtful = [row for row, _ in doubted]
     trusted = [row for row in usable if not any(row is other for other in doubtful)]
     reference = _points(_minima([row for row in trusted if row["objective"] == "ar"]))
@@ -306,10 +306,10 @@ def _fit_objective(
         reasons.append("the parametric law is at its bounds: these runs do not determine it")
     if num_unfinished:
         reasons.append(f"{num_unfinished} cells diverged or are unfinished")
-    idle = no_better_than_unigram(rows)
+    idle = hardly_better_than_unigram(rows)
     if idle:
         reasons.append(
-            f"{len(idle)} of {len(rows)} cells predict no better than token frequencies (unigram_loss): "
+            f"{len(idle)} of {len(rows)} cells are hardly better than token frequencies (unigram_loss): "
             + ", ".join(idle)
         )
     return ObjectiveFit(

@@ -495,6 +495,8 @@ def test_a_cell_that_diverged_is_left_out_by_its_curve_though_it_finished(tmp_pa
         DataError, match=r"state diverged at step 21 of \d+: its training loss rose"
     ):
         fit_study([found])
+    with pytest.raises(DataError, match=rf"rate \(0.00887 here; .*--keep {cell.name} fits it too"):
+        fit_study([found])
     fit_study([found], keep=[cell.name])
 
 
@@ -547,12 +549,12 @@ def test_noise_of_seeds_and_other_objectives_raise_no_doubt():
     assert not any(doubts(unsure)) and any(doubts(badly(rows, "1e+192.0")))
 
 
-def test_a_cell_no_better_than_token_frequencies_is_named_and_fitted():
+def test_a_cell_hardly_better_than_token_frequencies_is_named_and_fitted():
     rows = [r | {"unigram_loss": 4.0} for r in law_rows((1e17, 1e18, 1e19))]
     [fit] = fit_study(rows).objectives
-    above = [r["cell"] for r in rows if r["loss"] >= 4.0]
+    above = [r["cell"] for r in rows if r["loss"] > 3.8]
     assert 0 < len(above) < len(rows) == len(fit.rows)
-    [line] = [line for line in fit.provisional if "no better than token frequencies" in line]
+    [line] = [line for line in fit.provisional if "hardly better than token frequencies" in line]
     assert line.startswith(f"{len(above)} of {len(rows)} cells") and line.endswith(", ".join(above))
 
 
@@ -589,7 +591,7 @@ def test_collect_names_the_cells_that_a_fit_will_leave_out(tmp_path):
         f"will be left out: {cells[-1].name}: loss 9, but {cells[-2].name}, with no more weights"
     )
     assert any(line.startswith(wanted) for line in said)
-    assert any(line.startswith(f"{cells[-1].name} predicts no better than") for line in said)
+    assert any(line.startswith(f"{cells[-1].name} is hardly better than") for line in said)
     assert read_table(folder / "cells.csv")[-1]["unigram_loss"] == 6.0
 
 
