@@ -258,9 +258,8 @@ class Saver:
         with save.verdict:
             save.is_committed = is_whole and not save.is_given_up
         if not save.is_committed and not self._lost_lease:
-            remove(
-                save.folder
-            )  # given up, say: the run may have gone back since, and left its course
+            # If it was given up, the run may have gone back since, and must not meet this step later.
+            self._discard(save.folder)
         if save.is_committed:
             log.info("checkpoint %s committed after %.1f s", path, seconds)
             events.record(self.root.parent, "committed", step=save.folder.step, seconds=seconds)
@@ -273,6 +272,12 @@ class Saver:
         except OSError as error:
             log.warning("old checkpoints under %s could not be removed: %s", self.root, error)
 
+    def _discard(self, folder: CheckpointFolder) -> None:
+        try:
+            remove(folder)
+        except OSError as error:
+            log.warning("%s, which is no checkpoint, could not be removed: %s", folder.path, error)
+
     def _abandon(self, *, remove_folder: bool = True) -> None:
         """End the save under way without a result, on all ranks."""
         save, phase, self._save, self._phase = self._save, self._phase, None, Phase.IDLE
@@ -284,7 +289,7 @@ class Saver:
         if self._thread is not None and self._thread.is_alive():
             self._outlived[save.folder.path] = self._thread  # it removes the folder when it ends
         elif dist.get_rank() == 0 and remove_folder:
-            remove(save.folder)
+            self._discard(save.folder)
         self._thread = None
         self._report_failure(save.folder, save.failure)
 

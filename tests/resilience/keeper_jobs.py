@@ -21,6 +21,7 @@ import torch
 from megatron_eso.checkpoint import find as find_module
 from megatron_eso.checkpoint import folder as folder_module
 from megatron_eso.checkpoint import local as local_module
+from megatron_eso.checkpoint import save as save_module
 from megatron_eso.checkpoint.folder import CheckpointFolder, list_folders
 from megatron_eso.checkpoint.local import LocalCopies
 from megatron_eso.checkpoint.state import collect
@@ -189,14 +190,15 @@ def saved_on_a_file_system(folder: str, slow: str, seconds: float) -> dict[str, 
     Args:
         folder: run folder.
         slow: ``publish``: rank 0's small files of step 2; ``remove``: taking an old checkpoint away;
-            ``refuse``: publishing step 2 meets a file that it cannot use.
+            ``refuse``: publishing step 2 meets a file that it cannot use; ``stay``: nor can its folder be
+            removed.
         seconds: how long that takes.
     """
 
     def hold(step: int) -> None:
         if step == 2 and slow == "publish":
             time.sleep(seconds)
-        if step == 2 and slow == "refuse":
+        if step == 2 and slow in ("refuse", "stay"):
             raise CheckpointError("no hash of that file")
 
     commit, remove = CheckpointFolder.commit, folder_module.remove
@@ -209,9 +211,13 @@ def saved_on_a_file_system(folder: str, slow: str, seconds: float) -> dict[str, 
         time.sleep(seconds if slow == "remove" else 0)
         remove(of)
 
+    def refused_remove(of: CheckpointFolder) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(of.path))
+
     doubles = (
         (CheckpointFolder, "commit", slow_commit),
         (folder_module, "remove", slow_remove),
+        (save_module, "remove", refused_remove if slow == "stay" else remove),
     )
     with _listening() as said, replaced(doubles):
         session = make_empty_session(["checkpoint.timeout_seconds=4", "checkpoint.keep_last=1"])

@@ -241,6 +241,14 @@ def test_an_error_in_publishing_is_no_lost_lease(two_ranks, run):
     assert found["folders"] == [1]
 
 
+def test_a_failed_save_whose_folder_cannot_be_removed_ends_no_run(two_ranks, run):
+    """The first attempt leaves the folder; the second finds it there and cannot make its own."""
+    found = two_ranks.run(SAVED, str(run), "stay", 0.0)[0]
+    assert [kept for kept, *_ in found["kept"]] == [True, False, False]
+    assert sum("could not be removed: [Errno 30]" in line for line in found["said"]) == 2
+    assert found["left"] == [1] and found["folders"] == [1, 2]
+
+
 def test_ranks_keep_copies_of_the_same_steps_when_one_writes_slowly(two_ranks, run, tmp_path):
     settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
     job = "resilience.keeper_jobs.copied_by_a_slow_rank"
