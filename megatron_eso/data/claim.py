@@ -53,17 +53,20 @@ def claim(
         _claim_folder(folder, request, overwrite)
         return complete(folder, request, splits)
     earlier = destination.claim(REQUEST_NAME, request)
-    if earlier == request and not overwrite:
+    if earlier is not None and _going_on(earlier, request) == request and not overwrite:
         manifests = destination.manifests(splits)
         if manifests is not None:
             return manifests
+        if earlier != request:
+            destination.replace(REQUEST_NAME, request, [])
     else:  # what the staging folder says was sent is not in the store, or is about to be removed
         if earlier is not None:
             _refuse_another(destination.address, earlier, request, overwrite)
             destination.replace(REQUEST_NAME, request, [*MERGE_ORDER, TOKENIZER_NAME])
         if (folder / REQUEST_NAME).is_file():
             remove_prepared(folder)
-    _claim_folder(folder, request, overwrite=_request_of(folder) != request)
+    is_anothers = _going_on(_request_of(folder), request) != request
+    _claim_folder(folder, request, overwrite=is_anothers)
     return None
 
 
@@ -71,7 +74,7 @@ def complete(
     folder: Path, request: dict[str, Any], splits: tuple[str, ...]
 ) -> dict[str, Manifest] | None:
     """Return the manifests of a local output if it has all of this request's splits, else None."""
-    if _request_of(folder) != request:
+    if _going_on(_request_of(folder), request) != request:
         return None
     if not all((folder / split / MANIFEST_NAME).is_file() for split in splits):
         return None
@@ -138,7 +141,7 @@ def _claim_folder(out: Path, request: dict[str, Any], overwrite: bool) -> None:
     path = out / REQUEST_NAME
     if path.is_file():
         earlier = _request_of(out)
-        if overwrite or earlier != request:
+        if overwrite or _going_on(earlier, request) != request:
             if any((out / name).exists() for name in (*MERGE_ORDER, WORK_NAME)):
                 _refuse_another(str(out), earlier, request, overwrite)
             remove_prepared(out)
@@ -153,6 +156,17 @@ def _request_of(folder: Path) -> dict[str, Any]:
     """Return the request that a folder was prepared from; empty if it is missing or damaged."""
     path = folder / REQUEST_NAME
     return parse_json(path.read_text(errors="replace")) if path.is_file() else {}
+
+
+def _going_on(earlier: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+    """Return the request that an earlier one becomes when this one goes on from its work.
+
+    What was done while a bad document was an error holds none, so it is what skipping them gives. That is
+    what the error advises.
+    """
+    key = "bad_documents"
+    is_wider = earlier.get(key) == "error" and request.get(key) == "skip"
+    return {**earlier, key: "skip"} if is_wider else earlier
 
 
 def _refuse_another(

@@ -11,6 +11,7 @@ import sys
 import time
 import types
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -297,6 +298,28 @@ def test_a_bad_document_is_an_error_with_file_and_line_or_skipped_and_counted(
     splits = [load_manifest(tmp_path / "skip" / split) for split in ("train", "validation")]
     assert sum(manifest.num_skipped for manifest in splits) == 1
     assert sum(manifest.num_documents for manifest in splits) == 22
+
+
+def test_the_advice_of_a_bad_document_is_taken_where_the_error_left_off(prepared, tmp_path):
+    """Partitions that were done while bad documents were errors have none."""
+    source, tokenizer = tmp_path / "long.jsonl", str(prepared / "tokenizer.json")
+    fine = [b'{"text": "%s %d"}' % (b"fine " * 40, n) for n in range(6000)]
+    source.write_bytes(b"\n".join([*fine, b"oops"]) + b"\n")
+    settings = {"tokenizer": tokenizer, "num_processes": 1}
+    changes = {"validation_fraction": 0.0, "partition_mib": 1}
+    with pytest.raises(DataError, match="--bad-documents skip"):
+        prepare([str(source)], tmp_path / "set", options(**changes), **settings)
+    with pytest.raises(DataError, match=r"another request.*sequence_length"):
+        prepare([str(source)], tmp_path / "set", options(sequence_length=8), **settings)
+    changes["bad_documents"], progress = "skip", mock.MagicMock()
+    for name in ("set", "fresh"):
+        prepare([str(source)], tmp_path / name, options(**changes), progress=progress, **settings)
+    assert progress.say.mock_calls == [mock.call("continuing: 1 of 2 parts done")]
+    found = [(tmp_path / name / "train/manifest.json").read_text() for name in ("set", "fresh")]
+    assert found[0] == found[1] and load_manifest(tmp_path / "set/train").num_skipped == 1
+    changes["bad_documents"] = "error"
+    with pytest.raises(DataError, match="bad_documents: skip -> error"):
+        prepare([str(source)], tmp_path / "set", options(**changes), **settings)
 
 
 def test_a_parquet_text_that_is_not_utf_8_is_a_bad_document(tmp_path):

@@ -139,6 +139,26 @@ def test_another_request_for_the_address_is_refused_or_replaces_what_is_there(
     assert len(rows(f"{address}/train", tmp_path)) == done.manifests["train"].num_samples
 
 
+def test_what_was_sent_before_a_bad_document_stays_where_such_are_skipped(
+    store, prepared, tmp_path
+):
+    (tmp_path / "texts").mkdir()
+    for number in range(2):
+        write_corpus(tmp_path / f"texts/{number}.jsonl", num_documents=400, seed=number)
+    with open(tmp_path / "texts/1.jsonl", "a") as file:
+        file.write("oops\n")
+    address, staging = "s3://shards/bad", tmp_path / "work"
+    with pytest.raises(DataError, match="--bad-documents skip"):
+        send(tmp_path / "texts", address, prepared, staging=staging)
+    store.requests.clear()
+    send(tmp_path / "texts", address, prepared, staging=staging, bad_documents="skip")
+    assert not any("PUT" in one and "part-00000" in one for one in store.requests)
+    with pytest.raises(DataError, match="bad_documents: skip -> error"):
+        send(tmp_path / "texts", address, prepared, staging=staging)
+    send(tmp_path / "texts", tmp_path / "local", prepared, bad_documents="skip")
+    assert_same_rows(address, tmp_path / "local", tmp_path)
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_of_two_hosts_that_begin_at_once_one_has_the_address(store, monkeypatch, same):
     address = f"s3://shards/race-{same}"
