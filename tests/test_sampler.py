@@ -139,7 +139,12 @@ def test_a_temperature_next_to_zero_takes_it_too(top_p):
 
 @pytest.mark.parametrize(
     ("ids", "length", "message"),
-    [(list(range(9)), 8, "leaves nothing"), ([127], 8, "mask token"), ([1], 5000, "rotary table")],
+    [
+        (list(range(9)), 8, "row of 8; shorten it or raise --length, to 64 at most$"),
+        (list(range(64)), 64, "row of 64; shorten it$"),
+        ([127], 8, "mask token"),
+        ([1], 5000, "rotary table"),
+    ],
 )
 def test_a_prompt_that_does_not_fit_is_refused(ids, length, message):
     model = ModelConfig(vocab_size=128, max_length=64)

@@ -49,9 +49,10 @@ def rows_with_prompts(prompts: Sequence[list[int]], length: int, model: ModelCon
     _check_length(length, model)
     longest = max(len(ids) for ids in prompts)
     if longest >= length:
+        longer = f" or raise --length, to {model.max_length} at most"
         raise ConfigError(
             f"the prompt has {longest} tokens and leaves nothing to decide in a row of {length}; "
-            "shorten it or raise --length"
+            f"shorten it{longer if longest < model.max_length else ''}"
         )
     tokens = torch.full((len(prompts), length), model.vocab_size - 1, dtype=torch.int64)
     for row, ids in enumerate(prompts):
