@@ -25,7 +25,9 @@ def _machine() -> list[Finding]:
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(gpus)) or "none"
     return [
         Finding("Python", platform.python_version(), "3.11 and 3.12 are tested"),
-        Finding("CPU", f"{os.cpu_count()} cores", f"threads that torch uses: {torch.get_num_threads()}"),
+        Finding(
+            "CPU", f"{os.cpu_count()} cores", f"threads that torch uses: {torch.get_num_threads()}"
+        ),
         Finding(
             "memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free", ""
         ),
