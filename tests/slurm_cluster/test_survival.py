@@ -75,7 +75,7 @@ def test_cancel_after_checkpoint_ends_the_job_and_submit_continues_it(slurm, tmp
     run = Run(slurm, tmp_path / "r", fault={"endless": [0]})
     run.wait_log("rank 0/2 start at 0")
     run.wait_log("rank 1/2 start at 0")
-    with pytest.raises(AssertionError, match=r"works on .* already"):
+    with pytest.raises(AssertionError, match=r"already works on "):
         Run(slurm, tmp_path / "r")
     assert "saves a checkpoint" in command("cancel", "--after-checkpoint", run.folder).stdout
     run.wait_state("COMPLETED")
