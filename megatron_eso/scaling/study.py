@@ -146,7 +146,8 @@ def study_text(study: Study) -> str:
         if fit.multipliers:
             low, high = min(fit.multipliers), max(fit.multipliers)
             lines.append(f"  needs {low:.3g} to {high:.3g} times ar's compute for the same loss")
-        lines += [f"  provisional: {reason}" for reason in fit.provisional]
+        if fit.size_law and fit.token_law and fit.loss_law:  # else the next line gives the reasons
+            lines += [f"  provisional: {reason}" for reason in fit.provisional]
         lines.append(f"  {recommendation(fit, study.budget or 0)}")
         if fit.with_doubtful:
             names = ", ".join(str(row.get("cell")) for row in fit.doubtful)

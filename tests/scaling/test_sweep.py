@@ -451,6 +451,13 @@ def test_unfinished_and_diverged_cells_are_left_out_and_make_it_provisional():
     assert "PROVISIONAL" in recommendation(study.objectives[0], 1e10)
 
 
+def test_why_there_is_no_recommendation_is_said_once_beside_the_refused_budgets():
+    table = read_table(ROOT / "docs/scaling-laptop/cells.csv")
+    ar = study_text(fit_study(table, budget=1e13)).partition("eso-1:")[0]
+    assert "ar: no recommendation: " in ar and "provisional:" not in ar
+    assert ar.count("(2.25 parameters) is outside the measured sizes") == 2
+
+
 # Logged every tenth step by cells of the laptop study: at rates 1.8 and 2.2, then at its own.
 DIVERGED = {
     "ar": [7.63, 11.97, 11.32, 12.12, 9.1, 11.2, 10.59, 12.17, 12.43, 8.3, 6.74, 6.61, 7.28, 6.83, 6.47,
