@@ -7,7 +7,7 @@ from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.files import write_whole
 from megatron_eso.scaling import collect as collecting
-from megatron_eso.scaling.doubts import doubts, hardly_better_than_unigram, why_not_finished
+from megatron_eso.scaling.doubts import doubts, hardly_better_than_unigram, part, why_not_finished
 from megatron_eso.scaling.grid import make_grid
 from megatron_eso.scaling.runner import (
     Look,
@@ -125,11 +125,9 @@ def collect(
 
 def _not_to_be_fitted(rows: list[collecting.Row]) -> list[str]:
     """Return a line for each cell that a fit will leave out, or that has learnt next to nothing."""
-    reasons = {str(row["cell"]): why_not_finished(row) for row in rows}
-    usable = [row for row in rows if not reasons[row["cell"]]]
-    doubted = zip(usable, doubts(usable), strict=True)
-    lines = [f"will be left out: {cell}: {why}" for cell, why in reasons.items() if why]
-    lines += [f"will be left out: {row['cell']}: {why}" for row, why in doubted if why]
+    usable, unfinished = part(rows, map(why_not_finished, rows))
+    _, doubted = part(usable, doubts(usable))
+    lines = [f"will be left out: {row['cell']}: {why}" for row, why in (*unfinished, *doubted)]
     idle = hardly_better_than_unigram(usable)
     words = "is hardly better than token frequencies (unigram_loss)"
     return lines + [f"{cell} {words}" for cell in idle]

@@ -12,7 +12,7 @@ neither, and a least-squares parabola is bent by one such cell. Nothing is assum
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -43,6 +43,12 @@ def doubts(rows: Sequence[Row]) -> list[str]:
             else ""
         )
     return found
+
+
+def part(rows: Iterable[Row], reasons: Iterable[str]) -> tuple[list[Row], list[tuple[Row, str]]]:
+    """Return the cells that have no reason to be left out, and the others with theirs."""
+    judged = list(zip(rows, reasons, strict=True))
+    return [row for row, why in judged if not why], [(row, why) for row, why in judged if why]
 
 
 def why_not_finished(row: Row) -> str:

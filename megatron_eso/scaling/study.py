@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_eso.errors import ConfigError, DataError
-from megatron_eso.scaling.doubts import doubts, hardly_better_than_unigram, why_not_finished
+from megatron_eso.scaling.doubts import doubts, hardly_better_than_unigram, part, why_not_finished
 from megatron_eso.scaling.isoflop import (
     Minimum,
     PowerLaw,
@@ -78,39 +78,33 @@ def fit_study(
     """
     _require_columns(rows)
     _require_cells(rows, keep)
-    reasons = [_why_left_out(row, keep) for row in rows]
-    usable = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
-    left_out = [(str(row.get("cell")), why) for row, why in zip(rows, reasons, strict=True) if why]
+    usable, unfinished = part(rows, (_why_left_out(row, keep) for row in rows))
     if not usable:
+        row, why = unfinished[0]
         raise DataError(
-            f"none of {len(rows)} cells is finished with a loss; first: {': '.join(left_out[0])}"
+            f"none of {len(rows)} cells is finished with a loss; first: {row.get('cell')}, {why}"
         )
     _require_numbers(usable)
     _refuse_mixtures(usable)
-    doubted = [
-        (row, why)
-        for row, why in zip(usable, doubts(usable), strict=True)
-        if why and str(row.get("cell")) not in keep
-    ]
-    for row, why in doubted:
-        left_out.append((str(row.get("cell")), why))
-    doubtful = [row for row, _ in doubted]
-    trusted = [row for row in usable if not any(row is other for other in doubtful)]
+    trusted, doubted = part(
+        usable,
+        (
+            "" if str(row.get("cell")) in keep else why
+            for row, why in zip(usable, doubts(usable), strict=True)
+        ),
+    )
     reference = _points(_minima([row for row in trusted if row["objective"] == "ar"]))
     fits = [
         _with_and_without(
             name,
             [row for row in trusted if row["objective"] == name],
-            [row for row in doubtful if row["objective"] == name],
+            [row for row, _ in doubted if row["objective"] == name],
             reference if name != "ar" else None,
-            sum(
-                bool(why)
-                for row, why in zip(rows, reasons, strict=True)
-                if row["objective"] == name
-            ),
+            sum(row["objective"] == name for row, _ in unfinished),
         )
         for name in dict.fromkeys(row["objective"] for row in usable)
     ]
+    left_out = [(str(row.get("cell")), why) for row, why in (*unfinished, *doubted)]
     largest = max(float(row.get("budget") or row["flops"]) for row in usable)
     return Study(fits, left_out, budget or 4 * largest)
 
