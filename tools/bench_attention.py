@@ -8,12 +8,12 @@ kernel runs in bf16 (``_SMALL`` in model/attention/kernels.py).
 """
 
 import argparse
-import time
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from megatron_eso.model.attention import kernels
+from tools.turns import shortest_in_turn
 
 HEADS, TOKENS, ROUNDS = 4, 2048, 15
 LENGTHS, HEAD_SIZES = (64, 128, 256, 512, 1024), (32, 64, 128)
@@ -53,20 +53,9 @@ def measure(length: int, size: int) -> list[float]:
         for x in found:
             x.to(torch.bfloat16)
 
-    return _shortest(lambda: backward(torch.bfloat16), lambda: backward(torch.float32))
-
-
-def _shortest(*works: Callable[[], None]) -> list[float]:
-    """Return the shortest time of each call, in seconds; the calls take turns."""
-    times = [float("inf")] * len(works)
-    for work in works:
-        work()
-    for _ in range(ROUNDS):
-        for index, work in enumerate(works):
-            begin = time.perf_counter()
-            work()
-            times[index] = min(times[index], time.perf_counter() - begin)
-    return times
+    works = {str(dtype): partial(backward, dtype) for dtype in (torch.bfloat16, torch.float32)}
+    shortest_in_turn(works, 1)  # the first calls also make what later ones find there
+    return list(shortest_in_turn(works, ROUNDS).values())
 
 
 if __name__ == "__main__":

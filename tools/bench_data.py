@@ -171,13 +171,8 @@ def best_of(
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Return the best tokens per second of each function; they take turns."""
-    best = dict.fromkeys(rounds, float("inf"))
-    for _ in range(ROUNDS):
-        for name, run in rounds.items():
-            begin = clock()
-            run()
-            best[name] = min(best[name], clock() - begin)
-    return {name: num_tokens / seconds for name, seconds in best.items()}
+    seconds = shortest_in_turn(rounds, ROUNDS, clock)
+    return {name: num_tokens / best for name, best in seconds.items()}
 
 
 def write_rows(folder: Path) -> tuple[Path, Path]:
@@ -205,6 +200,7 @@ def write_rows(folder: Path) -> tuple[Path, Path]:
 STREAMING = """
 import sys, time
 from megatron_eso.data import streaming_shim
+from tools.turns import shortest_in_turn
 dataset = streaming_shim.load("dataset").StreamingDataset(
     local=sys.argv[1], shuffle=True, batch_size=8, num_canonical_nodes=1)
 rows, begin = 0, time.process_time()
