@@ -49,7 +49,7 @@ def launch(
     from megatron_eso.launch.starter import can_be_warm
     from megatron_eso.launch.supervisor import Supervision, supervise
 
-    run_config = load_run(config, overrides or [])
+    run_config = load_run(config, overrides)
     arguments = ["train", str(config), *(overrides or [])]
     place = rank_environment(os.environ)
     number = 1 if place else ranks or run_config.parallel.local_ranks

@@ -41,7 +41,7 @@ def train(
     stop = StopRequest()
     if "RANK" in os.environ:
         stop.install()  # before the imports below, which take seconds
-    run_config = load_run(config, overrides or [])
+    run_config = load_run(config, overrides)
     os.environ.update(process_environment(run_config))
     if "RANK" not in os.environ:
         number = ranks or run_config.parallel.local_ranks

@@ -63,7 +63,7 @@ def load_config(
     return with_paths(found, expanduser)  # no shell expands a ~ in these values
 
 
-def load_run(path: Path, overrides: list[str]) -> RunConfig:
+def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
     """Return the configuration of a run that is to start or to go on; see :func:`load_config`.
 
     Raises:
@@ -72,7 +72,7 @@ def load_run(path: Path, overrides: list[str]) -> RunConfig:
     """
     config, here = load_config(path, overrides), path.absolute().parent
     is_a_runs_own = path.name == "config.yaml" and (here / "checkpoints").is_dir()
-    is_given = any(override.startswith("folder=") for override in overrides)
+    is_given = any(override.startswith("folder=") for override in overrides or ())
     if is_a_runs_own and not is_given and Path(config.folder).resolve() != here.resolve():
         raise ConfigError(
             f"{path} is of a run that was moved: it names folder={config.folder}; give folder={here} to "

@@ -53,7 +53,7 @@ def claim(
         _claim_folder(folder, request, overwrite)
         return complete(folder, request, splits)
     earlier = destination.claim(REQUEST_NAME, request)
-    if earlier is not None and _going_on(earlier, request) == request and not overwrite:
+    if earlier is not None and _goes_on(earlier, request) and not overwrite:
         manifests = destination.manifests(splits)
         if manifests is not None:
             return manifests
@@ -65,8 +65,7 @@ def claim(
             destination.replace(REQUEST_NAME, request, [*MERGE_ORDER, TOKENIZER_NAME])
         if (folder / REQUEST_NAME).is_file():
             remove_prepared(folder)
-    is_anothers = _going_on(_request_of(folder), request) != request
-    _claim_folder(folder, request, overwrite=is_anothers)
+    _claim_folder(folder, request, overwrite=not _goes_on(_request_of(folder), request))
     return None
 
 
@@ -74,7 +73,7 @@ def complete(
     folder: Path, request: dict[str, Any], splits: tuple[str, ...]
 ) -> dict[str, Manifest] | None:
     """Return the manifests of a local output if it has all of this request's splits, else None."""
-    if _going_on(_request_of(folder), request) != request:
+    if not _goes_on(_request_of(folder), request):
         return None
     if not all((folder / split / MANIFEST_NAME).is_file() for split in splits):
         return None
@@ -141,7 +140,7 @@ def _claim_folder(out: Path, request: dict[str, Any], overwrite: bool) -> None:
     path = out / REQUEST_NAME
     if path.is_file():
         earlier = _request_of(out)
-        if overwrite or _going_on(earlier, request) != request:
+        if overwrite or not _goes_on(earlier, request):
             if any((out / name).exists() for name in (*MERGE_ORDER, WORK_NAME)):
                 _refuse_another(str(out), earlier, request, overwrite)
             remove_prepared(out)
@@ -158,15 +157,15 @@ def _request_of(folder: Path) -> dict[str, Any]:
     return parse_json(path.read_text(errors="replace")) if path.is_file() else {}
 
 
-def _going_on(earlier: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
-    """Return the request that an earlier one becomes when this one goes on from its work.
+def _goes_on(earlier: dict[str, Any], request: dict[str, Any]) -> bool:
+    """Return whether a request may go on with the work of an earlier one, which is the same or stricter.
 
     What was done while a bad document was an error holds none, so it is what skipping them gives. That is
     what the error advises.
     """
     key = "bad_documents"
     is_wider = earlier.get(key) == "error" and request.get(key) == "skip"
-    return {**earlier, key: "skip"} if is_wider else earlier
+    return request == ({**earlier, key: "skip"} if is_wider else earlier)
 
 
 def _refuse_another(
