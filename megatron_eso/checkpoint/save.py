@@ -8,11 +8,11 @@ is committed, the same thread removes older checkpoints; the next save waits for
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from megatron_eso.checkpoint.folder import (
     prune,
     remove,
 )
+from megatron_eso.checkpoint.publish import Publication, discard
 from megatron_eso.checkpoint.strategy import Plan, Planner
 from megatron_eso.config.schema import CheckpointConfig
 from megatron_eso.errors import CheckpointError, LostLeaseError
@@ -35,13 +36,11 @@ from megatron_eso.launch import events, lease
 from megatron_eso.parallel.exchange import any_rank, gather_messages
 
 log = logging.getLogger(__name__)
-_RENEW_SECONDS = 60.0
 
 
 class Phase(Enum):
     """Where a save is; the same on every rank."""
 
-    IDLE = "idle"
     WRITING = "writing"
     PUBLISHING = "publishing"
     TIDYING = "tidying"
@@ -55,13 +54,44 @@ class _Save:
     sidecar: dict[str, Any]
     plan: Plan
     begin: float
+    phase: Phase = Phase.WRITING
     child: Child | None = None
+    """Writes this rank's shard, if asynchronous."""
     written: Any = None
     failure: str = ""
-    verdict: threading.Lock = field(default_factory=threading.Lock)
-    """Held to decide between the two, of which one alone can be."""
-    is_committed: bool = False
-    is_given_up: bool = False
+    publication: Publication | None = None
+    """On rank 0, from publishing on."""
+
+    def look(self, limit: float) -> bool:
+        """Return whether this rank is still busy with the phase; note in ``failure`` why it failed.
+
+        Args:
+            limit: seconds that writing and publishing may take together, and then tidying.
+        """
+        waited, late = time.perf_counter() - self.begin, ""
+        if waited > limit:
+            late = f"not done after {waited:.0f} s (checkpoint.timeout_seconds={limit:g})"
+        if self.phase is Phase.WRITING:
+            return self._look_at_shard(late)
+        if self.publication is None:  # that is rank 0's work
+            return False
+        if self.phase is Phase.PUBLISHING:
+            is_busy, self.failure = self.publication.look(late)
+            return is_busy
+        is_busy = self.publication.is_alive
+        if is_busy and late:
+            root = self.folder.path.parent
+            log.warning("removing old checkpoints under %s: %s; training goes on", root, late)
+        return is_busy and not late
+
+    def _look_at_shard(self, late: str) -> bool:
+        if self.child is None:
+            return False
+        is_busy = self.child.is_running
+        if is_busy and late:
+            self.child.kill(late)
+        self.written, self.failure = self.child.result, self.child.failure
+        return is_busy
 
 
 class Saver:
@@ -88,17 +118,18 @@ class Saver:
         self.root, self.settings = root, settings
         self.kept_step = -1
         """Step of the newest checkpoint this run committed or continued from; -1: none."""
-        self._device, self._owner, self._while_waiting = device, owner, while_waiting
-        self._planner, self._phase = Planner(), Phase.IDLE
+        self._device, self._while_waiting = device, while_waiting
+        self._planner, self._lease = (
+            Planner(),
+            lease.Held(root, owner if dist.get_rank() == 0 else ""),
+        )
         self._save: _Save | None = None
-        self._thread: threading.Thread | None = None
-        self._outlived: dict[Path, threading.Thread] = {}  # threads of saves that were given up
-        self._renewed, self._lost_lease = time.monotonic(), ""
+        self._outlived: dict[Path, Publication] = {}  # of saves that were given up
 
     @property
     def is_saving(self) -> bool:
         """True while a save is neither committed nor has failed."""
-        return self._phase in (Phase.WRITING, Phase.PUBLISHING)
+        return self._save is not None and self._save.phase is not Phase.TIDYING
 
     def save(self, step: int, state: dict[str, Any], sidecar: dict[str, Any]) -> float:
         """Begin a checkpoint of ``step``; return how long training stalled, in seconds.
@@ -116,25 +147,25 @@ class Saver:
             self._report_failure(folder, failure)
             return time.perf_counter() - begin
         plan = self._planner.plan(state, folder.path)
-        self._save, self._phase = _Save(folder, sidecar, plan, begin), Phase.WRITING
+        self._save = save = _Save(folder, sidecar, plan, begin)
         try:
             if self.settings.asynchronous:
-                self._save.child = Child(plan.write)
+                save.child = Child(plan.write)
             else:
-                self._save.written = plan.write()
+                save.written = plan.write()
         except Exception as error:  # reported by every rank at the next poll: nothing is swallowed
-            self._save.failure = f"{type(error).__name__}: {error}"
+            save.failure = f"{type(error).__name__}: {error}"
         if not self.settings.asynchronous:
             self.finish()
         return time.perf_counter() - begin
 
     def flags(self) -> list[bool]:
         """Return what this rank must tell the others: busy, failed, lease lost."""
-        self._renew_lease()
-        save, is_busy, failure = self._save, False, ""
-        if save is not None:
-            is_busy, failure = self._look(save)
-        return [is_busy, bool(failure), bool(self._lost_lease)]
+        self._lease.renew()
+        save = self._save
+        is_busy = save is not None and save.look(self.settings.timeout_seconds)
+        # In this order: a lease is noted as lost before the phase that found it ends.
+        return [is_busy, bool(save and save.failure), bool(self._lease.lost)]
 
     def advance(self, is_busy: bool, has_failed: bool, is_lease_lost: bool) -> None:
         """Advance the save under way, given whether any rank set each of its :meth:`flags`.
@@ -144,19 +175,21 @@ class Saver:
         """
         if is_lease_lost:
             self._abandon(remove_folder=False)  # the folder may now be the other attempt's
-            raise CheckpointError(self._lost_lease or "rank 0 lost the lease of the run folder")
+            raise CheckpointError(self._lease.lost or "rank 0 lost the lease of the run folder")
         save = self._save
         if save is None:
             return
         if has_failed:
             self._abandon()
-        elif not is_busy and self._phase is Phase.WRITING:
+        elif is_busy:
+            pass
+        elif save.phase is Phase.WRITING:
             self._publish(save)
-        elif not is_busy and self._phase is Phase.PUBLISHING:
-            self.kept_step, self._phase = save.folder.step, Phase.TIDYING
+        elif save.phase is Phase.PUBLISHING:
+            self.kept_step, save.phase = save.folder.step, Phase.TIDYING
             save.begin = time.perf_counter()
-        elif not is_busy:
-            self._save, self._phase, self._thread = None, Phase.IDLE, None
+        else:
+            self._save = None
 
     def poll(self) -> None:
         """Advance the save under way without waiting for it."""
@@ -173,97 +206,47 @@ class Saver:
                 time.sleep(pause)
                 pause = min(pause * 2, 0.2)
 
-    def _look(self, save: _Save) -> tuple[bool, str]:
-        """Return whether this rank is still busy with the phase; if it failed, also why."""
-        waited = time.perf_counter() - save.begin
-        is_late = waited > self.settings.timeout_seconds
-        late = (
-            f"not done after {waited:.0f} s (checkpoint.timeout_seconds="
-            f"{self.settings.timeout_seconds:g})"
-        )
-        if self._phase is not Phase.WRITING:
-            return self._look_at_thread(save, late if is_late else "")
-        if save.child is None:
-            is_busy = False
-        else:
-            is_busy = save.child.is_running
-            if is_busy and is_late:
-                save.child.kill(late)
-            save.written, save.failure = save.child.result, save.child.failure
-        if is_busy and is_late:
-            save.failure = save.failure or late
-        return is_busy, save.failure
-
-    def _look_at_thread(self, save: _Save, late: str) -> tuple[bool, str]:
-        """Return whether rank 0's thread is at work on this phase, and why it failed if it did."""
-        is_alive = self._thread is not None and self._thread.is_alive()
-        if self._phase is Phase.TIDYING:
-            if is_alive and late:
-                log.warning(
-                    "removing old checkpoints under %s: %s; training goes on", self.root, late
-                )
-            return is_alive and not late, ""
-        if is_alive and late:
-            with save.verdict:
-                save.is_given_up = not save.is_committed
-            save.failure = late if save.is_given_up else ""
-            return save.is_given_up, save.failure
-        return is_alive and not save.is_committed, "" if is_alive else save.failure
-
     def _make(self, folder: CheckpointFolder) -> str:
+        """Make the folder of a save; return why that cannot be done, or an empty string."""
         try:
-            if self._owner:
-                lease.require_lease(self.root, self._owner)
+            self._lease.require()
             outlived = self._outlived.get(folder.path)
-            if outlived is not None and outlived.is_alive():
+            if outlived is not None and outlived.is_alive:
                 return "an earlier save of this step, which was given up, still holds its folder"
             if folder.path.exists():
                 remove(folder)
             folder.path.mkdir(parents=True)
         except LostLeaseError as error:
-            self._lost_lease = str(error)
-            return self._lost_lease
+            return str(error)
         except OSError as error:
             return f"its folder cannot be made: {error}"
         return ""
 
     def _publish(self, save: _Save) -> None:
-        """Gather what the ranks wrote; rank 0 starts the thread that turns it into a checkpoint."""
-        is_first = dist.get_rank() == 0
-        written = [None] * dist.get_world_size() if is_first else None
+        """Gather what the ranks wrote; rank 0 starts to turn it into a checkpoint."""
+        written = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(save.written, written)
-        self._phase, save.written = Phase.PUBLISHING, None
+        save.phase, save.written = Phase.PUBLISHING, None
         if written is not None:
-            self._thread = threading.Thread(
-                target=self._write_marker, args=(save, written), daemon=True
+            save.publication = Publication(
+                save.folder,
+                self._lease,
+                save.begin,
+                write=partial(self._write_marker, save.folder, save.plan, save.sidecar, written),
+                remove_older=partial(self._prune, save.folder.step),
             )
-            self._thread.start()
 
-    def _write_marker(self, save: _Save, written: list[Any]) -> None:
-        path, is_whole = save.folder.path, False
-        try:
-            save.plan.publish(path, [results for results, _ in written])
-            write_json(path / SIDECAR, save.sidecar)
-            if self._owner:
-                lease.require_lease(self.root, self._owner)
-            save.folder.commit(
-                {name: entry for _, files in written for name, entry in files.items()}
-            )
-            is_whole = True
-        except LostLeaseError as error:
-            self._lost_lease = str(error)
-        except Exception as error:  # reported by every rank: nothing is swallowed
-            save.failure = f"{type(error).__name__}: {error}"
-        seconds = time.perf_counter() - save.begin
-        with save.verdict:
-            save.is_committed = is_whole and not save.is_given_up
-        if not save.is_committed and not self._lost_lease:
-            # If it was given up, the run may have gone back since, and must not meet this step later.
-            self._discard(save.folder)
-        if save.is_committed:
-            log.info("checkpoint %s committed after %.1f s", path, seconds)
-            events.record(self.root.parent, "committed", step=save.folder.step, seconds=seconds)
-            self._prune(save.folder.step)
+    def _write_marker(
+        self,
+        folder: CheckpointFolder,
+        plan: Plan,
+        sidecar: dict[str, Any],
+        written: list[Any],
+    ) -> None:
+        plan.publish(folder.path, [results for results, _ in written])
+        write_json(folder.path / SIDECAR, sidecar)
+        self._lease.require()
+        folder.commit({name: entry for _, files in written for name, entry in files.items()})
 
     def _prune(self, step: int) -> None:
         last, every = self.settings.keep_last, self.settings.keep_every_steps
@@ -272,25 +255,20 @@ class Saver:
         except OSError as error:
             log.warning("old checkpoints under %s could not be removed: %s", self.root, error)
 
-    def _discard(self, folder: CheckpointFolder) -> None:
-        try:
-            remove(folder)
-        except OSError as error:
-            log.warning("%s, which is no checkpoint, could not be removed: %s", folder.path, error)
-
     def _abandon(self, *, remove_folder: bool = True) -> None:
         """End the save under way without a result, on all ranks."""
-        save, phase, self._save, self._phase = self._save, self._phase, None, Phase.IDLE
-        if save is None or phase is Phase.TIDYING:  # that one is committed
+        save, self._save = self._save, None
+        if save is None or save.phase is Phase.TIDYING:  # that one is committed
             return
         if save.child is not None:
             save.child.kill("another rank failed")
         dist.barrier()  # from here on, no rank writes into the folder
-        if self._thread is not None and self._thread.is_alive():
-            self._outlived[save.folder.path] = self._thread  # it removes the folder when it ends
+        if save.publication is not None and save.publication.is_alive:
+            self._outlived[save.folder.path] = (
+                save.publication
+            )  # it removes the folder when it ends
         elif dist.get_rank() == 0 and remove_folder:
-            self._discard(save.folder)
-        self._thread = None
+            discard(save.folder)
         self._report_failure(save.folder, save.failure)
 
     def _report_failure(self, folder: CheckpointFolder, failure: str) -> None:
@@ -303,14 +281,3 @@ class Saver:
                 "are as they were", folder.path, why,
             )  # fmt: skip
             events.record(self.root.parent, "save_failed", step=folder.step, why=why)
-
-    def _renew_lease(self) -> None:
-        if not self._owner or dist.get_rank() or time.monotonic() - self._renewed < _RENEW_SECONDS:
-            return
-        self._renewed = time.monotonic()
-        try:
-            lease.require_lease(self.root, self._owner)
-        except LostLeaseError as error:
-            self._lost_lease = str(error)
-        except OSError as error:
-            log.warning("the lease of %s could not be renewed: %s", self.root, error)

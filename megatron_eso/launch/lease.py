@@ -13,6 +13,7 @@ The file system must show a rename to all nodes (NFS, Lustre and Filestore do).
 """
 
 import json
+import logging
 import os
 import platform
 import time
@@ -28,6 +29,8 @@ _RUNNING = ("RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
 LEASE_FILE = "lease.json"
 QUIET_SECONDS = 600.0
 """A lease of another host may be taken if it was not renewed for this long."""
+_RENEW_SECONDS = 60.0
+log = logging.getLogger(__name__)
 
 
 def owner_name(environ: Mapping[str, str]) -> str:
@@ -79,6 +82,43 @@ def require_lease(
         )
     if renew:
         _write(folder, owner, time.time() if now is None else now)
+
+
+class Held:
+    """The lease as its holder uses it for hours. It remembers that it was lost."""
+
+    def __init__(self, folder: Path, owner: str) -> None:
+        """Take note of a lease that was acquired.
+
+        Args:
+            folder: of the checkpoints.
+            owner: its holder; empty: no lease is needed, and none is ever lost.
+        """
+        self.lost = ""
+        """Why it is lost; empty while it is not."""
+        self._folder, self._owner, self._renewed = folder, owner, time.monotonic()
+
+    def require(self) -> None:
+        """Do what :func:`require_lease` does."""
+        if not self._owner:
+            return
+        self._renewed = time.monotonic()
+        try:
+            require_lease(self._folder, self._owner)
+        except LostLeaseError as error:
+            self.lost = str(error)
+            raise
+
+    def renew(self) -> None:
+        """Renew it once a minute. If that cannot be done, warn: whoever publishes asks again."""
+        if time.monotonic() - self._renewed < _RENEW_SECONDS:
+            return
+        try:
+            self.require()
+        except LostLeaseError:
+            pass  # noted in `lost`
+        except OSError as error:
+            log.warning("the lease of %s could not be renewed: %s", self._folder, error)
 
 
 def release(folder: Path, owner: str) -> None:

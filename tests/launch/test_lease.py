@@ -10,6 +10,7 @@ from megatron_eso.errors import CheckpointError
 from megatron_eso.launch.lease import (
     LEASE_FILE,
     QUIET_SECONDS,
+    Held,
     acquire,
     owner_name,
     read,
@@ -27,6 +28,46 @@ def test_a_requeued_attempt_takes_the_lease_and_the_old_one_may_not_publish(tmp_
     with pytest.raises(CheckpointError, match=r"7\.1 is newer"):
         acquire(tmp_path, "7.0")
     require_lease(tmp_path, "7.1")
+
+
+def test_a_holder_renews_once_a_minute_and_remembers_a_loss(tmp_path, monkeypatch, caplog):
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    acquire(tmp_path, "7.0", now=0)
+    held = Held(tmp_path, "7.0")
+    held.renew()
+    assert read(tmp_path)["updated"] == 0
+    clock[0] += 61
+    held.renew()
+    assert read(tmp_path)["updated"] > 0
+    with monkeypatch.context() as broken:
+        broken.setattr("megatron_eso.launch.lease.write_json", lambda *a, **k: 1 / 0)
+        held.renew()  # not due
+        broken.setattr("megatron_eso.launch.lease.write_json", raises(OSError("no answer")))
+        clock[0] += 61
+        held.renew()
+    assert "could not be renewed: no answer" in caplog.text and not held.lost
+    acquire(tmp_path, "7.1")
+    clock[0] += 61
+    held.renew()
+    assert "7.0 lost its lease to 7.1" in held.lost
+    with pytest.raises(CheckpointError, match="lost its lease"):
+        held.require()
+
+
+def test_without_an_owner_no_lease_is_needed(tmp_path):
+    held = Held(tmp_path, "")
+    held.require()
+    assert not held.lost and read(tmp_path) is None
+
+
+def raises(error):
+    """Return a function that raises an error."""
+
+    def function(*arguments, **settings):
+        raise error
+
+    return function
 
 
 def test_attempts_compare_as_numbers_not_as_text(tmp_path):

@@ -21,6 +21,7 @@ import torch
 from megatron_eso.checkpoint import find as find_module
 from megatron_eso.checkpoint import folder as folder_module
 from megatron_eso.checkpoint import local as local_module
+from megatron_eso.checkpoint import publish as publish_module
 from megatron_eso.checkpoint import save as save_module
 from megatron_eso.checkpoint.folder import CheckpointFolder, list_folders
 from megatron_eso.checkpoint.local import LocalCopies
@@ -214,10 +215,12 @@ def saved_on_a_file_system(folder: str, slow: str, seconds: float) -> dict[str, 
     def refused_remove(of: CheckpointFolder) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(of.path))
 
+    removal = refused_remove if slow == "stay" else remove
     doubles = (
         (CheckpointFolder, "commit", slow_commit),
         (folder_module, "remove", slow_remove),
-        (save_module, "remove", refused_remove if slow == "stay" else remove),
+        (save_module, "remove", removal),
+        (publish_module, "remove", removal),
     )
     with _listening() as said, replaced(doubles):
         session = make_empty_session(["checkpoint.timeout_seconds=4", "checkpoint.keep_last=1"])
