@@ -1,10 +1,14 @@
 """Write checkpoints, in the background if configured, and remove those no longer wanted.
 
-A save goes through three phases that all ranks agree on. First every rank writes its shard (in a forked
-process when asynchronous). Then rank 0 publishes (in a thread: small files, check of the lease, manifest,
-and last the marker). Then the save is committed. A failure in any phase, on any rank, ends that save on
-all of them: its folder is removed, older checkpoints stay as they were, and training goes on. Once the save
-is committed, the same thread removes older checkpoints; the next save waits for their room.
+A save goes through three phases that all ranks agree on:
+
+- writing: every rank writes its shard, in a forked process if asynchronous;
+- publishing: rank 0 makes the folder a checkpoint (publish.py): small files, check of the lease, manifest,
+  and last the marker. Then the save is committed;
+- tidying: rank 0 removes older checkpoints; the next save waits for their room.
+
+A failure before it is committed, on any rank, ends that save on all of them: its folder is removed, older
+checkpoints stay as they were, and training goes on.
 """
 
 import logging
