@@ -111,7 +111,7 @@ def start_up(events: list[dict], ledger: list[dict]) -> StartUp | None:
 
 def job_of_task(run: Path, jobs: list[slurm.QueuedJob]) -> slurm.QueuedJob | None:
     """Return the job of an array's task: its own line of squeue, or the line of all waiting tasks."""
-    number = str(read_json(run / "slurm" / "job.json").get("job", ""))
+    number = str(Records(run).submission().get("job", ""))
     array, underscore, _ = number.partition("_")
     if not underscore:
         return None
@@ -137,8 +137,8 @@ def describe(run: Path, job: slurm.QueuedJob | None, now: float, *, unasked: str
         now: the time.
         unasked: why Slurm says nothing of it; empty: it was asked.
     """
-    records = Records(run, is_onlooker=True)
-    status, submitted = records.status(), read_json(run / "slurm" / "job.json")
+    records = Records(run)
+    status, submitted = records.status(), records.submission()
     lines = [f"run       {run}"]
     number = job.job if job else submitted.get("job", "")
     if job:
@@ -171,7 +171,7 @@ def describe(run: Path, job: slurm.QueuedJob | None, now: float, *, unasked: str
     for node, entry in records.bad_nodes(now).items():
         left = _clock(entry["until"] - now)
         lines.append(f"bad node  {node}: {entry['reason']} (for {left} more)")
-    held = read_json(run / "slurm" / "held.json")
+    held = records.held()
     if held:
         lines.append(f"held      {held['why']}; `megatron-eso requeue` tries again")
     ends = [event for event in records.events() if event["event"] == "end"]
