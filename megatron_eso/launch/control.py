@@ -63,10 +63,9 @@ def requeue(run: Path) -> str:
         raise ClusterError(
             f"job {job} is {', '.join(states)} and not held; there is nothing to requeue"
         )
-    for place in tasks_of(run) or [run]:
+    for place in (run, *tasks_of(run)):
         Records(place).set_state(without_progress=0)
         Records(place).clear_stop()
-    Records(run).clear_stop()
     for number, verb in wanted.items():
         slurm.command("scontrol", verb, number)
     return "; ".join(f"job {number} {verb}d" for number, verb in wanted.items())

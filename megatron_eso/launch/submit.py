@@ -16,7 +16,7 @@ from megatron_eso.launch import slurm
 from megatron_eso.launch.exclude import exclusions
 from megatron_eso.launch.mounts import mounts_of
 from megatron_eso.launch.profile import ClusterProfile, minutes_of
-from megatron_eso.launch.records import Records, tasks_of
+from megatron_eso.launch.records import Records
 from megatron_eso.launch.script import ARRAY_OUTPUT, Job, identity, render
 
 _PACKAGE = Path(__file__).parents[1]
@@ -136,7 +136,7 @@ def submit(plan: Plan, *, throttle: int = 0) -> str:
              "boot_minutes": plan.profile.boot_minutes,
              "command": sys.argv, "submit_folder": str(plan.job.submit_folder)}  # fmt: skip
     records.set_submission(job=job, **facts)
-    for task in tasks_of(run) if plan.job.sweep is not None else []:
+    for task in plan.folders if plan.job.sweep is not None else []:
         Records(task).set_submission(job=f"{job}_{task.name}", **facts)
     return job
 

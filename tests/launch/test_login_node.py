@@ -269,6 +269,24 @@ def test_a_requeue_that_is_refused_takes_no_wish_to_stop_back(node, tmp_path):
     assert node.calls.read_text().splitlines()[-1] == "scontrol release 12_3"
 
 
+def test_a_run_in_the_folder_of_an_earlier_array_has_a_count_of_its_own(node, tmp_path):
+    run = array(tmp_path, node)
+    Records(run).set_submission(job="13")
+    Records(run).set_state(without_progress=3)
+    node.answers("scontrol", "JobId=13 JobState=PENDING Priority=0\n")
+    assert "job 13 released" in node.run("requeue", run)
+    assert Records(run).state()["without_progress"] == 0
+
+
+def test_the_tasks_of_an_earlier_array_keep_their_jobs(node, tmp_path):
+    for task in ("0", "1"):
+        Records(tmp_path / "r" / task).set_submission(job=f"3_{task}")
+    node.answers("sbatch", "7\n")
+    node.submit("--sweep", "train.seed=1")
+    jobs = [Records(tmp_path / "r" / task).submission()["job"] for task in ("0", "1")]
+    assert jobs == ["7_0", "3_1"]
+
+
 def test_watch_lives_through_what_slurm_refuses(node, tmp_path):
     more = f"|BeginTime|n1|1:00|N/A|megatron-eso|{tmp_path}"
     node.answers("squeue", f"7|PENDING{more}\n8|PENDING{more}\n")
