@@ -18,7 +18,6 @@ by cancel:
     stop             "do not requeue"
 """
 
-import json
 import re
 import shutil
 import time
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eso.errors import ClusterError
-from megatron_eso.files import parse_json, read_json, write_json, write_whole
+from megatron_eso.files import append_json, read_json, read_json_lines, write_json, write_whole
 
 _STEP = re.compile(r"step_(\d{10})")  # as checkpoint/folder.py, which job scripts do not import
 
@@ -98,16 +97,11 @@ class Records:
     def add_event(self, attempt: str, event: str, **facts: Any) -> None:
         """Append one line to attempts.jsonl."""
         line = {"attempt": attempt, "event": event, "time": time.time(), **facts}
-        with open(self._to_write("attempts.jsonl"), "a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_json(self._to_write("attempts.jsonl"), line)
 
     def events(self) -> list[dict]:
         """Return all events, oldest first; a line cut off by a power loss is left out."""
-        try:
-            lines = (self.folder / "attempts.jsonl").read_text().splitlines()
-        except FileNotFoundError:
-            return []
-        return [event for line in lines if (event := parse_json(line))]
+        return read_json_lines(self.folder / "attempts.jsonl")
 
     def state(self) -> dict:
         """Return the counters."""

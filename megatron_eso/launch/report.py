@@ -3,12 +3,11 @@
 One Slurm query serves any number of runs; everything else comes from the run folders.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_eso.files import read_json
+from megatron_eso.files import parse_json
 from megatron_eso.launch import slurm
 from megatron_eso.launch.events import read_events
 from megatron_eso.launch.ledger import account
@@ -121,7 +120,7 @@ def job_of_task(run: Path, jobs: list[slurm.QueuedJob]) -> slurm.QueuedJob | Non
 
 def one_line(run: Path, job: slurm.QueuedJob | None, now: float) -> str:
     """Return the overview line of a run."""
-    status = read_json(run / "status.json")
+    status = Records(run).status()
     state = job.state if job else status.get("state", "no job")
     text = f"{run.name:24.24}  {job.job if job else '-':>8}  {state:12}  {_progress(run, status)}"
     why = slurm.explain(job) if job and job.state != "RUNNING" else ""
@@ -214,11 +213,7 @@ def _last_metrics(run: Path) -> dict:
     except OSError:
         return {}
     for line in reversed(lines):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and "loss" in entry:
+        if "loss" in (entry := parse_json(line)):
             return entry
     return {}
 

@@ -86,6 +86,15 @@ def test_a_run_that_was_asked_to_stop_does_not_begin_after_its_node_was_lost(tmp
     assert attempt.begin(records, "1.1", ["a"]) == "done"
 
 
+def test_an_event_cut_off_by_a_power_loss_does_not_take_the_next_one_along(tmp_path):
+    records = Records(tmp_path)
+    records.add_event("1.0", "begin", nodes=["a"])
+    with open(records.folder / "attempts.jsonl", "a") as file:
+        file.write('{"attempt": "1.0", "ev')
+    records.add_event("1.1", "begin", nodes=["b"])
+    assert [event["nodes"] for event in records.events()] == [["a"], ["b"]]
+
+
 def test_where_no_node_answers_the_check_did_not_run_and_no_node_is_blamed(tmp_path):
     records = Records(tmp_path)
     records.set_state(max_attempts=2)
