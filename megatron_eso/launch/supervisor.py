@@ -21,7 +21,12 @@ from megatron_eso.errors import (
     CheckpointError,
 )
 from megatron_eso.launch import events, lease
-from megatron_eso.launch.environment import attempt_name, is_of_job_script, node_name
+from megatron_eso.launch.environment import (
+    attempt_name,
+    is_of_job_script,
+    local_environment,
+    node_name,
+)
 from megatron_eso.launch.heartbeat import Beat, Board
 from megatron_eso.launch.processes import (
     STOPPING,
@@ -230,7 +235,7 @@ def _run_once(
     _note(settings, "start", num_ranks=settings.num_ranks)
     for local, board in enumerate(boards):
         board.clear()
-        own = settings.rank_environment or _environment(local, settings.num_ranks, port)
+        own = settings.rank_environment or local_environment(local, settings.num_ranks, port)
         pid = starter.start({**base, **own, **board.file.environment})
         ranks.append(_Rank(pid, int(own["RANK"])))
         stop.pids.append(ranks[-1].pid)
@@ -345,16 +350,6 @@ def _show_stacks(ranks: list[_Rank]) -> None:
         if rank.beat:
             send(rank.pid, signal.SIGUSR2)
     time.sleep(0.3)
-
-
-def _environment(local: int, number: int, port: int) -> dict[str, str]:
-    return {
-        "RANK": str(local),
-        "LOCAL_RANK": str(local),
-        "WORLD_SIZE": str(number),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
 
 
 def say(text: str) -> None:
