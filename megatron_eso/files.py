@@ -97,6 +97,39 @@ def parse_json(text: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def append_json(path: Path, content: dict[str, Any]) -> None:
+    """Append an object to a file as one line of JSON.
+
+    It is a single write, so processes that append at the same time do not mix their lines.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, (missing_newline(path) + json.dumps(content) + "\n").encode())
+    finally:
+        os.close(descriptor)
+
+
+def missing_newline(path: Path) -> str:
+    """Return the newline to write first if a crash cut the last line off, else an empty string."""
+    with open(path, "rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return ""
+        file.seek(-1, os.SEEK_END)
+        return "" if file.read(1) == b"\n" else "\n"
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON objects in a file's lines; a line that a crash cut off is left out.
+
+    No file is no lines.
+    """
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [content for line in lines if (content := parse_json(line))]
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield a folder that takes the name ``out`` when the block ends without an error, else vanishes.

@@ -56,8 +56,7 @@ def _make_runs(folder: Path, number: int) -> str:
     metrics = '{"step": 50, "loss": 2.5, "tokens_per_second": 1000.0, "tokens": 100000}\n' * 100_000
     for i in range(number):
         run = folder / f"run{i}"
-        (run / "slurm").mkdir(parents=True)
-        (run / "checkpoints").mkdir()
+        (run / "checkpoints").mkdir(parents=True)
         status = {"state": "running", "step": 50, "total_steps": 100, "updated": time.time()}
         (run / "status.json").write_text(json.dumps(status))
         (run / "metrics.jsonl").write_text(metrics)

@@ -37,10 +37,11 @@ def logs(
 def _own_log(run: Path) -> Path:
     """Return the log of a run that was not submitted; otherwise raise an error that says what is there."""
     from megatron_eso.errors import ClusterError
+    from megatron_eso.launch.records import Records
 
     if not run.is_dir():
         raise ClusterError(f"{run} is not a folder; give a run folder")
-    if (run / "slurm" / "job.json").is_file():
+    if Records(run).submission():
         raise ClusterError(f"{run} has no slurm-JOB.out yet; `megatron-eso status {run}` says why")
     log = run / "log.txt"
     if not log.is_file():

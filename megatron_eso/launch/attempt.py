@@ -16,7 +16,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_eso.files import read_json, write_json
 from megatron_eso.launch import lease
 from megatron_eso.launch.events import read_events
 from megatron_eso.launch.exclude import exclusions
@@ -103,11 +102,11 @@ def begin(records: Records, attempt: str, nodes: list[str], started: float | Non
     if status.get("state") == "finished" and status.get("total_steps", 0) >= asked_steps:
         print("the run has finished already", file=sys.stderr)
         return "done"
-    if (records.folder / "stop").exists():  # the node was lost before it saved the checkpoint
+    if records.is_stop_asked():  # the node was lost before it saved the checkpoint
         print("stopped as asked by `megatron-eso cancel`", file=sys.stderr)
         return "done"
     lease.acquire(records.run / "checkpoints", attempt)
-    (records.folder / "held.json").unlink(missing_ok=True)
+    records.clear_held()
     before = [e for e in records.events() if e["event"] == "begin"]
     open_nodes = set(before[-1]["nodes"]) if before and not _has_ended(records) else set()
     lost = {n: why for n, why in node_troubles().items() if n in open_nodes}
@@ -184,15 +183,15 @@ def _give_up_nodes(records: Records, attempt: str, why: str) -> str:
 
 def _sick(records: Records, attempt: str, nodes: list[str], minimum: float) -> dict[str, str]:
     """Return the nodes that failed a check, and why."""
-    folder = records.folder / "health" / attempt
     sick: dict[str, str] = {}
     for node in nodes:
-        report = read_json(folder / f"{node}.json")
-        problems = report.get("problems", [_SILENT])
-        if problems:
+        problems = records.problems(attempt, node)
+        if problems is None:
+            sick[node] = _SILENT
+        elif problems:
             sick[node] = "; ".join(problems)
     if minimum and len(nodes) > 1:
-        speeds = {node: read_json(folder / f"{node}.pairs.json") for node in nodes}
+        speeds = {node: records.pair_speeds(attempt, node) for node in nodes}
         sick |= slow_nodes(speeds, [node for node in nodes if node not in sick], minimum)
     return sick
 
@@ -217,7 +216,7 @@ def end(records: Records, attempt: str, options: argparse.Namespace) -> str:
         has_progress=records.checkpoint_step() > state.get("step_before", -1),
         is_term=bool(options.term),
         is_usr1=bool(options.usr1),
-        is_stop_asked=(records.folder / "stop").exists(),
+        is_stop_asked=records.is_stop_asked(),
         num_without_progress=state.get("without_progress", 0),
         has_failed_rank=options.code != 0,
     )
@@ -278,7 +277,7 @@ def _note(records: Records, attempt: str, verb: str, why: str, **facts: object) 
         attempt, "end", decision=verb, why=why, step=records.checkpoint_step(), **facts
     )
     if verb == "hold":
-        write_json(records.folder / "held.json", {"attempt": attempt, "why": why})
+        records.set_held(attempt, why)
 
 
 def main() -> None:
@@ -308,10 +307,7 @@ def main() -> None:
     elif options.verb == "launching":
         records.add_event(options.attempt, "launching", nodes=nodes)
     elif options.verb == "chained":
-        write_json(
-            records.folder / "job.json",
-            {**read_json(records.folder / "job.json"), "job": options.job},
-        )
+        records.set_submission(job=options.job)
     else:
         print(end(records, options.attempt, options))
 

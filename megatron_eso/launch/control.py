@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_eso.errors import ClusterError
-from megatron_eso.files import read_json
 from megatron_eso.launch import slurm
 from megatron_eso.launch.records import Records, tasks_of
 
@@ -17,7 +16,7 @@ def job_of(run: Path) -> str:
     Raises:
         ClusterError: if no job was submitted.
     """
-    job = read_json(run / "slurm" / "job.json").get("job")
+    job = Records(run).submission().get("job")
     if not job:
         raise ClusterError(f"{run} was never submitted (no slurm/job.json); give a run folder")
     return str(job)
@@ -38,7 +37,7 @@ def cancel(run: Path, *, after_checkpoint: bool) -> str:
         slurm.command("scancel", job)
         return f"job {job} cancelled"
     for place in (run, *tasks_of(run)):
-        (place / "slurm" / "stop").touch()
+        Records(place).ask_to_stop()
     for one in live:
         if one.state == "PENDING":  # tasks of an array that have not begun
             slurm.command("scancel", one.job)
@@ -64,10 +63,9 @@ def requeue(run: Path) -> str:
         raise ClusterError(
             f"job {job} is {', '.join(states)} and not held; there is nothing to requeue"
         )
-    for place in tasks_of(run) or [run]:
+    for place in (run, *tasks_of(run)):
         Records(place).set_state(without_progress=0)
-        (place / "slurm" / "stop").unlink(missing_ok=True)
-    (run / "slurm" / "stop").unlink(missing_ok=True)
+        Records(place).clear_stop()
     for number, verb in wanted.items():
         slurm.command("scontrol", verb, number)
     return "; ".join(f"job {number} {verb}d" for number, verb in wanted.items())

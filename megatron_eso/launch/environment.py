@@ -73,6 +73,12 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+def local_environment(rank: int, number: int, port: int) -> dict[str, str]:
+    """Return the same variables for one of ``number`` ranks that all run on this machine."""
+    return {"RANK": str(rank), "WORLD_SIZE": str(number), "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+
+
 def first_host(nodelist: str) -> str:
     """Return the first host of a Slurm node list: ``n[03-05,9],m1`` -> ``n03``.
 

@@ -4,12 +4,13 @@ The launcher and rank 0 write it; `megatron-eso goodput` reads it (launch/ledger
 the wall clock, the machine's monotonic clock and the boot it belongs to, so clock jumps are noticed.
 """
 
-import json
 import logging
 import os
 import time
 from pathlib import Path
 from typing import Any
+
+from megatron_eso.files import append_json, read_json_lines
 
 EVENTS = "events.jsonl"
 log = logging.getLogger(__name__)
@@ -27,41 +28,15 @@ def record(run: Path, event: str, **facts: Any) -> None:
     }
     try:
         run.mkdir(parents=True, exist_ok=True)
-        # Each line is a single write, so processes that append at the same time do not mix their lines.
-        descriptor = os.open(run / EVENTS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            text = missing_newline(run / EVENTS) + json.dumps(line) + "\n"
-            os.write(descriptor, text.encode())
-        finally:
-            os.close(descriptor)
+        append_json(run / EVENTS, line)
     except OSError as error:
         log.warning("event %s could not be written to %s: %s", event, run / EVENTS, error)
 
 
-def missing_newline(path: Path) -> str:
-    """Return the newline to write first if a crash cut the last line off, else an empty string."""
-    with open(path, "rb") as file:
-        if not file.seek(0, os.SEEK_END):
-            return ""
-        file.seek(-1, os.SEEK_END)
-        return "" if file.read(1) == b"\n" else "\n"
-
-
 def read_events(run: Path) -> list[dict[str, Any]]:
     """Return all events in the order written; a line cut off by a crash is left out."""
-    try:
-        lines = (run / EVENTS).read_text(errors="replace").splitlines()
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    events = []
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event and "time" in event:
-            events.append(event)
-    return events
+    found = read_json_lines(run / EVENTS)
+    return [event for event in found if "event" in event and "time" in event]
 
 
 def _boot() -> str:

@@ -11,8 +11,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from megatron_eso.files import write_json
 from megatron_eso.launch.environment import node_name
+from megatron_eso.launch.records import Records
 
 
 def problems(
@@ -76,11 +76,9 @@ def main() -> None:
     parser.add_argument("--file-lacks", default="")
     parser.add_argument("--max-skew", type=float, default=30.0)
     options = parser.parse_args()
-    node = node_name(os.environ)
-    folder = options.run / "slurm" / "health" / options.attempt
-    folder.mkdir(parents=True, exist_ok=True)
+    node, records = node_name(os.environ), Records(options.run)
     found = problems(
-        folder,
+        records.make_health_folder(options.attempt),
         node,
         num_devices=options.num_devices,
         device_folder=options.device_folder,
@@ -89,7 +87,7 @@ def main() -> None:
         file=options.file,
         file_lacks=options.file_lacks,
     )
-    write_json(folder / f"{node}.json", {"problems": found})
+    records.set_problems(options.attempt, node, found)
 
 
 if __name__ == "__main__":

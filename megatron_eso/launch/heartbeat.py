@@ -1,19 +1,19 @@
 """What a rank tells its launcher while it runs: which section it is in, and how long that may take.
 
-Ranks write fixed-size records into one unnamed file that the launcher opened, so nothing is left
-behind, whichever process is killed. The launcher judges from outside: a rank that is stopped (SIGSTOP),
-waits forever in a collective, or holds Python's lock cannot report it, but its record stops changing.
+Each rank writes a record of fixed size into a file that it shares with the launcher. The launcher judges
+from outside: a rank that is stopped (SIGSTOP), waits forever in a collective, or holds Python's lock
+cannot report it, but its record stops changing.
 
 A section's limit is a multiple of its longest duration so far, never below a floor.
 """
 
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_eso.launch.agents import FtMonitor
+from megatron_eso.launch.shared_file import SharedFile, inherited
 
 VARIABLE = "MEGATRON_ESO_HEARTBEAT"
 _BYTES = 128
@@ -34,34 +34,23 @@ class Beat:
 
 
 class Board:
-    """The launcher's side: one record per rank of this machine."""
+    """The launcher's side: the record of one rank."""
 
-    def __init__(self, num_ranks: int) -> None:
-        self._file = tempfile.TemporaryFile()
-        self.descriptor = self._file.fileno()
-        self.num_ranks = num_ranks
-        self.clear()
+    def __init__(self) -> None:
+        self.file = SharedFile(VARIABLE)
 
     def clear(self) -> None:
-        """Forget all records."""
-        os.pwrite(self.descriptor, b" " * (_BYTES * self.num_ranks), 0)
+        """Forget the record."""
+        os.ftruncate(self.file.descriptor, 0)
 
-    def variable(self, rank: int) -> str:
-        """Return the value that the rank must find in its environment."""
-        return f"{self.descriptor}:{rank * _BYTES}"
-
-    def read(self, rank: int) -> Beat | None:
-        """Return a rank's latest record; None before the first one, or if it is half written."""
-        words = os.pread(self.descriptor, _BYTES, rank * _BYTES).decode("ascii", "replace").split()
+    def read(self) -> Beat | None:
+        """Return the rank's latest record; None before the first one, or if it is half written."""
+        words = os.pread(self.file.descriptor, _BYTES, 0).decode("ascii", "replace").split()
         try:
             number, section, step, kept, limit = words
             return Beat(int(number), section, int(step), int(kept), float(limit))
         except ValueError:
             return None
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 class Heart:
@@ -83,8 +72,7 @@ class Heart:
             floor_seconds: no limit is below this.
             factor: a section may take this many times its longest duration so far.
         """
-        place = environ.get(VARIABLE, "")
-        self._descriptor, self._offset = map(int, place.split(":")) if place else (-1, 0)
+        self._descriptor = inherited(VARIABLE, environ)
         self._ft_monitor = FtMonitor.find(environ)
         self._setup, self._floor, self._factor = setup_seconds, floor_seconds, factor
         self._longest: dict[str, float] = {}
@@ -111,9 +99,9 @@ class Heart:
         limit = self.limit(self._section)
         if self._ft_monitor is not None:
             self._ft_monitor.beat(limit)
-        if self._descriptor >= 0:
+        if self._descriptor is not None:
             text = f"{self._number} {self._section} {self.step} {self.kept_step} {limit:.1f}"
-            os.pwrite(self._descriptor, text.ljust(_BYTES).encode(), self._offset)
+            os.pwrite(self._descriptor, text.ljust(_BYTES).encode(), 0)
 
     def limit(self, section: str) -> float:
         """Return how long a section may go without a beat, in seconds."""

@@ -78,7 +78,7 @@ measure_pairs() { # all-reduces between neighbours, in the ranks' own container 
     timeout --kill-after=10 "$HEALTH_TIMEOUT" srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" \
         --ntasks-per-node=1 --kill-on-bad-exit=0 "${SRUN_ARGUMENTS[@]}" "${CONTAINER[@]}" \
         bash -c "$library_script exec \"\$@\"" pair "${WRAP[@]}" "$PYTHON" -m megatron_eso.parallel.pair_bandwidth \
-        --folder "$RUN/slurm/health/$ATTEMPT" --nodes "$all_hosts" --port "$((20000 + SLURM_JOB_ID * 13 % 10000))"
+        --run "$RUN" --attempt "$ATTEMPT" --nodes "$all_hosts" --port "$((20000 + SLURM_JOB_ID * 13 % 10000))"
 }
 
 choose_nodes() { # sets chosen; sick nodes stay out

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
+from megatron_eso.launch.environment import local_environment
 from megatron_eso.launch.processes import adopt_orphans, free_port, kill_session, reap
 from megatron_eso.launch.starter import Starter, can_be_warm, threads_of_each
 
@@ -39,7 +40,7 @@ def start_ranks(
     """
     adopt_orphans()
     base = {**os.environ, **threads_of_each(number)}
-    world = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    port = free_port()
     with contextlib.ExitStack() as files:
         said = [files.enter_context(tempfile.TemporaryFile()) for _ in range(number - 1)]
         starter = Starter(
@@ -49,7 +50,7 @@ def start_ranks(
         ranks: list[int] = []
         try:
             for rank in range(number):
-                environment = {**base, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                environment = {**base, **local_environment(rank, number, port)}
                 ranks.append(starter.start(environment, said[rank - 1].fileno() if rank else None))
             codes = _wait(ranks)
         finally:

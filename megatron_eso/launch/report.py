@@ -3,12 +3,11 @@
 One Slurm query serves any number of runs; everything else comes from the run folders.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_eso.files import read_json
+from megatron_eso.files import parse_json
 from megatron_eso.launch import slurm
 from megatron_eso.launch.events import read_events
 from megatron_eso.launch.ledger import account
@@ -111,7 +110,7 @@ def start_up(events: list[dict], ledger: list[dict]) -> StartUp | None:
 
 def job_of_task(run: Path, jobs: list[slurm.QueuedJob]) -> slurm.QueuedJob | None:
     """Return the job of an array's task: its own line of squeue, or the line of all waiting tasks."""
-    number = str(read_json(run / "slurm" / "job.json").get("job", ""))
+    number = str(Records(run).submission().get("job", ""))
     array, underscore, _ = number.partition("_")
     if not underscore:
         return None
@@ -121,7 +120,7 @@ def job_of_task(run: Path, jobs: list[slurm.QueuedJob]) -> slurm.QueuedJob | Non
 
 def one_line(run: Path, job: slurm.QueuedJob | None, now: float) -> str:
     """Return the overview line of a run."""
-    status = read_json(run / "status.json")
+    status = Records(run).status()
     state = job.state if job else status.get("state", "no job")
     text = f"{run.name:24.24}  {job.job if job else '-':>8}  {state:12}  {_progress(run, status)}"
     why = slurm.explain(job) if job and job.state != "RUNNING" else ""
@@ -137,8 +136,8 @@ def describe(run: Path, job: slurm.QueuedJob | None, now: float, *, unasked: str
         now: the time.
         unasked: why Slurm says nothing of it; empty: it was asked.
     """
-    records = Records(run, is_onlooker=True)
-    status, submitted = records.status(), read_json(run / "slurm" / "job.json")
+    records = Records(run)
+    status, submitted = records.status(), records.submission()
     lines = [f"run       {run}"]
     number = job.job if job else submitted.get("job", "")
     if job:
@@ -171,7 +170,7 @@ def describe(run: Path, job: slurm.QueuedJob | None, now: float, *, unasked: str
     for node, entry in records.bad_nodes(now).items():
         left = _clock(entry["until"] - now)
         lines.append(f"bad node  {node}: {entry['reason']} (for {left} more)")
-    held = read_json(run / "slurm" / "held.json")
+    held = records.held()
     if held:
         lines.append(f"held      {held['why']}; `megatron-eso requeue` tries again")
     ends = [event for event in records.events() if event["event"] == "end"]
@@ -214,11 +213,7 @@ def _last_metrics(run: Path) -> dict:
     except OSError:
         return {}
     for line in reversed(lines):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and "loss" in entry:
+        if "loss" in (entry := parse_json(line)):
             return entry
     return {}
 

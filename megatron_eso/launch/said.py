@@ -1,13 +1,10 @@
-"""What the ranks of one launcher have printed: an error that all of them find is printed once.
-
-The launcher opens an unnamed file that every rank inherits, so nothing is left behind, whichever process
-is killed.
-"""
+"""What the ranks of one launcher have printed: an error that all of them find is printed once."""
 
 import fcntl
 import os
-import tempfile
 from collections.abc import Mapping
+
+from megatron_eso.launch.shared_file import SharedFile, inherited
 
 VARIABLE = "MEGATRON_ESO_SAID"
 _END = b"\0"
@@ -17,18 +14,11 @@ class Said:
     """The launcher's side."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()
-        self.descriptor = self._file.fileno()
-        self.variable = f"{self.descriptor}:{os.fstat(self.descriptor).st_ino}"
-        """The value that ranks must find in their environment."""
+        self.file = SharedFile(VARIABLE)
 
     def clear(self) -> None:
         """Forget what was said."""
-        os.ftruncate(self.descriptor, 0)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        os.ftruncate(self.file.descriptor, 0)
 
 
 def is_first_to_say(text: str, environ: Mapping[str, str]) -> bool:
@@ -36,12 +26,12 @@ def is_first_to_say(text: str, environ: Mapping[str, str]) -> bool:
 
     If no launcher listens, the answer is always True, so that no error is suppressed.
     """
+    descriptor = inherited(VARIABLE, environ)
+    if descriptor is None:
+        return True
     try:
-        descriptor, number = map(int, environ.get(VARIABLE, "").split(":"))
-        if os.fstat(descriptor).st_ino != number:  # another file: a process in between closed ours
-            return True
         fcntl.lockf(descriptor, fcntl.LOCK_EX)
-    except (ValueError, OSError):
+    except OSError:  # a file system without locks
         return True
     try:
         said = os.pread(descriptor, os.fstat(descriptor).st_size, 0)

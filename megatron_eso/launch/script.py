@@ -15,6 +15,7 @@ from megatron_eso.launch import slurm
 from megatron_eso.launch.environment import GPUS_VARIABLE
 from megatron_eso.launch.network import CONTAINERS, NETWORKS
 from megatron_eso.launch.profile import ClusterProfile
+from megatron_eso.launch.records import Records
 
 _BODY = Path(__file__).with_name("job.sh")
 OUTPUT = "slurm-%j.out"
@@ -125,14 +126,14 @@ def _directive(option: str) -> str:
 
 def _variables(profile: ClusterProfile, job: Job) -> list[str]:
     health, survival = profile.health, profile.survival
-    slurm = job.run / "slurm"
+    records = Records(job.run)
     arguments = [f"--num-devices={health.num_devices}", f"--device-folder={health.device_folder}"]
     arguments += [f"--command={health.command}", f"--max-skew={health.max_clock_skew_seconds:g}"]
-    train = [profile.python, "-m", "megatron_eso", "launch", str(slurm / "config.yaml")]
+    train = [profile.python, "-m", "megatron_eso", "launch", str(records.config)]
     values: dict[str, object] = {
         "RUN": job.run,
         "SUBMIT_FOLDER": job.submit_folder,
-        "CODE": slurm / "code",
+        "CODE": records.code,
         "HOST_PYTHON": profile.host_python,
         "PYTHON": profile.python,
         "TRAIN": train,
@@ -151,7 +152,7 @@ def _variables(profile: ClusterProfile, job: Job) -> list[str]:
     }
     if survival.requeue == "chain":
         options = [*identity(job), f"--chdir={job.run}"]
-        values |= {"JOB_SCRIPT": slurm / "job.sbatch", "CHAIN_OPTIONS": options}
+        values |= {"JOB_SCRIPT": records.script, "CHAIN_OPTIONS": options}
     if profile.container.runtime != "none":
         values |= {"IMAGE": profile.container.image, "MOUNTS": profile.container.mounts,
                    "ENVIRONMENT_NAMES": list(profile.environment)}  # fmt: skip

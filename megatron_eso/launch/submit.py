@@ -1,7 +1,4 @@
-"""Submit a run: check, ask Slurm, snapshot, submit. A refused submission leaves no new run folder.
-
-RUN/slurm/   config.yaml, profile.yaml, job.sbatch, code/ (a copy of the package), commit.txt, job.json
-"""
+"""Submit a run: check, ask Slurm, snapshot, submit. A refused submission leaves no new run folder."""
 
 import os
 import shutil
@@ -12,15 +9,14 @@ from pathlib import Path
 
 from megatron_eso.config import check_start
 from megatron_eso.config.derive import total_steps
-from megatron_eso.config.load import as_literal, load_config, load_run, save_config
+from megatron_eso.config.load import as_literal, load_config, load_run, to_yaml
 from megatron_eso.config.schema import CheckpointConfig, RunConfig
 from megatron_eso.errors import ClusterError
-from megatron_eso.files import read_json, write_json, write_whole
 from megatron_eso.launch import slurm
 from megatron_eso.launch.exclude import exclusions
 from megatron_eso.launch.mounts import mounts_of
 from megatron_eso.launch.profile import ClusterProfile, minutes_of
-from megatron_eso.launch.records import Records, tasks_of
+from megatron_eso.launch.records import Records
 from megatron_eso.launch.script import ARRAY_OUTPUT, Job, identity, render
 
 _PACKAGE = Path(__file__).parents[1]
@@ -36,6 +32,12 @@ class Plan:
     script: str
     tasks: list[RunConfig]
     """The run, or the run of each task of an array."""
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folder of each of ``tasks``."""
+        run = self.job.run
+        return [run] if self.job.sweep is None else [run / str(i) for i in range(len(self.tasks))]
 
 
 def prepare(
@@ -116,27 +118,26 @@ def submit(plan: Plan, *, throttle: int = 0) -> str:
     Raises:
         ClusterError: if the run has a live job, or Slurm refuses.
     """
-    _refuse_live_job(plan.job.run)
+    run, records = plan.job.run, Records(plan.job.run)
+    _refuse_live_job(run)
     test_only(plan)
-    existed = plan.job.run.exists()
-    lock = _lock(plan.job.run)
-    try:
-        _refuse_live_job(plan.job.run)  # another submit may have finished since the first look
-        _snapshot(plan)
-        job = slurm.command("sbatch", "--parsable", *_arguments(plan, throttle=throttle),
-                            str(plan.job.run / "slurm" / "job.sbatch")).strip().split(";")[0]  # fmt: skip
-    except BaseException:
-        if not existed:
-            shutil.rmtree(plan.job.run, ignore_errors=True)
-        raise
-    finally:
-        lock.unlink(missing_ok=True)
+    existed = run.exists()
+    with records.submit_lock():
+        try:
+            _refuse_live_job(run)  # another submit may have finished since the first look
+            _snapshot(plan)
+            job = slurm.command("sbatch", "--parsable", *_arguments(plan, throttle=throttle),
+                                str(records.script)).strip().split(";")[0]  # fmt: skip
+        except BaseException:
+            if not existed:
+                shutil.rmtree(run, ignore_errors=True)
+            raise
     facts = {"profile": plan.profile.name, "nodes": plan.profile.nodes,
              "boot_minutes": plan.profile.boot_minutes,
              "command": sys.argv, "submit_folder": str(plan.job.submit_folder)}  # fmt: skip
-    write_json(plan.job.run / "slurm" / "job.json", {"job": job, **facts})
-    for task in tasks_of(plan.job.run) if plan.job.sweep else []:
-        write_json(task / "slurm" / "job.json", {"job": f"{job}_{task.name}", **facts})
+    records.set_submission(job=job, **facts)
+    for task in plan.folders if plan.job.sweep is not None else []:
+        Records(task).set_submission(job=f"{job}_{task.name}", **facts)
     return job
 
 
@@ -154,7 +155,7 @@ def live_job(run: Path) -> slurm.QueuedJob | None:
     for job in slurm.queue():
         if job.run == Path(os.path.realpath(run)):
             return job
-    known = read_json(run / "slurm" / "job.json").get("job")
+    known = Records(run).submission().get("job")
     return next(iter(slurm.queue(job=known)), None) if known else None
 
 
@@ -227,40 +228,17 @@ def _file_system(path: Path) -> str:
     return ""
 
 
-def _lock(run: Path) -> Path:
-    """Return a new lock file that refuses a second submit of the same run at the same time."""
-    lock = run / "slurm" / "submitting"
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch(exist_ok=False)
-    except FileExistsError:
-        raise ClusterError(
-            f"another submit of {run} is at work; if there is none, remove {lock}"
-        ) from None
-    except OSError as error:
-        raise ClusterError(f"folder={run} cannot be written: {error.strerror}") from None
-    return lock
-
-
 def _snapshot(plan: Plan) -> None:
     """Write configuration, script, code and commit into the run folder."""
-    folder = plan.job.run / "slurm"
-    save_config(plan.config, folder / "config.yaml")
-    write_whole(folder / "job.sbatch", plan.script)
-    shutil.rmtree(folder / "code", ignore_errors=True)
-    shutil.copytree(
-        _PACKAGE, folder / "code" / _PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__")
-    )
-    write_whole(folder / "commit.txt", _git("rev-parse", "HEAD") + _git("diff", "HEAD"))
-    save_config(plan.profile, folder / "profile.yaml")
-    for i, _ in enumerate(plan.job.sweep or []):
-        (plan.job.run / str(i)).mkdir(exist_ok=True)
+    Records(plan.job.run).set_snapshot(
+        config=to_yaml(plan.config), profile=to_yaml(plan.profile), script=plan.script,
+        commit=_git("rev-parse", "HEAD") + _git("diff", "HEAD"), package=_PACKAGE,
+    )  # fmt: skip
     survival = plan.profile.survival
-    folders = [plan.job.run / str(i) for i, _ in enumerate(plan.job.sweep or [])] or [plan.job.run]
-    (folder / "stop").unlink(missing_ok=True)
-    for run, task in zip(folders, plan.tasks, strict=True):
-        (run / "slurm" / "stop").unlink(missing_ok=True)
-        Records(run).set_state(
+    for folder, task in zip(plan.folders, plan.tasks, strict=True):
+        records = Records(folder)
+        records.clear_stop()
+        records.set_state(
             total_steps=total_steps(task),
             without_progress=0,
             max_attempts=survival.max_attempts_without_progress,

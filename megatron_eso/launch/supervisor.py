@@ -21,8 +21,13 @@ from megatron_eso.errors import (
     CheckpointError,
 )
 from megatron_eso.launch import events, lease
-from megatron_eso.launch.environment import attempt_name, is_of_job_script, node_name
-from megatron_eso.launch.heartbeat import VARIABLE, Beat, Board
+from megatron_eso.launch.environment import (
+    attempt_name,
+    is_of_job_script,
+    local_environment,
+    node_name,
+)
+from megatron_eso.launch.heartbeat import Beat, Board
 from megatron_eso.launch.processes import (
     STOPPING,
     adopt_orphans,
@@ -34,7 +39,6 @@ from megatron_eso.launch.processes import (
     state_of,
 )
 from megatron_eso.launch.records import checkpoint_step
-from megatron_eso.launch.said import VARIABLE as SAID_VARIABLE
 from megatron_eso.launch.said import Said
 from megatron_eso.launch.starter import Starter, threads_of_each
 
@@ -119,23 +123,23 @@ def supervise(settings: Supervision) -> int:
         say(refusal)
         return CheckpointError.exit_code
     adopt_orphans()
-    board, said = Board(settings.num_ranks), Said()
+    boards, said = [Board() for _ in range(settings.num_ranks)], Said()
+    shared = [said.file, *(board.file for board in boards)]
     stop = _Stop()
     for number in STOPPING:
         signal.signal(number, stop)
-    base = {**os.environ, **threads_of_each(settings.num_ranks)}
-    base[SAID_VARIABLE] = said.variable
-    starter = Starter(settings.arguments, [board.descriptor, said.descriptor], base,
+    base = {**os.environ, **threads_of_each(settings.num_ranks), **said.file.environment}
+    starter = Starter(settings.arguments, [file.descriptor for file in shared], base,
                       is_warm=settings.is_warm, module=settings.module)  # fmt: skip
     _note(settings, "launch", num_ranks=settings.num_ranks)
     code = 1
     try:
-        code = _restart_until_done(settings, starter, board, said, stop, base)
+        code = _restart_until_done(settings, starter, boards, said, stop, base)
     finally:
         starter.close()
         reap(wait_seconds=5.0)
-        board.close()
-        said.close()
+        for file in shared:
+            file.close()
         ignore_signals()
         _note(settings, "launch_end", code=code)
     return code
@@ -180,7 +184,7 @@ def _place_in_job(settings: Supervision) -> dict[str, str]:
 def _restart_until_done(
     settings: Supervision,
     starter: Starter,
-    board: Board,
+    boards: list[Board],
     said: Said,
     stop: _Stop,
     base: dict[str, str],
@@ -188,7 +192,7 @@ def _restart_until_done(
     kept, without_progress = -1, 0
     while True:
         said.clear()
-        ending = _run_once(settings, starter, board, stop, base)
+        ending = _run_once(settings, starter, boards, stop, base)
         if not ending.is_fault:
             return ending.code
         without_progress = 0 if ending.kept_step > kept else without_progress + 1
@@ -220,22 +224,26 @@ def _restart_until_done(
 
 
 def _run_once(
-    settings: Supervision, starter: Starter, board: Board, stop: _Stop, base: dict[str, str]
+    settings: Supervision,
+    starter: Starter,
+    boards: list[Board],
+    stop: _Stop,
+    base: dict[str, str],
 ) -> Ending:
     """Start all ranks and wait until they end or one fails; kill those left before returning."""
-    board.clear()
     port, ranks = free_port(), []
     _note(settings, "start", num_ranks=settings.num_ranks)
-    for local in range(settings.num_ranks):
-        own = settings.rank_environment or _environment(local, settings.num_ranks, port)
-        pid = starter.start({**base, **own, VARIABLE: board.variable(local)})
+    for local, board in enumerate(boards):
+        board.clear()
+        own = settings.rank_environment or local_environment(local, settings.num_ranks, port)
+        pid = starter.start({**base, **own, **board.file.environment})
         ranks.append(_Rank(pid, int(own["RANK"])))
         stop.pids.append(ranks[-1].pid)
     if stop.name:  # the signal came before there were ranks to pass it on to
         for rank in ranks:
             send(rank.pid, signal.Signals[stop.name])
     try:
-        return _watch(settings, starter, board, ranks)
+        return _watch(settings, boards, ranks)
     finally:
         stop.pids.clear()
         for rank in ranks:
@@ -247,7 +255,7 @@ def _run_once(
             time.sleep(0.01)
 
 
-def _watch(settings: Supervision, starter: Starter, board: Board, ranks: list[_Rank]) -> Ending:
+def _watch(settings: Supervision, boards: list[Board], ranks: list[_Rank]) -> Ending:
     last, grace_ends = time.monotonic(), None
     while True:
         time.sleep(_POLL_SECONDS)
@@ -255,9 +263,9 @@ def _watch(settings: Supervision, starter: Starter, board: Board, ranks: list[_R
         # A machine that was suspended, or a launcher that was stopped, says nothing about the ranks.
         passed, last = min(now - last, _LONGEST_COUNTED_POLL), now
         ended = reap()
-        for local, rank in enumerate(ranks):
+        for rank, board in zip(ranks, boards, strict=True):
             rank.code = ended.get(rank.pid, rank.code)
-            beat = board.read(local)
+            beat = board.read()
             is_silent = beat is None or beat == rank.beat
             rank.silent_seconds = rank.silent_seconds + passed if is_silent else 0.0
             rank.beat = beat or rank.beat
@@ -342,16 +350,6 @@ def _show_stacks(ranks: list[_Rank]) -> None:
         if rank.beat:
             send(rank.pid, signal.SIGUSR2)
     time.sleep(0.3)
-
-
-def _environment(local: int, number: int, port: int) -> dict[str, str]:
-    return {
-        "RANK": str(local),
-        "LOCAL_RANK": str(local),
-        "WORLD_SIZE": str(number),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
 
 
 def say(text: str) -> None:

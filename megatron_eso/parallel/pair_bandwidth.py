@@ -1,8 +1,8 @@
 """How fast is an all-reduce between this node and its neighbours? One process per node, before step 0.
 
-    python -m megatron_eso.parallel.pair_bandwidth --folder FOLDER --nodes a,b,c --port 20000
+    python -m megatron_eso.parallel.pair_bandwidth --run RUN --attempt 7.0 --nodes a,b,c --port 20000
 
-writes FOLDER/NODE.pairs.json: neighbour -> speed or what went wrong. Pairs are joined one by one, each
+reports to launch/records.py: neighbour -> speed or what went wrong. Pairs are joined one by one, each
 in a group of its own, so that a node that is cut off fails its own pairs and no others. With GPUs the
 first one of each node is used.
 """
@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
-from megatron_eso.files import write_json
 from megatron_eso.launch.environment import node_name
 from megatron_eso.launch.pairs import rounds
+from megatron_eso.launch.records import Records
 
 _MIB_GPU, _MIB_CPU, _REPEATS = 256, 16, 3
 _TIMEOUT = timedelta(seconds=45)
@@ -59,11 +59,12 @@ def _time(values: torch.Tensor, device: torch.device) -> float:
 def main() -> None:
     """Measure all pairs of this node."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--attempt", required=True)
     parser.add_argument("--nodes", required=True)
     parser.add_argument("--port", type=int, required=True)
     options = parser.parse_args()
-    node, nodes = node_name(os.environ), options.nodes.split(",")
+    records, node, nodes = Records(options.run), node_name(os.environ), options.nodes.split(",")
     mine, found = nodes.index(node), {}
     # With this, an NCCL timeout raises here, as gloo's does; else it ends the process with its other pairs.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
@@ -72,16 +73,15 @@ def main() -> None:
             if mine not in pair:
                 continue
             other = nodes[pair[1 - pair.index(mine)]]
-            # If the process dies here, the file says with which neighbor.
+            # If the process dies here, the report says with which neighbor.
             found[other] = {"error": "not finished"}
-            options.folder.mkdir(parents=True, exist_ok=True)
-            write_json(options.folder / f"{node}.pairs.json", found)
+            records.set_pair_speeds(options.attempt, node, found)
             try:
                 speed = measure(nodes[pair[0]], options.port + number, pair.index(mine))
                 found[other] = {"gb_per_second": speed}
             except (RuntimeError, OSError) as error:
                 found[other] = {"error": str(error).splitlines()[0][:200]}
-            write_json(options.folder / f"{node}.pairs.json", found)
+            records.set_pair_speeds(options.attempt, node, found)
 
 
 if __name__ == "__main__":

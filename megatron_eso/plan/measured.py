@@ -22,6 +22,7 @@ from megatron_eso.config.schema import (
     TrainConfig,
 )
 from megatron_eso.errors import ConfigError, DataError
+from megatron_eso.files import read_json_lines
 from megatron_eso.plan.calibrate import Measured
 from megatron_eso.plan.flops import model_flops_per_step
 from megatron_eso.plan.job import Job
@@ -59,7 +60,7 @@ def _run_folder(folder: Path) -> Measured:
     if not config_file.is_file() or not metrics.is_file():
         raise DataError(f"{folder} is not a run folder: config.yaml or metrics.jsonl is missing")
     config = load_config(config_file)
-    lines = [line for text in metrics.read_text().splitlines() if (line := _parsed(text))]
+    lines = read_json_lines(metrics)
     seconds = [line["seconds_per_step"] for line in lines if "seconds_per_step" in line]
     if len(seconds) < 3:
         raise DataError(
@@ -69,14 +70,6 @@ def _run_folder(folder: Path) -> Measured:
     return Measured(
         str(folder), Job(config, _num_ranks(folder, config)), statistics.median(seconds[1:])
     )
-
-
-def _parsed(line: str) -> dict[str, Any]:
-    """Return a line's record; an empty one for a line that a crash cut off."""
-    try:
-        return json.loads(line) if line.strip() else {}
-    except json.JSONDecodeError:
-        return {}
 
 
 def _num_ranks(folder: Path, config: RunConfig) -> int:

@@ -5,7 +5,6 @@ scaling/attempts.py keeps there.
 What a cell is worth is read from its files alone, so a runner that was killed loses nothing.
 """
 
-import json
 import os
 import shlex
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 from megatron_eso.config.load import save_config
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ClusterError, ConfigError
-from megatron_eso.files import read_json, write_whole
+from megatron_eso.files import read_json, read_json_lines, write_whole
 from megatron_eso.scaling import attempts
 from megatron_eso.scaling.grid import Cell
 
@@ -229,11 +228,7 @@ def read_metrics(run_folder: Path) -> list[dict]:
     A run that was restarted logs some steps twice: the later line counts.
     """
     by_step: dict = {}
-    for text in _lines(run_folder / "metrics.jsonl"):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
+    for line in read_json_lines(run_folder / "metrics.jsonl"):
         by_step[(line.get("step"), line.get("validation"), line.get("metric"))] = line
     return list(by_step.values())
 

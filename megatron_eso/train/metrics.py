@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eso.eval.scores import Score
-from megatron_eso.launch.events import missing_newline
+from megatron_eso.files import missing_newline
 from megatron_eso.parallel.matmul_speed import matmul_flops_per_second
 from megatron_eso.plan.flops import model_flops_per_step
 from megatron_eso.plan.peaks import peak_of

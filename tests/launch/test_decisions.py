@@ -1,7 +1,6 @@
 """What a job decides at its end, and which nodes it takes: pure decisions and the files behind them."""
 
 import argparse
-import json
 import time
 
 import pytest
@@ -83,8 +82,17 @@ def test_a_finished_run_that_was_submitted_for_more_steps_goes_on(tmp_path, monk
 
 def test_a_run_that_was_asked_to_stop_does_not_begin_after_its_node_was_lost(tmp_path):
     records = Records(tmp_path)
-    (records.folder / "stop").touch()
+    records.ask_to_stop()
     assert attempt.begin(records, "1.1", ["a"]) == "done"
+
+
+def test_an_event_cut_off_by_a_power_loss_does_not_take_the_next_one_along(tmp_path):
+    records = Records(tmp_path)
+    records.add_event("1.0", "begin", nodes=["a"])
+    with open(records.folder / "attempts.jsonl", "a") as file:
+        file.write('{"attempt": "1.0", "ev')
+    records.add_event("1.1", "begin", nodes=["b"])
+    assert [event["nodes"] for event in records.events()] == [["a"], ["b"]]
 
 
 def test_where_no_node_answers_the_check_did_not_run_and_no_node_is_blamed(tmp_path):
@@ -116,17 +124,10 @@ def test_a_spot_machine_that_was_taken_back_is_not_sick(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
-def health(records, name, node, *problems):
-    folder = records.folder / "health" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{node}.json").write_text(json.dumps({"problems": problems}))
-
-
 def test_healthy_nodes_are_taken_in_slurms_order(tmp_path):
     records = Records(tmp_path)
-    health(records, "1.0", "n2")
-    health(records, "1.0", "n1", "no GPU")
-    health(records, "1.0", "n0")
+    for node, problems in (("n2", []), ("n1", ["no GPU"]), ("n0", [])):
+        records.set_problems("1.0", node, problems)
     assert attempt.choose(records, "1.0", ["n2", "n1", "n0"], 2, True) == "run n2,n0"
     assert records.bad_nodes()["n1"]["reason"] == "no GPU"
 
@@ -134,7 +135,7 @@ def test_healthy_nodes_are_taken_in_slurms_order(tmp_path):
 def test_a_silent_node_is_sick_and_too_few_nodes_are_asked_anew(tmp_path):
     records = Records(tmp_path)
     records.set_state(max_attempts=2)
-    health(records, "1.0", "n0")
+    records.set_problems("1.0", "n0", [])
     assert attempt.choose(records, "1.0", ["n0", "n1"], 2, True) == "requeue n1"
     assert attempt.choose(records, "1.0", ["n0", "n1"], 2, True) == "hold n1"
 

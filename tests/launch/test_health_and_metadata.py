@@ -1,7 +1,6 @@
 """A node's health check, and the metadata server that announces a machine's end."""
 
 import http.server
-import json
 import subprocess
 import sys
 import threading
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eso.launch import metadata
+from megatron_eso.launch import health, metadata
 from megatron_eso.launch.health import problems
 from megatron_eso.launch.pairs import rounds, slow_nodes
 from megatron_eso.launch.records import Records
@@ -53,6 +52,24 @@ def test_a_folder_that_cannot_be_written_is_a_problem():
     assert "cannot write" in check(Path("/proc"))[0]
 
 
+def test_a_node_reports_its_problems_to_the_attempt(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "n5")
+    arguments = [
+        "health",
+        "--run",
+        str(tmp_path / "run"),
+        "--attempt",
+        "1.0",
+        "--command",
+        "exit 3",
+    ]
+    monkeypatch.setattr(sys, "argv", arguments)
+    health.main()
+    records = Records(tmp_path / "run")
+    assert records.problems("1.0", "n5") == ["health.command exited 3"]
+    assert records.problems("1.1", "n5") is None
+
+
 def test_a_process_that_ends_in_a_measurement_leaves_with_whom(tmp_path, monkeypatch):
     def ends(host, port, rank):
         raise SystemExit(1)
@@ -60,11 +77,11 @@ def test_a_process_that_ends_in_a_measurement_leaves_with_whom(tmp_path, monkeyp
     monkeypatch.setenv("SLURMD_NODENAME", "a")
     monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "1")
     monkeypatch.setattr(pair_bandwidth, "measure", ends)
-    arguments = ["pairs", "--folder", str(tmp_path), "--nodes", "a,b", "--port", "1"]
-    monkeypatch.setattr(sys, "argv", arguments)
+    arguments = f"pairs --run {tmp_path} --attempt 1.0 --nodes a,b --port 1"
+    monkeypatch.setattr(sys, "argv", arguments.split())
     with pytest.raises(SystemExit):
         pair_bandwidth.main()
-    assert json.loads((tmp_path / "a.pairs.json").read_text()) == {"b": {"error": "not finished"}}
+    assert Records(tmp_path).pair_speeds("1.0", "a") == {"b": {"error": "not finished"}}
 
 
 @pytest.mark.parametrize("number", [2, 3, 4, 5, 8])

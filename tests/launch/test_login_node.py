@@ -94,7 +94,7 @@ def make_runs(folder, number):
     lines = []
     for i in range(number):
         run = folder / f"run{i}"
-        (run / "slurm").mkdir(parents=True)
+        run.mkdir(parents=True)
         status = {"state": "running", "step": 50, "total_steps": 100, "updated": time.time()}
         (run / "status.json").write_text(json.dumps(status))
         (run / "metrics.jsonl").write_text('{"step": 50, "loss": 2.5}\n' * 500)
@@ -113,7 +113,6 @@ def test_status_of_a_run_tells_what_its_folder_says_where_slurm_cannot_be_asked(
     """A laptop, or a login node whose controller does not answer; the folder may be another user's."""
     make_runs(tmp_path, 2)
     run = tmp_path / "run0"
-    (run / "slurm").rmdir()
     (run / "checkpoints" / "step_0000000040").mkdir(parents=True)
     (run / "checkpoints" / "step_0000000040" / "COMMITTED").touch()
     times = [(1000.0, "setup", {}), (1010.0, "ready", {"step": 0}), (1110.0, "stop", {"step": 50})]
@@ -122,7 +121,7 @@ def test_status_of_a_run_tells_what_its_folder_says_where_slurm_cannot_be_asked(
     status = json.loads((run / "status.json").read_text())
     status |= {"state": "failed", "reason": "loss is nan\nin step 51"}
     (run / "status.json").write_text(json.dumps(status))
-    (tmp_path / "run1/slurm/job.json").write_text('{"job": "7"}')
+    Records(tmp_path / "run1").set_submission(job="7")
     node.answers("squeue", "Unable to contact slurm controller\n", code=1)
     said = node.run("status", run)
     assert "Slurm could not be asked: Slurm's controller does not answer" in said
@@ -190,7 +189,7 @@ def test_submit_leaves_a_run_folder_and_says_what_to_do_next(node, tmp_path):
     node.answers("sbatch", "7\n")
     said = node.submit("--cluster", "generic", "--nodes", "1")
     assert "job 7 submitted" in said and f"next: megatron-eso status {tmp_path}/r" in said
-    assert json.loads((tmp_path / "r/slurm/job.json").read_text())["job"] == "7"
+    assert Records(tmp_path / "r").submission()["job"] == "7"
     assert {"code", "commit.txt", "config.yaml", "job.sbatch", "profile.yaml"} <= set(
         os.listdir(tmp_path / "r/slurm")
     )
@@ -224,8 +223,7 @@ def array(tmp_path, node):
     """A run folder of an array of four tasks, of which one runs."""
     run = tmp_path / "arr"
     for name, job in (("", "12"), *((str(task), f"12_{task}") for task in range(4))):
-        (run / name / "slurm").mkdir(parents=True)
-        (run / name / "slurm" / "job.json").write_text(json.dumps({"job": job}))
+        Records(run / name).set_submission(job=job)
     more = f"|None|n1|1:00|N/A|megatron-eso|{run}"
     node.answers("squeue", f"12_[1-3]|PENDING{more}\n12_0|RUNNING{more}\n")
     node.answers("scancel")
@@ -235,7 +233,7 @@ def array(tmp_path, node):
 def test_an_array_saves_ends_and_begins_no_further_task(node, tmp_path):
     run = array(tmp_path, node)
     assert "job 12_0 saves a checkpoint and ends" in node.run("cancel", run, "--after-checkpoint")
-    assert all((run / name / "slurm/stop").exists() for name in ("", "0", "1", "2", "3"))
+    assert all(Records(run / name).is_stop_asked() for name in ("", "0", "1", "2", "3"))
     calls = node.calls.read_text().splitlines()
     assert calls[-2:] == ["scancel 12_[1-3]", "scancel --batch --signal=USR1 12_0"]
 
@@ -244,7 +242,7 @@ def test_one_task_of_an_array_can_be_cancelled(node, tmp_path):
     run = array(tmp_path, node)
     node.answers("squeue", f"12_0|RUNNING|None|n1|1:00|N/A|megatron-eso|{run}\n")
     node.run("cancel", run / "0", "--after-checkpoint")
-    assert (run / "0/slurm/stop").exists() and not (run / "slurm/stop").exists()
+    assert Records(run / "0").is_stop_asked() and not Records(run).is_stop_asked()
 
 
 def test_status_and_logs_of_an_array_are_its_tasks(node, tmp_path):
@@ -259,16 +257,34 @@ def test_status_and_logs_of_an_array_are_its_tasks(node, tmp_path):
 
 def test_a_requeue_that_is_refused_takes_no_wish_to_stop_back(node, tmp_path):
     run = array(tmp_path, node)
-    (run / "slurm/stop").touch()
+    Records(run).ask_to_stop()
     node.answers("scontrol", "JobId=12 JobState=RUNNING Priority=7\n")
     assert "is RUNNING and not held" in node.run("requeue", run, code=6)
-    assert (run / "slurm/stop").exists()
+    assert Records(run).is_stop_asked()
     held = "ArrayJobId=12 ArrayTaskId={} JobState={} Priority={}\n"
     node.answers("scontrol", "JobId=15 " + held.format(0, "RUNNING", 7)
                  + "JobId=12 " + held.format(3, "PENDING", 0))  # fmt: skip
     assert "job 12_3 released" in node.run("requeue", run)
-    assert not (run / "slurm/stop").exists()
+    assert not Records(run).is_stop_asked()
     assert node.calls.read_text().splitlines()[-1] == "scontrol release 12_3"
+
+
+def test_a_run_in_the_folder_of_an_earlier_array_has_a_count_of_its_own(node, tmp_path):
+    run = array(tmp_path, node)
+    Records(run).set_submission(job="13")
+    Records(run).set_state(without_progress=3)
+    node.answers("scontrol", "JobId=13 JobState=PENDING Priority=0\n")
+    assert "job 13 released" in node.run("requeue", run)
+    assert Records(run).state()["without_progress"] == 0
+
+
+def test_the_tasks_of_an_earlier_array_keep_their_jobs(node, tmp_path):
+    for task in ("0", "1"):
+        Records(tmp_path / "r" / task).set_submission(job=f"3_{task}")
+    node.answers("sbatch", "7\n")
+    node.submit("--sweep", "train.seed=1")
+    jobs = [Records(tmp_path / "r" / task).submission()["job"] for task in ("0", "1")]
+    assert jobs == ["7_0", "3_1"]
 
 
 def test_watch_lives_through_what_slurm_refuses(node, tmp_path):
@@ -464,6 +480,5 @@ def test_the_log_of_a_run_that_was_not_submitted_is_its_own(node, tmp_path):
     (run / "log.txt").write_text("step 1\nstep 2\n")
     said = node.run("logs", "-n", "1", run)
     assert "was not submitted" in said and "step 2" in said and "step 1" not in said
-    (run / "slurm").mkdir()
-    (run / "slurm/job.json").write_text('{"job": "7"}')
+    Records(run).set_submission(job="7")
     assert f"`megatron-eso status {run}` says why" in node.run("logs", run, code=6)

@@ -1,6 +1,5 @@
 """The rendered job: whole text per profile, clean for shellcheck, and no way in for hostile names."""
 
-import json
 import os
 import shlex
 import shutil
@@ -12,6 +11,7 @@ import pytest
 
 from megatron_eso.errors import ClusterError, ConfigError
 from megatron_eso.launch.profile import PROFILES, load_profile, minutes_of
+from megatron_eso.launch.records import Records
 from megatron_eso.launch.script import Job, directives, job_name, render
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -132,13 +132,15 @@ def test_a_hostile_folder_stays_one_word(name, tmp_path):
 @pytest.mark.parametrize("sweep", [None, ["train.seed=1", "train.seed=2"]], ids=["run", "array"])
 def test_a_chained_job_submits_a_successor_that_is_known_as_ours(tmp_path, sweep):
     run = tmp_path / "it's a run"
-    (run / "slurm").mkdir(parents=True)
-    (run / "slurm/code").symlink_to(Path(__file__).parents[2])
+    records = Records(run / "1" if sweep else run)
+    records.set_submission(job="6", nodes=2)
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{tmp_path}/asked\necho 77\n')
     sbatch.chmod(0o755)
     overrides = ["survival.requeue=chain", f"host_python={sys.executable}"]
     text = render(load_profile("local", overrides), Job("my run", run, tmp_path, sweep=sweep))
+    package = Path(__file__).parents[2] / "megatron_eso"
+    Records(run).set_snapshot(config="", profile="", script=text, commit="", package=package)
     array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1"} if sweep else {}
     done = subprocess.run(
         ["bash", "-c", text.split('cd "$SUBMIT_FOLDER"')[0] + "\nrequeue requeue n3"],
@@ -153,8 +155,7 @@ def test_a_chained_job_submits_a_successor_that_is_known_as_ours(tmp_path, sweep
     assert asked == [
         "--parsable", after, *name, *own, "--exclude=n3", f"{run}/slurm/job.sbatch"
     ]  # fmt: skip
-    job = (run / "1" if sweep else run) / "slurm/job.json"
-    assert json.loads(job.read_text())["job"] == "77"
+    assert records.submission() == {"job": "77", "nodes": 2}
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\n#SBATCH --uid=0", "a\x00b", "a\rb"])

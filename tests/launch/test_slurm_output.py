@@ -201,7 +201,7 @@ def make_run(folder):
     write_json(folder / "status.json", status)
     entry = '{"step": 50, "loss": 2.5, "tokens_per_second": 1000, "tokens": 100000}\n'
     (folder / "metrics.jsonl").write_text(entry + '{"step": 51, "lo')
-    write_json(folder / "slurm" / "job.json", {"job": "4"})
+    records.set_submission(job="4")
 
 
 def test_status_tells_everything_in_the_run_folder(tmp_path):

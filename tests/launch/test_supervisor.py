@@ -115,7 +115,7 @@ def test_an_error_that_several_ranks_find_is_said_once(tmp_path):
 
 def test_what_was_said_is_remembered_for_one_start(tmp_path):
     said = Said()
-    environ = {VARIABLE: said.variable}
+    environ = said.file.environment
     assert [is_first_to_say(text, environ) for text in ("a", "b", "a", "ab")] == [1, 1, 0, 1]
     said.clear()
     assert is_first_to_say("a", environ)
@@ -124,10 +124,10 @@ def test_what_was_said_is_remembered_for_one_start(tmp_path):
     with open(
         tmp_path / "file", "w+"
     ) as other:  # the descriptor of another file, as of a nested command
-        wrong = {VARIABLE: f"{other.fileno()}:{said.variable.split(':')[1]}"}
+        wrong = {VARIABLE: f"{other.fileno()}:{environ[VARIABLE].split(':')[1]}"}
         assert is_first_to_say("a", wrong) and is_first_to_say("a", wrong)
         assert not Path(tmp_path / "file").read_text()
-    said.close()
+    said.file.close()
     for unset in ({}, {VARIABLE: "x"}, environ):
         assert is_first_to_say("a", unset)
 

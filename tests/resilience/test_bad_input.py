@@ -95,17 +95,34 @@ def test_the_limit_of_a_section_follows_the_longest_so_far(monkeypatch):
 
 
 def test_the_launcher_reads_what_a_rank_writes():
-    board = Board(2)
-    assert board.read(1) is None
-    heart = Heart({VARIABLE: board.variable(1)}, setup_seconds=9, floor_seconds=1, factor=2)
+    board = Board()
+    assert board.read() is None
+    heart = Heart(board.file.environment, setup_seconds=9, floor_seconds=1, factor=2)
     heart.step, heart.kept_step = 17, 10
-    first = board.read(1)
+    first = board.read()
     heart.enter("checkpoint")
-    beat = board.read(1)
+    beat = board.read()
     assert (beat.section, beat.step, beat.kept_step) == ("checkpoint", 17, 10)
     assert first is not None and beat.number > first.number
-    assert board.read(0) is None
-    board.close()
+    board.clear()
+    assert board.read() is None
+    board.file.close()
+
+
+def test_a_nested_command_writes_no_heartbeat_into_a_file_of_its_own(tmp_path):
+    """It inherits the variable of a rank, but not the descriptor."""
+    with open(tmp_path / "own", "w+") as own:
+        heart = Heart({VARIABLE: f"{own.fileno()}:0"}, setup_seconds=9, floor_seconds=1, factor=2)
+        heart.enter("step")
+        assert not (tmp_path / "own").read_text()
+    heart = Heart({VARIABLE: f"{own_closed()}:0"}, setup_seconds=9, floor_seconds=1, factor=2)
+    heart.enter("step")
+
+
+def own_closed():
+    """Return a descriptor that was open a moment ago."""
+    with open("/dev/null") as file:
+        return file.fileno()
 
 
 @pytest.mark.parametrize("text", ["x" * 10, "x" * 10_000_000], ids=["small", "beyond a pipe"])
