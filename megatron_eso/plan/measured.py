@@ -22,7 +22,7 @@ from megatron_eso.config.schema import (
     TrainConfig,
 )
 from megatron_eso.errors import ConfigError, DataError
-from megatron_eso.files import read_json_lines
+from megatron_eso.files import read_json, read_json_lines
 from megatron_eso.plan.calibrate import Measured
 from megatron_eso.plan.flops import model_flops_per_step
 from megatron_eso.plan.job import Job
@@ -75,8 +75,14 @@ def _run_folder(folder: Path) -> Measured:
 def _num_ranks(folder: Path, config: RunConfig) -> int:
     """Return the ranks of the run: those it recorded, or else those that the configuration starts."""
     path = folder / "run.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    return int(found.get("num_ranks") or config.parallel.local_ranks)
+    if not path.is_file():
+        return config.parallel.local_ranks
+    number = read_json(path).get("num_ranks")
+    if not isinstance(number, int) or number < 1:
+        raise DataError(
+            f"{path} is damaged: it does not say the number of ranks, so how fast each one was is unknown"
+        )
+    return number
 
 
 def _of_trainer(row: dict[str, Any], path: Path) -> Measured:

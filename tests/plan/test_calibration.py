@@ -138,3 +138,12 @@ def test_a_run_folder_gives_its_median_step_without_the_first_line(tmp_path):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"metrics\.jsonl"):
         read_measured(tmp_path)
+
+
+def test_a_run_with_a_damaged_record_of_its_ranks_is_refused(tmp_path):
+    save_config(job(gpus=1).config, tmp_path / "config.yaml")
+    (tmp_path / "metrics.jsonl").write_text('{"seconds_per_step": 1.0}\n' * 4)
+    for damaged in ('{"num_ra', "[]", '{"num_ranks": "four"}', '{"num_ranks": 0}'):
+        (tmp_path / "run.json").write_text(damaged)
+        with pytest.raises(DataError, match=r"run\.json is damaged: .*number of ranks"):
+            read_measured(tmp_path)
