@@ -4,7 +4,6 @@ A row of a table has either ``settings`` of this trainer and ``tokens_per_second
 results have, or the shape, layout and TFLOP/s per GPU that others have published.
 """
 
-import json
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
