@@ -28,7 +28,9 @@ def logs(
         megatron-eso logs runs/quickstart
         megatron-eso logs -f runs/quickstart
     """
-    found = [*run.glob("slurm-*.out")] or [*run.glob("[0-9]*/slurm-*.out")]  # an array's tasks
+    from megatron_eso.launch.records import tasks_of
+
+    found = [path for place in tasks_of(run) or [run] for path in place.glob("slurm-*.out")]
     files = sorted(found, key=lambda path: path.stat().st_mtime) or [_own_log(run)]
     tail = ["tail", f"--lines={lines}", *(["--follow"] if follow else []), "--", str(files[-1])]
     os.execvp(tail[0], tail)

@@ -79,7 +79,12 @@ class Records:
         return read_json(self.folder / "job.json")
 
     def set_submission(self, *, job: str, **facts: Any) -> None:
-        """Note the newest job; facts that are not given stay as they are."""
+        """Note the newest job; facts that are not given stay as they are.
+
+        Args:
+            job: its id.
+            facts: ``num_tasks``: tasks of the array, 0 for a single run. The others are for a reader.
+        """
         write_json(self._to_write("job.json"), {**self.submission(), "job": job, **facts})
 
     def ask_to_stop(self) -> None:
@@ -195,6 +200,5 @@ def checkpoint_step(run: Path) -> int:
 
 
 def tasks_of(run: Path) -> list[Path]:
-    """Return the folders of an array's tasks in its run folder, by task number; empty for a single run."""
-    found = [path.parent for path in run.glob("*/slurm") if path.parent.name.isdigit()]
-    return sorted(found, key=lambda path: int(path.name))
+    """Return the folders of the tasks of a run's array, by task number; empty for a single run."""
+    return [run / str(task) for task in range(Records(run).submission().get("num_tasks", 0))]

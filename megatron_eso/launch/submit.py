@@ -135,8 +135,9 @@ def submit(plan: Plan, *, throttle: int = 0) -> str:
     facts = {"profile": plan.profile.name, "nodes": plan.profile.nodes,
              "boot_minutes": plan.profile.boot_minutes,
              "command": sys.argv, "submit_folder": str(plan.job.submit_folder)}  # fmt: skip
-    records.set_submission(job=job, **facts)
-    for task in plan.folders if plan.job.sweep is not None else []:
+    tasks = plan.folders if plan.job.sweep is not None else []
+    records.set_submission(job=job, num_tasks=len(tasks), **facts)
+    for task in tasks:
         Records(task).set_submission(job=f"{job}_{task.name}", **facts)
     return job
 

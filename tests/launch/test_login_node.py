@@ -222,8 +222,9 @@ def test_a_container_sees_the_data(node, tmp_path):
 def array(tmp_path, node):
     """A run folder of an array of four tasks, of which one runs."""
     run = tmp_path / "arr"
-    for name, job in (("", "12"), *((str(task), f"12_{task}") for task in range(4))):
-        Records(run / name).set_submission(job=job)
+    Records(run).set_submission(job="12", num_tasks=4)
+    for task in range(4):
+        Records(run / str(task)).set_submission(job=f"12_{task}")
     more = f"|None|n1|1:00|N/A|megatron-eso|{run}"
     node.answers("squeue", f"12_[1-3]|PENDING{more}\n12_0|RUNNING{more}\n")
     node.answers("scancel")
@@ -271,7 +272,7 @@ def test_a_requeue_that_is_refused_takes_no_wish_to_stop_back(node, tmp_path):
 
 def test_a_run_in_the_folder_of_an_earlier_array_has_a_count_of_its_own(node, tmp_path):
     run = array(tmp_path, node)
-    Records(run).set_submission(job="13")
+    Records(run).set_submission(job="13", num_tasks=0)
     Records(run).set_state(without_progress=3)
     node.answers("scontrol", "JobId=13 JobState=PENDING Priority=0\n")
     assert "job 13 released" in node.run("requeue", run)
@@ -285,6 +286,20 @@ def test_the_tasks_of_an_earlier_array_keep_their_jobs(node, tmp_path):
     node.submit("--sweep", "train.seed=1")
     jobs = [Records(tmp_path / "r" / task).submission()["job"] for task in ("0", "1")]
     assert jobs == ["7_0", "3_1"]
+
+
+def test_of_a_folder_that_held_an_array_its_own_run_is_shown(node, tmp_path):
+    run = tmp_path / "r"
+    for task in ("0", "1"):
+        Records(run / task).set_submission(job=f"3_{task}")
+        (run / task / f"slurm-3_{task}.out").write_text(f"words of task {task}\n")
+    node.answers("sbatch", "7\n")
+    node.submit("--cluster", "generic")
+    node.answers("squeue", f"7|RUNNING|None|n1|1:00|N/A|megatron-eso|{run}\n")
+    said = node.run("status", run)
+    assert f"run       {run}\n" in said and "job       7" in said
+    (run / "slurm-7.out").write_text("words of the run\n")
+    assert node.run("logs", run).endswith("words of the run\n")
 
 
 def test_watch_lives_through_what_slurm_refuses(node, tmp_path):
