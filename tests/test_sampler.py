@@ -10,10 +10,13 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer as Core
 from tokenizers import models
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
 from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.export.hf import decoding_esolm
+from megatron_eso.sample import sampler
 from megatron_eso.sample.choose import choose_tokens
 from megatron_eso.sample.generate import Batch, plan_for
 from megatron_eso.sample.live import LiveRow
@@ -101,6 +104,39 @@ def test_the_entropy_of_a_large_vocabulary_is_not_lowered(large_vocabulary):
     entropy = -(exact * np.log(exact)).sum()
     assert entropy > 8
     assert abs(-np.log(exact[chosen]).mean() - entropy) < 0.005
+
+
+class LargestInFloat64(TorchDispatchMode):
+    """Notes the size of the largest float64 tensor that an operator returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.dtype is torch.float64:
+                self.num_elements = max(self.num_elements, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_the_float64_copies_of_a_large_step_s_logits_are_made_piece_by_piece(top_p, monkeypatch):
+    """A step that decides half a batch of rows has gigabytes of logits, and needs several copies."""
+    monkeypatch.setattr(sampler, "_PIECE_ELEMENTS", 4 * 100)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 9, 100, generator=generator)
+    open_ = torch.arange(9).expand(2, 9)
+    u = torch.rand(2, 9, dtype=torch.float64, generator=generator)
+    with LargestInFloat64() as largest:
+        tokens, log_probs = sampler.decide(logits, open_, u, Choice(top_p=top_p))
+    assert largest.num_elements == 4 * 100
+    flat = logits.view(18, 100)
+    chosen = decoding_esolm.choose(flat, u.view(18), temperature=1.0, top_p=top_p)
+    assert torch.equal(tokens.view(18), chosen)
+    expected = torch.log_softmax(flat.double(), dim=1).gather(1, chosen[:, None])[:, 0]
+    assert torch.equal(log_probs.view(18), expected)
 
 
 def test_a_number_just_below_one_takes_no_token_of_weight_zero():
