@@ -1,6 +1,7 @@
 """Held-out scores of a run in progress. A stop signal ends an evaluation early."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
@@ -43,15 +44,14 @@ class Validation:
             session: the run.
             between: called by all ranks before each round of micro-batches; may raise on all of them.
         """
-        found = {}
-        with whole_weights(session.chunks):
-            for name, reader in self._readers.items():
-                if session.average is not None and session.config.eval.use_ema:
-                    with session.average.applied(session.chunks):
-                        found[name] = _score(session, reader, between)
-                else:
-                    found[name] = _score(session, reader, between)
-        return found
+        if not self._readers:
+            return {}
+        chunks, average = session.chunks, session.average if session.config.eval.use_ema else None
+        averaged = nullcontext() if average is None else average.applied(chunks)
+        with whole_weights(chunks), averaged:
+            return {
+                name: _score(session, reader, between) for name, reader in self._readers.items()
+            }
 
     def unigram(self, config: RunConfig, training: RowReader) -> dict[str, Score]:
         """Score the validation sets with the token frequencies of (some of) the training data."""
