@@ -18,7 +18,7 @@ from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.export.hf import decoding_esolm
 from megatron_eso.sample import sampler
 from megatron_eso.sample.choose import choose_tokens
-from megatron_eso.sample.generate import Batch, plan_for
+from megatron_eso.sample.generate import Batch, check_request, plan_for
 from megatron_eso.sample.live import LiveRow
 from megatron_eso.sample.output import SampleFile, require_new
 from megatron_eso.sample.plan import make_block_plan, make_plan
@@ -531,6 +531,22 @@ def test_a_strided_plan_keeps_tokens_of_a_step_apart():
 def test_a_fixed_plan_has_steps_of_equal_size():
     plan = make_plan(open_rows(2), alpha_0=0.75, num_steps=4, method="fixed", seed=0)
     assert plan.counts == [3, 3, 3, 3, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "message"),
+    [
+        ("bd3lm", [[1, 2], [1]], "prompts of different lengths"),
+        ("ar", [[1, 2], []], "its first token must be given"),
+    ],
+)
+def test_prompts_that_an_objective_cannot_begin_with_are_refused(name, prompts, message):
+    objective = ObjectiveConfig(name=name, leading_mask=False, block_size=4)
+    canvas = rows_with_prompts(prompts, LENGTH, ModelConfig(vocab_size=VOCAB, max_length=LENGTH))
+    with pytest.raises(ConfigError, match=message):
+        check_request(objective, canvas, PlanSettings(), Choice())
+    even = rows_with_prompts([[1, 2], [3, 4]], LENGTH, ModelConfig(vocab_size=VOCAB))
+    check_request(objective, even, PlanSettings(), Choice())
 
 
 @pytest.mark.parametrize("first_row", [0, 5])
