@@ -1,5 +1,6 @@
 """What the ranks of a test do: small runs at any layout, returning plain numbers and arrays."""
 
+import hashlib
 import logging
 import os
 import platform
@@ -32,6 +33,8 @@ from megatron_eso.launch.environment import Ranks
 from megatron_eso.objective.losses import TokenCounts
 from megatron_eso.objective.rows import StackRows
 from megatron_eso.parallel.exchange import Rows, read_together
+from megatron_eso.parallel.groups import seed_dropout
+from megatron_eso.parallel.megatron_patches import importing_megatron
 from megatron_eso.parallel.optimizer import whole_weights
 from megatron_eso.parallel.parameters import (
     gather_full,
@@ -41,6 +44,7 @@ from megatron_eso.parallel.parameters import (
     shards,
 )
 from megatron_eso.train import session as session_module
+from megatron_eso.train import step as step_module
 from megatron_eso.train.session import Session, build_session
 from megatron_eso.train.step import (
     forward_backward,
@@ -50,6 +54,9 @@ from megatron_eso.train.step import (
     train_step,
 )
 from tests.replaced import replaced
+
+with importing_megatron():
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 VOCAB, LENGTH = 61, 16
 SMALL = [
@@ -789,6 +796,28 @@ def zeros_of_dropout(overrides: list[str]) -> tuple[float, bool]:
     embedded = model.embedding(input_ids=tokens, position_ids=None)
     passes = [model.hidden_states(tokens, model.attention_rows(positions)) for _ in range(2)]
     return float((embedded == 0).float().mean()), not torch.equal(*passes)
+
+
+def states_of_dropout(overrides: list[str], num_steps: int) -> tuple[list[str], list[str]]:
+    """Return digests of the states that dropout is drawn from, one a step, and what is logged."""
+    session = make_session(overrides)
+    found, said = [], []
+    watch = logging.Handler()
+    watch.emit = lambda record: said.append(record.getMessage())
+
+    def noted(*args: Any) -> None:
+        seed_dropout(*args)
+        state = get_cuda_rng_tracker().get_states()["model-parallel-rng"]
+        found.append(hashlib.sha256(state.numpy().tobytes()).hexdigest())
+
+    logging.getLogger().addHandler(watch)
+    try:
+        with replaced([(step_module, "seed_dropout", noted)]):
+            for _ in range(num_steps):
+                train_step(session, read_rows)
+    finally:
+        logging.getLogger().removeHandler(watch)
+    return found, said
 
 
 def builds_with(name: str, value: str) -> bool:

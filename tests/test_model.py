@@ -151,6 +151,20 @@ def test_dropout_is_for_residual_branches_alone(one_rank):
     assert changed
 
 
+def test_no_tensor_rank_draws_in_a_step_what_another_draws_in_the_next(two_ranks):
+    """Megatron adds the tensor rank to the seed, so the seeds of steps must not follow each other."""
+    settings = ["model.dropout=0.1", "parallel.tensor=2"]
+    ranks = two_ranks.run("states_of_dropout", settings, 3)
+    states = [state for of_steps, _ in ranks for state in of_steps]
+    assert len(set(states)) == len(states) == 6
+
+
+def test_dropout_of_tensor_ranks_fills_no_log(two_ranks):
+    """On a CPU Megatron would warn in each pass that the CPU's random state has changed."""
+    ranks = two_ranks.run("states_of_dropout", ["model.dropout=0.1", "parallel.tensor=2"], 1)
+    assert [said for _, said in ranks] == [[], []]
+
+
 @pytest.mark.parametrize("name", ["NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"])
 def test_variables_of_an_attention_that_is_not_used_are_no_obstacle(one_rank, name):
     assert one_rank.run("builds_with", name, "0")[0]

@@ -1,7 +1,13 @@
 """Evaluations see the averaged weights; training continues with its own, without a second copy of them."""
 
+from contextlib import nullcontext
+from unittest import mock
+
 import numpy as np
 import pytest
+
+from megatron_eso.config.schema import DataConfig, EvalConfig, RunConfig
+from megatron_eso.train import validation
 
 LAYOUTS = [
     pytest.param([], id="data 2"),
@@ -49,3 +55,25 @@ def test_no_second_copy_of_the_weights_is_kept(two_ranks, dtype):
     for found in held(two_ranks, [], dtype):
         own = sum(x.nbytes for x in found["before"]["masters"]) if dtype == "fp32" else 0
         assert found["bytes kept"] == own
+
+
+@pytest.mark.parametrize(
+    ("sets", "use_ema", "number"),
+    [
+        pytest.param({"one": "first", "two": "second"}, True, 1, id="two sets"),
+        pytest.param({"one": "first"}, False, 0, id="own weights"),
+        pytest.param({}, True, 0, id="no set"),
+    ],
+)
+def test_an_evaluation_writes_the_averages_once_whatever_the_sets(
+    monkeypatch, sets, use_ema, number
+):
+    """Each time, every rank gathers all weights twice."""
+    config = RunConfig(data=DataConfig(validation=sets), eval=EvalConfig(use_ema=use_ema))
+    average = mock.Mock(applied=mock.Mock(side_effect=lambda chunks: nullcontext()))
+    session = mock.Mock(chunks=[], average=average, config=config)
+    monkeypatch.setattr(validation, "ValidationReader", lambda path, *args, **kwargs: path)
+    monkeypatch.setattr(validation, "_score", lambda session, reader, between: [reader])
+    found = validation.Validation(config).scores(session, lambda: None)
+    assert found == {name: [path] for name, path in sets.items()}
+    assert average.applied.call_count == number

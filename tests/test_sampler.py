@@ -10,12 +10,15 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer as Core
 from tokenizers import models
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
 from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.export.hf import decoding_esolm
+from megatron_eso.sample import sampler
 from megatron_eso.sample.choose import choose_tokens
-from megatron_eso.sample.generate import Batch, plan_for
+from megatron_eso.sample.generate import Batch, check_request, plan_for
 from megatron_eso.sample.live import LiveRow
 from megatron_eso.sample.output import SampleFile, require_new
 from megatron_eso.sample.plan import make_block_plan, make_plan
@@ -101,6 +104,39 @@ def test_the_entropy_of_a_large_vocabulary_is_not_lowered(large_vocabulary):
     entropy = -(exact * np.log(exact)).sum()
     assert entropy > 8
     assert abs(-np.log(exact[chosen]).mean() - entropy) < 0.005
+
+
+class LargestInFloat64(TorchDispatchMode):
+    """Notes the size of the largest float64 tensor that an operator returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.dtype is torch.float64:
+                self.num_elements = max(self.num_elements, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_the_float64_copies_of_a_large_step_s_logits_are_made_piece_by_piece(top_p, monkeypatch):
+    """A step that decides half a batch of rows has gigabytes of logits, and needs several copies."""
+    monkeypatch.setattr(sampler, "_PIECE_ELEMENTS", 4 * 100)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 9, 100, generator=generator)
+    open_ = torch.arange(9).expand(2, 9)
+    u = torch.rand(2, 9, dtype=torch.float64, generator=generator)
+    with LargestInFloat64() as largest:
+        tokens, log_probs = sampler.decide(logits, open_, u, Choice(top_p=top_p))
+    assert largest.num_elements == 4 * 100
+    flat = logits.view(18, 100)
+    chosen = decoding_esolm.choose(flat, u.view(18), temperature=1.0, top_p=top_p)
+    assert torch.equal(tokens.view(18), chosen)
+    expected = torch.log_softmax(flat.double(), dim=1).gather(1, chosen[:, None])[:, 0]
+    assert torch.equal(log_probs.view(18), expected)
 
 
 def test_a_number_just_below_one_takes_no_token_of_weight_zero():
@@ -495,6 +531,22 @@ def test_a_strided_plan_keeps_tokens_of_a_step_apart():
 def test_a_fixed_plan_has_steps_of_equal_size():
     plan = make_plan(open_rows(2), alpha_0=0.75, num_steps=4, method="fixed", seed=0)
     assert plan.counts == [3, 3, 3, 3, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "message"),
+    [
+        ("bd3lm", [[1, 2], [1]], "prompts of different lengths"),
+        ("ar", [[1, 2], []], "its first token must be given"),
+    ],
+)
+def test_prompts_that_an_objective_cannot_begin_with_are_refused(name, prompts, message):
+    objective = ObjectiveConfig(name=name, leading_mask=False, block_size=4)
+    canvas = rows_with_prompts(prompts, LENGTH, ModelConfig(vocab_size=VOCAB, max_length=LENGTH))
+    with pytest.raises(ConfigError, match=message):
+        check_request(objective, canvas, PlanSettings(), Choice())
+    even = rows_with_prompts([[1, 2], [3, 4]], LENGTH, ModelConfig(vocab_size=VOCAB))
+    check_request(objective, even, PlanSettings(), Choice())
 
 
 @pytest.mark.parametrize("first_row", [0, 5])

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from megatron_eso.model.attention.core import EsoCoreAttention
 from megatron_eso.model.attention.rows import AttentionRows
 from megatron_eso.model.eso_model import EsoModel
-from megatron_eso.model.specs import AttentionInput, AttentionProjection
+from megatron_eso.model.specs import with_own_bias
 from megatron_eso.parallel.megatron_patches import importing_megatron, without_cuda_names
 from megatron_eso.parallel.norms import LayerNorm, RMSNorm, select_entries
 
@@ -33,9 +33,9 @@ def can_run(model: EsoModel) -> bool:
     layers: list[Any] = list(model.decoder.layers)
     return all(
         type(layer.input_layernorm) in (RMSNorm, LayerNorm)
-        and type(layer.self_attention.linear_qkv) is AttentionInput
+        and type(layer.self_attention.linear_qkv) is with_own_bias(ColumnParallelLinear)
         and type(layer.self_attention.core_attention) is EsoCoreAttention
-        and type(layer.self_attention.linear_proj) is AttentionProjection
+        and type(layer.self_attention.linear_proj) is with_own_bias(RowParallelLinear)
         and type(layer.mlp.linear_fc1) is ColumnParallelLinear
         and type(layer.mlp.linear_fc2) is RowParallelLinear
         and layer.self_attention.num_query_groups_per_partition * model.decoder.tp_group.size()

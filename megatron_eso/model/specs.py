@@ -1,7 +1,7 @@
 """Layer specs: Megatron's parallel layers, or Transformer Engine's, around our core attention."""
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from megatron_eso.config.schema import ModelConfig
@@ -30,27 +30,20 @@ _FUSED_NAMES = {
 }
 
 
-class AttentionProjection(RowParallelLinear):
-    """The output projection of attention; biased only if ``attention_bias`` says so.
+@cache
+def with_own_bias(linear: Any) -> Any:
+    """Return a subclass for attention's projections, which is biased only if ``attention_bias`` says so.
 
-    Megatron has one switch for the biases of attention's output projection and of the MLP; the
-    official Eso-LM shape has biases in the MLP alone.
+    Megatron has one switch for the biases of these and of the MLP; the official Eso-LM shape has biases in
+    the MLP alone.
     """
 
-    def __init__(self, *args: Any, attention_bias: bool = False, **kwargs: Any) -> None:
-        kwargs["bias"] = attention_bias
-        super().__init__(*args, **kwargs)
+    class Linear(linear):
+        def __init__(self, *args: Any, attention_bias: bool = False, **kwargs: Any) -> None:
+            kwargs["bias"] = attention_bias
+            super().__init__(*args, **kwargs)
 
-
-class AttentionInput(ColumnParallelLinear):
-    """The query, key and value projection; biased only if ``attention_bias`` says so.
-
-    Megatron would also give it biases where the MLP has them.
-    """
-
-    def __init__(self, *args: Any, attention_bias: bool = False, **kwargs: Any) -> None:
-        kwargs["bias"] = attention_bias
-        super().__init__(*args, **kwargs)
+    return Linear
 
 
 @dataclass(frozen=True)
@@ -59,35 +52,22 @@ class _Parts:
 
     norm_before: Any
     """Before attention and before the MLP; the identity where the next projection includes the norm."""
-    attention_input: Any
-    attention_projection: Any
-    mlp_input: Any
-    mlp_output: Any
+    into: Any
+    """The query, key and value projection, and the first MLP matrix."""
+    out_of: Any
+    """The output projection, and the second MLP matrix."""
     norm: Any
     """Before the head, and of queries and keys."""
 
 
 def _torch_parts(model: ModelConfig) -> _Parts:
     norm: Any = RMSNorm if model.norm == "rmsnorm" else LayerNorm
-    return _Parts(
-        norm_before=norm,
-        attention_input=AttentionInput,
-        attention_projection=AttentionProjection,
-        mlp_input=ColumnParallelLinear,
-        mlp_output=RowParallelLinear,
-        norm=norm,
-    )
+    return _Parts(norm, into=ColumnParallelLinear, out_of=RowParallelLinear, norm=norm)
 
 
 def _te_parts() -> _Parts:
-    return _Parts(
-        norm_before=IdentityOp,
-        attention_input=te_specs.attention_input(),
-        attention_projection=te_specs.attention_projection(),
-        mlp_input=te_specs.mlp_input(),
-        mlp_output=te_specs.mlp_output(),
-        norm=te_specs.norm(),
-    )
+    into, out_of = te_specs.norm_and_projection(), te_specs.output_projection()
+    return _Parts(IdentityOp, into=into, out_of=out_of, norm=te_specs.norm())
 
 
 def block_spec(
@@ -114,9 +94,9 @@ def block_spec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ModuleSpec(module=parts.attention_input, params=bias),
+                    linear_qkv=ModuleSpec(module=with_own_bias(parts.into), params=bias),
                     core_attention=partial(EsoCoreAttention, backend=attention),  # type: ignore[arg-type]
-                    linear_proj=ModuleSpec(module=parts.attention_projection, params=bias),
+                    linear_proj=ModuleSpec(module=with_own_bias(parts.out_of), params=bias),
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
                 ),
@@ -125,7 +105,7 @@ def block_spec(
             pre_mlp_layernorm=parts.norm_before,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=parts.mlp_input, linear_fc2=parts.mlp_output),
+                submodules=MLPSubmodules(linear_fc1=parts.into, linear_fc2=parts.out_of),
             ),
             mlp_bda=add_residual,
             sharded_state_dict_keys_map={} if backend == "te" else _FUSED_NAMES,

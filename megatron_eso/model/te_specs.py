@@ -6,7 +6,6 @@ classes are stand-ins that raise when they are built.
 """
 
 from copy import copy
-from functools import cache
 from typing import Any
 
 from megatron_eso.parallel.megatron_patches import importing_megatron
@@ -16,25 +15,13 @@ with importing_megatron():
     from megatron.core.transformer.enums import AttnMaskType
 
 
-def attention_input() -> Any:
-    """Return the class of a norm fused with the q, k, v projection, biased by ``attention_bias``."""
-    linear: Any = megatron_te.TELayerNormColumnParallelLinear
-    return _with_own_bias(linear)
-
-
-def attention_projection() -> Any:
-    """Return the class of attention's output projection, biased by ``attention_bias``."""
-    linear: Any = megatron_te.TERowParallelLinear
-    return _with_own_bias(linear)
-
-
-def mlp_input() -> Any:
-    """Return the class of a norm fused with the first MLP matrix."""
+def norm_and_projection() -> Any:
+    """Return the class of a norm fused with the projection that follows it."""
     return megatron_te.TELayerNormColumnParallelLinear
 
 
-def mlp_output() -> Any:
-    """Return the class of the second MLP matrix."""
+def output_projection() -> Any:
+    """Return the class of the projections whose output is added to the residual stream."""
     return megatron_te.TERowParallelLinear
 
 
@@ -68,15 +55,3 @@ def causal_attention(config: Any, layer_number: int, **where: Any) -> Any:
 def attend_causally(attention: Any, query: Any, key: Any, value: Any) -> Any:
     """Return the output of :func:`causal_attention`'s module for rotated queries and keys."""
     return attention(query, key, value, None, AttnMaskType.causal)
-
-
-@cache
-def _with_own_bias(linear: Any) -> Any:
-    """Return a subclass that takes ``attention_bias`` instead of Megatron's one switch; see specs.py."""
-
-    class Linear(linear):
-        def __init__(self, *args: Any, attention_bias: bool = False, **kwargs: Any) -> None:
-            kwargs["bias"] = attention_bias
-            super().__init__(*args, **kwargs)
-
-    return Linear

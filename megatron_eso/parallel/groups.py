@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_eso.config.schema import ParallelConfig
+from megatron_eso.objective.randomness import Stream, uniform
 from megatron_eso.parallel.megatron_patches import importing_megatron
 
 with importing_megatron():
@@ -107,13 +108,12 @@ def _replica_group(parallel: ParallelConfig, groups: Any, timeout: timedelta) ->
     return mine
 
 
-def seed_dropout(seed: int, layout: Layout) -> None:
-    """Restart Megatron's random states, so that dropout depends only on the seed and the rank's place.
+def seed_dropout(seed: int, step: int, layout: Layout) -> None:
+    """Restart Megatron's random states, so that dropout depends only on seed, step and the rank's place.
 
-    Megatron itself gives tensor ranks different states where they hold different entries.
+    Megatron itself gives tensor ranks different states where they hold different entries: it adds their
+    number to the seed. So the seeds of steps must not be neighbors.
     """
     place = layout.pipeline_rank * layout.weights_group.size() + layout.weights_group.rank()
-    own = (
-        seed + 7_919_000_003 * place
-    ) % 2**62  # PyTorch takes 63 bits, and Megatron adds a little
-    tensor_parallel.model_parallel_cuda_manual_seed(own, force_reset_rng=True)
+    drawn = uniform(seed, step, place, Stream.DROPOUT, 1).item()
+    tensor_parallel.model_parallel_cuda_manual_seed(int(drawn * 2**53), force_reset_rng=True)

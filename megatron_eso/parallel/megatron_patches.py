@@ -11,6 +11,7 @@ fails there can go.
 
 import contextlib
 import ctypes
+import logging
 import os
 import sys
 import warnings
@@ -254,10 +255,12 @@ def _patch_random_state() -> None:
     """Let Megatron's per-rank random states drive the CPU generator.
 
     Reason: the random tracker that gives tensor ranks different dropout masks saves and restores
-    the CUDA generator, and activation recomputation does the same.
+    the CUDA generator, and activation recomputation does the same. The tracker then warns in each pass
+    that the CPU's state has changed.
     """
     with importing_megatron():
         from megatron.core.tensor_parallel import random as megatron_random
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
 
     def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.get_rng_state()

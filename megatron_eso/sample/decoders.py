@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_eso.config.schema import ObjectiveConfig
 from megatron_eso.errors import ConfigError
 from megatron_eso.model.replica import Replica
 from megatron_eso.objective.rows import Pattern
@@ -47,8 +48,9 @@ def make_decoder(
         cuda_graphs: steps may run from CUDA graphs.
 
     Raises:
-        ConfigError: if the objective cannot follow the plan.
+        ConfigError: if the objective cannot follow the plan or begin with the prompts.
     """
+    check_prompts(replica.config.objective, plan.num_given, padding)
     name = replica.config.objective.name
     stages = Stages(replica, cuda_graphs=cuda_graphs)
     if name == "eso":
@@ -58,6 +60,24 @@ def make_decoder(
     if name == "mdlm":
         return MaskedDecoder(replica, stages, padding)
     return BlockDecoder(replica, stages, plan, padding)
+
+
+def check_prompts(objective: ObjectiveConfig, num_given: int, padding: Tensor) -> None:
+    """Refuse prompts that an objective cannot begin with; ``num_given`` columns include the padding [B].
+
+    Raises:
+        ConfigError: naming what to change.
+    """
+    if objective.name == "bd3lm" and bool(padding.any()):
+        raise ConfigError(
+            "block diffusion cannot take prompts of different lengths in one batch: its blocks would "
+            "not line up; sample them one after the other"
+        )
+    if objective.name == "ar" and not objective.leading_mask and num_given <= int(padding.max()):
+        raise ConfigError(
+            "this ar model was trained with objective.leading_mask=false: its first token must be "
+            "given; start with a prompt"
+        )
 
 
 class _Cached:
@@ -126,11 +146,6 @@ class AutoregressiveDecoder(_Cached):
                 "a model of objective.name=ar decides one token at a time from left to right; ask for "
                 "the left-to-right plan and no gaps"
             )
-        if plan.num_given <= int(padding.max()) and not self._has_leading_mask:
-            raise ConfigError(
-                "this ar model was trained with objective.leading_mask=false: its first token must be "
-                "given; start with a prompt"
-            )
 
     def logits(self, tokens: Tensor, fresh: Tensor, open_: Tensor) -> Tensor:
         """Return the logits of the next token; see Decoder."""
@@ -174,11 +189,6 @@ class BlockDecoder(_Cached):
     def __init__(
         self, replica: Replica, stages: Stages, plan: DecodingPlan, padding: Tensor
     ) -> None:
-        if bool(padding.any()):
-            raise ConfigError(
-                "block diffusion cannot take prompts of different lengths in one batch: its blocks "
-                "would not line up; sample them one after the other"
-            )
         super().__init__(replica, stages, padding, plan.order.shape[1])
         self._size = replica.config.objective.block_size
         blocks = plan.order[:, plan.num_given :] // self._size

@@ -8,6 +8,7 @@ from torch import Tensor
 from megatron_eso.config.schema import ObjectiveConfig
 from megatron_eso.errors import ConfigError
 from megatron_eso.model.replica import Replica
+from megatron_eso.sample.decoders import check_prompts
 from megatron_eso.sample.plan import (
     DecodingPlan,
     check_prefix,
@@ -49,21 +50,10 @@ def check_request(
         ConfigError: naming what to change.
     """
     check_choice(choice)
-    if objective.name == "bd3lm" and bool(canvas.padding.any()):
-        raise ConfigError(
-            "block diffusion cannot take prompts of different lengths in one batch: its blocks would "
-            "not line up; sample them one after the other"
-        )
     # Every row has the same number of open tokens, so the first one's plan stands for all.
     one = Canvas(canvas.tokens[:1], canvas.is_given[:1], canvas.padding[:1])
     plan = plan_for(objective, one, settings, choice)
-    if objective.name == "ar" and not objective.leading_mask:
-        shortest = plan.num_given - int(canvas.padding.max())
-        if shortest < 1:
-            raise ConfigError(
-                "this ar model was trained with objective.leading_mask=false: its first token must be "
-                "given; start with a prompt"
-            )
+    check_prompts(objective, plan.num_given, canvas.padding)
 
 
 def plan_for(

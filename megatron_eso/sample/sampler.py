@@ -18,6 +18,9 @@ from megatron_eso.sample.choose import choose_tokens
 from megatron_eso.sample.decoders import make_decoder
 from megatron_eso.sample.plan import DecodingPlan
 
+# Logits that are decided together: that takes half a dozen copies of them in float64, 128 MiB each.
+_PIECE_ELEMENTS = 2**24
+
 
 @dataclass(frozen=True)
 class Sampled:
@@ -98,10 +101,9 @@ def fill_rows(
             open_ = order[:, done : done + count]
             logits = decoder.logits(tokens, fresh, open_)
             choice.on_logits(open_, logits)
-            picked = _pick(logits, open_, u.gather(1, open_ - padding[:, None]), choice)
-            tokens.scatter_(1, open_, picked)
-            chosen = torch.log_softmax(logits.double(), dim=2).gather(2, picked[:, :, None])
-            log_probs.scatter_(1, open_, chosen[:, :, 0])
+            found = decide(logits, open_, u.gather(1, open_ - padding[:, None]), choice)
+            tokens.scatter_(1, open_, found[0])
+            log_probs.scatter_(1, open_, found[1])
             fresh, done = open_, done + count
             choice.on_step(step - 1, tokens)
             if choice.stop_token is not None and _have_ended(
@@ -122,17 +124,33 @@ def _have_ended(tokens: Tensor, given: Tensor, still_open: Tensor, stop_token: i
     return bool((first_stop < still_open.amin(dim=1)).all())
 
 
-def _pick(logits: Tensor, open_: Tensor, u: Tensor, choice: Choice) -> Tensor:
-    """Return [B, count] tokens, sampled or forced."""
-    if choice.forced is not None:
-        return choice.forced.to(open_.device).gather(1, open_)
-    flat = choose_tokens(
-        logits.reshape(-1, logits.shape[2]),
-        u.reshape(-1),
-        temperature=choice.temperature,
-        top_p=choice.top_p,
+def decide(logits: Tensor, open_: Tensor, u: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
+    """Return tokens, sampled or forced, and their log-probabilities under the model, both [B, n].
+
+    Args:
+        logits: [B, n, V].
+        open_: [B, n] columns that are decided.
+        u: [B, n] uniform in [0, 1).
+        choice: temperature, nucleus, or the tokens to force.
+    """
+    flat, numbers = logits.flatten(0, 1), u.flatten()
+    forced = (
+        None if choice.forced is None else choice.forced.to(u.device).gather(1, open_).flatten()
     )
-    return flat.view(open_.shape)
+    size = max(_PIECE_ELEMENTS // flat.shape[1], 1)
+    tokens, log_probs = [], []
+    for first in range(0, len(flat), size):
+        part = slice(first, first + size)
+        if forced is None:
+            picked = choose_tokens(
+                flat[part], numbers[part], temperature=choice.temperature, top_p=choice.top_p
+            )
+        else:
+            picked = forced[part]
+        chosen = torch.log_softmax(flat[part].double(), dim=1).gather(1, picked[:, None])
+        tokens.append(picked)
+        log_probs.append(chosen[:, 0])
+    return torch.cat(tokens).view(open_.shape), torch.cat(log_probs).view(open_.shape)
 
 
 def check_choice(choice: Choice) -> None:

@@ -96,7 +96,7 @@ def train_step(session: Session, read: ReadRows, judge: Judge = finite_is_good) 
     config, step = session.config, session.state.step
     begin = time.perf_counter()
     if config.model.dropout > 0:
-        seed_dropout(config.train.seed * 1_000_003 + step, session.layout)
+        seed_dropout(config.train.seed, step, session.layout)
     micro_batches = micro_batches_of_rank(session)
     numbers = [row for micro_batch in micro_batches for row in micro_batch.rows]
     with phase("data"):

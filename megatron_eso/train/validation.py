@@ -1,11 +1,14 @@
 """Held-out scores of a run in progress. A stop signal ends an evaluation early."""
 
+import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.data.reader import RowReader, ValidationReader
+from megatron_eso.errors import DataError
 from megatron_eso.eval.evaluate import evaluate
 from megatron_eso.eval.scores import Score
 from megatron_eso.eval.unigram import unigram_score
@@ -14,6 +17,7 @@ from megatron_eso.parallel.exchange import Rows
 from megatron_eso.parallel.optimizer import whole_weights
 from megatron_eso.train.session import Session
 
+log = logging.getLogger(__name__)
 _UNIGRAM_ROWS = 2048  # training rows that the unigram comparison counts
 
 
@@ -43,18 +47,27 @@ class Validation:
             session: the run.
             between: called by all ranks before each round of micro-batches; may raise on all of them.
         """
-        found = {}
-        with whole_weights(session.chunks):
-            for name, reader in self._readers.items():
-                if session.average is not None and session.config.eval.use_ema:
-                    with session.average.applied(session.chunks):
-                        found[name] = _score(session, reader, between)
-                else:
-                    found[name] = _score(session, reader, between)
-        return found
+        if not self._readers:
+            return {}
+        chunks, average = session.chunks, session.average if session.config.eval.use_ema else None
+        averaged = nullcontext() if average is None else average.applied(chunks)
+        with whole_weights(chunks), averaged:
+            return {
+                name: _score(session, reader, between) for name, reader in self._readers.items()
+            }
 
     def unigram(self, config: RunConfig, training: RowReader) -> dict[str, Score]:
-        """Score the validation sets with the token frequencies of (some of) the training data."""
+        """Score the validation sets with the token frequencies of (some of) the training data.
+
+        A run can do without: if data cannot be read, this logs why and returns nothing.
+        """
+        try:
+            return self._unigram(config, training) if self._readers else {}
+        except DataError as error:
+            log.warning("no unigram model to compare with: %s", error)
+            return {}
+
+    def _unigram(self, config: RunConfig, training: RowReader) -> dict[str, Score]:
         examples = training.example_rows(_UNIGRAM_ROWS)
         counted = torch.from_numpy(examples.tokens[examples.is_valid])
         scores = {}

@@ -1,10 +1,13 @@
 """The unigram score of a run's validation sets is of the tokens that the model is scored on."""
 
+from unittest import mock
+
 import pytest
 import torch
 
 from megatron_eso.config import load_config
 from megatron_eso.data.reader import RowReader, ValidationReader
+from megatron_eso.errors import DataError
 from megatron_eso.eval.unigram import unigram_score
 from megatron_eso.train.validation import Validation
 from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE
@@ -38,3 +41,22 @@ def test_it_scores_what_the_objective_predicts(prepared, leading_mask, first):
         bytes_per_token=reader.bytes_per_token,
     )
     assert found == expected
+
+
+def test_a_finished_run_can_do_without_it(prepared, caplog):
+    """Only rank 0 computes it, after the last checkpoint; shards out of reach must not fail the run."""
+    training = mock.Mock(spec=RowReader)
+    training.example_rows.side_effect = DataError("shard.00000.mds cannot be fetched")
+    config = load_config(None, [
+        f"train.sequence_length={SEQUENCE_LENGTH}", f"model.vocab_size={VOCAB_SIZE}", "train.steps=1",
+        f"data.validation.held_out={prepared}/validation",
+    ])  # fmt: skip
+    assert Validation(config).unigram(config, training) == {}
+    assert "shard.00000.mds cannot be fetched" in caplog.text
+
+
+def test_without_validation_sets_no_training_data_is_read_for_it():
+    training = mock.Mock(spec=RowReader)
+    config = load_config(None, ["train.steps=1"])
+    assert Validation(config).unigram(config, training) == {}
+    training.example_rows.assert_not_called()
