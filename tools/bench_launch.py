@@ -53,7 +53,10 @@ def _time(words: list[str], environment: dict[str, str]) -> float:
 def _make_runs(folder: Path, number: int) -> str:
     """Create run folders with long metrics; return what squeue says about them."""
     lines = []
-    metrics = '{"step": 50, "loss": 2.5, "tokens_per_second": 1000.0, "tokens": 100000}\n' * 100_000
+    metrics = (
+        '{"step": 50, "loss": 2.5, "tokens_per_second": 1000.0, "seconds_per_step": 2.0}\n'
+        * 100_000
+    )
     for i in range(number):
         run = folder / f"run{i}"
         (run / "checkpoints").mkdir(parents=True)

@@ -193,13 +193,11 @@ def _progress(run: Path, status: dict) -> str:
     text = f"step {step}/{total}" if total else f"step {step}"
     last = _last_metrics(run)
     loss = last.get("loss", status.get("loss"))
-    speed = last.get("tokens_per_second", status.get("tokens_per_second"))
+    speed, seconds = last.get("tokens_per_second"), last.get("seconds_per_step")
     text += f"  loss {loss:.4f}" if isinstance(loss, (int, float)) else ""
-    if isinstance(speed, (int, float)) and speed > 0:
-        text += f"  {speed:,.0f} tokens/s"
-        tokens, done = last.get("tokens"), last.get("step")
-        if total and tokens and done:
-            text += f"  ETA {_clock((total - step) * tokens / done / speed)}"
+    text += f"  {speed:,.0f} tokens/s" if isinstance(speed, (int, float)) else ""
+    if total and isinstance(seconds, (int, float)):
+        text += f"  ETA {_clock((total - step) * seconds)}"
     return text
 
 

@@ -49,12 +49,13 @@ class Metrics:
         self._lines = open(folder / "metrics.jsonl", "a")
         self._lines_output = SpareOutput("metrics.jsonl")
         self._lines.write(missing_newline(folder / "metrics.jsonl"))
-        self._since, self._steps = time.perf_counter(), 0
+        self._since, self._steps, self._tokens = time.perf_counter(), 0, 0
         self._phases: dict[str, float] = {}
 
     def add(self, report: StepReport) -> bool:
         """Take in a step; write a line if one is due, and return whether it was."""
         self._steps += 1
+        self._tokens += report.data_tokens
         for phase, seconds in report.seconds.items():
             self._phases[phase] = self._phases.get(phase, 0.0) + seconds
         config, total = self._session.config, self._session.derived.total_steps
@@ -64,7 +65,8 @@ class Metrics:
         values = self._values(report, elapsed / self._steps)
         self._write(report.step, values)
         log.info(_line(report, values, total, elapsed / self._steps))
-        self._since, self._steps, self._phases = time.perf_counter(), 0, {}
+        self._since, self._steps, self._tokens = time.perf_counter(), 0, 0
+        self._phases = {}
         return True
 
     def pause(self, begin: float) -> None:
@@ -106,16 +108,18 @@ class Metrics:
 
     def _values(self, report: StepReport, seconds_per_step: float) -> dict[str, Any]:
         phases = {f"seconds_{k}": v / self._steps for k, v in self._phases.items()}
+        train = self._session.config.train
         return {
             "step": report.step,
-            "tokens": report.step * report.data_tokens,
+            # Places of all rows so far; the speed leaves out padding, of which steps have more or less.
+            "tokens": report.step * train.global_batch_rows * train.sequence_length,
             "loss": report.loss,
             "loss_diffusion": report.loss_diffusion,
             "loss_sequential": report.loss_sequential,
             "learning_rate": report.learning_rate,
             "grad_norm": report.grad_norm,
             "seconds_per_step": seconds_per_step,
-            "tokens_per_second": report.data_tokens / seconds_per_step,
+            "tokens_per_second": self._tokens / self._steps / seconds_per_step,
             "model_flops_per_second": self._flops / seconds_per_step,
             "share_of_matmul_peak": self._flops / seconds_per_step / self._peak,
             **self._utilisation(seconds_per_step),

@@ -199,7 +199,7 @@ def make_run(folder):
     records.add_bad_nodes({"n9": "Slurm says down"}, hours=2)
     status = {"state": "running", "step": 50, "total_steps": 100, "updated": time.time()}
     write_json(folder / "status.json", status)
-    entry = '{"step": 50, "loss": 2.5, "tokens_per_second": 1000, "tokens": 100000}\n'
+    entry = '{"step": 50, "loss": 2.5, "tokens_per_second": 1000, "seconds_per_step": 2.0}\n'
     (folder / "metrics.jsonl").write_text(entry + '{"step": 51, "lo')
     records.set_submission(job="4")
 
