@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_eso.parallel.optimizer import whole_weights
-from megatron_eso.parallel.parameters import shards
+from megatron_eso.parallel.parameters import gather_full, shards
 from megatron_eso.train.session import Session
 from megatron_eso.train.step import train_step
 from tests import rank_jobs
@@ -20,8 +20,9 @@ def used_and_put_back(overrides: list[str], fails: bool) -> dict[str, Any]:
     """Train two steps, put the averaged weights in place and back, and train two more steps.
 
     Returns:
-        The weights and this rank's masters before, during and after the averaged weights; the bytes held
-        during them; and the losses of the steps that follow (none if the block ``fails``).
+        The weights and this rank's masters before, during and after the averaged weights; the averages,
+        whole and in the weights' format; the bytes held during them; and the losses of the steps that
+        follow (none if the block ``fails``).
     """
     session = rank_jobs.make_session(overrides)
     for _ in range(2):
@@ -33,6 +34,7 @@ def used_and_put_back(overrides: list[str], fails: bool) -> dict[str, Any]:
         try:
             with _NewMemory() as new, session.average.applied(session.chunks):
                 found["bytes kept"], found["within"] = new.bytes_held(), _held(session)
+                found["averages"] = _averages(session)
                 if fails:
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
@@ -50,6 +52,18 @@ def _held(session: Session) -> dict[str, list[Any]]:
         "weights": [rank_jobs._array(p.detach().float()) for p in parameters],
         "masters": [rank_jobs._array(master) for master in masters],
     }
+
+
+def _averages(session: Session) -> list[Any]:
+    """Return the whole average of each parameter, summed over the ranks that hold parts of it."""
+    ranges, found = shards(session.optimizer), []
+    assert session.average is not None
+    for parameter in (p for chunk in session.chunks for p in chunk.parameters()):
+        start = ranges[parameter].start if parameter in ranges else 0
+        part = session.average.parts.get(parameter)
+        whole = gather_full(parameter, start, part, session.layout.weights_group)
+        found.append(rank_jobs._array(whole.to(parameter.dtype).float()))
+    return found
 
 
 class _NewMemory(TorchDispatchMode):

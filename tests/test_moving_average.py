@@ -32,6 +32,7 @@ def differ(some, others):
 def test_weights_and_masters_are_as_before_bit_for_bit(two_ranks, layout, dtype):
     for found in held(two_ranks, layout, dtype):
         assert differ(found["within"]["weights"], found["before"]["weights"])
+        assert not differ(found["within"]["weights"], found["averages"])
         for kind in ("weights", "masters"):
             assert not differ(found["after"][kind], found["before"][kind])
 

@@ -5,18 +5,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_eso.parallel.parameters import Shard, gather_full, shards
+from megatron_eso.parallel.parameters import Shard, shards
 
 
 class MovingAverage:
     """Holds this rank's shards of the averaged weights in float32."""
 
-    def __init__(self, optimizer: Any, decay: float, group: dist.ProcessGroup) -> None:
-        self.decay = decay
-        self._optimizer, self._group = optimizer, group
+    def __init__(self, optimizer: Any, decay: float) -> None:
+        self.decay, self._optimizer = decay, optimizer
         self.parts: dict[nn.Parameter, Tensor] = {
             parameter: shard.master.detach().clone().float()
             for parameter, shard in shards(optimizer).items()
@@ -59,7 +57,7 @@ class MovingAverage:
             for parameter, shard in ranges.items()
             if _share_memory(shard.master, parameter)
         }
-        self._write(chunks, ranges, self.parts)
+        _write(chunks, ranges, self.parts)
         try:
             yield
         finally:
@@ -68,20 +66,21 @@ class MovingAverage:
                     ranges[parameter].master.copy_(own)
         kept.clear()
         masters = {parameter: shard.master for parameter, shard in ranges.items()}
-        self._write(chunks, ranges, masters)
+        _write(chunks, ranges, masters)
 
-    def _write(
-        self,
-        chunks: list[nn.Module],
-        ranges: dict[nn.Parameter, Shard],
-        parts: dict[nn.Parameter, Tensor],
-    ) -> None:
-        """Write the model's weights, gathered from the parts that the data-parallel ranks hold."""
-        with torch.no_grad():
-            for parameter in (p for chunk in chunks for p in chunk.parameters()):
-                start = ranges[parameter].start if parameter in ranges else 0
-                full = gather_full(parameter, start, parts.get(parameter), self._group)
-                parameter.copy_(full)
+
+def _write(
+    chunks: list[Any], ranges: dict[nn.Parameter, Shard], parts: dict[nn.Parameter, Tensor]
+) -> None:
+    """Write the model's weights: every rank its share, and Megatron gathers them, as after an update."""
+    with torch.no_grad():
+        if ranges:  # a rank may hold no part of any parameter
+            torch._foreach_copy_(  # type: ignore[attr-defined]
+                [parameter.view(-1)[one.start : one.end] for parameter, one in ranges.items()],
+                [parts[parameter] for parameter in ranges],
+            )
+    for chunk in chunks:
+        chunk.start_param_sync(force_sync=True)
 
 
 def _share_memory(some: Tensor, other: Tensor) -> bool:

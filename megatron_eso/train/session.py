@@ -165,7 +165,7 @@ def build_session(
                 chunk.module.use_cuda_graphs()
         optimizer = build_optimizer(chunks, config.optimizer, settings)
         if config.optimizer.ema_decay > 0:
-            average = MovingAverage(optimizer, config.optimizer.ema_decay, layout.weights_group)
+            average = MovingAverage(optimizer, config.optimizer.ema_decay)
     session = Session(
         config=config,
         derived=derive.derive(config, ranks.world_size),
