@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_eso.config.schema import RunConfig
-from megatron_eso.errors import ConfigError, DataError
+from megatron_eso.errors import ConfigError, DataError, VocabularyError
 from megatron_eso.files import write_whole
 from megatron_eso.scaling import collect as collecting
 from megatron_eso.scaling.doubts import doubts, hardly_better_than_unigram, part, why_not_finished
-from megatron_eso.scaling.grid import make_grid
+from megatron_eso.scaling.grid import Cell, make_grid
 from megatron_eso.scaling.runner import (
     Look,
     no_look,
@@ -53,7 +53,7 @@ def run(
         cells = [cells[cell]]
     states = run_cells(
         _made(sweep), cells, workers=workers, max_attempts=max_attempts, say=say,
-        look=_naming_base(look, sweep_file.parent / sweep.base),
+        look=_naming_files(look, sweep_file, sweep, cells),
     )  # fmt: skip
     say(states_table(states))
     return all(state.state in ("finished", "illegal") for state in states)
@@ -80,7 +80,7 @@ def submit_array(
             "with --slurm write overrides into the sweep file: every task reads it again"
         )
     sweep, cells = make_grid(sweep_file, overrides)
-    look = _naming_base(look, sweep_file.parent / sweep.base)
+    look = _naming_files(look, sweep_file, sweep, cells)
     look([cell.run for cell in cells if not cell.problems])
     script = _made(sweep) / "array.sbatch"
     write_whole(
@@ -173,14 +173,26 @@ def _check_at_least_1(**options: int) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
-def _naming_base(look: Look, base: Path) -> Look:
-    """Return a look at the data that names the file which names them."""
+def _naming_files(look: Look, sweep_file: Path, sweep: SweepConfig, cells: list[Cell]) -> Look:
+    """Return a look at the data whose errors name the files with the settings that are wrong.
+
+    The base names the data; a vocabulary is of some of the models.
+    """
+    base = sweep_file.parent / sweep.base
 
     def named(runs: list[RunConfig]) -> None:
-        try:
-            look(runs)
-        except DataError as error:
-            raise DataError(f"{base}: {error}") from None
+        for size in dict.fromkeys(run.model.vocab_size for run in runs):
+            try:
+                look([run for run in runs if run.model.vocab_size == size])
+            except VocabularyError as error:
+                own = {cell.size for cell in cells if cell.run.model.vocab_size == size}
+                models = [model for model in sweep.models if Path(model).stem in own]
+                raise DataError(
+                    f"{base}: {error}; model.vocab_size={size} is of {', '.join(models[:4])} (models in "
+                    f"{sweep_file})"
+                ) from None
+            except DataError as error:
+                raise DataError(f"{base}: {error}") from None
 
     return named
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from threading import Thread
@@ -19,6 +20,8 @@ from typer.testing import CliRunner
 
 from megatron_eso.cli.main import app as main_app
 from megatron_eso.config import load_config
+from megatron_eso.data.fits import unseen_data
+from megatron_eso.data.manifest import Manifest
 from megatron_eso.errors import ClusterError, ConfigError, DataError, UserError
 from megatron_eso.scaling import commands
 from megatron_eso.scaling.collect import collect, read_table, tensorboard_steps, write_table
@@ -240,6 +243,36 @@ def test_a_folder_whose_name_holds_an_interpolation_is_that_folder(tmp_path):
     assert folder == tmp_path / "a${name} and b${"
     [state] = run_cells(folder, cells, trainer=trainer(tmp_path), say=lambda line: None)
     assert state.state == "finished" and (folder / "cells" / cells[0].name / "run/starts").exists()
+
+
+def test_a_vocabulary_that_is_not_the_datas_names_the_models_that_have_it(tmp_path):
+    """Of the base, which the data are named in, nothing is to be changed."""
+    split, base = tmp_path / "split", tmp_path / "base.yaml"
+    split.mkdir()
+    Manifest(
+        split="train", tokenizer_file="t.json", tokenizer_sha256="a", vocab_size=300, sequence_length=256,
+        dtype="uint16", packing="packed", end_of_document_id=0, num_samples=9, num_tokens=9,
+        num_documents=1, text_bytes=9, num_skipped=0, num_shards=1, index_sha256="b",
+    ).save(split)  # fmt: skip
+    text = (LAPTOP.parent / "laptop_base.yaml").read_text()
+    base.write_text(re.sub(r"runs/data/stdlib256/\w+", str(split), text))
+    for name, size in (("small", "300"), ("s1", "2048"), ("s2", "2048")):
+        text = (ROOT / "configs/model/ladder/s1.yaml").read_text()
+        (tmp_path / f"{name}.yaml").write_text(text.replace("2048", size))
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(
+        f"folder: {tmp_path}/sweep\nbase: base.yaml\nmodels: [small.yaml, s1.yaml, s2.yaml]\n"
+        "objectives: [{name: ar}]\nbudgets: [5.0e10]\nhardware: cpu\nnum_gpus: 1\n"
+    )
+    for start in (
+        partial(commands.run, sweep, None, 1, 2, None, say=print),
+        partial(commands.submit_array, sweep, None, 1, 2, 8, []),
+    ):
+        with pytest.raises(DataError) as caught:
+            start(look=unseen_data)
+        said = str(caught.value)
+        assert said.startswith(f"{base}: data.sources[0].path: {split} has a vocabulary of 300")
+        assert said.endswith(f"model.vocab_size=2048 is of s1.yaml, s2.yaml (models in {sweep})")
 
 
 def test_only_the_data_of_cells_that_are_to_run_are_looked_at(tmp_path):
