@@ -111,13 +111,14 @@ def collect(
 ) -> str:
     """Write the study's tables; return where they are."""
     sweep, cells = make_grid(sweep_file, overrides)
-    folder = _made(sweep)
+    folder = Path(sweep.folder)
     if tensorboard is not None:
         steps = collecting.tensorboard_steps(tensorboard, tag)
-        return _say(collecting.write_table(steps, folder / "tensorboard_steps"))
+        return _say(collecting.write_table(steps, _made(sweep) / "tensorboard_steps"))
     tables = dict(zip(("cells", "steps"), collecting.collect(folder, cells), strict=True))
     for name, rows in tables.items():  # both or none
         collecting.require_rows(rows, folder / name)
+    _made(sweep)
     written = (collecting.write_table(rows, folder / name) for name, rows in tables.items())
     said = _say([path for paths in written for path in paths])
     return "\n".join([said, *_not_to_be_fitted(tables["cells"])])

@@ -60,7 +60,8 @@ def read_state(sweep_folder: Path, cell: Cell, *, max_attempts: int = 2) -> Cell
     folder = cell_folder(sweep_folder, cell)
     starts, failures, has_failed = attempts.count_attempts(folder)
     stored = _lines(folder / "fingerprint")
-    if stored and stored[0] != cell.fingerprint:
+    is_started = bool(starts) or (folder / "run").is_dir()
+    if is_started and stored and stored[0] != cell.fingerprint:
         return CellState(cell, "changed", attempts=starts)
     status = read_json(folder / "run" / "status.json")
     steps = [line for line in read_metrics(folder / "run") if "loss" in line]
@@ -243,8 +244,8 @@ def _start(
 ) -> subprocess.Popen:
     folder = cell_folder(sweep_folder, cell)
     folder.mkdir(parents=True, exist_ok=True)
+    save_config(cell.run, folder / "cell.yaml")  # first: a fingerprint is that of a cell.yaml
     write_whole(folder / "fingerprint", cell.fingerprint + "\n")
-    save_config(cell.run, folder / "cell.yaml")
     attempts.note_start(folder)
     ranks = workers * cell.run.parallel.local_ranks
     threads = str(max(1, (os.cpu_count() or 1) // ranks))

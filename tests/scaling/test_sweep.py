@@ -399,6 +399,30 @@ def test_a_changed_cell_is_noticed(tmp_path):
         run_cells(folder, [changed], trainer=trainer(tmp_path), say=lambda line: None)
 
 
+def test_a_cell_whose_start_was_cut_off_before_it_was_one_is_to_be_started(tmp_path):
+    """Its settings are nothing that it ran with."""
+    folder, cells = one_cell(tmp_path)
+    own = folder / "cells" / cells[0].name
+    own.mkdir(parents=True)
+    (own / "fingerprint").write_text("of other settings\n")
+    assert read_state(folder, cells[0]).state == "waiting"
+    [row], steps = collect(folder, cells)
+    assert row["state"] == "waiting" and not steps
+    [state] = run_cells(folder, cells, trainer=trainer(tmp_path), say=lambda line: None)
+    assert state.state == "finished"
+
+
+def test_the_settings_of_a_cell_are_written_before_their_fingerprint(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("the disk is full")
+
+    folder, cells = one_cell(tmp_path)
+    monkeypatch.setattr("megatron_eso.scaling.runner.save_config", fail)
+    with pytest.raises(OSError, match="full"):
+        run_cells(folder, cells, trainer=trainer(tmp_path), say=lambda line: None)
+    assert not (folder / "cells" / cells[0].name / "fingerprint").exists()
+
+
 def test_killing_the_runner_loses_no_finished_cell(tmp_path):
     folder, cells = grid(tmp_path)
     code = (
@@ -762,7 +786,7 @@ def test_the_page_s_name_is_looked_at_before_the_fit(tmp_path):
             commands.report(tmp_path / "no_table.csv", out, None, None)
 
 
-def test_cells_are_not_written_where_steps_cannot_be(tmp_path):
+def test_of_a_study_that_was_never_run_nothing_is_written(tmp_path):
     few = [
         f"folder={tmp_path}/sweep",
         "models=['../model/ladder/s1.yaml']",
@@ -770,7 +794,9 @@ def test_cells_are_not_written_where_steps_cannot_be(tmp_path):
     ]
     with pytest.raises(DataError, match=r"steps\.csv: no run has logged"):
         commands.collect(LAPTOP, few, None, "lm loss")
-    assert not list((tmp_path / "sweep").glob("cells.*"))
+    with pytest.raises(DataError, match="--tensorboard"):
+        commands.collect(LAPTOP, few, tmp_path / "none", "lm loss")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_sweep_below_a_file_is_a_message(tmp_path):
