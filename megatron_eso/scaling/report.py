@@ -59,23 +59,25 @@ def require_page(out: Path) -> None:
 
 
 def study_figure(study: Study) -> Any:
-    """Return the figure: IsoFLOP curves per objective, then N*, L* over budget, and residuals."""
+    """Return the figure: IsoFLOP curves per objective, then N*, L* over budget, and residuals.
+
+    Two rows, each filled: the second begins behind the curves, of one objective behind N*.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("reports need matplotlib: pip install -e '.[plots]'") from None
-    columns = max(3, len(study.objectives))
-    figure = Figure(figsize=(5 * columns, 9), layout="constrained")
-    axes = figure.subplots(2, columns, squeeze=False)
-    for axis, fit in zip(axes[0], study.objectives, strict=False):
+    number = len(study.objectives)
+    first = max(2, number)
+    second = number + 3 - first
+    figure: Any = Figure(figsize=(5 * max(first, second), 9), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    axes = [*above.subplots(1, first), *below.subplots(1, second)]
+    for axis, fit in zip(axes, study.objectives, strict=False):
         (_draw_isoflop if fit.minima else _draw_ladder)(axis, fit)
-    for axis in axes[0][len(study.objectives) :]:
-        axis.set_visible(False)
-    _draw_law(axes[1][0], study, "size_law", "parameters", "N*, parameters")
-    _draw_law(axes[1][1], study, "loss_law", "loss", "frontier: L*, nats per token")
-    _draw_residuals(axes[1][2], study)
-    for axis in axes[1][3:]:
-        axis.set_visible(False)
+    _draw_law(axes[number], study, "size_law", "parameters", "N*, parameters")
+    _draw_law(axes[number + 1], study, "loss_law", "loss", "frontier: L*, nats per token")
+    _draw_residuals(axes[number + 2], study)
     return figure
 
 

@@ -700,10 +700,25 @@ def test_a_far_extrapolation_stands_beside_the_law_with_a_floor():
 
 def test_an_axis_without_data_has_no_numbers_and_says_why():
     study = fit_study([row(s, 1e9, loss=2.0 + s) for s in (1, 2, 3)])
-    empty = [axis for axis in study_figure(study).axes[3:] if axis.get_visible()]
+    empty = study_figure(study).axes[1:]
     said = [text.get_text() for axis in empty for text in axis.texts]
     assert said == ["no interior minimum", "no interior minimum", "fewer than 6 runs: not fitted"]
     assert not any(len(a.get_xticks()) + len(a.get_yticks()) for a in empty)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_each_row_of_the_figure_is_filled_whatever_the_number_of_objectives(number):
+    names = [f"objective {i}" for i in range(number)]
+    figure = study_figure(fit_study([row(s, 1e9, objective=n) for n in names for s in (1, 2, 3)]))
+    figure.draw_without_rendering()
+    places = [axis.get_window_extent() for axis in figure.axes]
+    assert len(places) == number + 3 and all(axis.get_visible() for axis in figure.axes)
+    assert [axis.get_title() for axis in figure.axes[:number]] == names
+    middle = figure.bbox.height / 2
+    for in_row in ([p for p in places if p.y0 > middle], [p for p in places if p.y1 < middle]):
+        widths = [place.width for place in in_row]
+        assert sum(widths) > 0.75 * figure.bbox.width and max(widths) < 1.2 * min(widths)
+        assert min(widths) > 350  # of the 500 that a panel has in the longer row
 
 
 @pytest.mark.parametrize("decades", [0.3, 0.6, 0.9, 1.5, 4], ids=lambda d: f"{d} decades")
@@ -716,7 +731,7 @@ def test_the_numbers_at_an_axis_can_be_read(decades):
     ]
     figure = study_figure(fit_study(rows))
     figure.draw_without_rendering()
-    for axes in (axes for axes in figure.axes if axes.get_visible()):
+    for axes in figure.axes:
         for axis, begin, end in ((axes.xaxis, "x0", "x1"), (axes.yaxis, "y0", "y1")):
             low, high = axis.get_view_interval()
             ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
