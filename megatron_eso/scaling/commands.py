@@ -35,15 +35,16 @@ def run(
 
     Args:
         sweep_file: the study.
-        overrides: of its settings.
+        overrides: of its settings, as ``key=value``.
         workers: cells at once.
-        max_attempts: failures of a cell, after which it is given up.
-        cell: number of the only cell to run; None: all.
+        max_attempts: failures after which a cell is given up.
+        cell: number of the only cell to run, from 0; None: all.
         say: receives a line for every change.
-        look: looks at the data of the cells that are to start, before any does.
+        look: looks at the data of the cells that are to start, before any of them does.
 
     Raises:
-        DataError: of ``look``, with the file that names the data.
+        ConfigError: for wrong settings or numbers, or if cells were started with other settings.
+        DataError: of ``look``, with the files that hold the settings.
     """
     _check_at_least_1(workers=workers, max_attempts=max_attempts)
     sweep, cells = make_grid(sweep_file, overrides)
@@ -69,10 +70,21 @@ def submit_array(
     *,
     look: Look = no_look,
 ) -> str:
-    """Write the Slurm array and submit it; return what sbatch says.
+    """Write FOLDER/array.sbatch and submit it; return what sbatch says.
+
+    Args:
+        sweep_file: the study.
+        overrides: refused, since the tasks read the file again.
+        workers: tasks that share a machine's cores.
+        max_attempts: failures after which a cell is given up.
+        throttle: tasks at once.
+        options: further sbatch options.
+        look: looks at the data of the legal cells before anything is written.
 
     Raises:
-        DataError: of ``look``, which looks at the data of the legal cells first.
+        ConfigError: for wrong settings or numbers, or overrides.
+        DataError: of ``look``, with the files that hold the settings.
+        ClusterError: if sbatch is missing or refuses.
     """
     _check_at_least_1(workers=workers, max_attempts=max_attempts, throttle=throttle)
     if overrides:
@@ -99,7 +111,7 @@ def submit_array(
 
 
 def status(sweep_file: Path, overrides: list[str] | None, max_attempts: int = 2) -> str:
-    """Return the table of cells."""
+    """Return the cells as text; see :func:`megatron_eso.scaling.runner.states_table`."""
     _check_at_least_1(max_attempts=max_attempts)
     sweep, cells = make_grid(sweep_file, overrides)
     folder = Path(sweep.folder)
@@ -109,7 +121,17 @@ def status(sweep_file: Path, overrides: list[str] | None, max_attempts: int = 2)
 def collect(
     sweep_file: Path, overrides: list[str] | None, tensorboard: Path | None, tag: str
 ) -> str:
-    """Write the study's tables; return where they are."""
+    """Write the study's tables; return as text where they are, and which cells a fit will leave out.
+
+    Args:
+        sweep_file: the study.
+        overrides: of its settings, as ``key=value``.
+        tensorboard: folder of another trainer's runs; then only their points are tabulated.
+        tag: scalar to read there.
+
+    Raises:
+        DataError: if nothing was logged; then nothing is written.
+    """
     sweep, cells = make_grid(sweep_file, overrides)
     folder = Path(sweep.folder)
     if tensorboard is not None:
@@ -125,7 +147,7 @@ def collect(
 
 
 def _not_to_be_fitted(rows: list[collecting.Row]) -> list[str]:
-    """Return a line for each cell that a fit will leave out, or that has learnt next to nothing."""
+    """Return a line for each cell that a fit will leave out, or that learned next to nothing."""
     usable, unfinished = part(rows, map(why_not_finished, rows))
     _, doubted = part(usable, doubts(usable))
     lines = [f"will be left out: {row['cell']}: {why}" for row, why in (*unfinished, *doubted)]
@@ -135,7 +157,7 @@ def _not_to_be_fitted(rows: list[collecting.Row]) -> list[str]:
 
 
 def fit(table: Path, budget: float | None, keep: Sequence[str] = ()) -> str:
-    """Return the fits of a table as text."""
+    """Return the fits of a table as text; see :func:`megatron_eso.scaling.study.fit_study`."""
     from megatron_eso.scaling.study import fit_study, study_text
 
     _check_budget(budget)
@@ -150,7 +172,20 @@ def _check_budget(budget: float | None) -> None:
 def report(
     table: Path, out: Path, budget: float | None, note: Path | None, keep: Sequence[str] = ()
 ) -> str:
-    """Write the report; return where it is."""
+    """Write the report and return as text where it is.
+
+    Args:
+        table: cells.csv or cells.parquet.
+        out: the page, .html.
+        budget: FLOPs to extrapolate to; None: four times the largest measured.
+        note: text file for the top of the page.
+        keep: cells that are fitted although they are doubtful or diverged.
+
+    Raises:
+        ConfigError: for a budget that is no positive number, or a cell in ``keep`` that is not there.
+        DataError: if the table or the note cannot be read, or nothing can be fitted.
+        UserError: if the page cannot be written, or matplotlib or scipy is missing.
+    """
     from megatron_eso.scaling.report import require_page, write_report
     from megatron_eso.scaling.study import fit_study
 
@@ -199,7 +234,7 @@ def _naming_files(look: Look, sweep_file: Path, sweep: SweepConfig, cells: list[
 
 
 def _made(sweep: SweepConfig) -> Path:
-    """Return the study's folder, which is there then."""
+    """Make and return the study's folder."""
     folder = Path(sweep.folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

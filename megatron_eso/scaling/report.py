@@ -1,4 +1,4 @@
-"""The study as one self-contained HTML page with a figure (also written as PNG and SVG)."""
+"""The study as one self-contained HTML page with a figure, which is also written as PNG and SVG."""
 
 import base64
 import html
@@ -20,7 +20,7 @@ STYLE = (
     "td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;"
     "padding:1em;overflow:auto}"
 )
-MANY = 1e9  # from here on whole numbers are written like others
+MANY = 1e9  # whole numbers from here on are rounded like others
 COLUMNS = ("cell", "parameters", "tokens", "flops", "flops_published", "loss", "loss_error",
            "train_loss", "learning_rate", "state")  # fmt: skip
 
@@ -28,8 +28,13 @@ COLUMNS = ("cell", "parameters", "tokens", "flops", "flops_published", "loss", "
 def write_report(study: Study, out: Path, *, note: str = "") -> list[Path]:
     """Write ``out`` (.html) and the figure beside it; return the paths.
 
+    Args:
+        study: the fits.
+        out: the page.
+        note: text for the top of the page; empty lines part its paragraphs.
+
     Raises:
-        UserError: if matplotlib is missing or ``out`` is no .html name.
+        UserError: if matplotlib is missing, ``out`` is no .html name, or its folder cannot be made.
     """
     require_page(out)
     figure = study_figure(study)
@@ -46,7 +51,7 @@ def require_page(out: Path) -> None:
     """Make the folder of the page.
 
     Raises:
-        UserError: if ``out`` is no .html name, or nothing can be written there.
+        UserError: if ``out`` is no .html name or is a folder, or its folder cannot be made.
     """
     if out.suffix != ".html":
         raise UserError(f"--out {out}: the name must end in .html")
@@ -59,9 +64,12 @@ def require_page(out: Path) -> None:
 
 
 def study_figure(study: Study) -> Any:
-    """Return the figure: IsoFLOP curves per objective, then N*, L* over budget, and residuals.
+    """Return the matplotlib figure: curves of each objective, N* and L* over budget, residuals.
 
-    Two rows, each filled: the second begins behind the curves, of one objective behind N*.
+    It has two rows. The curves fill the upper one; a single objective shares it with N*.
+
+    Raises:
+        UserError: if matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
@@ -154,7 +162,7 @@ def _draw_residuals(axis: Any, study: Study) -> None:
 
 
 def _say_empty(axis: Any, why: str) -> None:
-    """Say why an axis is empty; it cannot be logarithmic, and has no numbers."""
+    """Say in an empty axis why it is empty, and take its numbers away: they would mean nothing."""
     axis.set(xticks=[], yticks=[])
     axis.text(0.5, 0.5, why, ha="center", transform=axis.transAxes)
 

@@ -1,8 +1,11 @@
 """A table of cells becomes the study's conclusions: minima, laws, multipliers, a recommendation.
 
-Cells that diverged, stopped, are unfinished or doubtful (doubts.py) take no part and are listed; a
-conclusion that rests on too few of them is marked provisional with the reason. What the doubtful ones would
-change is said.
+Cells that diverged, are unfinished or doubtful (doubts.py) take no part and are listed with the reason.
+An objective with such cells, or with too few minima, is marked provisional. The fit with the doubtful
+cells stands beside the fit without.
+
+Letters: C = training FLOPs, N = weights (embedding and head included), D = data tokens, L = loss in nats
+per token; a star marks the best size at a budget.
 """
 
 import difflib
@@ -23,9 +26,9 @@ from megatron_eso.scaling.isoflop import (
 from megatron_eso.scaling.parametric import Parametric, fit_parametric
 
 Row = dict[str, Any]
-NUM_BOOTSTRAP = 400
+NUM_BOOTSTRAP = 400  # samples for the interval of a power law
 FEWEST_RUNS = 6  # of an objective, for its parametric law of five numbers
-FAR = 10.0  # times the largest budget: further than that an extrapolation says so
+FAR = 10.0  # times the largest budget: an extrapolation beyond that says so
 MUST_AGREE = ("data", "vocab_size", "sequence_length")
 NUMBERS = ("parameters", "tokens", "flops", "loss")
 NEEDED = ("objective", "state", *NUMBERS)
@@ -37,13 +40,19 @@ class ObjectiveFit:
 
     objective: str
     rows: list[Row]
+    """The cells that are fitted."""
     minima: list[Minimum]
+    """One for each budget, by rising FLOPs."""
     size_law: PowerLaw | None
+    """N* of C; None, as for the next two: fewer than two minima."""
     token_law: PowerLaw | None
+    """D* of C."""
     loss_law: PowerLaw | None
+    """L* of C."""
     parametric: Parametric | None
+    """L of N and D; None: fewer than ``FEWEST_RUNS`` cells."""
     multipliers: list[float]
-    """Compute over the reference objective's for the same loss, at each measured minimum."""
+    """Compute over ar's for the same loss, one for each minimum; empty for ar, and without such laws."""
     provisional: list[str]
     """Reasons not to trust this yet; empty: none known."""
     doubtful: list[Row] = field(default_factory=list)
@@ -54,11 +63,13 @@ class ObjectiveFit:
 
 @dataclass(frozen=True)
 class Study:
-    """The fits of all objectives, and cells that were left out with the reason."""
+    """The fits of all objectives, and the cells that are left out."""
 
     objectives: list[ObjectiveFit]
     left_out: list[tuple[str, str]]
+    """Cell and reason."""
     budget: float | None
+    """FLOPs to extrapolate to."""
 
 
 def fit_study(
@@ -67,14 +78,15 @@ def fit_study(
     """Return all fits of a table of cells.
 
     Args:
-        rows: see :mod:`megatron_eso.scaling.collect`.
-        budget: FLOPs to extrapolate to; None: four times the largest measured.
-        keep: cells that take part although they are doubtful or diverged.
+        rows: a table of cells; see :mod:`megatron_eso.scaling.collect`.
+        budget: FLOPs to extrapolate to; None: four times the largest budget of a cell that is finished.
+        keep: names of cells that take part although they are doubtful or diverged.
 
     Raises:
-        DataError: if columns or numbers are missing, tokenizers, data or lengths are mixed, or no cell
-            can be used.
+        DataError: if columns or numbers are missing, if cells differ in data, vocabulary or row length, or
+            if no cell can be used.
         ConfigError: if ``keep`` names what is no cell of the table.
+        UserError: if scipy is missing.
     """
     _require_columns(rows)
     _require_cells(rows, keep)
@@ -110,10 +122,10 @@ def fit_study(
 
 
 def recommendation(fit: ObjectiveFit, budget: float) -> str:
-    """Return the recommended size and tokens at a budget, with intervals, in one line.
+    """Return the recommended N and D at a budget in FLOPs, and L there, with 90 % intervals, in one line.
 
-    L* has a power law without the floor E, so far from the measured budgets it is too low, whatever its
-    interval says; the parametric law stands beside it.
+    The power law of L* has no floor E. Far from the measured budgets it is therefore too low, whatever its
+    interval says; so the loss by the parametric law stands beside it.
     """
     if fit.size_law is None or fit.token_law is None or fit.loss_law is None:
         return f"{fit.objective}: no recommendation: {'; '.join(fit.provisional)}"
@@ -132,7 +144,7 @@ def recommendation(fit: ObjectiveFit, budget: float) -> str:
 
 
 def study_text(study: Study) -> str:
-    """Return the study for a terminal."""
+    """Return the study as text: the fits of each objective, then the cells that are left out."""
     lines = []
     for fit in study.objectives:
         lines.append(f"{fit.objective}: {len(fit.rows)} runs")
@@ -161,7 +173,7 @@ def _laws_text(fit: ObjectiveFit) -> list[str]:
 
 
 def parametric_text(law: Parametric) -> str:
-    """Return the law with its intervals in one line."""
+    """Return the law's five numbers with their intervals in one line."""
     parts = [f"{k} {getattr(law, k):.3g}{_interval_text(law.intervals.get(k))}" for k in "EABab"]
     return "L = E + A/N^a + B/D^b: " + ", ".join(parts)
 
@@ -202,7 +214,7 @@ def _require_columns(rows: Sequence[Row]) -> None:
 
 
 def _require_numbers(rows: Sequence[Row]) -> None:
-    """Raise for cells of which something that is fitted has no logarithm, or is no number."""
+    """Raise for cells with a value that cannot be fitted: most are fitted by their logarithms."""
     wrong = [
         f"{row.get('cell')}: {name} is {row[name]!r}"
         for row in rows
