@@ -22,6 +22,33 @@ def uniform(seed, step, row, stream, count, draw=0):
     return _numbers(_generator(seed, step, row, stream, draw), count)
 
 
+def diffusion_share(plan, alpha_0, num_steps, model_alpha_0):
+    """Return the share of tokens decided by diffusion; refuse what the plan cannot do."""
+    if plan not in METHODS:
+        raise ValueError(f"plan={plan!r} is not one of {', '.join(METHODS)}")
+    if plan == "strided":
+        share = 1.0 if alpha_0 is None else alpha_0
+        if share != 1:
+            raise ValueError(
+                f"plan='strided' decides every token by diffusion: alpha_0={share} must be 1"
+            )
+        return share
+    share = model_alpha_0 if alpha_0 is None else alpha_0
+    if not 0 <= share <= 1:
+        raise ValueError(f"alpha_0={share} must be in [0, 1]")
+    if plan == "left-to-right" and (alpha_0 or num_steps):
+        raise ValueError(
+            f"plan='left-to-right' decides one token at a time: alpha_0={alpha_0} and "
+            f"num_steps={num_steps} do not apply; leave them out or take another plan"
+        )
+    if num_steps and share == 0:
+        raise ValueError(
+            f"num_steps={num_steps} does not apply: with alpha_0=0 every token is decided alone; leave it "
+            "out or raise alpha_0"
+        )
+    return share
+
+
 def diffusion_counts(left, *, method, alpha_0, num_steps, seed):
     """Return how many positions each diffusion step decides; steps that decide nothing are left out.
 
@@ -147,6 +174,29 @@ def likelihood_orders(predicted, valid, order, alpha_0, seed, row_numbers):
     if isinstance(order, int):
         return drawn, f"{order} random order(s) of the family alpha_0={alpha_0:g}, seed {seed}"
     return drawn, order if isinstance(order, str) else "given by the caller"
+
+
+def sort_order(is_masked, valid, key=None, is_shuffled=None, is_prompt=None):
+    """Return [B, L]: prompts, clean entries, masked ones, padding; each by ``key`` or in reading order.
+
+    Args:
+        is_masked: [B, L].
+        valid: [B, L].
+        key: [B, L] in [0, 1), float64; None: reading order.
+        is_shuffled: [B] rows whose masked entries follow the key as well; the others' keep reading
+            order.
+        is_prompt: [B, L] clean entries that come first, in reading order.
+    """
+    length = is_masked.shape[1]
+    reading = torch.arange(length, dtype=torch.float64, device=is_masked.device) / length
+    reading = reading.expand(is_masked.shape)
+    if key is None:
+        key = reading
+    elif is_shuffled is not None:
+        key = torch.where(is_masked & ~is_shuffled[:, None], reading, key)
+    if is_prompt is not None:
+        key = torch.where(is_prompt, reading - 1, key)
+    return (key + is_masked.double() + 2 * (~valid).double()).argsort(dim=1, stable=True)
 
 
 def choose(logits, u, *, temperature, top_p):

@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import ModelOutput, logging
 
-from .decoding_esolm import METHODS, TOKEN, choose, diffusion_counts, row_order, uniform
+from .decoding_esolm import TOKEN, choose, diffusion_counts, diffusion_share, row_order, uniform
 
 log = logging.get_logger(__name__)
 
@@ -73,7 +73,7 @@ def _settings(model, given, kwargs):
     """Return the settings: the call's, else those of ``given``, else the model's generation config's."""
     configs = [c for c in (given, model.generation_config) if c is not None]
     _refuse_unknown(configs, kwargs)
-    found = dict.fromkeys(_SETTINGS)
+    found = dict.fromkeys(_SETTINGS) | {"temperature": 1.0, "top_p": 1.0}
     for config in reversed(configs):
         found |= {n: v for n in _SETTINGS if (v := getattr(config, n, None)) is not None}
     # None asks for the configuration's value, but for the end token: rows do not end then.
@@ -179,12 +179,9 @@ def generate_rows(
         )
     found = _settings(model, generation_config, kwargs)
     valid = valid_entries(tokens, attention_mask, found["pad_token_id"])
-    heat = 1.0 if found["temperature"] is None else found["temperature"]
-    top_p = 1.0 if found["top_p"] is None else found["top_p"]
-    if (found["do_sample"] and not heat > 0) or not 0 < top_p <= 1:
-        raise ValueError(
-            f"temperature={found['temperature']} must be above 0 and top_p={found['top_p']} in (0, 1]"
-        )
+    temperature, top_p = found["temperature"], found["top_p"]
+    if (found["do_sample"] and not temperature > 0) or not 0 < top_p <= 1:
+        raise ValueError(f"temperature={temperature} must be above 0 and top_p={top_p} in (0, 1]")
     copies = 1 if found["num_return_sequences"] is None else found["num_return_sequences"]
     if copies < 1:
         raise ValueError(f"num_return_sequences={copies} must be at least 1")
@@ -194,7 +191,7 @@ def generate_rows(
     prompt = tokens.shape[1]
     canvas, valid = _canvas(model, tokens, valid, found)
     seed = int(torch.randint(2**31, (1,))) if seed is None else seed
-    share = _share(model, plan, alpha_0, num_steps)
+    share = diffusion_share(plan, alpha_0, num_steps, model.config.alpha_0)
     steps = _steps(model, canvas, valid, share, num_steps, plan, seed, first_row)
     was_training = model.training
     model.eval()
@@ -227,33 +224,6 @@ def valid_entries(tokens, attention_mask, pad, labels=None):
                 "as text; give the tokenizer's attention_mask if it is padding"
             )
     return (torch.ones_like(tokens) if attention_mask is None else attention_mask).bool()
-
-
-def _share(model, plan, alpha_0, num_steps):
-    """Return the share of tokens decided by diffusion; refuse what the plan cannot do."""
-    if plan not in METHODS:
-        raise ValueError(f"plan={plan!r} is not one of {', '.join(METHODS)}")
-    if plan == "strided":
-        share = 1.0 if alpha_0 is None else alpha_0
-        if share != 1:
-            raise ValueError(
-                f"plan='strided' decides every token by diffusion: alpha_0={share} must be 1"
-            )
-        return share
-    share = model.config.alpha_0 if alpha_0 is None else alpha_0
-    if not 0 <= share <= 1:
-        raise ValueError(f"alpha_0={share} must be in [0, 1]")
-    if plan == "left-to-right" and (alpha_0 or num_steps):
-        raise ValueError(
-            f"plan='left-to-right' decides one token at a time: alpha_0={alpha_0} and "
-            f"num_steps={num_steps} do not apply; leave them out or take another plan"
-        )
-    if num_steps and share == 0:
-        raise ValueError(
-            f"num_steps={num_steps} does not apply: with alpha_0=0 every token is decided alone; leave it "
-            "out or raise alpha_0"
-        )
-    return share
 
 
 def _steps(model, canvas, valid, alpha_0, num_steps, plan, seed, first_row):
@@ -342,9 +312,7 @@ def _fill(model, canvas, valid, steps, found, seed, first_row, prompt, streamer)
 def _pick(logits, draws, found):
     if not found["do_sample"]:
         return logits.argmax(dim=1)
-    temperature = 1.0 if found["temperature"] is None else found["temperature"]
-    top_p = 1.0 if found["top_p"] is None else found["top_p"]
-    return choose(logits, draws, temperature=temperature, top_p=top_p)
+    return choose(logits, draws, temperature=found["temperature"], top_p=found["top_p"])
 
 
 def _is_end(tokens, eos):

@@ -23,7 +23,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_esolm import EsoLMConfig, EsoLMDiTConfig
-from .decoding_esolm import likelihood_orders, pad_lists
+from .decoding_esolm import likelihood_orders, pad_lists, sort_order
 from .generation_esolm import generate_rows, valid_entries
 
 # What callers of other models pass to forward() and what changes nothing here.
@@ -369,29 +369,6 @@ class EsoLMDiTForCausalLM(EsoLMForCausalLM):
     """The official code's shape: LayerNorm with bias, GELU MLP, head with bias."""
 
     config_class = EsoLMDiTConfig
-
-
-def sort_order(is_masked, valid, key=None, is_shuffled=None, is_prompt=None):
-    """Return [B, L]: prompts, clean entries, masked ones, padding; each by ``key`` or in reading order.
-
-    Args:
-        is_masked: [B, L].
-        valid: [B, L].
-        key: [B, L] in [0, 1), float64; None: reading order.
-        is_shuffled: [B] rows whose masked entries follow the key as well; the others' keep reading
-            order.
-        is_prompt: [B, L] clean entries that come first, in reading order.
-    """
-    length = is_masked.shape[1]
-    reading = torch.arange(length, dtype=torch.float64, device=is_masked.device) / length
-    reading = reading.expand(is_masked.shape)
-    if key is None:
-        key = reading
-    elif is_shuffled is not None:
-        key = torch.where(is_masked & ~is_shuffled[:, None], reading, key)
-    if is_prompt is not None:
-        key = torch.where(is_prompt, reading - 1, key)
-    return (key + is_masked.double() + 2 * (~valid).double()).argsort(dim=1, stable=True)
 
 
 def _nats(logits, targets):
