@@ -24,9 +24,7 @@ CLEARLY = 0.05
 NUM_ERRORS = 2.0  # and by more than so many joint standard errors of the two
 ROSE = 0.05  # a training loss has diverged if it ended this share above its lowest level
 ABOVE_START = 1.02  # or ended above this many times the first loss, which is that of a guess
-FAR_ABOVE_START = (
-    1.1  # or was above this many times the first for a while: what was learned is lost
-)
+FAR_ABOVE_START = 1.1  # or was above this many times the first one for a while
 _NOISE = 6.0  # ROSE must also be more than so many standard deviations of a level
 _LEAST, _SHARE = 3, 10  # a level goes over a tenth of the logged steps, over three at least
 
