@@ -81,7 +81,7 @@ def forget_process(folder: Path) -> None:
 
 def count_attempts(folder: Path) -> tuple[int, int, bool]:
     """Return the number of starts, how many of them failed by themselves, and whether the last one did."""
-    lines = _lines(folder / "attempts")
+    lines = lines_of(folder / "attempts")
     failed = [line.startswith(_FAILED) for line in lines]
     return len(lines) - sum(failed), sum(failed), bool(failed) and failed[-1]
 
@@ -105,7 +105,7 @@ def is_alive(folder: Path, environ: Mapping[str, str] = os.environ) -> bool:
     A process on another host cannot be looked at. It counts as alive until its status says otherwise, its
     run's files have not changed for ``QUIET_SECONDS``, or Slurm has started the same job again here.
     """
-    lines = _lines(folder / "pid")
+    lines = lines_of(folder / "pid")
     if not lines:
         return False
     pid, host, attempt = [*lines, "", ""][:3]
@@ -138,5 +138,6 @@ def _changed(path: Path) -> float:
         return 0.0
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
+    """Return the lines of a text file; none if there is no such file."""
     return path.read_text().splitlines() if path.is_file() else []

@@ -12,11 +12,9 @@ from typing import Any
 from megatron_eso.config.load import load_config
 from megatron_eso.errors import DataError, UserError
 from megatron_eso.files import read_json, write_whole
-from megatron_eso.scaling.doubts import why_diverged
+from megatron_eso.scaling.doubts import Row, why_diverged
 from megatron_eso.scaling.grid import Cell, as_run
 from megatron_eso.scaling.runner import cell_folder, read_metrics, read_state
-
-Row = dict[str, Any]
 
 
 def collect(sweep_folder: Path, cells: list[Cell]) -> tuple[list[Row], list[Row]]:
@@ -35,7 +33,8 @@ def collect(sweep_folder: Path, cells: list[Cell]) -> tuple[list[Row], list[Row]
         state = read_state(sweep_folder, cell)
         if state.state == "changed":
             cell = as_run(cell, load_config(cell_folder(sweep_folder, cell) / "cell.yaml"))
-        steps = [line for line in _metrics(sweep_folder, cell) if "loss" in line]
+        metrics = read_metrics(cell_folder(sweep_folder, cell) / "run")
+        steps = [line for line in metrics if "loss" in line]
         cell_rows.append(_cell_row(sweep_folder, cell, state.state, steps))
         total = cell.run.train.steps or 1
         step_rows += [
@@ -52,10 +51,6 @@ def collect(sweep_folder: Path, cells: list[Cell]) -> tuple[list[Row], list[Row]
             for line in steps
         ]
     return cell_rows, step_rows
-
-
-def _metrics(sweep_folder: Path, cell: Cell) -> list[dict]:
-    return read_metrics(cell_folder(sweep_folder, cell) / "run")
 
 
 def _cell_row(sweep_folder: Path, cell: Cell, state: str, steps: list[dict]) -> Row:

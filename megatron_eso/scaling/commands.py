@@ -7,7 +7,13 @@ from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError, DataError, VocabularyError
 from megatron_eso.files import write_whole
 from megatron_eso.scaling import collect as collecting
-from megatron_eso.scaling.doubts import doubts, hardly_better_than_unigram, part, why_not_finished
+from megatron_eso.scaling.doubts import (
+    Row,
+    doubts,
+    hardly_better_than_unigram,
+    part,
+    why_not_finished,
+)
 from megatron_eso.scaling.grid import Cell, make_grid
 from megatron_eso.scaling.runner import (
     Look,
@@ -146,7 +152,7 @@ def collect(
     return "\n".join([said, *_not_to_be_fitted(tables["cells"])])
 
 
-def _not_to_be_fitted(rows: list[collecting.Row]) -> list[str]:
+def _not_to_be_fitted(rows: list[Row]) -> list[str]:
     """Return a line for each cell that a fit will leave out, or that learned next to nothing."""
     usable, unfinished = part(rows, map(why_not_finished, rows))
     _, doubted = part(usable, doubts(usable))

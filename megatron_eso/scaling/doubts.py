@@ -19,6 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 Row = dict[str, Any]
+"""A row of a table: column -> value."""
 CLEARLY = 0.05
 """A loss is clearly above another if by more than this share; seeds: up to 0.04 (docs/numerics.md)."""
 NUM_ERRORS = 2.0  # and by more than so many joint standard errors of the two

@@ -15,6 +15,7 @@ import numpy as np
 from megatron_eso.errors import DataError, UserError
 
 HUBER_DELTA = 1e-3
+FEWEST_RUNS = 6  # for the five numbers of the law
 STARTS = tuple(
     (log_a, log_b, log_e, exponent, exponent)
     for log_a, log_b, log_e, exponent in itertools.product(
@@ -65,12 +66,14 @@ def fit_parametric(
         seed: of these draws.
 
     Raises:
-        DataError: for fewer than six runs.
+        DataError: for fewer than ``FEWEST_RUNS`` runs.
         UserError: if scipy is missing.
     """
     n, d, y = (np.log(np.asarray(v, float)) for v in (parameters, tokens, losses))
-    if len(y) < 6:
-        raise DataError(f"{len(y)} runs; the law has 5 parameters, so at least 6 are needed")
+    if len(y) < FEWEST_RUNS:
+        raise DataError(
+            f"{len(y)} runs; the law has 5 parameters, so at least {FEWEST_RUNS} are needed"
+        )
     best = min((_minimise(np.array(start), n, d, y) for start in STARTS), key=lambda r: r[1])[0]
     intervals = {}
     if num_bootstrap:

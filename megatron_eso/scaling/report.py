@@ -12,7 +12,8 @@ from megatron_eso.errors import UserError
 from megatron_eso.files import write_figure, write_whole
 from megatron_eso.log_axis import make_logarithmic
 from megatron_eso.scaling.isoflop import parabola
-from megatron_eso.scaling.study import FEWEST_RUNS, ObjectiveFit, Study, recommendation, study_text
+from megatron_eso.scaling.parametric import FEWEST_RUNS
+from megatron_eso.scaling.study import ObjectiveFit, Study, recommendation, study_text
 
 STYLE = (
     "body{font-family:sans-serif;max-width:80em;margin:2em auto;padding:0 1em}table{border-collapse:"
@@ -130,19 +131,18 @@ def _draw_law(axis: Any, study: Study, law_name: str, value: str, label: str) ->
         law = getattr(fit, law_name)
         axis.plot([m.budget for m in good], [getattr(m, value) for m in good], "o", color=f"C{index}",
                   label=fit.objective if good else None)  # fmt: skip
-        if law and study.budget:
+        if law:
             line = np.geomspace(min(m.budget for m in good), study.budget, 30)
             axis.plot(line, [law.at(x) for x in line], color=f"C{index}")
             if law.samples:
                 band = np.array([law.interval_at(x) for x in line])
                 axis.fill_between(line, band[:, 0], band[:, 1], color=f"C{index}", alpha=0.15)
+    axis.set(xlabel="training FLOPs", ylabel=label)
     if axis.get_legend_handles_labels()[0]:
-        axis.set(xlabel="training FLOPs", ylabel=label)
         make_logarithmic(axis.xaxis)
         make_logarithmic(axis.yaxis)
         axis.legend(fontsize=8)
     else:
-        axis.set(xlabel="training FLOPs", ylabel=label)
         _say_empty(axis, "no interior minimum")
 
 
@@ -179,8 +179,7 @@ def _page(study: Study, picture: str, note: str) -> str:
         for row in rows
     )
     advice = "".join(
-        f"<li>{html.escape(recommendation(fit, study.budget or 0))}</li>"
-        for fit in study.objectives
+        f"<li>{html.escape(recommendation(fit, study.budget))}</li>" for fit in study.objectives
     )
     note_html = "".join(
         f"<p>{html.escape(part)}</p>" for part in note.split("\n\n") if part.strip()

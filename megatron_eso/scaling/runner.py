@@ -66,7 +66,7 @@ def read_state(sweep_folder: Path, cell: Cell, *, max_attempts: int = 2) -> Cell
         return CellState(cell, "illegal")
     folder = cell_folder(sweep_folder, cell)
     starts, failures, has_failed = attempts.count_attempts(folder)
-    stored = _lines(folder / "fingerprint")
+    stored = attempts.lines_of(folder / "fingerprint")
     is_started = bool(starts) or (folder / "run").is_dir()
     if is_started and stored and stored[0] != cell.fingerprint:
         return CellState(cell, "changed", attempts=starts)
@@ -238,7 +238,7 @@ def read_metrics(run_folder: Path) -> list[dict]:
     A run that was restarted logs some steps twice. The later line counts.
     """
     by_step: dict = {}
-    for text in _lines(run_folder / "metrics.jsonl"):
+    for text in attempts.lines_of(run_folder / "metrics.jsonl"):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
@@ -274,7 +274,3 @@ def _start(
 def _counts(states: list[CellState]) -> str:
     names = [state.state for state in states]
     return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []

@@ -15,7 +15,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_eso.errors import ConfigError, DataError
-from megatron_eso.scaling.doubts import doubts, hardly_better_than_unigram, part, why_not_finished
+from megatron_eso.scaling.doubts import (
+    Row,
+    doubts,
+    hardly_better_than_unigram,
+    part,
+    why_not_finished,
+)
 from megatron_eso.scaling.isoflop import (
     Minimum,
     PowerLaw,
@@ -23,11 +29,9 @@ from megatron_eso.scaling.isoflop import (
     minimum_of_budget,
     power_law,
 )
-from megatron_eso.scaling.parametric import Parametric, fit_parametric
+from megatron_eso.scaling.parametric import FEWEST_RUNS, Parametric, fit_parametric
 
-Row = dict[str, Any]
 NUM_BOOTSTRAP = 400  # samples for the interval of a power law
-FEWEST_RUNS = 6  # of an objective, for its parametric law of five numbers
 FAR = 10.0  # times the largest budget: an extrapolation beyond that says so
 MUST_AGREE = ("data", "vocab_size", "sequence_length")
 NUMBERS = ("parameters", "tokens", "flops", "loss")
@@ -68,7 +72,7 @@ class Study:
     objectives: list[ObjectiveFit]
     left_out: list[tuple[str, str]]
     """Cell and reason."""
-    budget: float | None
+    budget: float
     """FLOPs to extrapolate to."""
 
 
@@ -154,12 +158,12 @@ def study_text(study: Study) -> str:
             lines.append(f"  needs {low:.3g} to {high:.3g} times ar's compute for the same loss")
         if fit.size_law and fit.token_law and fit.loss_law:  # else the next line gives the reasons
             lines += [f"  provisional: {reason}" for reason in fit.provisional]
-        lines.append(f"  {recommendation(fit, study.budget or 0)}")
+        lines.append(f"  {recommendation(fit, study.budget)}")
         if fit.with_doubtful:
             names = ", ".join(str(row.get("cell")) for row in fit.doubtful)
             lines.append(f"  if {names} took part:")
             lines += [f"  {line}" for line in _laws_text(fit.with_doubtful)]
-            lines.append(f"    {recommendation(fit.with_doubtful, study.budget or 0)}")
+            lines.append(f"    {recommendation(fit.with_doubtful, study.budget)}")
     lines += [f"left out: {name}: {reason}" for name, reason in study.left_out]
     return "\n".join(lines)
 
