@@ -109,7 +109,7 @@ def _cause(row: Row) -> str:
     """Return the setting to look at, and how to fit the cell nevertheless."""
     rate = row.get("learning_rate")
     told = "" if rate is None else f" ({rate:.3g} here; learning_rate in the sweep file)"
-    return f"most often by its learning rate{told}; --keep {row.get('cell')} fits it too"
+    return f"most often because of its learning rate{told}; --keep {row.get('cell')} fits it too"
 
 
 def _levels(losses: Sequence[float]) -> tuple[int, list[float]]:

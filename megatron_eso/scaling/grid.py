@@ -95,7 +95,10 @@ def make_grid(path: Path, overrides: list[str] | None = None) -> tuple[SweepConf
     names = [cell.name for cell in cells]
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
-        raise ConfigError(f"{path}: duplicate cells {', '.join(doubles[:5])}; name each value once")
+        raise ConfigError(
+            f"{path}: duplicate cells {', '.join(doubles[:5])}; list different objectives, names of model "
+            "files, or budgets that differ in their first three digits"
+        )
     if all(cell.problems for cell in cells):
         raise ConfigError(f"{path}: none of {len(cells)} cells is legal; {cells[0].problems[0]}")
     return sweep, cells
@@ -158,8 +161,12 @@ def _check_axes(sweep: SweepConfig, path: Path) -> None:
             raise ConfigError(f"{path}: the grid is empty: '{name}' lists nothing")
     if bool(sweep.budgets) == bool(sweep.tokens_per_parameter):
         raise ConfigError(f"{path}: give exactly one of budgets and tokens_per_parameter")
-    if not all(0 < level < math.inf for level in [*sweep.budgets, *sweep.tokens_per_parameter]):
-        raise ConfigError(f"{path}: budgets and tokens_per_parameter must be positive")
+    levels = [*sweep.budgets, *sweep.tokens_per_parameter]
+    wrong = [f"{level:g}" for level in levels if not 0 < level < math.inf]
+    if wrong:
+        raise ConfigError(
+            f"{path}: budgets and tokens_per_parameter must be positive and finite, not {', '.join(wrong)}"
+        )
     beyond = [message for _, message in out_of_range(sweep)]
     if beyond:
         raise ConfigError(f"{path}: {'; '.join(beyond)}")
@@ -284,9 +291,7 @@ def _problems(
 ) -> list[str]:
     if round(exact) < 1:
         setting = "budgets" if sweep.budgets else "tokens_per_parameter"
-        return [
-            f"{exact:.2g} steps, less than one; raise {setting} or lower train.global_batch_rows"
-        ]
+        return [f"{exact:.2g} steps, less than one; raise {setting} or lower batch_rows"]
     if tokens_per_parameter < sweep.min_tokens_per_parameter:
         return [
             f"{tokens_per_parameter:.2g} tokens a parameter, below min_tokens_per_parameter="

@@ -288,7 +288,7 @@ def _with_and_without(
     if not doubtful:
         return fit
     also = _fit_objective(name, [*rows, *doubtful], reference, num_unfinished)
-    reasons = [*fit.provisional, f"{len(doubtful)} cells are left out as doubtful"]
+    reasons = [*fit.provisional, f"{len(doubtful)} cell(s) are left out as doubtful"]
     return replace(fit, doubtful=doubtful, with_doubtful=also, provisional=reasons)
 
 
@@ -316,7 +316,7 @@ def _fit_objective(
     if parametric and not parametric.is_determined:
         reasons.append("the parametric law is at its bounds: these runs do not determine it")
     if num_unfinished:
-        reasons.append(f"{num_unfinished} cells diverged or are unfinished")
+        reasons.append(f"{num_unfinished} cell(s) diverged or are unfinished")
     idle = hardly_better_than_unigram(rows)
     if idle:
         reasons.append(

@@ -113,10 +113,11 @@ def test_a_token_ladder_gives_tokens_by_parameters(tmp_path):
     [
         ("models=[]", "empty"),
         ("budgets=[1.0e11,1.0e11]", "duplicate"),
-        ("budgets=[1.0]", "less than one; raise budgets"),
+        ("budgets=[1.001e11,1.002e11]", "or budgets that differ in their first three digits"),
+        ("budgets=[1.0]", "less than one; raise budgets or lower batch_rows"),
         ("tokens_per_parameter=[20.0]", "exactly one"),
-        ("budgets=[-1.0]", "positive"),
-        ("budgets=[.nan]", "positive"),
+        ("budgets=[1.0e11,-1.0]", "budgets .* positive and finite, not -1"),
+        ("budgets=[.inf]", "positive and finite, not inf"),
         ("num_gpus=0", "num_gpus=0 must be at least 1"),
         ("batch_rows=0", "batch_rows=0 must be at least 1"),
         ("learning_rate.reference_parameters=0", "reference_parameters=0.0 must be positive"),
@@ -504,7 +505,7 @@ def test_unfinished_and_diverged_cells_are_left_out_and_make_it_provisional():
     rows += [row(5, 1e9, state="failed"), row(5, 2e9, state="diverged")]
     study = fit_study(rows)
     assert len(study.left_out) == 2
-    assert any("2 cells" in reason for reason in study.objectives[0].provisional)
+    assert any("2 cell(s) diverged" in reason for reason in study.objectives[0].provisional)
     assert "PROVISIONAL" in recommendation(study.objectives[0], 1e10)
 
 
@@ -579,7 +580,7 @@ def test_a_cell_worse_than_a_smaller_one_on_fewer_tokens_is_left_out_and_what_it
     assert fit.parametric and fit.parametric.E == pytest.approx(1.7, rel=0.01)
     assert fit.size_law and fit.with_doubtful and fit.with_doubtful.size_law
     assert fit.with_doubtful.size_law.at(1e20) < 0.9 * fit.size_law.at(1e20)
-    assert "1 cells are left out as doubtful" in fit.provisional
+    assert "1 cell(s) are left out as doubtful" in fit.provisional
     said = study_text(study)
     assert "if 1e+194.0 took part:" in said
     assert (

@@ -213,10 +213,14 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
         wrong = [
             k for k, v in kwargs.items() if k not in _IGNORED and v is not None and v is not False
         ]
-        if wrong or input_ids is None:
+        if wrong:
             raise ValueError(
-                f"Eso-LM's forward takes input_ids, attention_mask, labels, order; not {wrong}. It "
-                "permutes rows itself, so positions, caches and embeddings cannot be given"
+                "Eso-LM's forward takes input_ids, attention_mask, labels, order and generator, not "
+                f"{', '.join(wrong)}; it permutes rows itself, so no positions, caches or embeddings"
+            )
+        if input_ids is None:
+            raise ValueError(
+                "give input_ids: [rows, tokens], with mask tokens to predict or with labels"
             )
         is_mask = input_ids == self.config.mask_token_id
         is_canvas, pad = bool(is_mask.any()), self.generation_config.pad_token_id
