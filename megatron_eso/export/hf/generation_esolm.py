@@ -224,7 +224,7 @@ def generate_rows(
 def valid_entries(tokens, attention_mask, pad, labels=None):
     """Return booleans of the shape of ``tokens``: False for padding.
 
-    Without a mask nothing is padding; a warning says so of rows that begin or end with ``pad``.
+    Without a mask nothing is padding. A warning says so if some rows, not all, begin or end with ``pad``.
 
     Args:
         tokens: [B, L] ids.
