@@ -22,6 +22,10 @@ class DataError(UserError):
     exit_code = 3
 
 
+class VocabularyError(DataError):
+    """The vocabulary of the data is not that of the model."""
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or does not fit the run."""
 

@@ -473,7 +473,7 @@ def test_prompts_of_one_dimension_are_called_so(model):
 
 
 def test_positions_and_caches_are_refused(model):
-    with pytest.raises(ValueError, match="position_ids"):
+    with pytest.raises(ValueError, match="not position_ids; it permutes"):
         model(input_ids=rows(), position_ids=torch.arange(12)[None])
 
 

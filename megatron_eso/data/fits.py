@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_eso.config.schema import DataConfig, RunConfig
 from megatron_eso.data.manifest import Manifest, local_split
-from megatron_eso.errors import DataError
+from megatron_eso.errors import DataError, VocabularyError
 from megatron_eso.files import is_remote
 
 
@@ -54,7 +54,7 @@ def check_fits(manifest: Manifest, path: str, sequence_length: int, vocab_size: 
     """Refuse a split whose rows or vocabulary are not the run's.
 
     Raises:
-        DataError: naming the split, both numbers and the setting.
+        DataError: naming the split, both numbers and the setting; of a vocabulary, a VocabularyError.
     """
     if manifest.sequence_length != sequence_length:
         raise DataError(
@@ -63,7 +63,7 @@ def check_fits(manifest: Manifest, path: str, sequence_length: int, vocab_size: 
             f"the data with --sequence-length {sequence_length}"
         )
     if manifest.vocab_size != vocab_size:
-        raise DataError(
+        raise VocabularyError(
             f"{path} has a vocabulary of {manifest.vocab_size} (mask token included), but "
             f"model.vocab_size={vocab_size}; they must be equal"
         )
@@ -144,4 +144,4 @@ def naming(setting: str) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(f"{setting}: {error}") from None
+        raise type(error)(f"{setting}: {error}") from None

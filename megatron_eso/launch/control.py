@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_eso.errors import ClusterError
-from megatron_eso.launch import slurm
+from megatron_eso.launch import lease, slurm
 from megatron_eso.launch.records import Records, tasks_of
 
 
@@ -14,12 +14,31 @@ def job_of(run: Path) -> str:
     """Return the id of the job that was submitted for a run.
 
     Raises:
-        ClusterError: if no job was submitted.
+        ClusterError: if no job was submitted, with where the run is trained instead.
     """
     job = Records(run).submission().get("job")
     if not job:
-        raise ClusterError(f"{run} was never submitted (no slurm/job.json); give a run folder")
+        raise ClusterError(f"{run} {_why_no_job(run)}")
     return str(job)
+
+
+def _why_no_job(run: Path) -> str:
+    """Return what a folder without a job is, by what it records."""
+    if not run.is_dir():
+        return "is not a folder; give a run folder, such as runs/NAME"
+    status, process = Records(run).status(), lease.living_process(run / "checkpoints")
+    if process:
+        host, pid = process
+        return (
+            f"was not submitted to Slurm, so it has no job. It runs on {host} as process {pid}: "
+            f"`kill {pid}` there makes it save a checkpoint and end"
+        )
+    if not status:
+        return "holds no run: it has neither a Slurm job (slurm/job.json) nor a status.json"
+    return (
+        "was not submitted to Slurm, so it has no job, and no process is known to run it "
+        f"(status.json: {status.get('state')}, step {status.get('step')})"
+    )
 
 
 def cancel(run: Path, *, after_checkpoint: bool) -> str:

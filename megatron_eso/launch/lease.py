@@ -139,6 +139,18 @@ def read(folder: Path) -> dict | None:
         return None
 
 
+def living_process(folder: Path) -> tuple[str, str] | None:
+    """Return host and process id of the lease's owner; None if it is gone or is a job of our script.
+
+    A process of another host counts as living while it renews the lease.
+    """
+    held = read(folder)
+    process = _process(held["owner"]) if held else None
+    if held is None or process is None or not _lives(process, held, time.time()):
+        return None
+    return process[0], process[1]
+
+
 def _why_not(held: dict, owner: str, folder: Path, now: float) -> str:
     """Return why ``owner`` must not take the lease, or an empty string."""
     theirs, mine = _attempt(held["owner"]), _attempt(owner)
@@ -148,13 +160,22 @@ def _why_not(held: dict, owner: str, folder: Path, now: float) -> str:
             return f"its job {theirs[0]} is running" if lives else ""
     if theirs and mine and theirs != mine:
         return f"attempt {held['owner']} is newer than {owner}" if theirs > mine else ""
-    process = held["owner"].rpartition("@")[2]
-    if process.count("/") < 2:
+    process = _process(held["owner"])
+    return _lives(process, held, now) if process else _recently(held, now)
+
+
+def _process(owner: str) -> tuple[str, str, str] | None:
+    """Return the host, process id and start time in an owner's name; None if it names a job alone."""
+    parts = owner.rpartition("@")[2].rsplit("/", 2)
+    return (parts[0], parts[1], parts[2]) if len(parts) == 3 else None
+
+
+def _lives(process: tuple[str, str, str], held: dict, now: float) -> str:
+    """Return why the holder's process counts as living, or an empty string."""
+    host, pid, start = process
+    if host != platform.node():
         return _recently(held, now)
-    host, pid, start = process.rsplit("/", 2)
-    if host == platform.node():
-        return "its process runs on this host" if _start_of(int(pid)) == start else ""
-    return _recently(held, now)
+    return "its process runs on this host" if _start_of(int(pid)) == start else ""
 
 
 def _job_lives(holder: str, folder: Path) -> bool | None:

@@ -1,10 +1,13 @@
 """How often a cell was started, which starts failed, and whether one of them still runs.
 
-attempts   a line for every start, and one behind it if that start failed by itself
-pid        process, host and Slurm attempt of the trainer; removed when a runner sees its end
+A cell's folder holds for this:
 
-A start that was interrupted (Ctrl-C, a kill, a requeue, a runner that died) says nothing about the cell:
-it leaves no second line, and only failures count against ``--max-attempts``.
+attempts   a line for every start, and another one after it if that start failed by itself
+pid        process, host and Slurm attempt of the trainer; removed when a runner sees the trainer end
+lock       held by the runner that starts the cell
+
+Only failures count against ``--max-attempts``. A start that was interrupted (Ctrl-C, a kill, a requeue, a
+runner that died) says nothing about the cell and leaves no second line.
 """
 
 import fcntl
@@ -23,15 +26,15 @@ from megatron_eso.launch.lease import LEASE_FILE, QUIET_SECONDS
 from megatron_eso.launch.processes import STOPPING
 
 LOG_MARK = "--- started"
-"""Begin of the line in log.txt before the words of each start."""
+"""Start of the line in log.txt that stands before the output of each start."""
 _FAILED = "failed"
-_MOST_LINES, _MOST_CHARACTERS = 8, 400  # of a reason
+_MOST_LINES, _MOST_CHARACTERS = 8, 400  # of what is quoted from a log, and of a line of it
 _FROM_OUTSIDE = (*STOPPING, signal.SIGHUP)
 
 
 @contextmanager
 def claim(folder: Path) -> Iterator[bool]:
-    """Let one runner at a time look at a cell and start it; yields whether this is the one."""
+    """Let one runner at a time look at a cell and start it; yield whether this runner may."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         try:
@@ -43,28 +46,28 @@ def claim(folder: Path) -> Iterator[bool]:
 
 
 def note_start(folder: Path) -> None:
-    """Write down that a cell is about to be started."""
+    """Record that a cell is about to be started."""
     with open(folder / "attempts", "a") as file:
         file.write(time.strftime("%Y-%m-%dT%H:%M:%S\n"))
 
 
 def note_process(folder: Path, pid: int, environ: Mapping[str, str] = os.environ) -> None:
-    """Write down which process trains a cell, and where."""
+    """Record which process trains a cell, and on which host and in which Slurm attempt."""
     write_whole(folder / "pid", f"{pid}\n{platform.node()}\n{attempt_name(environ)}\n")
 
 
 def note_end(folder: Path, code: int) -> None:
-    """Write down that the trainer ended, and whether that was a failure of its own.
+    """Record that the trainer ended, and whether that was a failure of its own.
 
     Args:
         folder: the cell's folder.
-        code: exit code, or -signal.
+        code: exit code of the trainer, or -signal.
     """
     forget_process(folder)
     status = _status_since_start(folder)
     if status.get("state") in ("finished", "stopped") or code == STOPPED_EXIT_CODE:
         return
-    # Launchers of several ranks pass a signal on as 128 + its number.
+    # A launcher of several ranks reports a signal as 128 + its number.
     if code in {number for n in _FROM_OUTSIDE for number in (-n, 128 + n)}:
         return
     with open(folder / "attempts", "a") as file:
@@ -72,19 +75,19 @@ def note_end(folder: Path, code: int) -> None:
 
 
 def forget_process(folder: Path) -> None:
-    """Note that no trainer works on a cell any more."""
+    """Record that no trainer works on a cell any more."""
     (folder / "pid").unlink(missing_ok=True)
 
 
 def count_attempts(folder: Path) -> tuple[int, int, bool]:
-    """Return the number of starts, how many failed by themselves, and whether the last one did."""
-    lines = _lines(folder / "attempts")
+    """Return the number of starts, how many of them failed by themselves, and whether the last one did."""
+    lines = lines_of(folder / "attempts")
     failed = [line.startswith(_FAILED) for line in lines]
     return len(lines) - sum(failed), sum(failed), bool(failed) and failed[-1]
 
 
 def last_words(log: Path) -> list[str]:
-    """Return what the newest start in a log said last: its error message, else its last line."""
+    """Return the last error message of the newest start in a log, else its last line; [] without any."""
     try:
         said = log.read_text(errors="replace").splitlines()
     except OSError:
@@ -99,10 +102,10 @@ def last_words(log: Path) -> list[str]:
 def is_alive(folder: Path, environ: Mapping[str, str] = os.environ) -> bool:
     """Return whether a cell's trainer still runs, here (also after its runner died) or elsewhere.
 
-    A process of another host cannot be looked at: it counts as alive until the files of its run have
-    been silent for as long as its lease is respected, or Slurm has started the same job again here.
+    A process on another host cannot be looked at. It counts as alive until its status says otherwise, its
+    run's files have not changed for ``QUIET_SECONDS``, or Slurm has started the same job again here.
     """
-    lines = _lines(folder / "pid")
+    lines = lines_of(folder / "pid")
     if not lines:
         return False
     pid, host, attempt = [*lines, "", ""][:3]
@@ -135,5 +138,6 @@ def _changed(path: Path) -> float:
         return 0.0
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
+    """Return the lines of a text file; none if there is no such file."""
     return path.read_text().splitlines() if path.is_file() else []

@@ -1,4 +1,7 @@
-"""Finished and partial runs as two tables: one row a cell, one row a logged step."""
+"""The runs of a study, finished or not, as two tables: a row for each cell, a row for each logged step.
+
+Losses are in nats per token. Tables are written as CSV and parquet, and read back by the fits.
+"""
 
 import csv
 import io
@@ -9,17 +12,19 @@ from typing import Any
 from megatron_eso.config.load import load_config
 from megatron_eso.errors import DataError, UserError
 from megatron_eso.files import read_json, write_whole
-from megatron_eso.scaling.doubts import why_diverged
+from megatron_eso.scaling.doubts import Row, why_diverged
 from megatron_eso.scaling.grid import Cell, as_run
 from megatron_eso.scaling.runner import cell_folder, read_metrics, read_state
-
-Row = dict[str, Any]
 
 
 def collect(sweep_folder: Path, cells: list[Cell]) -> tuple[list[Row], list[Row]]:
     """Return (rows of cells, rows of steps) of a study; illegal cells are left out.
 
-    A cell whose settings were changed since is told of as it ran.
+    A cell whose settings were changed since has the tokens, FLOPs and rate that it ran with.
+
+    Args:
+        sweep_folder: the study's folder.
+        cells: the grid.
     """
     cell_rows, step_rows = [], []
     for cell in cells:
@@ -28,7 +33,8 @@ def collect(sweep_folder: Path, cells: list[Cell]) -> tuple[list[Row], list[Row]
         state = read_state(sweep_folder, cell)
         if state.state == "changed":
             cell = as_run(cell, load_config(cell_folder(sweep_folder, cell) / "cell.yaml"))
-        steps = [line for line in _metrics(sweep_folder, cell) if "loss" in line]
+        metrics = read_metrics(cell_folder(sweep_folder, cell) / "run")
+        steps = [line for line in metrics if "loss" in line]
         cell_rows.append(_cell_row(sweep_folder, cell, state.state, steps))
         total = cell.run.train.steps or 1
         step_rows += [
@@ -45,10 +51,6 @@ def collect(sweep_folder: Path, cells: list[Cell]) -> tuple[list[Row], list[Row]
             for line in steps
         ]
     return cell_rows, step_rows
-
-
-def _metrics(sweep_folder: Path, cell: Cell) -> list[dict]:
-    return read_metrics(cell_folder(sweep_folder, cell) / "run")
 
 
 def _cell_row(sweep_folder: Path, cell: Cell, state: str, steps: list[dict]) -> Row:
@@ -91,9 +93,9 @@ def _cell_row(sweep_folder: Path, cell: Cell, state: str, steps: list[dict]) -> 
 
 
 def _validation(path: Path) -> tuple[str | None, float | None, float | None]:
-    """Return metric, mean nats per token and its error over validation sets.
+    """Return metric, mean loss and largest standard error over the validation sets; None where unknown.
 
-    ar has an exact likelihood; the others' bound is the NELBO.
+    The NELBO counts where it was scored. ar has an exact likelihood instead.
     """
     for prefix in ("nelbo", "likelihood"):
         chosen = _scores(path, prefix)
@@ -104,7 +106,7 @@ def _validation(path: Path) -> tuple[str | None, float | None, float | None]:
 
 
 def _mean(path: Path, prefix: str) -> float | None:
-    """Return the mean of a metric over validation sets, in nats per token; None if it was not scored."""
+    """Return the mean of a metric over the tokens of all validation sets; None if it was not scored."""
     chosen = _scores(path, prefix)
     tokens = sum(entry["num_tokens"] for entry in chosen)
     return sum(e["nats_per_token"] * e["num_tokens"] for e in chosen) / tokens if chosen else None
@@ -116,10 +118,14 @@ def _scores(path: Path, prefix: str) -> list[dict[str, Any]]:
 
 
 def tensorboard_steps(folder: Path, tag: str) -> list[Row]:
-    """Return the points of one scalar in every TensorBoard folder below ``folder``.
+    """Return the points of the scalar ``tag`` in every TensorBoard run below ``folder``.
+
+    Returns:
+        Rows of cell (the run's folder below ``folder``), step and loss (the scalar's value).
 
     Raises:
-        DataError: if there is no such folder, or no event file holds the tag, with the tags there are.
+        DataError: if there is no such folder, or no run has the tag; the message names the tags there are.
+        UserError: if tensorboard is not installed.
     """
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -147,7 +153,7 @@ def tensorboard_steps(folder: Path, tag: str) -> list[Row]:
 
 
 def write_table(rows: list[Row], stem: Path) -> list[Path]:
-    """Write rows as CSV, and as parquet where pyarrow is installed; return the paths.
+    """Write rows as STEM.csv, and as STEM.parquet where pyarrow is installed; return the paths.
 
     Raises:
         DataError: if there is no row.
@@ -173,16 +179,17 @@ def write_table(rows: list[Row], stem: Path) -> list[Path]:
 
 
 def require_rows(rows: list[Row], stem: Path) -> None:
-    """Raise if there is no row to write."""
+    """Raise a DataError if there is no row to write."""
     if not rows:
         raise DataError(f"nothing to write to {stem}.csv: no run has logged anything yet")
 
 
 def read_table(path: Path) -> list[Row]:
-    """Return the rows of a table written by :func:`write_table`.
+    """Return the rows of a table (.csv or .parquet) that :func:`write_table` wrote; empty cells are None.
 
     Raises:
-        DataError: if it is missing, is no table, has no row, or a row of another length than the head's.
+        DataError: if it is missing, is no table, has no row, or has a row that does not fit the head.
+        UserError: for .parquet without pyarrow.
     """
     if path.is_dir():
         raise DataError(f"{path} is a folder; give the table in it, such as {path / 'cells.csv'}")

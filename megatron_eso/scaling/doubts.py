@@ -1,13 +1,15 @@
-"""Cells that are finished but did not train as their size and their tokens allow.
+"""Cells that are finished but did not train as well as their size and their tokens allow.
 
-What goes wrong in training (a learning rate that is too high, above all) makes a loss too high, never too
-low. So a loss is doubtful if others of the same objective show that a lower one was to be had:
+Whatever goes wrong in training, above all a learning rate that is too high, makes a loss too high, never
+too low. So a loss is doubtful if other cells of the same objective show that a lower one was within reach:
 
-smaller  a model of no more weights, after no more tokens, reached a lower loss
-valley   at the same budget a smaller and a larger model both did
+smaller  a model of no more weights, after no more tokens, has a clearly lower loss
+valley   at the same budget, a smaller and a larger model both have clearly lower losses
 
-Every law that is fitted falls with weights and with tokens, and has one best size a budget: it can have
-neither, and a least-squares parabola is bent by one such cell. Nothing is assumed of how it falls.
+No law that is fitted allows either: all fall with weights and with tokens and have one best size at a
+budget. One such cell bends a least-squares parabola. How the loss falls is not assumed.
+
+Losses are in nats per token.
 """
 
 import math
@@ -17,21 +19,22 @@ from itertools import pairwise
 from typing import Any
 
 Row = dict[str, Any]
+"""A row of a table: column -> value."""
 CLEARLY = 0.05
-"""A loss is clearly above another if by this share of it; seeds change up to 0.04 (docs/numerics.md)."""
-NUM_ERRORS = 2.0  # and by so many of the two's joint standard errors
-ROSE = 0.05  # a training loss that ends this share above its lowest has risen
-ABOVE_START = 1.02  # as has one that ends this much above the first: above a guess
-FAR_ABOVE_START = 1.1  # or was so for a while: what it had learnt by then was undone
-_NOISE = 6.0  # and by so many standard deviations of a level
-_LEAST, _SHARE = 3, 10  # of the logged steps that a level goes over
+"""A loss is clearly above another if by more than this share; seeds: up to 0.04 (docs/numerics.md)."""
+NUM_ERRORS = 2.0  # and by more than so many joint standard errors of the two
+ROSE = 0.05  # a training loss has diverged if it ended this share above its lowest level
+ABOVE_START = 1.02  # or ended above this many times the first loss, which is that of a guess
+FAR_ABOVE_START = 1.1  # or was above this many times the first one for a while
+_NOISE = 6.0  # ROSE must also be more than so many standard deviations of a level
+_LEAST, _SHARE = 3, 10  # a level goes over a tenth of the logged steps, over three at least
 
 
 def doubts(rows: Sequence[Row]) -> list[str]:
     """Return for each cell why its loss is doubtful, or an empty string.
 
     Args:
-        rows: finished cells with a loss (:mod:`megatron_eso.scaling.collect`), of any objectives.
+        rows: finished cells with a loss, of any objectives; see :mod:`megatron_eso.scaling.collect`.
     """
     found = []
     for row in rows:
@@ -46,13 +49,18 @@ def doubts(rows: Sequence[Row]) -> list[str]:
 
 
 def part(rows: Iterable[Row], reasons: Iterable[str]) -> tuple[list[Row], list[tuple[Row, str]]]:
-    """Return the cells that have no reason to be left out, and the others with theirs."""
+    """Return the cells that have no reason to be left out, and the others, each with its reason.
+
+    Args:
+        rows: cells.
+        reasons: one for each cell; empty: it stays.
+    """
     judged = list(zip(rows, reasons, strict=True))
     return [row for row, why in judged if not why], [(row, why) for row, why in judged if why]
 
 
 def why_not_finished(row: Row) -> str:
-    """Return why a cell has nothing to fit, or an empty string."""
+    """Return why a cell has no loss to fit, or an empty string."""
     if row.get("state") != "finished":
         more = f": {row['remark']}, {_cause(row)}" if row.get("remark") else ""
         return (
@@ -63,7 +71,7 @@ def why_not_finished(row: Row) -> str:
 
 
 def hardly_better_than_unigram(rows: Sequence[Row]) -> list[str]:
-    """Return the names of cells that are not clearly better than token frequencies."""
+    """Return the names of cells whose loss is not clearly below that of token frequencies."""
     return [
         str(row.get("cell"))
         for row in rows
@@ -72,10 +80,13 @@ def hardly_better_than_unigram(rows: Sequence[Row]) -> list[str]:
 
 
 def why_diverged(losses: Sequence[float]) -> str:
-    """Return how a training loss rose above where it began, or clearly above its lowest level; or ''.
+    """Return how a training loss diverged, or an empty string; the constants above are the rules.
 
-    A level is the median of some logged steps in a row: of single steps the objectives that draw their
-    masks have outliers. Their noise, from step to step, is told apart from a rise.
+    A level is the median of a few logged steps in a row, since single steps are outliers where masks are
+    drawn. The noise from step to step is measured, so that it does not pass for a rise.
+
+    Args:
+        losses: of the logged steps, oldest first.
     """
     size, levels = _levels(losses)
     if not levels:
@@ -86,7 +97,8 @@ def why_diverged(losses: Sequence[float]) -> str:
     if high > FAR_ABOVE_START * first:
         return f"its training loss rose to {high:.4g}, above the {first:.4g} that it began with"
     steps = [abs(b - a) for a, b in pairwise(losses)]
-    deviation = 1.4826 * statistics.median(steps) / math.sqrt(2)  # if it is normal
+    # From the median change between two steps, for noise that is normal.
+    deviation = 1.4826 * statistics.median(steps) / math.sqrt(2)
     of_level = deviation / math.sqrt(size)
     if last - low > max(ROSE * low, _NOISE * of_level):
         return f"its training loss ended at {last:.4g}, and was {low:.4g} before"
@@ -97,11 +109,11 @@ def _cause(row: Row) -> str:
     """Return the setting to look at, and how to fit the cell nevertheless."""
     rate = row.get("learning_rate")
     told = "" if rate is None else f" ({rate:.3g} here; learning_rate in the sweep file)"
-    return f"most often by its learning rate{told}; --keep {row.get('cell')} fits it too"
+    return f"most often because of its learning rate{told}; --keep {row.get('cell')} fits it too"
 
 
 def _levels(losses: Sequence[float]) -> tuple[int, list[float]]:
-    """Return over how many logged losses a level goes, and all levels, without the first loss."""
+    """Return how many logged losses a level goes over, and all levels; the first loss is in none."""
     rest = list(losses[1:])
     size = min(len(rest), max(_LEAST, len(rest) // _SHARE))
     ends = range(size, len(rest) + 1) if rest else ()

@@ -1,7 +1,7 @@
-"""A sweep file becomes a grid of runs: objective x alpha_0 x size x budget.
+"""A sweep file becomes a grid of runs: objective (with its alpha_0) x size x budget.
 
-Every cell has its own resolved run configuration; what follows by a rule (steps, learning rate) keeps
-the rule beside the value. Illegal cells stay in the grid with the reason.
+Every cell has its own resolved run configuration. What follows by a rule (steps, learning rate, warmup)
+keeps the rule beside the value. Illegal cells stay in the grid with the reason.
 """
 
 import hashlib
@@ -29,28 +29,42 @@ class Cell:
     """One run of the study."""
 
     name: str
+    """OBJECTIVE_SIZE_BUDGET; also the name of its folder."""
     run: RunConfig
     objective: str
+    """Its name in tables; see :func:`objective_names`."""
     size: str
+    """Name of the model's file, without its ending."""
     budget: float
+    """Training FLOPs that were asked for; of a token ladder the level."""
     num_parameters: int
+    """All weights, embedding and head included."""
     num_parameters_without_embeddings: int
+    """Weights without embedding and head."""
     tokens: int
+    """Data tokens of the whole run."""
     flops: float
+    """Training FLOPs of the whole run, as this trainer computes."""
     flops_full_attention: float
+    """The same with all pairs of attention, also those that are masked."""
     flops_published: float
+    """The same as the published study counts; see :mod:`megatron_eso.scaling.conventions`."""
     gpu_hours: float
+    """Estimate; 0 for an illegal cell."""
     dollars: float
+    """Estimate; 0 for an illegal cell."""
     rules: dict[str, str]
+    """Setting -> its value and how it follows."""
     problems: tuple[str, ...] = ()
+    """Why the cell is illegal; empty: it is legal."""
     tokens_per_parameter: float | None = None
-    """The level of a token ladder; then budget is no number of FLOPs."""
+    """The level of a token ladder; None in a grid of budgets."""
     base_ranks: int = 1
-    """parallel.local_ranks of the base, which decides nothing; fingerprints hold it."""
+    """parallel.local_ranks of the base. It decides nothing; fingerprints are taken with it."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the settings that decide the result."""
+        """Hash (16 hexadecimal digits) of the settings that decide the result."""
         parallel = replace(self.run.parallel, local_ranks=self.base_ranks)
         text = to_yaml(replace(self.run, folder="", name="", parallel=parallel))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -60,7 +74,7 @@ def make_grid(path: Path, overrides: list[str] | None = None) -> tuple[SweepConf
     """Return the sweep's settings and its cells, legal or not.
 
     Raises:
-        ConfigError: for an empty grid, duplicate cells, or no legal cell at all.
+        ConfigError: for wrong settings, an empty grid, duplicate cells, or no legal cell at all.
     """
     sweep = load_config(path, overrides, schema=SweepConfig)
     _check_axes(sweep, path)
@@ -81,7 +95,10 @@ def make_grid(path: Path, overrides: list[str] | None = None) -> tuple[SweepConf
     names = [cell.name for cell in cells]
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
-        raise ConfigError(f"{path}: duplicate cells {', '.join(doubles[:5])}; name each value once")
+        raise ConfigError(
+            f"{path}: duplicate cells {', '.join(doubles[:5])}; list different objectives, names of model "
+            "files, or budgets that differ in their first three digits"
+        )
     if all(cell.problems for cell in cells):
         raise ConfigError(f"{path}: none of {len(cells)} cells is legal; {cells[0].problems[0]}")
     return sweep, cells
@@ -90,7 +107,8 @@ def make_grid(path: Path, overrides: list[str] | None = None) -> tuple[SweepConf
 def objective_names(objectives: list[ObjectiveConfig]) -> list[str]:
     """Return the objectives as tables and legends call them: ar, mdlm, eso-0.25.
 
-    Those that share such a name get what they differ in behind it: eso-1-loss_weight-constant.
+    To a name that several share, the settings in which these differ are added:
+    eso-1-loss_weight-constant.
     """
     short = [f"eso-{o.alpha_0:g}" if o.name == "eso" else o.name for o in objectives]
     names = []
@@ -103,12 +121,12 @@ def objective_names(objectives: list[ObjectiveConfig]) -> list[str]:
 
 
 def as_run(cell: Cell, run: RunConfig) -> Cell:
-    """Return a cell with the settings that it ran with, and the sizes, tokens and FLOPs of these."""
+    """Return a cell with the settings ``run`` that it ran with, and their sizes, tokens and FLOPs."""
     return replace(cell, run=run, **_counts(run))
 
 
 def grid_table(cells: list[Cell]) -> str:
-    """Return the grid for a terminal, with totals."""
+    """Return the grid as text: a line a cell, the totals, and the rules of the first legal cell."""
     lines = [
         f"{'cell':<28}{'M params':>9}{'steps':>9}{'M tokens':>10}{'FLOPs':>10}{'all pairs':>10}"
         f"{'published':>10}{'rate':>10}{'GPU h':>10}{'dollars':>9}"
@@ -143,8 +161,12 @@ def _check_axes(sweep: SweepConfig, path: Path) -> None:
             raise ConfigError(f"{path}: the grid is empty: '{name}' lists nothing")
     if bool(sweep.budgets) == bool(sweep.tokens_per_parameter):
         raise ConfigError(f"{path}: give exactly one of budgets and tokens_per_parameter")
-    if not all(0 < level < math.inf for level in [*sweep.budgets, *sweep.tokens_per_parameter]):
-        raise ConfigError(f"{path}: budgets and tokens_per_parameter must be positive")
+    levels = [*sweep.budgets, *sweep.tokens_per_parameter]
+    wrong = [f"{level:g}" for level in levels if not 0 < level < math.inf]
+    if wrong:
+        raise ConfigError(
+            f"{path}: budgets and tokens_per_parameter must be positive and finite, not {', '.join(wrong)}"
+        )
     beyond = [message for _, message in out_of_range(sweep)]
     if beyond:
         raise ConfigError(f"{path}: {'; '.join(beyond)}")
@@ -220,7 +242,7 @@ def _cell(
 
 
 def parameters_without_embeddings(run: RunConfig) -> int:
-    """Return the weights but for the embedding and the head."""
+    """Return the number of weights without embedding and head."""
     tables = 1 if run.model.tie_embeddings else 2
     return num_parameters(run.model) - tables * run.model.hidden_size * run.model.vocab_size
 
@@ -269,9 +291,7 @@ def _problems(
 ) -> list[str]:
     if round(exact) < 1:
         setting = "budgets" if sweep.budgets else "tokens_per_parameter"
-        return [
-            f"{exact:.2g} steps, less than one; raise {setting} or lower train.global_batch_rows"
-        ]
+        return [f"{exact:.2g} steps, less than one; raise {setting} or lower batch_rows"]
     if tokens_per_parameter < sweep.min_tokens_per_parameter:
         return [
             f"{tokens_per_parameter:.2g} tokens a parameter, below min_tokens_per_parameter="

@@ -1,7 +1,10 @@
-"""IsoFLOP fits: a parabola in log N per budget, its minimum, and power laws through the minima.
+"""IsoFLOP fits: a parabola in log N for each budget, its minimum, and power laws through the minima.
 
-A minimum counts only if it is inside the measured sizes, from at least three sizes, of a parabola that
-opens upwards; else the budget is refused with the reason.
+Source: Hoffmann et al. 2022 (Chinchilla, arXiv 2203.15556), approach 2; arXiv 2602.15014 fits the same.
+A budget is refused with the reason if it has fewer than three sizes, if its parabola opens downwards, or if
+the minimum is outside the measured sizes.
+
+Letters: N = weights, D = data tokens, C = training FLOPs; losses are in nats per token.
 """
 
 from collections.abc import Sequence
@@ -14,31 +17,39 @@ MIN_SIZES, MIN_BUDGETS = 3, 2
 
 @dataclass(frozen=True)
 class Minimum:
-    """Best size at one budget, or why there is none."""
+    """Best size at one budget, or why there is none; then the values are None."""
 
     budget: float
+    """C."""
     parameters: float | None
+    """N*."""
     loss: float | None
+    """Of the parabola at N*."""
     tokens: float | None
+    """D*."""
     coefficients: tuple[float, ...] | None
+    """(a, b, c, center) of a u^2 + b u + c with u = log N - center; see :func:`parabola`."""
     reason: str = ""
+    """Why the budget is refused; empty: it is not."""
 
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = exp(log_scale) x ^ exponent, with a bootstrap interval of the exponent."""
+    """y = exp(log_scale) x ^ exponent."""
 
     log_scale: float
     exponent: float
     interval: tuple[float, float] | None = None
+    """Of the exponent, 5 to 95 % of the bootstrap; None: too few points, or no bootstrap."""
     samples: tuple[tuple[float, float], ...] = ()
+    """(log_scale, exponent) of each bootstrap sample."""
 
     def at(self, x: float) -> float:
         """Return y at ``x``."""
         return float(np.exp(self.log_scale + self.exponent * np.log(x)))
 
     def interval_at(self, x: float, level: float = 0.9) -> tuple[float, float] | None:
-        """Return the bootstrap interval of y at ``x``."""
+        """Return the interval of y at ``x`` that holds a share ``level`` of samples, if there are any."""
         if not self.samples:
             return None
         values = [np.exp(a + b * np.log(x)) for a, b in self.samples]
@@ -52,15 +63,15 @@ def minimum_of_budget(
     """Return the minimum of loss over size at a budget.
 
     Args:
-        budget: FLOPs.
-        parameters: sizes of the runs.
-        losses: nats per token.
-        tokens: data tokens of the runs, to place D* on the same curve.
+        budget: C.
+        parameters: N of each run.
+        losses: of each run.
+        tokens: D of each run, from which D* is interpolated at N*.
     """
     if len(set(parameters)) < MIN_SIZES:
         return _refused(budget, f"{len(set(parameters))} sizes; at least {MIN_SIZES} are needed")
     x, y = np.log(parameters), np.asarray(losses, float)
-    # Centred, or the normal equations lose digits at log N around 18.
+    # Centered, since the fit loses digits at log N around 18.
     center = float(x.mean())
     a, b, c = np.polyfit(x - center, y, 2)
     if a <= 0:
@@ -73,7 +84,7 @@ def minimum_of_budget(
             f"the minimum ({np.exp(best):.3g} parameters) is outside the measured sizes, beyond the "
             f"{side}: add sizes there",
         )
-    # Tokens at fixed FLOPs are a smooth function of N: linear in logs between runs.
+    # At fixed FLOPs, D is a smooth function of N: nearly a line in logs between two runs.
     order = np.argsort(x)
     log_tokens = np.interp(best, x[order], np.log(np.asarray(tokens, float))[order])
     coefficients = (float(a), float(b), float(c), center)
@@ -82,7 +93,7 @@ def minimum_of_budget(
 
 
 def parabola(coefficients: Sequence[float], parameters: np.ndarray) -> np.ndarray:
-    """Return the fitted loss at sizes."""
+    """Return the fitted losses at sizes N; ``coefficients`` are those of :class:`Minimum`."""
     a, b, c, center = coefficients
     x = np.log(parameters) - center
     return a * x * x + b * x + c
@@ -93,7 +104,11 @@ def power_law(
 ) -> PowerLaw | None:
     """Return the least-squares line in logs; None for fewer than two distinct x.
 
-    The bootstrap resamples points; with few points it is wide, as it should be.
+    Args:
+        x: positive.
+        y: positive, one for each x.
+        num_bootstrap: samples for the intervals. They need three points: with fewer there are none.
+        seed: of the bootstrap.
     """
     log_x, log_y = np.log(np.asarray(x, float)), np.log(np.asarray(y, float))
     if len(set(log_x)) < MIN_BUDGETS:
@@ -103,8 +118,8 @@ def power_law(
         return PowerLaw(float(log_scale), float(exponent))
     draw, samples = np.random.default_rng(seed), []
     residuals = log_y - (log_scale + exponent * log_x)
-    # Residuals, not points: three points resampled would often be one point three times. Inflated
-    # for the two parameters that were fitted.
+    # Residuals are drawn, not points: a draw of three points is often one point three times. They are
+    # inflated, since the fit of two parameters has made them smaller than the noise.
     residuals = residuals * np.sqrt(len(residuals) / (len(residuals) - 2))
     for _ in range(num_bootstrap):
         noisy = log_scale + exponent * log_x + draw.choice(residuals, len(residuals))
@@ -122,8 +137,17 @@ def compute_multiplier(
 ) -> list[float]:
     """Return how many times the reference's compute an objective needs for the same loss.
 
-    At each budget of the objective: its power law L(C) gives a loss; the reference's law gives the
-    compute for that loss. So the reference is the one that is extrapolated (to less compute).
+    At each budget of the objective, its power law L(C) gives a loss, and the law of the reference gives
+    the compute for that loss. So it is the reference that is extrapolated.
+
+    Args:
+        budgets: C of the objective's minima.
+        losses: loss at each of these.
+        reference_budgets: C of the reference's minima.
+        reference_losses: loss at each of these.
+
+    Returns:
+        One number for each budget; none if one of the laws is missing or does not fall.
     """
     law, reference = power_law(budgets, losses), power_law(reference_budgets, reference_losses)
     if law is None or reference is None or law.exponent >= 0 or reference.exponent >= 0:

@@ -1,6 +1,9 @@
-"""The parametric law L(N, D) = E + A / N^a + B / D^b by a Huber loss on log-loss from many starts.
+"""The parametric law L(N, D) = E + A / N^a + B / D^b, by a Huber loss on log L from many starts.
 
-Source: Hoffmann et al. 2022 (Chinchilla), approach 3: log-sum-exp form, delta 1e-3, L-BFGS.
+Source: Hoffmann et al. 2022 (Chinchilla, arXiv 2203.15556), approach 3: log L as a log-sum-exp, L-BFGS.
+
+Letters: N = weights, D = data tokens, L = loss in nats per token; in code n, d and y are their logarithms.
+A point is (log A, log B, log E, a, b).
 """
 
 import itertools
@@ -12,6 +15,7 @@ import numpy as np
 from megatron_eso.errors import DataError, UserError
 
 HUBER_DELTA = 1e-3
+FEWEST_RUNS = 6  # for the five numbers of the law
 STARTS = tuple(
     (log_a, log_b, log_e, exponent, exponent)
     for log_a, log_b, log_e, exponent in itertools.product(
@@ -22,7 +26,7 @@ STARTS = tuple(
 
 @dataclass(frozen=True)
 class Parametric:
-    """Fitted law, with bootstrap intervals by name (5 to 95 %)."""
+    """A fitted law."""
 
     E: float
     A: float
@@ -30,16 +34,17 @@ class Parametric:
     a: float
     b: float
     residuals: tuple[float, ...]
-    """log(measured) - log(fitted)."""
+    """log(measured) - log(fitted) of each run."""
     intervals: dict[str, tuple[float, float]]
+    """5 to 95 % of the bootstrap, for each of E, A, B, a, b; empty without a bootstrap."""
 
     @property
     def is_determined(self) -> bool:
-        """False where the fit ended at a bound: the runs do not say what the law is."""
+        """False if E, a or b ended at a bound: then the runs do not say what the law is."""
         return self.E >= 1e-3 and all(0.02 < x < 2.9 for x in (self.a, self.b))
 
     def at(self, parameters: float, tokens: float) -> float:
-        """Return the loss of a size after so many tokens."""
+        """Return L of a size N after D tokens."""
         return self.E + self.A / parameters**self.a + self.B / tokens**self.b
 
 
@@ -51,14 +56,24 @@ def fit_parametric(
     num_bootstrap: int = 0,
     seed: int = 0,
 ) -> Parametric:
-    """Return the best law.
+    """Return the law that fits best.
+
+    Args:
+        parameters: N of each run.
+        tokens: D of each run.
+        losses: L of each run.
+        num_bootstrap: times that the runs are drawn with replacement, for the intervals.
+        seed: of these draws.
 
     Raises:
-        DataError: for fewer runs than the law has parameters plus one.
+        DataError: for fewer than ``FEWEST_RUNS`` runs.
+        UserError: if scipy is missing.
     """
     n, d, y = (np.log(np.asarray(v, float)) for v in (parameters, tokens, losses))
-    if len(y) < 6:
-        raise DataError(f"{len(y)} runs; the law has 5 parameters, so at least 6 are needed")
+    if len(y) < FEWEST_RUNS:
+        raise DataError(
+            f"{len(y)} runs; the law has 5 parameters, so at least {FEWEST_RUNS} are needed"
+        )
     best = min((_minimise(np.array(start), n, d, y) for start in STARTS), key=lambda r: r[1])[0]
     intervals = {}
     if num_bootstrap:
@@ -95,7 +110,7 @@ def _log_loss(terms: np.ndarray) -> np.ndarray:
 def _objective(
     point: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """Return the summed Huber loss of log-loss and its gradient, both over delta^2 (conditioning)."""
+    """Return the summed Huber loss of log L and its gradient, both over delta^2 (for conditioning)."""
     terms = _terms(point, n, d)
     fitted = _log_loss(terms)
     error = (fitted - y) / HUBER_DELTA
@@ -115,7 +130,7 @@ def _minimise(
         raise UserError("this fit needs scipy: pip install -e '.[plots]'") from None
     # Exponents stay in (0, 3): a flat or a vertical term is no law.
     bounds = [(-20, 60), (-20, 60), (-10, 5), (0.01, 3), (0.01, 3)]
-    # Of sizes about their mean a change of an exponent moves no term as a whole: fewer steps.
+    # About the mean of the log-sizes, a change of an exponent does not move its whole term. So fewer steps.
     middle = np.array([n.mean(), d.mean()])
     result = minimize(
         _objective,
@@ -130,6 +145,6 @@ def _minimise(
 
 
 def _moved(point: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """Return the same law of log-sizes that are greater by this."""
+    """Return the point of the same law for log-sizes (n, d) that are greater by ``by``."""
     log_a, log_b, log_e, a, b = point
     return np.array([log_a + a * by[0], log_b + b * by[1], log_e, a, b])

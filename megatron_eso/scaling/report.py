@@ -1,4 +1,4 @@
-"""The study as one self-contained HTML page with a figure (also written as PNG and SVG)."""
+"""The study as one self-contained HTML page with a figure, which is also written as PNG and SVG."""
 
 import base64
 import html
@@ -12,7 +12,8 @@ from megatron_eso.errors import UserError
 from megatron_eso.files import write_figure, write_whole
 from megatron_eso.log_axis import make_logarithmic
 from megatron_eso.scaling.isoflop import parabola
-from megatron_eso.scaling.study import FEWEST_RUNS, ObjectiveFit, Study, recommendation, study_text
+from megatron_eso.scaling.parametric import FEWEST_RUNS
+from megatron_eso.scaling.study import ObjectiveFit, Study, recommendation, study_text
 
 STYLE = (
     "body{font-family:sans-serif;max-width:80em;margin:2em auto;padding:0 1em}table{border-collapse:"
@@ -20,7 +21,7 @@ STYLE = (
     "td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;"
     "padding:1em;overflow:auto}"
 )
-MANY = 1e9  # from here on whole numbers are written like others
+MANY = 1e9  # whole numbers from here on are rounded like others
 COLUMNS = ("cell", "parameters", "tokens", "flops", "flops_published", "loss", "loss_error",
            "train_loss", "learning_rate", "state")  # fmt: skip
 
@@ -28,8 +29,13 @@ COLUMNS = ("cell", "parameters", "tokens", "flops", "flops_published", "loss", "
 def write_report(study: Study, out: Path, *, note: str = "") -> list[Path]:
     """Write ``out`` (.html) and the figure beside it; return the paths.
 
+    Args:
+        study: the fits.
+        out: the page.
+        note: text for the top of the page; empty lines part its paragraphs.
+
     Raises:
-        UserError: if matplotlib is missing or ``out`` is no .html name.
+        UserError: if matplotlib is missing, ``out`` is no .html name, or its folder cannot be made.
     """
     require_page(out)
     figure = study_figure(study)
@@ -46,7 +52,7 @@ def require_page(out: Path) -> None:
     """Make the folder of the page.
 
     Raises:
-        UserError: if ``out`` is no .html name, or nothing can be written there.
+        UserError: if ``out`` is no .html name or is a folder, or its folder cannot be made.
     """
     if out.suffix != ".html":
         raise UserError(f"--out {out}: the name must end in .html")
@@ -59,23 +65,28 @@ def require_page(out: Path) -> None:
 
 
 def study_figure(study: Study) -> Any:
-    """Return the figure: IsoFLOP curves per objective, then N*, L* over budget, and residuals."""
+    """Return the matplotlib figure: curves of each objective, N* and L* over budget, residuals.
+
+    It has two rows. The curves fill the upper one; a single objective shares it with N*.
+
+    Raises:
+        UserError: if matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("reports need matplotlib: pip install -e '.[plots]'") from None
-    columns = max(3, len(study.objectives))
-    figure = Figure(figsize=(5 * columns, 9), layout="constrained")
-    axes = figure.subplots(2, columns, squeeze=False)
-    for axis, fit in zip(axes[0], study.objectives, strict=False):
+    number = len(study.objectives)
+    first = max(2, number)
+    second = number + 3 - first
+    figure: Any = Figure(figsize=(5 * max(first, second), 9), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    axes = [*above.subplots(1, first), *below.subplots(1, second)]
+    for axis, fit in zip(axes, study.objectives, strict=False):
         (_draw_isoflop if fit.minima else _draw_ladder)(axis, fit)
-    for axis in axes[0][len(study.objectives) :]:
-        axis.set_visible(False)
-    _draw_law(axes[1][0], study, "size_law", "parameters", "N*, parameters")
-    _draw_law(axes[1][1], study, "loss_law", "loss", "frontier: L*, nats per token")
-    _draw_residuals(axes[1][2], study)
-    for axis in axes[1][3:]:
-        axis.set_visible(False)
+    _draw_law(axes[number], study, "size_law", "parameters", "N*, parameters")
+    _draw_law(axes[number + 1], study, "loss_law", "loss", "frontier: L*, nats per token")
+    _draw_residuals(axes[number + 2], study)
     return figure
 
 
@@ -120,19 +131,18 @@ def _draw_law(axis: Any, study: Study, law_name: str, value: str, label: str) ->
         law = getattr(fit, law_name)
         axis.plot([m.budget for m in good], [getattr(m, value) for m in good], "o", color=f"C{index}",
                   label=fit.objective if good else None)  # fmt: skip
-        if law and study.budget:
+        if law:
             line = np.geomspace(min(m.budget for m in good), study.budget, 30)
             axis.plot(line, [law.at(x) for x in line], color=f"C{index}")
             if law.samples:
                 band = np.array([law.interval_at(x) for x in line])
                 axis.fill_between(line, band[:, 0], band[:, 1], color=f"C{index}", alpha=0.15)
+    axis.set(xlabel="training FLOPs", ylabel=label)
     if axis.get_legend_handles_labels()[0]:
-        axis.set(xlabel="training FLOPs", ylabel=label)
         make_logarithmic(axis.xaxis)
         make_logarithmic(axis.yaxis)
         axis.legend(fontsize=8)
     else:
-        axis.set(xlabel="training FLOPs", ylabel=label)
         _say_empty(axis, "no interior minimum")
 
 
@@ -152,7 +162,7 @@ def _draw_residuals(axis: Any, study: Study) -> None:
 
 
 def _say_empty(axis: Any, why: str) -> None:
-    """Say why an axis is empty; it cannot be logarithmic, and has no numbers."""
+    """Say in an empty axis why it is empty, and take its numbers away: they would mean nothing."""
     axis.set(xticks=[], yticks=[])
     axis.text(0.5, 0.5, why, ha="center", transform=axis.transAxes)
 
@@ -169,8 +179,7 @@ def _page(study: Study, picture: str, note: str) -> str:
         for row in rows
     )
     advice = "".join(
-        f"<li>{html.escape(recommendation(fit, study.budget or 0))}</li>"
-        for fit in study.objectives
+        f"<li>{html.escape(recommendation(fit, study.budget))}</li>" for fit in study.objectives
     )
     note_html = "".join(
         f"<p>{html.escape(part)}</p>" for part in note.split("\n\n") if part.strip()

@@ -1,8 +1,8 @@
-"""Runs the cells of a sweep on this machine, or writes them as a Slurm array; restartable.
+"""Run the cells of a sweep on this machine, or write them as a Slurm array; restartable.
 
-A cell's folder: cell.yaml (configuration), fingerprint, log.txt, run/ (the run's folder), and what
-scaling/attempts.py keeps there.
-What a cell is worth is read from its files alone, so a runner that was killed loses nothing.
+A cell's folder holds cell.yaml (configuration), fingerprint, log.txt, run/ (the run's folder), and what
+scaling/attempts.py keeps there. A cell's state is read from these files alone, so nothing is lost when a
+runner is killed.
 """
 
 import os
@@ -22,10 +22,10 @@ from megatron_eso.files import read_json, read_json_lines, write_whole
 from megatron_eso.scaling import attempts
 from megatron_eso.scaling.grid import Cell
 
-# Command that trains one cell; tests replace it.
+# Command that trains one cell; it takes a configuration file. Tests replace it.
 TRAINER = (sys.executable, "-m", "megatron_eso", "train")
 Look = Callable[[list[RunConfig]], None]
-"""Looks at the data of runs that are to start; raises a DataError."""
+"""Looks at the data of runs that are to start; raises a DataError if they do not fit."""
 
 
 def no_look(runs: list[RunConfig]) -> None:
@@ -34,17 +34,24 @@ def no_look(runs: list[RunConfig]) -> None:
 
 @dataclass(frozen=True)
 class CellState:
-    """Where a cell stands."""
+    """How far a cell is."""
 
     cell: Cell
     state: str
-    """illegal, waiting, running, finished, stopped (interrupted), failed, given-up, changed."""
+    """illegal, waiting, running, finished, stopped, failed, given-up or changed.
+
+    stopped: interrupted. given-up: failed too often. changed: it was started with other settings.
+    """
     step: int = 0
+    """Last logged step."""
     loss: float | None = None
+    """Training loss of that step, as logged."""
     attempts: int = 0
+    """Starts."""
     eta_seconds: float | None = None
+    """Steps left times the seconds of the last one; None before the first logged step."""
     reason: tuple[str, ...] = ()
-    """Of a failure: what the trainer said last, and where its log is."""
+    """Of a failure: lines with what the trainer said last, and where its log is."""
 
 
 def cell_folder(sweep_folder: Path, cell: Cell) -> Path:
@@ -53,13 +60,14 @@ def cell_folder(sweep_folder: Path, cell: Cell) -> Path:
 
 
 def read_state(sweep_folder: Path, cell: Cell, *, max_attempts: int = 2) -> CellState:
-    """Return a cell's state from its files."""
+    """Return a cell's state by its files; after ``max_attempts`` failures it is given up."""
     if cell.problems:
         return CellState(cell, "illegal")
     folder = cell_folder(sweep_folder, cell)
     starts, failures, has_failed = attempts.count_attempts(folder)
-    stored = _lines(folder / "fingerprint")
-    if stored and stored[0] != cell.fingerprint:
+    stored = attempts.lines_of(folder / "fingerprint")
+    is_started = bool(starts) or (folder / "run").is_dir()
+    if is_started and stored and stored[0] != cell.fingerprint:
         return CellState(cell, "changed", attempts=starts)
     status = read_json(folder / "run" / "status.json")
     steps = [line for line in read_metrics(folder / "run") if "loss" in line]
@@ -100,13 +108,14 @@ def run_cells(
         sweep_folder: the study's folder.
         cells: the grid.
         workers: cells at once.
-        max_attempts: failures of a cell over all calls; a start that was interrupted is none.
+        max_attempts: failures after which a cell is given up, counted over all calls.
         say: receives a line for every change.
-        look: looks at the data of the runs that are to start, before any does; may raise.
-        trainer: command that takes a configuration file.
+        look: looks at the data of the runs that are to start, before any of them does.
+        trainer: command that trains a cell, without its configuration file.
 
     Raises:
-        ConfigError: if results of changed cells are in the way.
+        ConfigError: if cells were started with other settings.
+        DataError: of ``look``.
     """
     states = [read_state(sweep_folder, cell, max_attempts=max_attempts) for cell in cells]
     changed = [state.cell.name for state in states if state.state == "changed"]
@@ -147,7 +156,7 @@ def run_cells(
         for _, process in running.values():
             process.terminate()
         if running:
-            with suppress(OSError):  # nobody listens any more
+            with suppress(OSError):  # the reader of this output may be gone
                 say(f"interrupted: {len(running)} cell(s) save and end; the same command continues")
         for cell, process in running.values():
             process.wait()
@@ -156,7 +165,7 @@ def run_cells(
 
 
 def states_table(states: list[CellState]) -> str:
-    """Return the cells as lines: state, progress, loss, time left."""
+    """Return the cells as text, a line each: state, step, training loss, starts, seconds left."""
     lines = [f"{'cell':<28}{'state':<10}{'step':>12}{'loss':>9}{'tries':>6}{'left s':>8}"]
     for state in states:
         loss = "" if state.loss is None else f"{state.loss:.4f}"
@@ -184,11 +193,11 @@ def slurm_array_script(
     Args:
         sweep_file: the sweep's YAML file.
         cells: the grid; illegal cells get no task.
-        folder: folder the tasks work in: relative paths of the sweep start here.
+        folder: working folder of the tasks, where relative paths of the sweep start.
         throttle: tasks at once.
-        extra: further ``#SBATCH`` options, e.g. ``--partition=gpu``.
+        extra: further ``#SBATCH`` options, such as ``--partition=gpu``.
         workers: tasks that share a machine's cores.
-        max_attempts: failures of a cell, after which no task starts it again.
+        max_attempts: failures after which a cell is given up.
     """
     legal = [index for index, cell in enumerate(cells) if not cell.problems]
     array = ",".join(map(str, legal))
@@ -223,9 +232,9 @@ def submit(script: Path) -> str:
 
 
 def read_metrics(run_folder: Path) -> list[dict]:
-    """Return the logged lines of a run; a line cut off by a crash is left out.
+    """Return the lines of a run's metrics.jsonl; a line cut off by a crash is left out.
 
-    A run that was restarted logs some steps twice: the later line counts.
+    A run that was restarted logs some steps twice. The later line counts.
     """
     by_step: dict = {}
     for line in read_json_lines(run_folder / "metrics.jsonl"):
@@ -238,8 +247,8 @@ def _start(
 ) -> subprocess.Popen:
     folder = cell_folder(sweep_folder, cell)
     folder.mkdir(parents=True, exist_ok=True)
+    save_config(cell.run, folder / "cell.yaml")  # first: a fingerprint is that of a cell.yaml
     write_whole(folder / "fingerprint", cell.fingerprint + "\n")
-    save_config(cell.run, folder / "cell.yaml")
     attempts.note_start(folder)
     ranks = workers * cell.run.parallel.local_ranks
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
@@ -260,7 +269,3 @@ def _start(
 def _counts(states: list[CellState]) -> str:
     names = [state.state for state in states]
     return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []

@@ -1,8 +1,11 @@
 """A table of cells becomes the study's conclusions: minima, laws, multipliers, a recommendation.
 
-Cells that diverged, stopped, are unfinished or doubtful (doubts.py) take no part and are listed; a
-conclusion that rests on too few of them is marked provisional with the reason. What the doubtful ones would
-change is said.
+Cells that diverged, are unfinished or doubtful (doubts.py) take no part and are listed with the reason.
+An objective with such cells, or with too few minima, is marked provisional. The fit with the doubtful
+cells stands beside the fit without.
+
+Letters: C = training FLOPs, N = weights (embedding and head included), D = data tokens, L = loss in nats
+per token; a star marks the best size at a budget.
 """
 
 import difflib
@@ -12,7 +15,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_eso.errors import ConfigError, DataError
-from megatron_eso.scaling.doubts import doubts, hardly_better_than_unigram, part, why_not_finished
+from megatron_eso.scaling.doubts import (
+    Row,
+    doubts,
+    hardly_better_than_unigram,
+    part,
+    why_not_finished,
+)
 from megatron_eso.scaling.isoflop import (
     Minimum,
     PowerLaw,
@@ -20,12 +29,10 @@ from megatron_eso.scaling.isoflop import (
     minimum_of_budget,
     power_law,
 )
-from megatron_eso.scaling.parametric import Parametric, fit_parametric
+from megatron_eso.scaling.parametric import FEWEST_RUNS, Parametric, fit_parametric
 
-Row = dict[str, Any]
-NUM_BOOTSTRAP = 400
-FEWEST_RUNS = 6  # of an objective, for its parametric law of five numbers
-FAR = 10.0  # times the largest budget: further than that an extrapolation says so
+NUM_BOOTSTRAP = 400  # samples for the interval of a power law
+FAR = 10.0  # times the largest budget: an extrapolation beyond that says so
 MUST_AGREE = ("data", "vocab_size", "sequence_length")
 NUMBERS = ("parameters", "tokens", "flops", "loss")
 NEEDED = ("objective", "state", *NUMBERS)
@@ -37,13 +44,19 @@ class ObjectiveFit:
 
     objective: str
     rows: list[Row]
+    """The cells that are fitted."""
     minima: list[Minimum]
+    """One for each budget, by rising FLOPs."""
     size_law: PowerLaw | None
+    """N* of C; None, as for the next two: fewer than two minima."""
     token_law: PowerLaw | None
+    """D* of C."""
     loss_law: PowerLaw | None
+    """L* of C."""
     parametric: Parametric | None
+    """L of N and D; None: fewer than ``FEWEST_RUNS`` cells."""
     multipliers: list[float]
-    """Compute over the reference objective's for the same loss, at each measured minimum."""
+    """Compute over ar's for the same loss, one for each minimum; empty for ar, and without such laws."""
     provisional: list[str]
     """Reasons not to trust this yet; empty: none known."""
     doubtful: list[Row] = field(default_factory=list)
@@ -54,11 +67,13 @@ class ObjectiveFit:
 
 @dataclass(frozen=True)
 class Study:
-    """The fits of all objectives, and cells that were left out with the reason."""
+    """The fits of all objectives, and the cells that are left out."""
 
     objectives: list[ObjectiveFit]
     left_out: list[tuple[str, str]]
-    budget: float | None
+    """Cell and reason."""
+    budget: float
+    """FLOPs to extrapolate to."""
 
 
 def fit_study(
@@ -67,14 +82,15 @@ def fit_study(
     """Return all fits of a table of cells.
 
     Args:
-        rows: see :mod:`megatron_eso.scaling.collect`.
-        budget: FLOPs to extrapolate to; None: four times the largest measured.
-        keep: cells that take part although they are doubtful or diverged.
+        rows: a table of cells; see :mod:`megatron_eso.scaling.collect`.
+        budget: FLOPs to extrapolate to; None: four times the largest budget of a cell that is finished.
+        keep: names of cells that take part although they are doubtful or diverged.
 
     Raises:
-        DataError: if columns or numbers are missing, tokenizers, data or lengths are mixed, or no cell
-            can be used.
+        DataError: if columns or numbers are missing, if cells differ in data, vocabulary or row length, or
+            if no cell can be used.
         ConfigError: if ``keep`` names what is no cell of the table.
+        UserError: if scipy is missing.
     """
     _require_columns(rows)
     _require_cells(rows, keep)
@@ -110,10 +126,10 @@ def fit_study(
 
 
 def recommendation(fit: ObjectiveFit, budget: float) -> str:
-    """Return the recommended size and tokens at a budget, with intervals, in one line.
+    """Return the recommended N and D at a budget in FLOPs, and L there, with 90 % intervals, in one line.
 
-    L* has a power law without the floor E, so far from the measured budgets it is too low, whatever its
-    interval says; the parametric law stands beside it.
+    The power law of L* has no floor E. Far from the measured budgets it is therefore too low, whatever its
+    interval says; so the loss by the parametric law stands beside it.
     """
     if fit.size_law is None or fit.token_law is None or fit.loss_law is None:
         return f"{fit.objective}: no recommendation: {'; '.join(fit.provisional)}"
@@ -132,7 +148,7 @@ def recommendation(fit: ObjectiveFit, budget: float) -> str:
 
 
 def study_text(study: Study) -> str:
-    """Return the study for a terminal."""
+    """Return the study as text: the fits of each objective, then the cells that are left out."""
     lines = []
     for fit in study.objectives:
         lines.append(f"{fit.objective}: {len(fit.rows)} runs")
@@ -142,12 +158,12 @@ def study_text(study: Study) -> str:
             lines.append(f"  needs {low:.3g} to {high:.3g} times ar's compute for the same loss")
         if fit.size_law and fit.token_law and fit.loss_law:  # else the next line gives the reasons
             lines += [f"  provisional: {reason}" for reason in fit.provisional]
-        lines.append(f"  {recommendation(fit, study.budget or 0)}")
+        lines.append(f"  {recommendation(fit, study.budget)}")
         if fit.with_doubtful:
             names = ", ".join(str(row.get("cell")) for row in fit.doubtful)
             lines.append(f"  if {names} took part:")
             lines += [f"  {line}" for line in _laws_text(fit.with_doubtful)]
-            lines.append(f"    {recommendation(fit.with_doubtful, study.budget or 0)}")
+            lines.append(f"    {recommendation(fit.with_doubtful, study.budget)}")
     lines += [f"left out: {name}: {reason}" for name, reason in study.left_out]
     return "\n".join(lines)
 
@@ -161,7 +177,7 @@ def _laws_text(fit: ObjectiveFit) -> list[str]:
 
 
 def parametric_text(law: Parametric) -> str:
-    """Return the law with its intervals in one line."""
+    """Return the law's five numbers with their intervals in one line."""
     parts = [f"{k} {getattr(law, k):.3g}{_interval_text(law.intervals.get(k))}" for k in "EABab"]
     return "L = E + A/N^a + B/D^b: " + ", ".join(parts)
 
@@ -202,7 +218,7 @@ def _require_columns(rows: Sequence[Row]) -> None:
 
 
 def _require_numbers(rows: Sequence[Row]) -> None:
-    """Raise for cells of which something that is fitted has no logarithm, or is no number."""
+    """Raise for cells with a value that cannot be fitted: most are fitted by their logarithms."""
     wrong = [
         f"{row.get('cell')}: {name} is {row[name]!r}"
         for row in rows
@@ -272,7 +288,7 @@ def _with_and_without(
     if not doubtful:
         return fit
     also = _fit_objective(name, [*rows, *doubtful], reference, num_unfinished)
-    reasons = [*fit.provisional, f"{len(doubtful)} cells are left out as doubtful"]
+    reasons = [*fit.provisional, f"{len(doubtful)} cell(s) are left out as doubtful"]
     return replace(fit, doubtful=doubtful, with_doubtful=also, provisional=reasons)
 
 
@@ -300,7 +316,7 @@ def _fit_objective(
     if parametric and not parametric.is_determined:
         reasons.append("the parametric law is at its bounds: these runs do not determine it")
     if num_unfinished:
-        reasons.append(f"{num_unfinished} cells diverged or are unfinished")
+        reasons.append(f"{num_unfinished} cell(s) diverged or are unfinished")
     idle = hardly_better_than_unigram(rows)
     if idle:
         reasons.append(

@@ -1,4 +1,4 @@
-"""The settings of a scaling study."""
+"""The settings of a scaling study, one field a key of its file."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,24 +10,27 @@ from megatron_eso.config.schema import ObjectiveConfig
 
 @dataclass(frozen=True)
 class LearningRateRule:
-    """Peak rate = reference x (parameters / reference_parameters) ^ exponent."""
+    """Peak learning rate = reference x (N / reference_parameters) ^ exponent.
+
+    N is a model's number of weights without embedding and head.
+    """
 
     reference: float = within(3e-4, above=0)
-    """Rate of a model of ``reference_parameters`` weights."""
+    """Peak rate at N = ``reference_parameters``."""
     reference_parameters: float = within(1e8, above=0, below=math.inf)
-    """Size at which ``reference`` holds, embeddings not counted."""
+    """N at which ``reference`` holds."""
     exponent: float = 0.0
-    """0: the same rate for all sizes."""
+    """0: the same rate for all sizes; negative: lower rates for larger models."""
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A scaling study."""
+    """A scaling study: one run for each objective, model and budget (or level of a token ladder)."""
 
     name: str = "sweep"
-    """Name of the study."""
+    """Name of the study; the default ``folder`` holds it."""
     folder: str = "runs/${name}"
-    """Folder of cells, tables and reports."""
+    """Folder of cells and tables, relative to where the command runs."""
     base: str = ""
     """Run configuration that all cells share, relative to the sweep file."""
     models: list[str] = field(default_factory=list)
@@ -35,22 +38,22 @@ class SweepConfig:
     objectives: list[ObjectiveConfig] = field(default_factory=list)
     """Objectives to compare."""
     budgets: list[float] = field(default_factory=list)
-    """Training FLOPs, by ``flops_convention``; excludes ``tokens_per_parameter``."""
+    """Training FLOPs of a run, by ``flops_convention``. Give these or ``tokens_per_parameter``."""
     tokens_per_parameter: list[float] = field(default_factory=list)
-    """Token ladders: data tokens over parameters without embeddings."""
+    """Levels of a token ladder: data tokens per weight, embedding and head not counted."""
     flops_convention: Literal["honest", "published"] = "honest"
-    """honest: attention and head as computed; published: arXiv 2602.15014's counter, without scores."""
+    """honest: what this trainer computes; published: as arXiv 2602.15014, without attention scores."""
     learning_rate: LearningRateRule = field(default_factory=LearningRateRule)
-    """Rule for optimizer.learning_rate."""
+    """Rule for optimizer.learning_rate, rounded to four significant digits."""
     min_learning_rate_share: float = within(0.1, at_least=0, at_most=1)
     """optimizer.min_learning_rate as a share of the peak."""
     warmup_share: float = within(0.05, at_least=0, at_most=1)
-    """optimizer.warmup_steps as a share of the steps, rounded up."""
+    """optimizer.warmup_steps as a share of the steps, rounded up; never all steps."""
     batch_rows: int | None = within(None, at_least=1)
-    """train.global_batch_rows of every cell; null: the base's."""
+    """train.global_batch_rows of every cell; null: that of the base."""
     min_tokens_per_parameter: float = within(0.0, at_least=0)
-    """Cells with fewer tokens over parameters (embeddings not counted) are left out."""
+    """Cells with fewer data tokens per weight (embedding and head not counted) are not run."""
     hardware: str = "h100"
-    """Hardware profile for the estimate of cost."""
+    """Hardware profile that times and costs are estimated for: a name or a file."""
     num_gpus: int = within(8, at_least=1)
-    """GPUs (ranks) of one machine that a cell trains on: its parallel.local_ranks."""
+    """GPUs of one machine that a cell trains on, a rank each: its parallel.local_ranks."""

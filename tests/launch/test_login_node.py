@@ -5,6 +5,7 @@ Slurm is a folder of small programs that answer what was recorded and note that 
 
 import json
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 
 from megatron_eso.config import load_config
 from megatron_eso.data.manifest import Manifest
+from megatron_eso.launch import lease
 from megatron_eso.launch.records import Records
 
 ROOT = Path(__file__).parents[2]
@@ -237,6 +239,40 @@ def test_an_array_saves_ends_and_begins_no_further_task(node, tmp_path):
     assert all(Records(run / name).is_stop_asked() for name in ("", "0", "1", "2", "3"))
     calls = node.calls.read_text().splitlines()
     assert calls[-2:] == ["scancel 12_[1-3]", "scancel --batch --signal=USR1 12_0"]
+
+
+@pytest.mark.parametrize("command", ["cancel", "requeue"])
+def test_of_a_run_without_a_job_it_is_said_where_it_runs_and_how_it_is_stopped(
+    node, tmp_path, command
+):
+    make_runs(tmp_path, 1)
+    run, checkpoints = tmp_path / "run0", tmp_path / "run0" / "checkpoints"
+    pid = os.getpid()
+    for owner, host, process in (
+        (lease.owner_name({}), platform.node(), pid),
+        (lease.owner_name({"SLURM_JOB_ID": "17"}), platform.node(), pid),  # a script of the user's
+        ("n7/5/99", "n7", 5),
+    ):
+        lease.acquire(checkpoints, owner)
+        said = node.run(command, run, code=6)
+        assert f"{run} was not submitted to Slurm" in said
+        assert f"on {host} as process {process}: `kill {process}` there" in said
+        lease.release(checkpoints, owner)
+    lease.acquire(checkpoints, f"{platform.node()}/{pid}/1")  # a number that is used again
+    assert "no process is known to run it (status.json: running, step 50)" in node.run(
+        command, run, code=6
+    )
+    assert node.asked() == []
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [("", "holds no run"), ("none", "is not a folder"), ("file", "is not a folder")],
+    ids=["another-folder", "none", "a-file"],
+)
+def test_what_is_no_run_folder_is_called_so(node, tmp_path, place, words):
+    (tmp_path / "file").touch()
+    assert f"{tmp_path / place} {words}" in node.run("cancel", tmp_path / place, code=6)
 
 
 def test_one_task_of_an_array_can_be_cancelled(node, tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from threading import Thread
@@ -19,6 +20,8 @@ from typer.testing import CliRunner
 
 from megatron_eso.cli.main import app as main_app
 from megatron_eso.config import load_config
+from megatron_eso.data.fits import unseen_data
+from megatron_eso.data.manifest import Manifest
 from megatron_eso.errors import ClusterError, ConfigError, DataError, UserError
 from megatron_eso.scaling import commands
 from megatron_eso.scaling.collect import collect, read_table, tensorboard_steps, write_table
@@ -110,10 +113,11 @@ def test_a_token_ladder_gives_tokens_by_parameters(tmp_path):
     [
         ("models=[]", "empty"),
         ("budgets=[1.0e11,1.0e11]", "duplicate"),
-        ("budgets=[1.0]", "less than one; raise budgets"),
+        ("budgets=[1.001e11,1.002e11]", "or budgets that differ in their first three digits"),
+        ("budgets=[1.0]", "less than one; raise budgets or lower batch_rows"),
         ("tokens_per_parameter=[20.0]", "exactly one"),
-        ("budgets=[-1.0]", "positive"),
-        ("budgets=[.nan]", "positive"),
+        ("budgets=[1.0e11,-1.0]", "budgets .* positive and finite, not -1"),
+        ("budgets=[.inf]", "positive and finite, not inf"),
         ("num_gpus=0", "num_gpus=0 must be at least 1"),
         ("batch_rows=0", "batch_rows=0 must be at least 1"),
         ("learning_rate.reference_parameters=0", "reference_parameters=0.0 must be positive"),
@@ -242,6 +246,36 @@ def test_a_folder_whose_name_holds_an_interpolation_is_that_folder(tmp_path):
     assert state.state == "finished" and (folder / "cells" / cells[0].name / "run/starts").exists()
 
 
+def test_a_vocabulary_that_is_not_the_datas_names_the_models_that_have_it(tmp_path):
+    """Of the base, which the data are named in, nothing is to be changed."""
+    split, base = tmp_path / "split", tmp_path / "base.yaml"
+    split.mkdir()
+    Manifest(
+        split="train", tokenizer_file="t.json", tokenizer_sha256="a", vocab_size=300, sequence_length=256,
+        dtype="uint16", packing="packed", end_of_document_id=0, num_samples=9, num_tokens=9,
+        num_documents=1, text_bytes=9, num_skipped=0, num_shards=1, index_sha256="b",
+    ).save(split)  # fmt: skip
+    text = (LAPTOP.parent / "laptop_base.yaml").read_text()
+    base.write_text(re.sub(r"runs/data/stdlib256/\w+", str(split), text))
+    for name, size in (("small", "300"), ("s1", "2048"), ("s2", "2048")):
+        text = (ROOT / "configs/model/ladder/s1.yaml").read_text()
+        (tmp_path / f"{name}.yaml").write_text(text.replace("2048", size))
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(
+        f"folder: {tmp_path}/sweep\nbase: base.yaml\nmodels: [small.yaml, s1.yaml, s2.yaml]\n"
+        "objectives: [{name: ar}]\nbudgets: [5.0e10]\nhardware: cpu\nnum_gpus: 1\n"
+    )
+    for start in (
+        partial(commands.run, sweep, None, 1, 2, None, say=print),
+        partial(commands.submit_array, sweep, None, 1, 2, 8, []),
+    ):
+        with pytest.raises(DataError) as caught:
+            start(look=unseen_data)
+        said = str(caught.value)
+        assert said.startswith(f"{base}: data.sources[0].path: {split} has a vocabulary of 300")
+        assert said.endswith(f"model.vocab_size=2048 is of s1.yaml, s2.yaml (models in {sweep})")
+
+
 def test_only_the_data_of_cells_that_are_to_run_are_looked_at(tmp_path):
     folder, cells = one_cell(tmp_path)
     looked = []
@@ -366,6 +400,30 @@ def test_a_changed_cell_is_noticed(tmp_path):
         run_cells(folder, [changed], trainer=trainer(tmp_path), say=lambda line: None)
 
 
+def test_a_cell_whose_start_was_cut_off_before_it_was_one_is_to_be_started(tmp_path):
+    """Its settings are nothing that it ran with."""
+    folder, cells = one_cell(tmp_path)
+    own = folder / "cells" / cells[0].name
+    own.mkdir(parents=True)
+    (own / "fingerprint").write_text("of other settings\n")
+    assert read_state(folder, cells[0]).state == "waiting"
+    [row], steps = collect(folder, cells)
+    assert row["state"] == "waiting" and not steps
+    [state] = run_cells(folder, cells, trainer=trainer(tmp_path), say=lambda line: None)
+    assert state.state == "finished"
+
+
+def test_the_settings_of_a_cell_are_written_before_their_fingerprint(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("the disk is full")
+
+    folder, cells = one_cell(tmp_path)
+    monkeypatch.setattr("megatron_eso.scaling.runner.save_config", fail)
+    with pytest.raises(OSError, match="full"):
+        run_cells(folder, cells, trainer=trainer(tmp_path), say=lambda line: None)
+    assert not (folder / "cells" / cells[0].name / "fingerprint").exists()
+
+
 def test_killing_the_runner_loses_no_finished_cell(tmp_path):
     folder, cells = grid(tmp_path)
     code = (
@@ -447,7 +505,7 @@ def test_unfinished_and_diverged_cells_are_left_out_and_make_it_provisional():
     rows += [row(5, 1e9, state="failed"), row(5, 2e9, state="diverged")]
     study = fit_study(rows)
     assert len(study.left_out) == 2
-    assert any("2 cells" in reason for reason in study.objectives[0].provisional)
+    assert any("2 cell(s) diverged" in reason for reason in study.objectives[0].provisional)
     assert "PROVISIONAL" in recommendation(study.objectives[0], 1e10)
 
 
@@ -522,7 +580,7 @@ def test_a_cell_worse_than_a_smaller_one_on_fewer_tokens_is_left_out_and_what_it
     assert fit.parametric and fit.parametric.E == pytest.approx(1.7, rel=0.01)
     assert fit.size_law and fit.with_doubtful and fit.with_doubtful.size_law
     assert fit.with_doubtful.size_law.at(1e20) < 0.9 * fit.size_law.at(1e20)
-    assert "1 cells are left out as doubtful" in fit.provisional
+    assert "1 cell(s) are left out as doubtful" in fit.provisional
     said = study_text(study)
     assert "if 1e+194.0 took part:" in said
     assert (
@@ -643,10 +701,25 @@ def test_a_far_extrapolation_stands_beside_the_law_with_a_floor():
 
 def test_an_axis_without_data_has_no_numbers_and_says_why():
     study = fit_study([row(s, 1e9, loss=2.0 + s) for s in (1, 2, 3)])
-    empty = [axis for axis in study_figure(study).axes[3:] if axis.get_visible()]
+    empty = study_figure(study).axes[1:]
     said = [text.get_text() for axis in empty for text in axis.texts]
     assert said == ["no interior minimum", "no interior minimum", "fewer than 6 runs: not fitted"]
     assert not any(len(a.get_xticks()) + len(a.get_yticks()) for a in empty)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_each_row_of_the_figure_is_filled_whatever_the_number_of_objectives(number):
+    names = [f"objective {i}" for i in range(number)]
+    figure = study_figure(fit_study([row(s, 1e9, objective=n) for n in names for s in (1, 2, 3)]))
+    figure.draw_without_rendering()
+    places = [axis.get_window_extent() for axis in figure.axes]
+    assert len(places) == number + 3 and all(axis.get_visible() for axis in figure.axes)
+    assert [axis.get_title() for axis in figure.axes[:number]] == names
+    middle = figure.bbox.height / 2
+    for in_row in ([p for p in places if p.y0 > middle], [p for p in places if p.y1 < middle]):
+        widths = [place.width for place in in_row]
+        assert sum(widths) > 0.75 * figure.bbox.width and max(widths) < 1.2 * min(widths)
+        assert min(widths) > 350  # of the 500 that a panel has in the longer row
 
 
 @pytest.mark.parametrize("decades", [0.3, 0.6, 0.9, 1.5, 4], ids=lambda d: f"{d} decades")
@@ -659,7 +732,7 @@ def test_the_numbers_at_an_axis_can_be_read(decades):
     ]
     figure = study_figure(fit_study(rows))
     figure.draw_without_rendering()
-    for axes in (axes for axes in figure.axes if axes.get_visible()):
+    for axes in figure.axes:
         for axis, begin, end in ((axes.xaxis, "x0", "x1"), (axes.yaxis, "y0", "y1")):
             low, high = axis.get_view_interval()
             ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
@@ -729,7 +802,7 @@ def test_the_page_s_name_is_looked_at_before_the_fit(tmp_path):
             commands.report(tmp_path / "no_table.csv", out, None, None)
 
 
-def test_cells_are_not_written_where_steps_cannot_be(tmp_path):
+def test_of_a_study_that_was_never_run_nothing_is_written(tmp_path):
     few = [
         f"folder={tmp_path}/sweep",
         "models=['../model/ladder/s1.yaml']",
@@ -737,7 +810,9 @@ def test_cells_are_not_written_where_steps_cannot_be(tmp_path):
     ]
     with pytest.raises(DataError, match=r"steps\.csv: no run has logged"):
         commands.collect(LAPTOP, few, None, "lm loss")
-    assert not list((tmp_path / "sweep").glob("cells.*"))
+    with pytest.raises(DataError, match="--tensorboard"):
+        commands.collect(LAPTOP, few, tmp_path / "none", "lm loss")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_sweep_below_a_file_is_a_message(tmp_path):

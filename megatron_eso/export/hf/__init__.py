@@ -1,11 +1,11 @@
-"""The files that go beside exported weights, importable from the package too.
-
-``register()`` makes ``AutoModelForCausalLM`` know them without ``trust_remote_code``.
-"""
+"""The files that go beside exported weights; they can also be imported from the package."""
 
 
 def register() -> None:
-    """Make transformers' Auto classes know the Eso-LM model types; may be called again."""
+    """Make transformers' Auto classes know the Eso-LM model types, without ``trust_remote_code``.
+
+    It may be called again.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from megatron_eso.export.hf.configuration_esolm import EsoLMConfig, EsoLMDiTConfig

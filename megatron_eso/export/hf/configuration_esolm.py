@@ -1,14 +1,25 @@
-"""Settings of an exported Eso-LM; stands alone beside the weights (``trust_remote_code``).
+"""Settings of an exported Eso-LM, for transformers 4.57 and 5.
 
-The parameter names and the spelling of the sizes are Llama's, so tools for Llama weights (LoRA,
-quantisation, converters) work on them. Works with transformers 4.57 and 5.
+The file goes beside the weights (``trust_remote_code``), so it imports nothing of the package. Sizes and
+parameters have Llama's names, so tools for Llama's weights (LoRA, quantization, converters) work on them.
 """
 
 from transformers import PretrainedConfig
 
 
 class EsoLMConfig(PretrainedConfig):
-    """Llama's sizes (Qwen3's with ``qk_norm``) and what the Eso-LM objective needs."""
+    """The settings of Llama and those below.
+
+    qk_norm             normalize queries and keys, as Qwen3 does
+    head_bias           the head has a bias
+    mask_token_id       unless given, the last of the ``vocab_size`` ids
+    alpha_0             expected share of tokens that diffusion decides, in [0, 1]
+    diffusion_fraction  share of rows that train on the diffusion loss; None: ``alpha_0`` if that is 0 or 1,
+                        else 0.5
+    noise_eps           training times t are in [noise_eps, 1]; alpha_t = alpha_0 (1 - (1 - noise_eps) t)
+
+    ``layer_types`` is ignored, since all layers have full attention.
+    """
 
     model_type = "esolm"
     default_activation = "silu"
@@ -42,9 +53,11 @@ class EsoLMConfig(PretrainedConfig):
     ):
         """Keep the settings; see the class.
 
-        ``rope_theta`` and ``rope_parameters`` are two spellings of one number (transformers 4 and 5);
-        both are written, and must agree where both are read. ``mask_token_id`` is the last id unless
-        given.
+        ``rope_theta`` and ``rope_parameters`` are two spellings of one number (transformers 4 and 5; 10000
+        unless given). Both are written.
+
+        Raises:
+            ValueError: if the two spellings disagree, or the rotary positions are scaled.
         """
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
@@ -75,13 +88,13 @@ class EsoLMConfig(PretrainedConfig):
 
 
 class EsoLMDiTConfig(EsoLMConfig):
-    """The shape of the official Eso-LM code: LayerNorm with bias, GELU (tanh) MLP, head bias."""
+    """The shape of the official Eso-LM code: LayerNorm with bias, an MLP with GELU (tanh), head bias."""
 
     model_type = "esolm_dit"
     default_activation = "gelu_pytorch_tanh"
 
     def __init__(self, **kwargs):
-        """Keep the settings; transformers 5 would make a dataclass of a class without its own."""
+        """Keep the settings; transformers 5 turns a class without its own ``__init__`` into a dataclass."""
         super().__init__(**kwargs)
 
 

@@ -1,11 +1,13 @@
 """Filling rows step by step, with an exact key/value cache; settings, canvases, streaming.
 
-Step k feeds [tokens decided in step k-1; masks of step k]. Queries see everything kept and are causal
-inside the segment; only clean tokens' keys stay. Rows may differ in padding and in what is open: short
-segments are padded with entries nobody sees. Every random number is a function of (seed, row, position),
-so a row's text does not depend on its batch, and equals that of ``megatron-eso sample``.
+Step k feeds a segment: [tokens decided in step k-1; masks of step k]. Its queries see all that is kept, and
+the segment itself up to their own place. Only the keys of clean tokens are kept. Rows may differ in padding
+and in what is open: short segments are padded with entries that no other sees. Every random number is a
+function of (seed, row, position), so a row's text does not depend on its batch. It equals that of
+``megatron-eso sample``.
 
-Letters: B = rows, W = width of the canvas, F = fresh clean entries, C = masks of a step.
+Letters: B = rows, P = tokens of a prompt, W = width of the canvas (prompt and new tokens), n = entries of a
+segment, T = entries kept before it, g = key/value heads, d = size of a head.
 """
 
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import ModelOutput, logging
 
-from .decoding_esolm import METHODS, TOKEN, choose, diffusion_counts, row_order, uniform
+from .decoding_esolm import TOKEN, choose, diffusion_counts, diffusion_share, row_order, uniform
 
 log = logging.get_logger(__name__)
 
@@ -27,7 +29,7 @@ _NEUTRAL = {"num_beams": (None, 1), "repetition_penalty": (None, 1.0), "top_k": 
             "bad_words_ids": (None,), "num_beam_groups": (None, 1), "penalty_alpha": (None,),
             "min_new_tokens": (None,), "length_penalty": (None, 1.0), "min_p": (None,)}  # fmt: skip
 _UNUSED = {"tokenizer", "assistant_model", "synced_gpus", "bos_token_id", "token_type_ids"}
-# What a GenerationConfig says of itself.
+# Entries that a GenerationConfig has about itself.
 _ABOUT = {"transformers_version", "_from_model_config"}
 _INSTEAD = {"top_k": "top_p", "min_p": "top_p", "stopping_criteria": "eos_token_id",
             "stop_strings": "eos_token_id", "output_scores": "return_dict_in_generate and its log_probs",
@@ -39,21 +41,29 @@ class EsoLMGenerateOutput(ModelOutput):
     """Filled rows."""
 
     sequences: torch.Tensor | None = None
-    """[B, W]."""
+    """[B, W] tokens."""
     log_probs: torch.Tensor | None = None
-    """[B, W] of each decided token under the model, before temperature and nucleus; else 0."""
+    """[B, W] float64 nats of each decided token, without temperature and nucleus; else 0."""
     num_evaluations: int | None = None
     """Forward passes."""
 
 
 class SegmentCache:
-    """Keys and values of clean tokens; masks' are dropped after their step."""
+    """Keys and values of clean tokens by layer; those of masks are dropped after their step."""
 
     def __init__(self):
         self.kept, self.segments = {}, {}
 
     def update(self, keys, values, layer, *unused, **unused_too):
-        """Return the kept keys and values [B, g, T, d] followed by the segment's."""
+        """Return the kept keys and values followed by the segment's, [B, g, T + n, d] each.
+
+        Args:
+            keys: [B, g, n, d] of the segment.
+            values: [B, g, n, d] of the segment.
+            layer: number of the layer.
+            unused: what transformers passes to its own caches.
+            unused_too: the same by name.
+        """
         if layer in self.kept:
             keys, values = (
                 torch.cat(pair, dim=2)
@@ -63,7 +73,11 @@ class SegmentCache:
         return keys, values
 
     def keep(self, number):
-        """Keep the first ``number`` entries of everything seen so far."""
+        """Keep the first ``number`` entries of all that :meth:`update` returned, and drop the others.
+
+        Raises:
+            RuntimeError: if no layer has called :meth:`update`.
+        """
         if not self.segments:
             raise RuntimeError("the model's layers did not use the cache they were given")
         self.kept = {i: (k[:, :, :number], v[:, :, :number]) for i, (k, v) in self.segments.items()}
@@ -73,10 +87,10 @@ def _settings(model, given, kwargs):
     """Return the settings: the call's, else those of ``given``, else the model's generation config's."""
     configs = [c for c in (given, model.generation_config) if c is not None]
     _refuse_unknown(configs, kwargs)
-    found = dict.fromkeys(_SETTINGS)
+    found = dict.fromkeys(_SETTINGS) | {"temperature": 1.0, "top_p": 1.0}
     for config in reversed(configs):
         found |= {n: v for n in _SETTINGS if (v := getattr(config, n, None)) is not None}
-    # None asks for the configuration's value, but for the end token: rows do not end then.
+    # None asks for the configuration's value. Only for the end token it means none: rows do not end.
     call = {n: v for n, v in kwargs.items() if n in _SETTINGS}
     found |= {n: v for n, v in call.items() if v is not None or n == "eos_token_id"}
     if isinstance(found["eos_token_id"], torch.Tensor):
@@ -92,7 +106,7 @@ def _settings(model, given, kwargs):
 
 
 def _lengths(given, kwargs):
-    """Return max_new_tokens and max_length if the call or its configuration asks for one of them."""
+    """Return max_new_tokens and max_length if the call or its configuration asks for one; else {}."""
     asked = [(kwargs.get("max_new_tokens"), kwargs.get("max_length"))]
     if given is not None:
         # transformers 4 writes 20 into every configuration: nobody asked for it.
@@ -105,7 +119,7 @@ def _lengths(given, kwargs):
 
 
 def _refuse_unknown(configs, kwargs):
-    """Raise for settings of other samplers, of the call or a configuration, unless they are off."""
+    """Raise a ValueError for settings of other samplers, unless their values turn them off."""
     asked = {}
     for config in reversed(configs):
         asked |= {n: v for n, v in config.to_diff_dict().items() if n not in _ABOUT}
@@ -129,7 +143,7 @@ def _refuse_unknown(configs, kwargs):
 
 
 def _canvas(model, tokens, valid, found):
-    """Return the prompts with masks behind them, and which entries are not padding."""
+    """Return [B, W] prompts with masks behind them, and True where there is no padding."""
     new = found["max_new_tokens"]
     has_masks = bool((tokens == model.config.mask_token_id).any())
     if new is None and found["max_length"] is not None:
@@ -155,22 +169,27 @@ def generate_rows(
     model, inputs=None, generation_config=None, streamer=None, *, input_ids=None, attention_mask=None,
     alpha_0=None, num_steps=None, plan="binomial", seed=None, first_row=0, **kwargs,
 ):  # fmt: skip
-    """Return [B, W] filled rows (or :class:`EsoLMGenerateOutput`).
+    """Return [B, W] filled rows, or with return_dict_in_generate an :class:`EsoLMGenerateOutput`.
 
     Args:
-        model: the model.
+        model: the model; it is in evaluation mode meanwhile.
         inputs: [B, P] prompts; mask tokens in them are filled too (infilling).
-        generation_config: transformers' settings.
+        generation_config: settings of transformers; those of the call win.
         streamer: gets the tokens of a single row as its decided beginning grows.
         input_ids: the same as ``inputs``.
-        attention_mask: [B, P] 0 for padding, on either side.
-        alpha_0: share of tokens decided by diffusion; None: the model's. 0 is left to right.
+        attention_mask: [B, P] 0 for padding, on either side; None: there is none.
+        alpha_0: expected share of tokens decided by diffusion, in [0, 1]; None: the model's. 0 is left
+            to right.
         num_steps: diffusion steps; None: as many as open tokens.
         plan: ``binomial``, ``fixed``, ``strided`` or ``left-to-right``, as in ``megatron-eso sample``;
             strided decides every token by diffusion.
         seed: of everything random; None: drawn from torch's generator.
-        first_row: number of the first row.
+        first_row: number of the first row, which the random numbers depend on.
         kwargs: max_new_tokens, do_sample, temperature, top_p, eos_token_id, use_cache, ...
+
+    Raises:
+        ValueError: for settings that Eso-LM does not have or that do not fit each other, or if nothing is
+            to be generated.
     """
     tokens = inputs if input_ids is None else input_ids
     if tokens is None:
@@ -179,12 +198,9 @@ def generate_rows(
         )
     found = _settings(model, generation_config, kwargs)
     valid = valid_entries(tokens, attention_mask, found["pad_token_id"])
-    heat = 1.0 if found["temperature"] is None else found["temperature"]
-    top_p = 1.0 if found["top_p"] is None else found["top_p"]
-    if (found["do_sample"] and not heat > 0) or not 0 < top_p <= 1:
-        raise ValueError(
-            f"temperature={found['temperature']} must be above 0 and top_p={found['top_p']} in (0, 1]"
-        )
+    temperature, top_p = found["temperature"], found["top_p"]
+    if (found["do_sample"] and not temperature > 0) or not 0 < top_p <= 1:
+        raise ValueError(f"temperature={temperature} must be above 0 and top_p={top_p} in (0, 1]")
     copies = 1 if found["num_return_sequences"] is None else found["num_return_sequences"]
     if copies < 1:
         raise ValueError(f"num_return_sequences={copies} must be at least 1")
@@ -194,7 +210,7 @@ def generate_rows(
     prompt = tokens.shape[1]
     canvas, valid = _canvas(model, tokens, valid, found)
     seed = int(torch.randint(2**31, (1,))) if seed is None else seed
-    share = _share(model, plan, alpha_0, num_steps)
+    share = diffusion_share(plan, alpha_0, num_steps, model.config.alpha_0)
     steps = _steps(model, canvas, valid, share, num_steps, plan, seed, first_row)
     was_training = model.training
     model.eval()
@@ -206,7 +222,19 @@ def generate_rows(
 
 
 def valid_entries(tokens, attention_mask, pad, labels=None):
-    """Return [B, L] False for padding; refuse or remark what may be padding and no mask tells."""
+    """Return booleans of the shape of ``tokens``: False for padding.
+
+    Without a mask nothing is padding. A warning says so if some rows, not all, begin or end with ``pad``.
+
+    Args:
+        tokens: [B, L] ids.
+        attention_mask: [B, L] 0 for padding; None: no padding.
+        pad: id of the padding token; None: not known.
+        labels: [B, L] labels of training; None: no training.
+
+    Raises:
+        ValueError: for wrong shapes, or if labels end in -100 and no mask is given.
+    """
     if tokens.dim() != 2:
         raise ValueError(f"input_ids are [rows, tokens], not of shape {tuple(tokens.shape)}")
     if attention_mask is not None:
@@ -220,7 +248,7 @@ def valid_entries(tokens, attention_mask, pad, labels=None):
             "text that every token sees; give attention_mask, 0 at padding, or 1 throughout if it is text"
         )
     elif pad is not None and tokens.numel():
-        is_padded = (tokens[:, [0, -1]] == pad).any(1)  # the longest row has no padding
+        is_padded = (tokens[:, [0, -1]] == pad).any(1)  # never all: the longest row has no padding
         if bool(is_padded.any()) and not bool(is_padded.all()):
             log.warning_once(
                 f"rows begin or end with pad_token_id={pad} and no attention_mask is given: it is read "
@@ -229,35 +257,8 @@ def valid_entries(tokens, attention_mask, pad, labels=None):
     return (torch.ones_like(tokens) if attention_mask is None else attention_mask).bool()
 
 
-def _share(model, plan, alpha_0, num_steps):
-    """Return the share of tokens decided by diffusion; refuse what the plan cannot do."""
-    if plan not in METHODS:
-        raise ValueError(f"plan={plan!r} is not one of {', '.join(METHODS)}")
-    if plan == "strided":
-        share = 1.0 if alpha_0 is None else alpha_0
-        if share != 1:
-            raise ValueError(
-                f"plan='strided' decides every token by diffusion: alpha_0={share} must be 1"
-            )
-        return share
-    share = model.config.alpha_0 if alpha_0 is None else alpha_0
-    if not 0 <= share <= 1:
-        raise ValueError(f"alpha_0={share} must be in [0, 1]")
-    if plan == "left-to-right" and (alpha_0 or num_steps):
-        raise ValueError(
-            f"plan='left-to-right' decides one token at a time: alpha_0={alpha_0} and "
-            f"num_steps={num_steps} do not apply; leave them out or take another plan"
-        )
-    if num_steps and share == 0:
-        raise ValueError(
-            f"num_steps={num_steps} does not apply: with alpha_0=0 every token is decided alone; leave it "
-            "out or raise alpha_0"
-        )
-    return share
-
-
 def _steps(model, canvas, valid, alpha_0, num_steps, plan, seed, first_row):
-    """Return [B, W]: -1 given, else the step that decides it; and the order within, as sort keys."""
+    """Return two [B, W]: the step that decides an entry (-1 given, -2 padding), and sort keys in it."""
     is_open = ((canvas == model.config.mask_token_id) & valid).cpu()
     most = int(is_open.sum(1).max())
     if num_steps is not None and not 1 <= num_steps <= most:
@@ -285,7 +286,7 @@ def _steps(model, canvas, valid, alpha_0, num_steps, plan, seed, first_row):
 
 
 def _entries(step_of, rank, lowest, highest, device):
-    """Return [B, n] columns of the entries decided in steps [lowest, highest], and which are real."""
+    """Return [B, n] columns of the entries of steps lowest to highest, and which are real."""
     wanted = (step_of >= lowest) & (step_of <= highest)
     width = int(wanted.sum(1).max())
     key = step_of.long() * rank.shape[1] + rank
@@ -342,9 +343,7 @@ def _fill(model, canvas, valid, steps, found, seed, first_row, prompt, streamer)
 def _pick(logits, draws, found):
     if not found["do_sample"]:
         return logits.argmax(dim=1)
-    temperature = 1.0 if found["temperature"] is None else found["temperature"]
-    top_p = 1.0 if found["top_p"] is None else found["top_p"]
-    return choose(logits, draws, temperature=temperature, top_p=top_p)
+    return choose(logits, draws, temperature=found["temperature"], top_p=found["top_p"])
 
 
 def _is_end(tokens, eos):
@@ -355,7 +354,7 @@ def _is_end(tokens, eos):
 
 
 def _all_ended(canvas, step_of, step, prompt, eos):
-    """Return whether every row has an end token with nothing open before it."""
+    """Return whether every row has an end token behind its prompt and nothing open before it."""
     decided = (step_of <= step).to(canvas.device)
     is_end = _is_end(canvas, eos) & decided
     is_end[:, :prompt] = False
@@ -364,7 +363,7 @@ def _all_ended(canvas, step_of, step, prompt, eos):
 
 
 def _cut(canvas, prompt, found):
-    """Put padding behind the first end token of what was generated behind the prompt; return where."""
+    """Put padding behind the first end token that follows the prompt; return True there, [B, W]."""
     is_end = _is_end(canvas, found["eos_token_id"])
     is_end[:, :prompt] = False
     after = is_end.long().cumsum(1) - is_end.long() > 0
@@ -377,14 +376,14 @@ def _cut(canvas, prompt, found):
 
 
 def _stream(streamer, canvas, step_of, step, shown, prompt, eos):
-    """Show what has been decided without a gap from the start; return how much is shown."""
+    """Show what is decided without a gap from the start; return how many tokens are shown by now."""
     if streamer is None:
         return 0
     decided = int((step_of[0] <= step).long().cumprod(0).sum())
     if step < 0:
         decided = prompt if decided >= prompt else 0
     ends = _is_end(canvas[0, prompt:decided], eos).nonzero()
-    if len(ends):  # what is behind it will be padding
+    if len(ends):  # what follows will be padding
         decided = prompt + int(ends[0]) + 1
     if decided > shown:
         if (

@@ -1,11 +1,11 @@
-"""Eso-LM for transformers: Llama's layers (Qwen3's with ``qk_norm``) over a permuted row.
+"""Eso-LM for transformers 4.57 and 5: Llama's layers (Qwen3's with ``qk_norm``) over a permuted row.
 
-The model predicts the token AT each mask from the clean tokens and the masks before it in prediction
-order; nothing is shifted by one. The layers get cosines and sines and a mask of ours, and never
-``position_ids``: transformers reads positions that do not count up as packed sequences and builds a
-block-diagonal mask, silently. Stands alone beside the weights; transformers 4.57 and 5.
+The model predicts the token AT each mask, from the clean tokens and the masks before it in prediction
+order. Nothing is shifted by one. The layers get our cosines, sines and mask, and never ``position_ids``:
+where these do not count up, transformers takes them for packed sequences and silently builds a
+block-diagonal mask. The file goes beside the weights, so it imports nothing of the package.
 
-Letters: B = rows, L = tokens of a row, Q = queries, K = keys, N = entries, V = vocabulary.
+Letters: B = rows, L = tokens of a row, Q = queries, K = keys, N = entries, H = hidden size, V = vocabulary.
 """
 
 import inspect
@@ -23,10 +23,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_esolm import EsoLMConfig, EsoLMDiTConfig
-from .decoding_esolm import likelihood_orders, pad_lists
+from .decoding_esolm import likelihood_orders, pad_lists, sort_order
 from .generation_esolm import generate_rows, valid_entries
 
-# What callers of other models pass to forward() and what changes nothing here.
+# What callers pass to forward() of other models, and what changes nothing here.
 _IGNORED = {"use_cache", "return_dict"}
 _IS_V5 = int(transformers.__version__.split(".")[0]) >= 5
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -41,17 +41,17 @@ class EsoLMLikelihood(ModelOutput):
     """Exact log-probabilities of continuations, in nats."""
 
     log_likelihood: torch.Tensor | None = None
-    """[B] float64; with K > 1 orders the log of the mean over orders, a lower bound in expectation."""
+    """[B] float64; of several orders, log of the mean probability: a lower bound in expectation."""
     token_log_probs: torch.Tensor | None = None
-    """[B, N] of the continuation's tokens under the last order; 0 for padding."""
+    """[B, N] float64, of the continuation's tokens under the last order; 0 for padding."""
     is_greedy: torch.Tensor | None = None
-    """[B] True where every token of the continuation was the most likely one."""
+    """[B] True where every token of the continuation was the most likely one under the last order."""
     order: str | None = None
-    """The order(s) used, for reports."""
+    """Name of the orders, for reports."""
 
 
 class EsoLMPreTrainedModel(PreTrainedModel):
-    """What transformers must know."""
+    """What transformers must know about the models."""
 
     config_class = EsoLMConfig
     base_model_prefix = "model"
@@ -60,14 +60,14 @@ class EsoLMPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LlamaDecoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
-    _supports_flash_attn = False  # takes no mask: right for one pass, silently wrong for the others
+    _supports_flash_attn = False  # it takes no mask: right where all is causal, else silently wrong
     _supports_flash_attn_2 = False
-    # No _init_weights: the base class has one for these layers. One that fills `weight.data` would
-    # overwrite loaded weights in transformers 5.0, silently.
+    # No _init_weights: that of the base class serves these layers. One that fills `weight.data` would
+    # silently overwrite loaded weights in transformers 5.0.
 
 
 class _GeluMLP(nn.Module):
-    """Two matrices with GELU between, of the official code."""
+    """The MLP of the official code: two matrices with GELU between."""
 
     def __init__(self, config):
         super().__init__()
@@ -82,7 +82,7 @@ class _GeluMLP(nn.Module):
 
 
 def _is_official(config):
-    # By name: loaded as remote code, the configuration's class may be another module's copy.
+    # By name, since a configuration that is loaded as remote code may be of a copy of the class.
     return config.model_type == EsoLMDiTConfig.model_type
 
 
@@ -103,7 +103,7 @@ def _layer(config, index):
 
 
 class EsoLMModel(EsoLMPreTrainedModel):
-    """Embedding, layers and last norm; takes entries in prediction order with their positions."""
+    """Embedding, layers and last norm, for entries in prediction order with their positions."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -114,13 +114,13 @@ class EsoLMModel(EsoLMPreTrainedModel):
         self.post_init()
 
     def forward(self, tokens, positions, visible=None, cache=None):
-        """Return [B, Q, H].
+        """Return hidden states [B, Q, H] after the last norm.
 
         Args:
             tokens: [B, Q] ids in prediction order.
             positions: [B, Q] place of each in reading order.
-            visible: [B, Q, K] True where a query may look at a key; None: causal.
-            cache: keys and values of earlier segments, with ``update`` as transformers' caches.
+            visible: [B, Q, K] True where a query sees a key; None: it sees itself and those before it.
+            cache: keys and values of earlier segments, with ``update`` as in the caches of transformers.
         """
         hidden = self.embed_tokens(tokens)
         angles = self._angles(positions, hidden.dtype)
@@ -133,7 +133,7 @@ class EsoLMModel(EsoLMPreTrainedModel):
         return self.norm(hidden)
 
     def _angles(self, positions, dtype):
-        # In float64: at position 1000 float32 angles are off by 6e-5.
+        # In float64, since at position 1000 float32 angles are off by 6e-5.
         exact = torch.float32 if positions.device.type == "mps" else torch.float64
         size = self.config.head_dim
         exponent = torch.arange(0, size, 2, dtype=exact, device=positions.device) / size
@@ -142,17 +142,17 @@ class EsoLMModel(EsoLMPreTrainedModel):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def _mask(self, visible, tokens, dtype):
-        """Return what the attention functions add to the scores, [B, 1, Q, K], or flex's block mask."""
+        """Return what is added to the scores, [B, 1, Q, K]; None for sdpa's causal; flex's block mask."""
         if visible is None:
             if self.config._attn_implementation == "sdpa":
-                return None  # its own causal kernel
+                return None  # it has a causal kernel
             length = tokens.shape[1]
             visible = torch.ones(
                 len(tokens), length, length, dtype=torch.bool, device=tokens.device
             )
             visible = visible.tril()
         if self.config._attn_implementation == "flex_attention":
-            # Not a mask of scores: the CPU kernel reads past its end where a row is no whole block.
+            # No mask of scores: the CPU kernel reads past its end where a row is not whole blocks.
             shape = (len(visible), None, *visible.shape[1:])
             return create_block_mask(lambda b, h, q, k: visible[b, q, k], *shape, visible.device)
         hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=tokens.device)
@@ -160,7 +160,7 @@ class EsoLMModel(EsoLMPreTrainedModel):
 
 
 class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
-    """Canvas forward pass, training loss, exact likelihood, generation."""
+    """The model with its head: canvas pass, training loss, exact likelihood, generation."""
 
     _tied_weights_keys = _TIED if _IS_V5 else list(_TIED)
 
@@ -190,28 +190,37 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
     def forward(
         self, input_ids=None, attention_mask=None, labels=None, order=None, generator=None, **kwargs
     ):
-        """Return logits of a canvas, or with ``labels`` the training loss.
+        """Return the logits of a canvas (a row with masks), or the training loss of a row without.
 
         Args:
             input_ids: [B, L] tokens with mask tokens where a prediction is wanted.
-            attention_mask: [B, L] 0 for padding, on either side.
-            labels: [B, L], not shifted; -100: no loss, seen unless padding. If ``input_ids`` holds masks,
-                their mean cross-entropy; otherwise the Eso-LM loss of times, masks and orders as drawn.
-            order: [B, L] prediction order; None: clean tokens, then masks, each in reading order.
-            generator: of the draws; None: torch's own.
+            attention_mask: [B, L] 0 for padding, on either side; None: there is none.
+            labels: [B, L] tokens, not shifted; -100: no loss, though it is seen unless it is padding.
+            order: [B, L] prediction order of a canvas, a permutation of each row; None: clean tokens,
+                then masks, then padding, each in reading order.
+            generator: of the draws of the training loss; None: torch's own.
             kwargs: refused, except what changes nothing.
 
         Returns:
-            ``logits`` [B, L, V] in reading order, the mask token's at -inf. A mask sees the masks
-            before it in the order; clean entries' logits mean nothing.
+            Of a canvas ``logits`` [B, L, V] in reading order, with the mask token at -inf. A mask sees the
+            masks before it in the order. Logits of clean entries mean nothing. With ``labels`` also
+            ``loss``: the mean cross-entropy of the masks in nats. Of rows without masks ``loss`` alone:
+            the Eso-LM loss in nats per token, with times, masks and orders as drawn.
+
+        Raises:
+            ValueError: for other arguments, wrong shapes, or neither masks nor labels.
         """
         wrong = [
             k for k, v in kwargs.items() if k not in _IGNORED and v is not None and v is not False
         ]
-        if wrong or input_ids is None:
+        if wrong:
             raise ValueError(
-                f"Eso-LM's forward takes input_ids, attention_mask, labels, order; not {wrong}. It "
-                "permutes rows itself, so positions, caches and embeddings cannot be given"
+                "Eso-LM's forward takes input_ids, attention_mask, labels, order and generator, not "
+                f"{', '.join(wrong)}; it permutes rows itself, so no positions, caches or embeddings"
+            )
+        if input_ids is None:
+            raise ValueError(
+                "give input_ids: [rows, tokens], with mask tokens to predict or with labels"
             )
         is_mask = input_ids == self.config.mask_token_id
         is_canvas, pad = bool(is_mask.any()), self.generation_config.pad_token_id
@@ -234,22 +243,24 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
         return CausalLMOutput(loss=loss, logits=logits)
 
     def real_logits(self, hidden):
-        """Return the head's logits with the mask token's removed (-inf)."""
+        """Return logits [..., V] of hidden states [..., H], with the mask token at -inf."""
         logits = self.lm_head(hidden)
         is_mask = torch.arange(logits.shape[-1], device=logits.device) == self.config.mask_token_id
         return logits.masked_fill(is_mask, -torch.inf)
 
     def predict_in_order(self, tokens, is_predicted, order, valid):
-        """Return the doubled pass: each predicted entry sees clean tokens and true earlier ones.
+        """Return logits of entries that see the true tokens before them in prediction order.
+
+        One pass over a doubled row: the true tokens, then a mask for each entry to predict.
 
         Args:
             tokens: [B, L] true tokens.
-            is_predicted: [B, L] entries to predict, reading order.
+            is_predicted: [B, L] True for entries to predict, in reading order.
             order: [B, L] prediction order, padding last.
             valid: [B, L] False for padding.
 
         Returns:
-            logits [N, V] of the predicted entries, and their rows and places [N].
+            Logits [N, V] of the predicted entries, and their rows [N] and places [N].
         """
         num_rows, length = tokens.shape
         positions = (valid.long().cumsum(1) - 1).clamp(min=0)
@@ -275,10 +286,10 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
         return self.real_logits(hidden[is_copy]), row[is_copy], places[is_copy]
 
     def _loss(self, tokens, valid, labels, generator):
-        """Return the Eso-LM loss (arXiv 2506.01928, section 3), one draw per row.
+        """Return the Eso-LM loss (arXiv 2506.01928, section 3) in nats per token, one draw for each row.
 
-        A row takes the diffusion pass with probability kappa; dividing each pass by its probability
-        keeps the two terms balanced in expectation, whatever the batch.
+        A row takes the diffusion pass with probability kappa, else the sequential one. Each term is
+        divided by the probability of its pass, so both are right in expectation.
         """
         config, device = self.config, tokens.device
         has_loss = (labels != -100) & valid
@@ -301,7 +312,7 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
         masked = has_loss & (uniform(*tokens.shape) >= keep[:, None])
         # Prompts (no loss) come first, in reading order, as in generation.
         order = sort_order(masked, valid, uniform(*tokens.shape), is_diffusion, valid & ~has_loss)
-        total = self.lm_head.weight.sum() * 0.0  # a row may draw no mask at all
+        total = self.lm_head.weight.sum() * 0.0  # has a gradient even if no mask is drawn
         rows = is_diffusion.nonzero()[:, 0]
         if len(rows) and bool(masked[rows].any()):
             kept, place = masked[rows], order[rows]
@@ -323,16 +334,19 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
     def log_likelihood(
         self, context, continuation, order="left-to-right", alpha_0=None, seed=0, row_numbers=None
     ):
-        """Return exact log p(continuation | context) in one pass per order; :class:`EsoLMLikelihood`.
+        """Return exact log p(continuation | context) as :class:`EsoLMLikelihood`, one pass for each order.
 
         Args:
-            context: B lists of ids (or [B, C]); always visible.
-            continuation: B lists of ids (or [B, N]), after the context.
-            order: ``left-to-right``; a number K of random orders of the alpha_0 family; or [B, N]
-                permutations of each continuation.
-            alpha_0: of the random orders; None: the model's.
+            context: B sequences of ids; always visible.
+            continuation: B sequences of ids, which follow the contexts.
+            order: ``left-to-right``; a number of random orders of the alpha_0 family; or for each row a
+                permutation of its continuation, counted from 0.
+            alpha_0: of the random orders, in [0, 1]; None: the model's.
             seed: of the random orders.
-            row_numbers: of the rows, which choose their random orders; None: 0, 1, ...
+            row_numbers: B numbers of the rows, which choose their random orders; None: 0, 1, ...
+
+        Raises:
+            ValueError: if the numbers of rows differ, or ``order`` is none of these.
         """
         tokens, predicted, valid = pad_lists(context, continuation, self.device)
         orders, name = likelihood_orders(
@@ -361,37 +375,14 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs=None, generation_config=None, streamer=None, **kwargs):
-        """Return filled rows; see :func:`generation_esolm.generate_rows` for the arguments."""
+        """Return filled rows; ``generation_esolm.generate_rows`` describes the arguments."""
         return generate_rows(self, inputs, generation_config, streamer, **kwargs)
 
 
 class EsoLMDiTForCausalLM(EsoLMForCausalLM):
-    """The official code's shape: LayerNorm with bias, GELU MLP, head with bias."""
+    """The model in the shape of the official code; see :class:`EsoLMDiTConfig`."""
 
     config_class = EsoLMDiTConfig
-
-
-def sort_order(is_masked, valid, key=None, is_shuffled=None, is_prompt=None):
-    """Return [B, L]: prompts, clean entries, masked ones, padding; each by ``key`` or in reading order.
-
-    Args:
-        is_masked: [B, L].
-        valid: [B, L].
-        key: [B, L] in [0, 1), float64; None: reading order.
-        is_shuffled: [B] rows whose masked entries follow the key as well; the others' keep reading
-            order.
-        is_prompt: [B, L] clean entries that come first, in reading order.
-    """
-    length = is_masked.shape[1]
-    reading = torch.arange(length, dtype=torch.float64, device=is_masked.device) / length
-    reading = reading.expand(is_masked.shape)
-    if key is None:
-        key = reading
-    elif is_shuffled is not None:
-        key = torch.where(is_masked & ~is_shuffled[:, None], reading, key)
-    if is_prompt is not None:
-        key = torch.where(is_prompt, reading - 1, key)
-    return (key + is_masked.double() + 2 * (~valid).double()).argsort(dim=1, stable=True)
 
 
 def _nats(logits, targets):
