@@ -283,6 +283,15 @@ def test_all_violations_are_reported_at_once():
         (["optimizer.decay_steps=-5"], "decay_steps=-5 must be at least 1"),
         (["optimizer.decay_steps=0"], "schedule=constant has no decay"),
         (
+            ["optimizer.decay_steps=5"],
+            "optimizer.decay_steps=5 has no effect with optimizer.schedule=const",
+        ),
+        (
+            ["optimizer.min_learning_rate=1e-5"],
+            "optimizer.min_learning_rate=1e-05 has no effect with optimizer.schedule=constant, which has "
+            "no decay; set it to 0, or choose cosine or wsd",
+        ),
+        (
             ["optimizer.schedule=wsd", "optimizer.warmup_steps=10"],
             "optimizer.decay_steps=null (wsd: a tenth of the steps, 1) take more than the run's 10 steps",
         ),
@@ -291,6 +300,11 @@ def test_all_violations_are_reported_at_once():
 def test_a_broken_rule_says_what_to_change(overrides, message):
     found = violations(config(*overrides))
     assert any(message in line for line in found), found
+
+
+def test_a_decay_that_the_schedule_lacks_is_the_only_thing_wrong_with_it():
+    found = violations(config("optimizer.decay_steps=10", "optimizer.warmup_steps=1"))
+    assert [line.split()[0] for line in found] == ["optimizer.decay_steps=10"]
 
 
 def test_a_rank_to_profile_is_one_of_the_runs():

@@ -198,6 +198,15 @@ def test_mix_counts_exactly_what_the_reader_reads(prepared, tmp_path):
         (["data.sources=[]"], "data.sources is empty"),
         (["train.steps=-1"], "train.steps=-1 must be at least 1"),
         (["train.global_batch_rows=0"], "train.global_batch_rows=0 must be at least 1"),
+        (
+            ["train.tokens=1024"],
+            "train.steps=5 and train.tokens=1024 are both set; set one to null",
+        ),
+        (
+            ["train.steps=null", "train.tokens=1000"],
+            "train.tokens=1000 is not a multiple of one global",
+        ),
+        (["train.steps=null"], "set train.steps or train.tokens; both are null"),
     ],
 )
 def test_mix_refuses_what_the_run_would(prepared, tmp_path, words, message):
