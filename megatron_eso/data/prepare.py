@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_eso.data.claim import (
+    FILES_KEY,
     MERGE_ORDER,
     TOKENIZER_NAME,
     WORK_NAME,
@@ -179,7 +180,7 @@ def _request(
     known = tokenizer if file is None else sha256_of(file)
     return {
         "sources": sources,
-        "files (names and sizes)": sha256(listing.encode(errors="surrogatepass")).hexdigest(),
+        FILES_KEY: sha256(listing.encode(errors="surrogatepass")).hexdigest(),
         "tokenizer": known or f"trained on {tokenizer_bytes} bytes",
         **asdict(options),
     }
