@@ -102,6 +102,7 @@ def prepare(
     request = _request(sources, pieces, options, tokenizer, tokenizer_bytes)
     destination = Destination(str(out)) if is_remote(str(out)) else None
     folder = Path(out) if destination is None else staging or _staging_of(destination.address)
+    _require_elsewhere(tokenizer, folder)
     try:
         if destination is None and not overwrite:  # a complete output is left untouched
             found = complete(folder, request, _splits(options))
@@ -146,6 +147,16 @@ def check_options(options: PrepareOptions) -> None:
         raise DataError(f"--partition-mib {options.partition_mib} must be at least 1")
     if not 1 <= options.shard_mib < 4096:
         raise DataError(f"--shard-mib {options.shard_mib} must lie between 1 and 4095")
+
+
+def _require_elsewhere(tokenizer: str | None, folder: Path) -> None:
+    """Refuse a tokenizer from the folder that is written: it would be removed before it is read."""
+    file = None if tokenizer is None else tokenizer_file(tokenizer)
+    if file is not None and folder.resolve() in file.resolve().parents:
+        raise DataError(
+            f"--tokenizer {tokenizer} lies in {folder}, whose files this preparation replaces: choose "
+            "another --out, or copy the tokenizer to another place and give that"
+        )
 
 
 def _require_both_splits(pieces: list[Piece], options: PrepareOptions) -> None:

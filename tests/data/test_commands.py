@@ -85,6 +85,15 @@ def test_another_request_is_named_by_its_options_and_the_beginnings_of_hashes(
     assert f"from another request ({tokenizer}{others}" in str(raised.value)
 
 
+def test_a_tokenizer_is_not_removed_with_the_output_that_it_lies_in(prepared, corpus, tmp_path):
+    shutil.copytree(prepared, tmp_path / "set")
+    words = ["prepare", corpus, "--out", tmp_path / "set", "--sequence-length", 16, "--overwrite"]
+    for name in ("tokenizer.json", "."):
+        with pytest.raises(DataError, match=r"set/?\S* lies in \S+/set, whose files this prepar"):
+            run(*words, "--tokenizer", tmp_path / "set" / name)
+    assert sha256_of(tmp_path / "set/tokenizer.json") == sha256_of(prepared / "tokenizer.json")
+
+
 def test_a_source_that_is_missing_is_named_before_a_tokenizer_is_asked_for(corpus, tmp_path):
     with pytest.raises(DataError, match=r"source \S+/missing\.txt does not exist"):
         run("prepare", corpus, tmp_path / "missing.txt", "--out", tmp_path / "set")
