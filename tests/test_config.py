@@ -142,6 +142,18 @@ def test_a_mapping_that_contains_itself_is_refused(tmp_path):
         ("data.sources[0].weight=2", r"replaced whole.* data.sources=\[{path: ..., weight: ...}"),
         ("train.profile_steps.0=2", r"replaced whole.* train.profile_steps=\[..., ...]"),
         ("data.validation=[a]", "named values, not a list: write data.validation={NAME: ..."),
+        ("data.validation=d/v", "named values, not 'd/v': write data.validation={NAME: ..."),
+        (
+            "data.sources=d/train",
+            r"is a list, not 'd/train': write data.sources=\[{path: ..., weight",
+        ),
+        ("data.sources=null", r"is a list, not null: write data.sources=\[{path: ..., weight"),
+        (
+            "data.sources=[d/train]",
+            r"list of named values: write data.sources=\[{path: ..., weight",
+        ),
+        ("model=tiny", "'model' is a section, not 'tiny': write model.KEY=VALUE, or leave it out"),
+        ("model=null", "'model' is a section, not null: write model.KEY=VALUE, or leave it out"),
     ],
 )
 def test_a_part_of_a_list_cannot_be_changed_and_the_error_says_how_to_write_it(override, message):

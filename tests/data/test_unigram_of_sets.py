@@ -1,10 +1,11 @@
-"""The unigram score of a run's validation sets is of the tokens that the model is scored on."""
+"""A run's validation sets: their unigram score is of the tokens that the model is scored on."""
 
 import pytest
 import torch
 
 from megatron_eso.config import load_config
 from megatron_eso.data.reader import RowReader, ValidationReader
+from megatron_eso.errors import DataError
 from megatron_eso.eval.unigram import unigram_score
 from megatron_eso.train.validation import Validation
 from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE
@@ -38,3 +39,13 @@ def test_it_scores_what_the_objective_predicts(prepared, leading_mask, first):
         bytes_per_token=reader.bytes_per_token,
     )
     assert found == expected
+
+
+def test_a_validation_set_that_is_missing_is_named_by_its_setting(prepared):
+    sets = f"{{there: {prepared}/validation, gone: {prepared}/none}}"
+    config = load_config(None, [
+        f"data.validation={sets}", f"train.sequence_length={SEQUENCE_LENGTH}",
+        f"model.vocab_size={VOCAB_SIZE}",
+    ])  # fmt: skip
+    with pytest.raises(DataError, match=r"^data\.validation\.gone: .*/none does not exist"):
+        Validation(config)
