@@ -44,6 +44,7 @@ from megatron_eso.data.sources import (
 )
 from megatron_eso.data.tokenizer import (
     Tokenizer,
+    require_trainable,
     resolve_tokenizer,
     tokenizer_file,
     train_tokenizer,
@@ -96,6 +97,8 @@ def prepare(
             documents, or a full disk.
     """
     check_options(options)
+    if tokenizer is None:
+        require_trainable(options.vocab_size)
     pieces = find_files(sources, choice)
     require_records(pieces, None if options.text_key == TEXT_KEY else options.text_key)
     _require_both_splits(pieces, options)

@@ -182,9 +182,12 @@ class Keeper:
         if not settings.init_from:
             session.draw_weights()
             return
-        folder = find_checkpoint_together(
-            Path(settings.init_from), hashes=settings.verify_hashes, device=session.torch_device
-        )
+        try:
+            folder = find_checkpoint_together(
+                Path(settings.init_from), hashes=settings.verify_hashes, device=session.torch_device
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint.init_from: {error}") from None
         facts = from_first_rank(folder.sidecar, session.torch_device)
         require_same_model(folder.path, facts, session.config.model)
         self._require_same_tokenizer(folder.path, facts)

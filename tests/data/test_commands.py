@@ -94,6 +94,14 @@ def test_a_tokenizer_is_not_removed_with_the_output_that_it_lies_in(prepared, co
     assert sha256_of(tmp_path / "set/tokenizer.json") == sha256_of(prepared / "tokenizer.json")
 
 
+def test_a_vocabulary_that_no_tokenizer_can_have_is_refused_before_anything_is_written(
+    corpus, tmp_path
+):
+    with pytest.raises(DataError, match="--vocab-size -5 is too small: 256 bytes"):
+        run("prepare", corpus, "--out", tmp_path / "set", "--vocab-size", -5)
+    assert not (tmp_path / "set").exists()
+
+
 def test_a_source_that_is_missing_is_named_before_a_tokenizer_is_asked_for(corpus, tmp_path):
     with pytest.raises(DataError, match=r"source \S+/missing\.txt does not exist"):
         run("prepare", corpus, tmp_path / "missing.txt", "--out", tmp_path / "set")

@@ -289,6 +289,13 @@ def test_a_finished_run_that_is_started_again_reports_nothing_twice(faulty):
 
 
 @pytest.mark.slow
+def test_first_weights_that_are_missing_are_named_by_their_setting(faulty):
+    settings = ("train.steps=1", "parallel.tensor=1", "checkpoint.init_from=../nowhere")
+    out = faulty.run("unborn", *settings, code=4, **ALONE)
+    assert "checkpoint.init_from: ../nowhere does not exist" in out
+
+
+@pytest.mark.slow
 def test_a_finished_run_is_evaluated_again_if_that_is_asked_for_or_was_cut_short(faulty):
     settings = ("train.steps=4", "data.validation={v: ../data/validation}", "parallel.tensor=1")
     folder = faulty.folder / "x" / "scored"
