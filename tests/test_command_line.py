@@ -5,6 +5,7 @@ Each of the main commands starts once in a new Python, then in forked ones (test
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -90,9 +91,8 @@ def test_a_finished_run_is_not_trained_again(place):
     out = run(
         "train", "run.yaml", "name=first", *SETTINGS, "train.micro_batch_rows=2", folder=place
     )
-    assert "continuing from" in out
-    after = [json.loads(s) for s in (place / "runs/first/metrics.jsonl").read_text().splitlines()]
-    assert len([line for line in after if "loss" in line]) == before.count('"loss"')
+    assert "runs/first has finished already" in out
+    assert (place / "runs/first/metrics.jsonl").read_text() == before
 
 
 def test_a_longer_run_continues_where_the_shorter_ended(place):
@@ -160,6 +160,25 @@ def test_eval_scores_raw_text_as_it_scores_the_same_text_prepared(place):
         assert raw["num_tokens"] == prepared["num_tokens"] > 100
         assert raw["nats_per_token"] == pytest.approx(prepared["nats_per_token"], rel=1e-5)
         assert raw["bits_per_byte"] == pytest.approx(prepared["bits_per_byte"], rel=1e-5)
+
+
+def test_eval_leaves_bad_documents_out_only_if_told_to_and_counts_them(place):
+    lines = [json.dumps({"text": f"document {n}: word{n} is {n}. " * 9}) for n in range(6)]
+    (place / "good.jsonl").write_text("\n".join(lines))
+    (place / "bad.jsonl").write_text("\n".join([*lines[:3], "oops", *lines[3:], '{"text": ""}']))
+    (place / "worst.jsonl").write_text("{}\noops\n")
+    words = ("--orders", 0, "--json", "b.json")
+    out = run("eval", "runs/first", "bad.jsonl", *words, folder=place, code=3)
+    assert re.search(r"bad\.jsonl, line 4: the document is not JSON.*--bad-documents skip", out)
+    out = run("eval", "runs/first", "bad.jsonl", *words, "--bad-documents", "skip", folder=place)
+    assert "rows, 2 bad documents left out" in out
+    (score,) = json.loads((place / "b.json").read_text())
+    out = run("eval", "runs/first", "good.jsonl", *words, folder=place)
+    assert "left out" not in out
+    assert score == {**json.loads((place / "b.json").read_text())[0], "num_skipped": 2}
+    words = ("worst.jsonl", "--bad-documents", "skip")
+    out = run("eval", "runs/first", *words, folder=place, code=3)
+    assert "worst.jsonl holds no text to score: 2 bad documents were left out" in out
 
 
 def test_sample_prints_the_prompt_and_text_and_repeats_itself(place):
@@ -354,6 +373,8 @@ def prepared_split(folder):
     [
         ({"text_key": "body"}, "--text-key body applies only to records"),
         ({"tokenizer": Path("t.json")}, r"--tokenizer t\.json applies only to raw text"),
+        ({"bad_documents": "skip"}, "--bad-documents skip applies only to raw text"),
+        ({"bad_documents": "drop"}, "--bad-documents drop must be error or skip"),
     ],
 )
 def test_eval_refuses_options_of_raw_text_beside_a_prepared_split(tmp_path, settings, message):

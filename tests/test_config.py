@@ -142,6 +142,18 @@ def test_a_mapping_that_contains_itself_is_refused(tmp_path):
         ("data.sources[0].weight=2", r"replaced whole.* data.sources=\[{path: ..., weight: ...}"),
         ("train.profile_steps.0=2", r"replaced whole.* train.profile_steps=\[..., ...]"),
         ("data.validation=[a]", "named values, not a list: write data.validation={NAME: ..."),
+        ("data.validation=d/v", "named values, not 'd/v': write data.validation={NAME: ..."),
+        (
+            "data.sources=d/train",
+            r"is a list, not 'd/train': write data.sources=\[{path: ..., weight",
+        ),
+        ("data.sources=null", r"is a list, not null: write data.sources=\[{path: ..., weight"),
+        (
+            "data.sources=[d/train]",
+            r"list of named values: write data.sources=\[{path: ..., weight",
+        ),
+        ("model=tiny", "'model' is a section, not 'tiny': write model.KEY=VALUE, or leave it out"),
+        ("model=null", "'model' is a section, not null: write model.KEY=VALUE, or leave it out"),
     ],
 )
 def test_a_part_of_a_list_cannot_be_changed_and_the_error_says_how_to_write_it(override, message):
@@ -283,6 +295,15 @@ def test_all_violations_are_reported_at_once():
         (["optimizer.decay_steps=-5"], "decay_steps=-5 must be at least 1"),
         (["optimizer.decay_steps=0"], "schedule=constant has no decay"),
         (
+            ["optimizer.decay_steps=5"],
+            "optimizer.decay_steps=5 has no effect with optimizer.schedule=const",
+        ),
+        (
+            ["optimizer.min_learning_rate=1e-5"],
+            "optimizer.min_learning_rate=1e-05 has no effect with optimizer.schedule=constant, which has "
+            "no decay; set it to 0, or choose cosine or wsd",
+        ),
+        (
             ["optimizer.schedule=wsd", "optimizer.warmup_steps=10"],
             "optimizer.decay_steps=null (wsd: a tenth of the steps, 1) take more than the run's 10 steps",
         ),
@@ -291,6 +312,11 @@ def test_all_violations_are_reported_at_once():
 def test_a_broken_rule_says_what_to_change(overrides, message):
     found = violations(config(*overrides))
     assert any(message in line for line in found), found
+
+
+def test_a_decay_that_the_schedule_lacks_is_the_only_thing_wrong_with_it():
+    found = violations(config("optimizer.decay_steps=10", "optimizer.warmup_steps=1"))
+    assert [line.split()[0] for line in found] == ["optimizer.decay_steps=10"]
 
 
 def test_a_rank_to_profile_is_one_of_the_runs():

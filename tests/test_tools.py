@@ -2,11 +2,13 @@
 
 import ast
 import errno
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_eso.data.tokenizer import Tokenizer
 from tools import (
     bench_data,
     bench_launch,
@@ -55,9 +57,41 @@ def test_scores_of_other_overrides_are_not_taken(tmp_path, monkeypatch):
             Path(words[-1]).write_text("[]")
 
     monkeypatch.setattr(numerics, "command", stand_in)
+    numerics.write_character_tokenizer(["a"], tmp_path / "tokenizer.json")
     for overrides, runs in (([], 1), ([], 1), (["train.steps=7"], 2), (["train.steps=7"], 2)):
         numerics.run_cell("AR", 1, tmp_path, overrides)
         assert sum(words[0] == "train" for words in done) == runs
+
+
+def test_any_text_is_trained_with_its_own_vocabulary_and_scored_on_the_rows_asked_for(
+    tmp_path, monkeypatch
+):
+    done, name, out = [], "Eso-LM, alpha_0 = 0.5", tmp_path / "out"
+
+    def stand_in(*words):
+        done.append(words)
+        if "--json" in words:
+            bound = {"metric": "likelihood bound, K = 1", "nats_per_token": 1.5}
+            score = {**bound, "num_rows": words[words.index("--rows") + 1]}
+            words[-1].parent.mkdir(parents=True, exist_ok=True)
+            words[-1].write_text(json.dumps([score]))
+
+    monkeypatch.setattr(numerics, "command", stand_in)
+    monkeypatch.setattr(numerics, "OBJECTIVES", {name: []})
+    (tmp_path / "text").write_text("abc def\n" * 9)
+    numerics.prepare(tmp_path / "text", out)
+    assert (
+        numerics.vocabulary(out / "tokenizer.json") == Tokenizer(out / "tokenizer.json").vocab_size
+    )
+    for overrides, rows in (([], (128, 0)), (["eval.num_rows=9"], (9, 9))):
+        done.clear()
+        numerics.run_cell(name, 1, out, overrides)
+        train, *scored = done
+        assert "model.vocab_size=10" in train  # six letters, space, line end, end of document, mask
+        assert tuple(words[words.index("--rows") + 1] for words in scored) == rows
+        table = numerics.collect(out, 1, overrides)
+        assert f"| K = 1, {rows[0]} rows |" in numerics.as_markdown(table)
+        assert "| - | 1.500 (0.000) | 1.500 (0.000) |" in numerics.as_markdown(table)
 
 
 def test_another_text_in_the_same_folder_is_refused(tmp_path, monkeypatch):

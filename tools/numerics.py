@@ -3,8 +3,9 @@
     python -m tools.numerics --text tinyshakespeare.txt [--out runs/numerics] [--seeds 3] [--jobs 1]
 
 Trains the nanoGPT CPU recipe (configs/run/tiny_shakespeare.yaml) with each objective and seed on the first
-90 % of the characters, scores the last 10 %, and writes numerics.json, numerics.md and numerics.png. Runs
-that are finished are kept, so the command can be stopped and given again; other overrides are other runs.
+90 % of the characters, scores the last 10 % (or eval.num_rows of its rows, where that is overridden), and
+writes numerics.json, numerics.md and numerics.png. Runs that are finished are kept, so the command can be
+stopped and given again; other overrides are other runs.
 """
 
 import argparse
@@ -116,15 +117,31 @@ def run_cell(name: str, seed: int, out: Path, overrides: list[str]) -> list[dict
     if not every.is_file() or (name.startswith("Eso") and not some.is_file()):
         command(
             "train", CONFIG, *OBJECTIVES[name], f"train.seed={seed}", f"folder={folder}",
-            f"data.sources=[{{path: {out / 'data' / 'train'}}}]", *overrides,
+            f"data.sources=[{{path: {out / 'data' / 'train'}}}]",
+            f"model.vocab_size={vocabulary(out / 'tokenizer.json')}", *overrides,
         )  # fmt: skip
         text = out / "validation.txt"
         score = ("eval", folder, text, "--tokenizer", out / "tokenizer.json", "--batch", 64)
+        rows = rows_to_score(overrides)
         if name.startswith("Eso"):
-            bounds = ("--metric", "likelihood", "--orders", ORDERS, "--rows", LIKELIHOOD_ROWS)
+            fewest = min(rows or LIKELIHOOD_ROWS, LIKELIHOOD_ROWS)
+            bounds = ("--metric", "likelihood", "--orders", ORDERS, "--rows", fewest)
             command(*score, *bounds, "--json", some)
-        command(*score, "--repeats", 2, "--json", every)
+        command(*score, "--repeats", 2, "--rows", rows, "--json", every)
     return json.loads(every.read_text())
+
+
+def vocabulary(tokenizer: Path) -> int:
+    """Return the number of a character tokenizer's tokens, with the mask token."""
+    return len(json.loads(tokenizer.read_text())["model"]["vocab"]) + 1
+
+
+def rows_to_score(overrides: list[str]) -> int:
+    """Return eval.num_rows where it is overridden, else 0: all rows."""
+    given = [
+        text for key, _, text in (o.partition("=") for o in overrides) if key == "eval.num_rows"
+    ]
+    return int(given[-1]) if given else 0
 
 
 def cell_folder(out: Path, name: str, seed: int, overrides: list[str]) -> Path:
@@ -159,8 +176,8 @@ def collect(out: Path, seeds: int, overrides: list[str]) -> list[dict]:
             folder = cell_folder(out, name, seed, overrides)
             scores = {"": json.loads((folder / "scores.json").read_text())}
             if (folder / "likelihood.json").is_file():
-                some = f", {LIKELIHOOD_ROWS} rows"
-                scores[some] = json.loads((folder / "likelihood.json").read_text())
+                some = json.loads((folder / "likelihood.json").read_text())
+                scores[f", {some[0]['num_rows']} rows"] = some
             for suffix, part in scores.items():
                 # At alpha_0 = 0 the NELBO is the likelihood and both have that name; count one of them.
                 for metric, nats in {s["metric"]: s["nats_per_token"] for s in part}.items():
@@ -179,14 +196,13 @@ def collect(out: Path, seeds: int, overrides: list[str]) -> list[dict]:
 
 def as_markdown(table: list[dict]) -> str:
     """Return the table of means and spreads."""
+    counted = [metric for row in table for metric in row["scores"] if metric.endswith(" rows")]
+    some = counted[0].rpartition(", ")[2] if counted else f"{LIKELIHOOD_ROWS} rows"
     columns = {
         "NELBO": ("nelbo", "likelihood"),
         "likelihood, K = 1": ("likelihood bound, K = 1", "likelihood"),
         **{
-            f"K = {k}, {LIKELIHOOD_ROWS} rows": (
-                f"likelihood bound, K = {k}, {LIKELIHOOD_ROWS} rows",
-                f"likelihood, {LIKELIHOOD_ROWS} rows",
-            )
+            f"K = {k}, {some}": (f"likelihood bound, K = {k}, {some}", f"likelihood, {some}")
             for k in (1, 10, 100)
         },
     }

@@ -87,6 +87,7 @@ def prepare_command(
     from megatron_eso.data.partition import PrepareOptions
     from megatron_eso.data.prepare import prepare
     from megatron_eso.data.progress import Progress
+    from megatron_eso.data.sources import require_sources
     from megatron_eso.data.summary import summary_line
     from megatron_eso.data.tokenizer import vocabulary_of
     from megatron_eso.errors import DataError
@@ -102,6 +103,7 @@ def prepare_command(
             f"--tokenizer-mib {tokenizer_mib} applies only when a tokenizer is trained, but --tokenizer "
             f"{tokenizer} is given: leave one of them out"
         )
+    require_sources(sources)  # before a tokenizer is asked for, or fetched
     if vocab_size is None:
         vocab_size = vocabulary_of(tokenizer)
     options = PrepareOptions(

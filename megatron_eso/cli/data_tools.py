@@ -104,21 +104,14 @@ def mix_command(
     Examples:
       megatron-eso data mix configs/run/quickstart.yaml train.steps=1000
     """
-    from megatron_eso.config.check import check_ranges
+    from megatron_eso.config.check import check_length
+    from megatron_eso.config.derive import total_steps
     from megatron_eso.config.load import load_config
     from megatron_eso.data.combine import mixture_use
-    from megatron_eso.errors import ConfigError
 
     run = load_config(config, overrides or [])
-    check_ranges(run, "train", "data")
-    steps, tokens = run.train.steps, run.train.tokens
-    if steps is None and tokens is None:
-        raise ConfigError("set train.steps or train.tokens to say how long the run is")
-    rows = (
-        tokens // run.train.sequence_length
-        if steps is None
-        else steps * run.train.global_batch_rows
-    )
+    check_length(run)
+    rows = total_steps(run) * run.train.global_batch_rows
     uses = mixture_use(
         run.data, rows, sequence_length=run.train.sequence_length, vocab_size=run.model.vocab_size,
         seed=run.train.seed,

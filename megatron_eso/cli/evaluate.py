@@ -36,6 +36,10 @@ def evaluate(
     text_key: Annotated[
         str | None, typer.Option(help="Key or column of the text in jsonl, parquet or arrow [text]")
     ] = None,
+    bad_documents: Annotated[
+        str | None,
+        typer.Option(help="At a bad document of raw text: error, or skip and count it [error]"),
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="tokenizer.json for raw text [the checkpoint's]")
     ] = None,
@@ -75,7 +79,7 @@ def evaluate(
     drawn = {"orders": orders, "repeats": repeats, "eps": eps}
     _check_numbers(metric, drawn, rows=rows, batch=batch)
     check_ranges(RunConfig(eval=settings), "eval")
-    is_prepared = _check_data(data, tokenizer, text_key)
+    is_prepared = _check_data(data, tokenizer, text_key, bad_documents)
     if json_file is not None and os.environ.get("RANK", "0") == "0":  # rank 0 writes the file
         _check_writable(json_file)
     if ranks > 1 and "RANK" not in os.environ:
@@ -90,7 +94,6 @@ def evaluate(
     from megatron_eso.cli.model_loading import describe, load
     from megatron_eso.eval.evaluate import METRICS, check_request
     from megatron_eso.eval.evaluate import evaluate as run
-    from megatron_eso.files import write_json
     from megatron_eso.garbage import look_at_new_objects
     from megatron_eso.parallel.exchange import Rows
     from megatron_eso.parallel.finish import finish
@@ -105,7 +108,8 @@ def evaluate(
     )  # fmt: skip
     look_at_new_objects()
     config = replace(loaded.replica.config, eval=settings)
-    reader = _reader(data, loaded, tokenizer, config, text_key, rows, is_prepared=is_prepared)
+    raw = {"text_key": text_key, "max_rows": rows, "skips_bad": bad_documents == "skip"}
+    reader = _reader(data, loaded, tokenizer, config, None if is_prepared else raw)
 
     def read(numbers: list[int]) -> Rows:
         got = reader.read(numbers)
@@ -117,9 +121,9 @@ def evaluate(
         bytes_per_token=reader.bytes_per_token, metrics=metrics,
     )  # fmt: skip
     if dist.get_rank() == 0:
-        _show(scores, f"{loaded.path} ({loaded.kind}) on {data}: {count} rows")
-        if json_file is not None:
-            write_json(json_file, [s.as_dict() for s in scores])
+        num_skipped = reader.num_skipped if bad_documents == "skip" else None
+        title = f"{loaded.path} ({loaded.kind}) on {data}: {count} rows"
+        _report(scores, title, json_file, num_skipped)
     finish()
 
 
@@ -165,12 +169,16 @@ def _check_writable(path: Path) -> None:
         raise DataError(f"--json {path} is a folder; name a file")
 
 
-def _check_data(data: str, tokenizer: Path | None, text_key: str | None) -> bool:
+def _check_data(
+    data: str, tokenizer: Path | None, text_key: str | None, bad_documents: str | None
+) -> bool:
     """Return whether the data are a prepared split, not raw text; refuse options for raw text then."""
     from megatron_eso.data.manifest import MANIFEST_NAME
     from megatron_eso.errors import ConfigError, DataError
     from megatron_eso.files import is_remote
 
+    if bad_documents not in (None, "error", "skip"):
+        raise ConfigError(f"--bad-documents {bad_documents} must be error or skip")
     splits = sorted(Path(data).glob(f"*/{MANIFEST_NAME}"))
     if splits:
         raise DataError(
@@ -193,6 +201,11 @@ def _check_data(data: str, tokenizer: Path | None, text_key: str | None) -> bool
             f"--text-key {text_key} applies only to records of raw text; {data} is a prepared split, "
             "which holds tokens: leave --text-key out"
         )
+    if bad_documents is not None:
+        raise ConfigError(
+            f"--bad-documents {bad_documents} applies only to raw text; {data} is a prepared split, whose "
+            "documents `data prepare` has judged: leave --bad-documents out"
+        )
     return True
 
 
@@ -201,12 +214,9 @@ def _reader(
     loaded: Any,
     tokenizer: Path | None,
     config: Any,
-    text_key: str | None,
-    rows: int,
-    *,
-    is_prepared: bool,
+    raw: dict[str, Any] | None,
 ) -> Any:
-    """Return the reader of a prepared split, or of raw text."""
+    """Return the reader of a prepared split, or of raw text, which is read with the options ``raw``."""
     from megatron_eso.cli.model_loading import require_tokenizer_of_model
     from megatron_eso.data.reader import ValidationReader
     from megatron_eso.data.text_rows import TextRows
@@ -216,13 +226,13 @@ def _reader(
         "sequence_length": config.train.sequence_length,
         "vocab_size": config.model.vocab_size,
     }
-    if is_prepared:
+    if raw is None:
         return ValidationReader(data, **shape, tokenizer_sha256=_tokenizer_of_training(loaded))
     file = tokenizer or loaded.tokenizer_file
     if file is None:
         raise CheckpointError(f"{loaded.path} has no tokenizer; give one with --tokenizer")
     require_tokenizer_of_model(file, loaded.path, config.model)
-    return TextRows(data, file, **shape, text_key=text_key, max_rows=rows)
+    return TextRows(data, file, **shape, **raw)
 
 
 def _tokenizer_of_training(loaded: Any) -> str | None:
@@ -232,6 +242,17 @@ def _tokenizer_of_training(loaded: Any) -> str | None:
     if not (loaded.path / SIDECAR).is_file():
         return None
     return read_sidecar(loaded.path).get("data", {}).get("tokenizer")
+
+
+def _report(scores: list[Any], title: str, json_file: Path | None, num_skipped: int | None) -> None:
+    """Print and write the scores, with the number of bad documents that were skipped, if they may be."""
+    from megatron_eso.files import write_json
+
+    left_out = "" if num_skipped is None else f", {num_skipped} bad documents left out"
+    _show(scores, title + left_out)
+    if json_file is not None:
+        skipped = {} if num_skipped is None else {"num_skipped": num_skipped}
+        write_json(json_file, [score.as_dict() | skipped for score in scores])
 
 
 def _show(scores: list[Any], title: str) -> None:

@@ -27,7 +27,7 @@ def status(
         megatron-eso status runs/quickstart
     """
     from megatron_eso.errors import ClusterError
-    from megatron_eso.launch import records, report, slurm
+    from megatron_eso.launch import control, records, report, slurm
 
     jobs, unasked = [], ""
     try:
@@ -38,9 +38,7 @@ def status(
         unasked = f"Slurm could not be asked: {str(error).splitlines()[0]}"
     by_folder = {job.run: job for job in jobs if job.run}
     folders = runs or [Path(job.folder) for job in jobs if job.run]
-    missing = [str(folder) for folder in folders if not folder.is_dir()]
-    if missing:
-        raise ClusterError(f"no such run folder: {', '.join(missing)}")
+    control.require_folders(folders)
     folders = [task for folder in folders for task in records.tasks_of(folder) or [folder]]
     found = [
         (f, by_folder.get(Path(os.path.realpath(f))) or report.job_of_task(f, jobs))

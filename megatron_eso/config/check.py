@@ -11,7 +11,7 @@ from megatron_eso.config import derive
 from megatron_eso.config.precision_rules import broken
 from megatron_eso.config.precision_table import SETTINGS_RULES
 from megatron_eso.config.ranges import out_of_range
-from megatron_eso.config.schema import OptimizerConfig, RunConfig
+from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import ConfigError
 
 
@@ -51,6 +51,12 @@ def check_layout(config: RunConfig, world_size: int) -> None:
         )
 
 
+def check_length(config: RunConfig) -> None:
+    """Raise a :class:`ConfigError` unless the settings say how many rows the run reads; see `data mix`."""
+    check_ranges(config, "data", "train")
+    _refuse(list(_length(config)))
+
+
 def check_ranges(config: RunConfig, *sections: str) -> None:
     """Raise a :class:`ConfigError` that lists the settings of some sections outside their ranges.
 
@@ -88,11 +94,6 @@ def _beyond_ranges(config: RunConfig, sections: tuple[str, ...] = ()) -> tuple[l
     if sections:
         beyond = [(section, message) for section, message in beyond if section in sections]
     return [message for _, message in beyond], {section for section, _ in beyond}
-
-
-def wsd_decay_steps(optimizer: OptimizerConfig, total_steps: int) -> int:
-    """Return the length of the decay at the end of the wsd schedule."""
-    return optimizer.decay_steps or max(total_steps // 10, 1)
 
 
 def _model(config: RunConfig) -> Iterator[str]:
@@ -155,13 +156,17 @@ def _eso(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _length(config: RunConfig) -> Iterator[str]:
+def _rotary_table(config: RunConfig) -> Iterator[str]:
     train, model = config.train, config.model
     if train.sequence_length > model.max_length:
         yield (
             f"train.sequence_length={train.sequence_length} is longer than the rotary table "
             f"(model.max_length={model.max_length}); raise model.max_length"
         )
+
+
+def _length(config: RunConfig) -> Iterator[str]:
+    train = config.train
     if train.steps is None and train.tokens is None:
         yield "set train.steps or train.tokens; both are null"
     elif train.steps is not None and train.tokens is not None:
@@ -307,10 +312,19 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
         )
     steps = derive.total_steps(config)
     decay, how = optimizer.decay_steps or 0, ""
-    if optimizer.decay_steps is not None:
+    if optimizer.schedule == "constant":
+        decay = 0
+        for name, none in (("decay_steps", None), ("min_learning_rate", 0)):
+            value = getattr(optimizer, name)
+            if value != none:
+                yield (
+                    f"optimizer.{name}={value} has no effect with optimizer.schedule=constant, which has "
+                    f"no decay; set it to {'null' if none is None else none}, or choose cosine or wsd"
+                )
+    elif optimizer.decay_steps is not None:
         how = f" and optimizer.decay_steps={decay}"
     elif optimizer.schedule == "wsd":
-        decay = wsd_decay_steps(optimizer, steps)
+        decay = derive.wsd_decay_steps(optimizer, steps)
         how = f" and optimizer.decay_steps=null (wsd: a tenth of the steps, {decay})"
     if optimizer.warmup_steps + decay > steps > 0:
         yield (
@@ -367,7 +381,8 @@ def _resilience(config: RunConfig) -> Iterator[str]:
 _RULES: dict[Callable[[RunConfig], Iterator[str]], tuple[str, ...]] = {
     _model: ("model",),
     _eso: ("objective", "train"),
-    _length: ("model", "train"),
+    _rotary_table: ("model", "train"),
+    _length: ("train",),
     _profile: ("train",),
     _layout: ("model", "parallel", "train"),
     _cuda_graphs: (),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from megatron_eso.config.schema import (
     ModelConfig,
     ObjectiveConfig,
+    OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
     RunConfig,
@@ -176,6 +177,11 @@ def total_steps(config: RunConfig) -> int:
         return config.train.steps
     tokens = config.train.tokens or 0
     return tokens // (config.train.global_batch_rows * config.train.sequence_length)
+
+
+def wsd_decay_steps(optimizer: OptimizerConfig, total_steps: int) -> int:
+    """Return the length of the decay at the end of the wsd schedule."""
+    return optimizer.decay_steps or max(total_steps // 10, 1)
 
 
 def waiting_seconds(config: RunConfig) -> float:

@@ -240,12 +240,34 @@ def _wrong_keys(content: Any, schema: Any, prefix: str, root: Any) -> Iterator[s
         value, kind = content._get_node(key), types[key]
         if value is None or OmegaConf.is_interpolation(content, str(key)):
             continue
-        if get_origin(kind) is list and isinstance(value, DictConfig):
-            yield f"'{full}' is a list, which can only be replaced whole: write {full}={_form(kind)}"
-        elif get_origin(kind) is dict and isinstance(value, ListConfig):
-            yield f"'{full}' holds named values, not a list: write {full}={_form(kind)}"
+        misfit = _misfit(value, kind, full)
+        if misfit:
+            yield f"'{full}' {misfit}"
         # Inside lists of sections, omegaconf itself names the wrong key.
         yield from _wrong_keys(value, kind, f"{full}.", root)
+
+
+def _misfit(value: Any, kind: Any, full: str) -> str:
+    """Return why a value is no section, list or mapping where the schema has one; empty if it fits."""
+    is_map, is_list = isinstance(value, DictConfig), isinstance(value, ListConfig)
+    plain = "a list" if is_list else "named values" if is_map else repr(value._value())[:80]
+    found = "null" if plain == "None" else plain
+    if is_dataclass(kind) and not is_map:
+        return f"is a section, not {found}: write {full}.KEY=VALUE, or leave it out"
+    if get_origin(kind) is dict and not is_map:
+        return f"holds named values, not {found}: write {full}={_form(kind)}"
+    if get_origin(kind) is not list:
+        return ""
+    if is_map:
+        return f"is a list, which can only be replaced whole: write {full}={_form(kind)}"
+    if not is_list:
+        return f"is a list, not {found}: write {full}={_form(kind)}"
+    items = [
+        value._get_node(i) for i in range(len(value)) if not OmegaConf.is_interpolation(value, i)
+    ]
+    if is_dataclass(get_args(kind)[0]) and not all(isinstance(one, DictConfig) for one in items):
+        return f"is a list of named values: write {full}={_form(kind)}"
+    return ""
 
 
 def _form(kind: Any) -> str:

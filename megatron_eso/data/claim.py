@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ REQUEST_NAME = "prepare.json"
 TOKENIZER_NAME = "tokenizer.json"
 WORK_NAME = "work"
 LOCK_NAME = "prepare.lock"
+FILES_KEY = "files (names and sizes)"  # in a request: a hash of these
 MERGE_ORDER = ("validation", "train")  # train last: its manifest says that everything is there
 
 
@@ -174,10 +176,23 @@ def _refuse_another(
     if overwrite:
         return
     keys = [key for key in request | earlier if request.get(key) != earlier.get(key)]
-    changes = "; ".join(f"{k}: {earlier.get(k)} -> {request.get(k)}" for k in keys)
+    changes = "; ".join(_change(key, earlier.get(key), request.get(key)) for key in keys)
     what = f"was prepared from another request ({changes})" if earlier else (
         f"holds a damaged {REQUEST_NAME}, which says what it was prepared from"
     )  # fmt: skip
     raise DataError(
         f"{out} {what}; choose another --out, or add --overwrite to remove what is there"
     )
+
+
+def _change(key: str, before: Any, now: Any) -> str:
+    """Return a difference of two requests: the option as it is typed, and both values."""
+    if key == FILES_KEY:  # only a hash of them is kept
+        return f"{key} differ"
+    option = key if key == "sources" else f"--{key.replace('_', '-')}"
+    return f"{option}: {_shown(before)} -> {_shown(now)}"
+
+
+def _shown(value: Any) -> str:
+    is_hash = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+    return "not given" if value is None else f"sha256 {value[:12]}" if is_hash else str(value)

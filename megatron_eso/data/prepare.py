@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_eso.data.claim import (
+    FILES_KEY,
     MERGE_ORDER,
     TOKENIZER_NAME,
     WORK_NAME,
@@ -43,6 +44,7 @@ from megatron_eso.data.sources import (
 )
 from megatron_eso.data.tokenizer import (
     Tokenizer,
+    require_trainable,
     resolve_tokenizer,
     tokenizer_file,
     train_tokenizer,
@@ -95,12 +97,15 @@ def prepare(
             documents, or a full disk.
     """
     check_options(options)
+    if tokenizer is None:
+        require_trainable(options.vocab_size)
     pieces = find_files(sources, choice)
     require_records(pieces, None if options.text_key == TEXT_KEY else options.text_key)
     _require_both_splits(pieces, options)
     request = _request(sources, pieces, options, tokenizer, tokenizer_bytes)
     destination = Destination(str(out)) if is_remote(str(out)) else None
     folder = Path(out) if destination is None else staging or _staging_of(destination.address)
+    _require_elsewhere(tokenizer, folder)
     try:
         if destination is None and not overwrite:  # a complete output is left untouched
             found = complete(folder, request, _splits(options))
@@ -147,6 +152,16 @@ def check_options(options: PrepareOptions) -> None:
         raise DataError(f"--shard-mib {options.shard_mib} must lie between 1 and 4095")
 
 
+def _require_elsewhere(tokenizer: str | None, folder: Path) -> None:
+    """Refuse a tokenizer from the folder that is written: it would be removed before it is read."""
+    file = None if tokenizer is None else tokenizer_file(tokenizer)
+    if file is not None and folder.resolve() in file.resolve().parents:
+        raise DataError(
+            f"--tokenizer {tokenizer} lies in {folder}, whose files this preparation replaces: choose "
+            "another --out, or copy the tokenizer to another place and give that"
+        )
+
+
 def _require_both_splits(pieces: list[Piece], options: PrepareOptions) -> None:
     """Refuse text files that all fall in one split: each is one document, and its name decides."""
     if not options.validation_fraction or any(piece.kind != "text" for piece in pieces):
@@ -179,7 +194,7 @@ def _request(
     known = tokenizer if file is None else sha256_of(file)
     return {
         "sources": sources,
-        "files (names and sizes)": sha256(listing.encode(errors="surrogatepass")).hexdigest(),
+        FILES_KEY: sha256(listing.encode(errors="surrogatepass")).hexdigest(),
         "tokenizer": known or f"trained on {tokenizer_bytes} bytes",
         **asdict(options),
     }

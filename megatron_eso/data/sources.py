@@ -79,6 +79,7 @@ def find_files(sources: list[str], choice: FileChoice = EVERY_FILE) -> list[Piec
     Raises:
         DataError: for a source that does not exist or holds nothing.
     """
+    require_sources(sources)
     if choice != EVERY_FILE and not any(s == STDLIB or os.path.isdir(s) for s in sources):
         raise DataError(
             f"{choice} chooses among the files of folders, but the sources {', '.join(sources)} are not "
@@ -88,6 +89,21 @@ def find_files(sources: list[str], choice: FileChoice = EVERY_FILE) -> list[Piec
     if not sum(piece.num_bytes for piece in pieces):
         raise DataError(f"the sources {', '.join(sources)} hold no text (0 bytes)")
     return pieces
+
+
+def require_sources(sources: list[str]) -> None:
+    """Refuse a source that is neither there nor a name that stands for one.
+
+    Raises:
+        DataError: naming the source.
+    """
+    for source in sources:
+        is_name = source == STDLIB or source.startswith(HUB_PREFIX)
+        if not (is_name or os.path.isfile(source) or os.path.isdir(source)):
+            raise DataError(
+                f"source {source} does not exist (give a file, a folder, '{STDLIB}', or "
+                f"'{HUB_FORM}' for a data set of the Hugging Face hub)"
+            )
 
 
 def require_records(pieces: list[Piece], text_key: str | None) -> None:
@@ -137,11 +153,6 @@ def _files_of(source: str, choice: FileChoice) -> list[Piece]:
     path = Path(source)
     if path.is_file():
         return [_whole(path, path.name)]
-    if not path.is_dir():
-        raise DataError(
-            f"source {source} does not exist (give a file, a folder, '{STDLIB}', or "
-            f"'{HUB_FORM}' for a data set of the Hugging Face hub)"
-        )
     files = list(_walk(path, choice))
     if any(file.suffix.lower() == ".arrow" for file in files):
         files = [file for file in files if file.name not in ARROW_SIDE_FILES]

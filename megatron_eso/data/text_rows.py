@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_eso.data.documents import Document, documents_of
+from megatron_eso.data.documents import Document, documents_of, refuse
 from megatron_eso.data.pack import RowPacker
 from megatron_eso.data.reader import TokenRows
 from megatron_eso.data.sources import TEXT_KEY, find_files, require_records
@@ -26,6 +26,7 @@ class TextRows:
         vocab_size: int,
         text_key: str | None = None,
         max_rows: int = 0,
+        skips_bad: bool = False,
     ) -> None:
         """Read and encode the text; nothing is written.
 
@@ -36,9 +37,11 @@ class TextRows:
             vocab_size: vocabulary of the model, mask token included.
             text_key: key or column of the text; None: "text".
             max_rows: stop after this many rows; 0: read all.
+            skips_bad: leave out and count documents that cannot be used, instead of raising.
 
         Raises:
-            DataError: if text cannot be read, the tokenizer has another size, or there is no row.
+            DataError: if text cannot be read, a document cannot be used, the tokenizer has another
+                size, or there is no row.
         """
         tokenizer = Tokenizer(tokenizer_path)
         tokenizer.check_vocabulary(vocab_size, "model.vocab_size")
@@ -49,15 +52,18 @@ class TextRows:
             separate=False,
         )
         self._text_bytes = 0
+        self.num_skipped = 0
         blocks: list[NDArray[np.uint32]] = []
         num_rows = 0
-        for block in self._pack(_documents(str(source), text_key), tokenizer, packer):
+        documents = self._usable(_documents(str(source), text_key), skips_bad)
+        for block in self._pack(documents, tokenizer, packer):
             blocks.append(block)
             num_rows += len(block)
             if 0 < max_rows <= num_rows:
                 break
         if not blocks:
-            raise DataError(f"{source} holds no text to score")
+            left_out = f": {self.num_skipped} bad documents were left out" * (self.num_skipped > 0)
+            raise DataError(f"{source} holds no text to score{left_out}")
         stored = np.concatenate(blocks)[: max_rows or None].astype(np.int64)
         self._is_valid = stored != tokenizer.mask_id
         self._tokens = np.where(self._is_valid, stored, tokenizer.end_of_document_id)
@@ -72,6 +78,15 @@ class TextRows:
         """Return rows by number."""
         wanted = np.array(rows, np.int64)
         return TokenRows(self._tokens[wanted], self._is_valid[wanted])
+
+    def _usable(self, documents: Iterator[Document], skips_bad: bool) -> Iterator[Document]:
+        for document in documents:
+            if document.problem is None:
+                yield document
+            elif skips_bad:
+                self.num_skipped += 1
+            else:
+                refuse(document)
 
     def _pack(
         self, documents: Iterator[Document], tokenizer: Tokenizer, packer: RowPacker
@@ -88,7 +103,4 @@ def _documents(source: str, text_key: str | None) -> Iterator[Document]:
     pieces = find_files([source])
     require_records(pieces, text_key)
     for piece in pieces:
-        for document in documents_of(piece, text_key=text_key or TEXT_KEY):
-            if document.problem is not None:
-                raise DataError(f"{document.where}: the document {document.problem}")
-            yield document
+        yield from documents_of(piece, text_key=text_key or TEXT_KEY)

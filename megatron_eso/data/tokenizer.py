@@ -109,11 +109,7 @@ def train_tokenizer(texts: Iterator[str], *, vocab_size: int, path: Path) -> Non
     from tokenizers import Tokenizer as Core
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < 258:
-        raise DataError(
-            f"--vocab-size {vocab_size} is too small: 256 bytes, the end-of-document token and the "
-            "mask token need 258"
-        )
+    require_trainable(vocab_size)
     core = Core(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -131,6 +127,15 @@ def train_tokenizer(texts: Iterator[str], *, vocab_size: int, path: Path) -> Non
             "more text"
         )
     core.save(str(path))
+
+
+def require_trainable(vocab_size: int) -> None:
+    """Refuse a vocabulary that cannot hold what every trained tokenizer has."""
+    if vocab_size < 258:
+        raise DataError(
+            f"--vocab-size {vocab_size} is too small: 256 bytes, the end-of-document token and the "
+            "mask token need 258"
+        )
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -10,6 +10,13 @@ from megatron_eso.launch import lease, slurm
 from megatron_eso.launch.records import Records, tasks_of
 
 
+def require_folders(runs: list[Path]) -> None:
+    """Refuse run folders that do not exist."""
+    missing = [str(run) for run in runs if not run.is_dir()]
+    if missing:
+        raise ClusterError(f"no such run folder: {', '.join(missing)}")
+
+
 def job_of(run: Path) -> str:
     """Return the id of the job that was submitted for a run.
 
@@ -110,7 +117,12 @@ def watch(
     """Start requeued jobs immediately, without the credential wait, until no job is left.
 
     A job cannot do this for itself: Slurm overwrites the start time while the job ends.
+
+    Raises:
+        ClusterError: for a run folder that does not exist, or a machine without Slurm.
     """
+    require_folders(runs or [])
+    slurm.require_program("squeue")
     wanted = None if runs is None else {os.path.realpath(run) for run in runs}
     while True:
         try:
@@ -130,6 +142,8 @@ def watch(
                     say(f"job {job.job}: {error}")
                 else:
                     say(f"job {job.job}: started without waiting for the credential")
+        if not mine:
+            say("none of these runs has a job in the queue" if runs else "no job is in the queue")
         if once or not mine:
             return
         time.sleep(every_seconds)

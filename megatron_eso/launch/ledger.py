@@ -105,6 +105,7 @@ def read_ledger(run: Path) -> Ledger:
 
 def account(events: list[dict[str, Any]]) -> Ledger:
     """Return the account of events that are in the order they were written."""
+    events = _with_work(events)
     times, jumps = _axis(events)
     stretches: list[Stretch] = []
     lost_steps, faults = 0, []
@@ -132,6 +133,17 @@ def account(events: list[dict[str, Any]]) -> Ledger:
         last_step=max(steps, default=0),
         clock_jumps=jumps,
     )
+
+
+def _with_work(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the events without launches of a run that had finished: its ranks note nothing."""
+    kept: list[dict[str, Any]] = []
+    for event in events:
+        kept.append(event)
+        kinds = [one["event"] for one in kept[-3:]]
+        if kinds == ["launch", "start", "launch_end"] and event.get("code") == 0:
+            del kept[-3:]
+    return kept
 
 
 def _axis(events: list[dict[str, Any]]) -> tuple[list[float], list[float]]:

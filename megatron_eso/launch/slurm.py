@@ -99,11 +99,7 @@ def command(*words: str, stdin: str | None = None, timeout_seconds: float = 60.0
         ClusterError: if the command is not installed, refuses or does not answer. The message gives the
             reason in our words, with Slurm's text below it.
     """
-    if not shutil.which(words[0]):
-        raise ClusterError(
-            f"{words[0]} is not on PATH: this is not a Slurm login node, or its module is not loaded; "
-            "`megatron-eso submit --dry-run` prints the job script without Slurm"
-        )
+    require_program(words[0])
     try:
         done = subprocess.run(
             words, input=stdin, capture_output=True, text=True, timeout=timeout_seconds
@@ -114,6 +110,15 @@ def command(*words: str, stdin: str | None = None, timeout_seconds: float = 60.0
         raise ClusterError(refusal(words[0], done.stderr.strip() or done.stdout.strip()))
     # sbatch --test-only writes its answer to stderr
     return done.stdout if done.stdout or words[0] != "sbatch" else done.stderr
+
+
+def require_program(name: str) -> None:
+    """Refuse a machine that lacks a Slurm command."""
+    if not shutil.which(name):
+        raise ClusterError(
+            f"{name} is not on PATH: this is not a Slurm login node, or its module is not loaded; "
+            "`megatron-eso submit --dry-run` prints the job script without Slurm"
+        )
 
 
 def refusal(program: str, text: str) -> str:

@@ -250,6 +250,7 @@ def parameters_without_embeddings(run: RunConfig) -> int:
 def _with_rules(sweep: SweepConfig, run: RunConfig, name: str, steps: int, inner: int) -> RunConfig:
     rule = sweep.learning_rate
     rate = float(f"{rule.reference * (inner / rule.reference_parameters) ** rule.exponent:.4g}")
+    decays = run.optimizer.schedule != "constant"
     return replace(
         run,
         name=name,
@@ -259,7 +260,7 @@ def _with_rules(sweep: SweepConfig, run: RunConfig, name: str, steps: int, inner
         optimizer=replace(
             run.optimizer,
             learning_rate=rate,
-            min_learning_rate=rate * sweep.min_learning_rate_share,
+            min_learning_rate=rate * sweep.min_learning_rate_share if decays else 0.0,
             warmup_steps=min(math.ceil(sweep.warmup_share * steps), max(steps - 1, 0)),
         ),
     )

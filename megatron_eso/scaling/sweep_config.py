@@ -46,7 +46,8 @@ class SweepConfig:
     learning_rate: LearningRateRule = field(default_factory=LearningRateRule)
     """Rule for optimizer.learning_rate, rounded to four significant digits."""
     min_learning_rate_share: float = within(0.1, at_least=0, at_most=1)
-    """optimizer.min_learning_rate as a share of the peak."""
+    """optimizer.min_learning_rate as a share of the peak; without effect at the base's
+    optimizer.schedule=constant, which has no decay."""
     warmup_share: float = within(0.05, at_least=0, at_most=1)
     """optimizer.warmup_steps as a share of the steps, rounded up; never all steps."""
     batch_rows: int | None = within(None, at_least=1)

@@ -137,16 +137,16 @@ class Keeper:
         return max(self.saver.kept_step, self._local.kept_step if self._local else -1)
 
     def save(self) -> float | None:
-        """Begin to save the current step; return the stall in seconds, or None if the disk has no room.
+        """Begin to save the current step; return the stall in seconds, or None if nothing is written.
 
-        A step that is already kept is not written again.
+        That is so if the step is already kept, or the disk has no room.
         """
         session, begin = self._session, time.perf_counter()
         self._heart.enter("checkpoint")
         self.saver.finish()  # else the room that the save under way still takes would count as free
         step = session.state.step
         if self.saver.kept_step == step:
-            return time.perf_counter() - begin
+            return None
         missing = self._missing_room()
         if missing:
             if self._is_first:
@@ -182,9 +182,12 @@ class Keeper:
         if not settings.init_from:
             session.draw_weights()
             return
-        folder = find_checkpoint_together(
-            Path(settings.init_from), hashes=settings.verify_hashes, device=session.torch_device
-        )
+        try:
+            folder = find_checkpoint_together(
+                Path(settings.init_from), hashes=settings.verify_hashes, device=session.torch_device
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint.init_from: {error}") from None
         facts = from_first_rank(folder.sidecar, session.torch_device)
         require_same_model(folder.path, facts, session.config.model)
         self._require_same_tokenizer(folder.path, facts)
@@ -275,8 +278,7 @@ class Keeper:
         self.saver.kept_step = self._heart.kept_step = self._heart.step = state.step
 
     def _require_same_data(self, path: Path, facts: dict[str, Any]) -> None:
-        stored, mine = facts["data"], self._reader.fingerprint()
-        changed = [name for name, value in mine.items() if stored.get(name) != value]
+        changed = changed_data(facts, self._reader)
         if changed:
             raise CheckpointError(
                 f"{path} was trained on other data ({', '.join(changed)} differ): continuing would repeat "
@@ -334,6 +336,12 @@ def facts_of_run(session: Session, data: dict[str, Any], tokenizer: Path) -> dic
         num_ranks=session.ranks.world_size,
         written=time.time(),
     )
+
+
+def changed_data(facts: dict[str, Any], reader: RowReader) -> list[str]:
+    """Return what differs between the data that a checkpoint's facts name and those of a reader."""
+    stored, mine = facts["data"], reader.fingerprint()
+    return [name for name, value in mine.items() if stored.get(name) != value]
 
 
 def _why_no_copies(local_folder: str | None) -> str:

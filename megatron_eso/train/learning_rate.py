@@ -2,7 +2,7 @@
 
 import math
 
-from megatron_eso.config.check import wsd_decay_steps
+from megatron_eso.config.derive import wsd_decay_steps
 from megatron_eso.config.schema import OptimizerConfig
 
 

@@ -28,6 +28,7 @@ from megatron_eso.launch.heartbeat import Heart
 from megatron_eso.parallel.exchange import Rows, any_rank, gather_messages, together
 from megatron_eso.parallel.phases import phase
 from megatron_eso.resilience.signals import StopRequest
+from megatron_eso.train.finished import has_finished, leave_finished
 from megatron_eso.train.guard import StepGuard
 from megatron_eso.train.keeper import Keeper
 from megatron_eso.train.learning_rate import change_of_schedule
@@ -80,6 +81,11 @@ class Run:
         session, config = self.session, self.session.config
         self._earlier: RunConfig | None = None
         self._on_first_rank(self._take_folder)
+        self.had_finished = has_finished(
+            session, self.folder, self._earlier, lambda: _open_rows(config)
+        )
+        if self.had_finished:
+            return
         self._note("setup", began=begin, joined=session.joined)
         # Where a rank's store, cache or disk fails, the others must not wait for it.
         self.reader = together(lambda: _open_rows(config), session.torch_device)
@@ -107,6 +113,11 @@ class Run:
 
     def train(self) -> int:
         """Train to the end or until asked to stop; return the exit code."""
+        if self.had_finished:
+            if self.is_first:
+                leave_finished(self.folder, self.session.derived.total_steps)
+            self.heart.enter("end")
+            return 0
         try:
             return self._train()
         except UserError as error:
@@ -336,6 +347,7 @@ class Run:
         epochs = self.session.derived.total_tokens / self.reader.tokens_per_epoch
         log.info("the run reads its data %.2f times", epochs)
         self.metrics = Metrics(self.session, self.folder.path, peak=peak)
+        self._write_status("running")
 
 
 def _open_rows(config: RunConfig) -> RowReader:

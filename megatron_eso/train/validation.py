@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import torch
 
 from megatron_eso.config.schema import RunConfig
+from megatron_eso.data.fits import naming
 from megatron_eso.data.reader import RowReader, ValidationReader
 from megatron_eso.errors import DataError
 from megatron_eso.eval.evaluate import evaluate
@@ -29,16 +30,16 @@ class Validation:
     """The validation sets of a run."""
 
     def __init__(self, config: RunConfig, tokenizer_sha256: str | None = None) -> None:
-        self._readers = {
-            name: ValidationReader(
-                path,
-                config.data,
-                sequence_length=config.train.sequence_length,
-                vocab_size=config.model.vocab_size,
-                tokenizer_sha256=tokenizer_sha256,
-            )
-            for name, path in config.data.validation.items()
-        }
+        self._readers: dict[str, ValidationReader] = {}
+        for name, path in config.data.validation.items():
+            with naming(f"data.validation.{name}"):
+                self._readers[name] = ValidationReader(
+                    path,
+                    config.data,
+                    sequence_length=config.train.sequence_length,
+                    vocab_size=config.model.vocab_size,
+                    tokenizer_sha256=tokenizer_sha256,
+                )
 
     def scores(self, session: Session, between: Callable[[], None]) -> dict[str, list[Score]]:
         """Return the scores of every set.

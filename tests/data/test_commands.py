@@ -18,7 +18,7 @@ from megatron_eso.config.schema import (
     TrainConfig,
 )
 from megatron_eso.data.fits import unseen_data
-from megatron_eso.data.manifest import load_manifest
+from megatron_eso.data.manifest import load_manifest, sha256_of
 from megatron_eso.data.megatron_indexed import open_indexed
 from megatron_eso.data.open_split import require_data
 from megatron_eso.data.reader import RowReader, ValidationReader
@@ -56,11 +56,57 @@ def test_files_that_are_left_out_are_part_of_the_request(prepared, tmp_path):
         run(*words)
     assert "prepared" in run(*words, "--exclude", "*.csv")
     assert "nothing to do" in run(*words, "--include", "*.jsonl")  # the same files
-    with pytest.raises(DataError, match="prepared from another request"):
+    with pytest.raises(DataError, match=r"another request \(files \(names and sizes\) differ\); "):
         run(*words, "--exclude", "*.csv", "--exclude", "part3.*")
     documents = load_manifest(tmp_path / "set/train").num_documents
     output = run(*words, "--exclude", "*.csv", "--exclude", "part3.*", "--overwrite")
     assert "prepared" in output and load_manifest(tmp_path / "set/train").num_documents < documents
+
+
+def test_another_request_is_named_by_its_options_and_the_beginnings_of_hashes(
+    prepared, corpus, tmp_path
+):
+    words = [
+        "prepare",
+        corpus,
+        "--out",
+        tmp_path / "set",
+        "--sequence-length",
+        16,
+        "--processes",
+        1,
+    ]
+    run(*words, "--vocab-size", 300)
+    file = prepared / "tokenizer.json"
+    with pytest.raises(DataError) as raised:
+        run(*words, "--tokenizer", file, "--partition-mib", 2, "--compress")
+    tokenizer = f"--tokenizer: trained on {256 << 20} bytes -> sha256 {sha256_of(file)[:12]}; "
+    others = "--compress: False -> True; --partition-mib: not given -> 2); choose"
+    assert f"from another request ({tokenizer}{others}" in str(raised.value)
+
+
+def test_a_tokenizer_is_not_removed_with_the_output_that_it_lies_in(prepared, corpus, tmp_path):
+    shutil.copytree(prepared, tmp_path / "set")
+    words = ["prepare", corpus, "--out", tmp_path / "set", "--sequence-length", 16, "--overwrite"]
+    for name in ("tokenizer.json", "."):
+        with pytest.raises(DataError, match=r"set/?\S* lies in \S+/set, whose files this prepar"):
+            run(*words, "--tokenizer", tmp_path / "set" / name)
+    assert sha256_of(tmp_path / "set/tokenizer.json") == sha256_of(prepared / "tokenizer.json")
+
+
+def test_a_vocabulary_that_no_tokenizer_can_have_is_refused_before_anything_is_written(
+    corpus, tmp_path
+):
+    with pytest.raises(DataError, match="--vocab-size -5 is too small: 256 bytes"):
+        run("prepare", corpus, "--out", tmp_path / "set", "--vocab-size", -5)
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_source_that_is_missing_is_named_before_a_tokenizer_is_asked_for(corpus, tmp_path):
+    with pytest.raises(DataError, match=r"source \S+/missing\.txt does not exist"):
+        run("prepare", corpus, tmp_path / "missing.txt", "--out", tmp_path / "set")
+    with pytest.raises(DataError, match="give --vocab-size to train a tokenizer"):
+        run("prepare", corpus, "--out", tmp_path / "set")
 
 
 @pytest.mark.parametrize(
@@ -198,6 +244,15 @@ def test_mix_counts_exactly_what_the_reader_reads(prepared, tmp_path):
         (["data.sources=[]"], "data.sources is empty"),
         (["train.steps=-1"], "train.steps=-1 must be at least 1"),
         (["train.global_batch_rows=0"], "train.global_batch_rows=0 must be at least 1"),
+        (
+            ["train.tokens=1024"],
+            "train.steps=5 and train.tokens=1024 are both set; set one to null",
+        ),
+        (
+            ["train.steps=null", "train.tokens=1000"],
+            "train.tokens=1000 is not a multiple of one global",
+        ),
+        (["train.steps=null"], "set train.steps or train.tokens; both are null"),
     ],
 )
 def test_mix_refuses_what_the_run_would(prepared, tmp_path, words, message):

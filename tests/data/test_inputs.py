@@ -309,7 +309,7 @@ def test_the_advice_of_a_bad_document_is_taken_where_the_error_left_off(prepared
     changes = {"validation_fraction": 0.0, "partition_mib": 1}
     with pytest.raises(DataError, match="--bad-documents skip"):
         prepare([str(source)], tmp_path / "set", options(**changes), **settings)
-    with pytest.raises(DataError, match=r"another request.*sequence_length"):
+    with pytest.raises(DataError, match=r"another request \(--sequence-length: 16 -> 8; "):
         prepare([str(source)], tmp_path / "set", options(sequence_length=8), **settings)
     changes["bad_documents"], progress = "skip", mock.MagicMock()
     for name in ("set", "fresh"):
@@ -318,7 +318,7 @@ def test_the_advice_of_a_bad_document_is_taken_where_the_error_left_off(prepared
     found = [(tmp_path / name / "train/manifest.json").read_text() for name in ("set", "fresh")]
     assert found[0] == found[1] and load_manifest(tmp_path / "set/train").num_skipped == 1
     changes["bad_documents"] = "error"
-    with pytest.raises(DataError, match="bad_documents: skip -> error"):
+    with pytest.raises(DataError, match="--bad-documents: skip -> error"):
         prepare([str(source)], tmp_path / "set", options(**changes), **settings)
 
 

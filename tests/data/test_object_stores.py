@@ -131,7 +131,7 @@ def test_another_request_for_the_address_is_refused_or_replaces_what_is_there(
     address = "s3://shards/other"
     send(texts, address, prepared, staging=tmp_path / "work")
     before = store.names("other/train")
-    with pytest.raises(DataError, match=r"packing: packed -> separate.*--overwrite"):
+    with pytest.raises(DataError, match=r"--packing: packed -> separate.*--overwrite"):
         send(texts, address, prepared, staging=tmp_path / "work", packing="separate")
     assert store.names("other/train") == before
     done = send(texts, address, prepared, staging=tmp_path / "work", packing="separate",
@@ -153,7 +153,7 @@ def test_what_was_sent_before_a_bad_document_stays_where_such_are_skipped(
     store.requests.clear()
     send(tmp_path / "texts", address, prepared, staging=staging, bad_documents="skip")
     assert not any("PUT" in one and "part-00000" in one for one in store.requests)
-    with pytest.raises(DataError, match="bad_documents: skip -> error"):
+    with pytest.raises(DataError, match="--bad-documents: skip -> error"):
         send(tmp_path / "texts", address, prepared, staging=staging)
     send(tmp_path / "texts", tmp_path / "local", prepared, bad_documents="skip")
     assert_same_rows(address, tmp_path / "local", tmp_path)

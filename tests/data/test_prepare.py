@@ -83,7 +83,7 @@ def test_a_second_run_with_the_same_request_does_nothing(corpus, prepared):
 
 
 def test_another_request_is_refused_naming_the_difference(corpus, prepared):
-    with pytest.raises(DataError, match=r"sequence_length: 16 -> 32.*--overwrite"):
+    with pytest.raises(DataError, match=r"--sequence-length: 16 -> 32.*--overwrite"):
         prepare([str(corpus)], prepared, options(sequence_length=32), num_processes=1)
 
 

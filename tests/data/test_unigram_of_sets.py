@@ -1,4 +1,4 @@
-"""The unigram score of a run's validation sets is of the tokens that the model is scored on."""
+"""A run's validation sets: their unigram score is of the tokens that the model is scored on."""
 
 from unittest import mock
 
@@ -60,3 +60,13 @@ def test_without_validation_sets_no_training_data_is_read_for_it():
     config = load_config(None, ["train.steps=1"])
     assert Validation(config).unigram(config, training) == {}
     training.example_rows.assert_not_called()
+
+
+def test_a_validation_set_that_is_missing_is_named_by_its_setting(prepared):
+    sets = f"{{there: {prepared}/validation, gone: {prepared}/none}}"
+    config = load_config(None, [
+        f"data.validation={sets}", f"train.sequence_length={SEQUENCE_LENGTH}",
+        f"model.vocab_size={VOCAB_SIZE}",
+    ])  # fmt: skip
+    with pytest.raises(DataError, match=r"^data\.validation\.gone: .*/none does not exist"):
+        Validation(config)

@@ -58,6 +58,13 @@ def test_a_run_that_waits_for_its_next_launch_is_not_running():
     assert ledger.mean_seconds_between_failures == pytest.approx(261)
 
 
+def test_a_launch_that_finds_the_run_finished_is_left_out():
+    idle = [event("launch", 900), event("start", 900), event("launch_end", 903, code=0)]
+    assert account([*INTERRUPTED, *idle]) == account(INTERRUPTED)
+    failed = [*idle[:2], event("launch_end", 903, code=2)]
+    assert account([*INTERRUPTED, *failed]).elapsed == 903
+
+
 def test_one_fault_reported_by_two_launchers_counts_once():
     doubled = [*INTERRUPTED[:7], fault(150.2, 120), *INTERRUPTED[7:]]
     assert len(account(doubled).faults) == 1

@@ -68,7 +68,7 @@ class LoginNode:
     def run(self, *words, code=0, cwd=ROOT):
         done = subprocess.run(
             [sys.executable, "-c", NO_TORCH, *map(str, words)], cwd=cwd, env=self.environment,
-            capture_output=True, text=True,
+            capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -344,6 +344,18 @@ def test_watch_lives_through_what_slurm_refuses(node, tmp_path):
     node.answers("scontrol", "Job is no longer pending execution\n", code=1)
     said = node.run("watch", "--once")
     assert "job 7:" in said and "job 8:" in said
+
+
+def test_watch_says_why_there_is_nothing_to_watch(node, tmp_path):
+    """It ended without a word, or asked a Slurm that is not there again and again."""
+    assert "no such run folder: nowhere" in node.run("watch", "nowhere", code=6)
+    assert "no job is in the queue" in node.run("watch")
+    node.answers("squeue", "7|RUNNING|None|n1|1:00|N/A|megatron-eso|/other\n")
+    assert "none of these runs has a job in the queue" in node.run("watch", tmp_path)
+    for program in node.bin.iterdir():
+        program.unlink()
+    node.environment["PATH"] = str(node.bin)
+    assert "squeue is not on PATH" in node.run("watch", tmp_path, code=6)
 
 
 def test_a_new_start_is_refused_where_checkpoints_are_and_later_attempts_go_on(node, tmp_path):

@@ -258,6 +258,65 @@ def test_a_run_of_another_length_says_what_becomes_of_its_schedule(faulty):
     assert "finished" in out and "the run had" not in out
 
 
+def reported(folder):
+    """Return what a run has reported: metrics, its ledger, and TensorBoard's numbers by tag."""
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    scalars = {tag: board.Scalars(tag) for tag in board.Tags()["scalars"]}
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], sorted((folder / "tensorboard").iterdir()), scalars
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_is_started_again_reports_nothing_twice(faulty):
+    settings = ("train.steps=4", "data.validation={v: ../data/validation}", "parallel.tensor=1")
+    folder = faulty.folder / "x" / "again"
+    faulty.run("again", *settings, **ALONE)
+    before, kept, log = reported(folder), content(folder), (folder / "log.txt").read_text()
+    for ranks in (1, 2):  # another layout is no reason to evaluate again
+        given = (*settings, f"parallel.tensor={ranks}")
+        out = faulty.run("again", *given, num_ranks=ranks, max_restarts=0)
+        assert "again has finished already: its 4 steps are done, saved and evaluated" in out
+    assert reported(folder) == before
+    assert [event["state"] for event in faulty.events("again", "stop")] == ["finished"]
+    last = json.loads((folder / "status.json").read_text())
+    first = json.loads(kept.pop("status.json"))
+    assert last.pop("updated") > first.pop("updated") and last == first
+    assert {name: (folder / name).read_bytes() for name in kept} == kept
+    assert len((folder / "log.txt").read_text().removeprefix(log).splitlines()) == 2
+    other = "data.sources=[{path: ../data/validation}]"
+    assert "on other data" in faulty.run("again", *settings, other, code=4, **ALONE)
+    assert lease.read(folder / "checkpoints") is None
+
+
+@pytest.mark.slow
+def test_first_weights_that_are_missing_are_named_by_their_setting(faulty):
+    settings = ("train.steps=1", "parallel.tensor=1", "checkpoint.init_from=../nowhere")
+    out = faulty.run("unborn", *settings, code=4, **ALONE)
+    assert "checkpoint.init_from: ../nowhere does not exist" in out
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_evaluated_again_if_that_is_asked_for_or_was_cut_short(faulty):
+    settings = ("train.steps=4", "data.validation={v: ../data/validation}", "parallel.tensor=1")
+    folder = faulty.folder / "x" / "scored"
+    faulty.run("scored", *settings, **ALONE)
+    lines, _, scalars = reported(folder)
+    out = faulty.run("scored", *settings, "eval.nelbo_repeats=2", **ALONE)
+    assert "finished already" not in out
+    more, _, now = reported(folder)
+    assert more[: len(lines)] == lines and all("validation" in line for line in more[len(lines) :])
+    assert len(more) > len(lines)
+    stall = "time/checkpoint_stall_seconds"
+    assert now[stall] == scalars[stall] and len(now[stall]) == 1  # nothing was saved again
+    (folder / "evaluation.json").unlink()
+    out = faulty.run("scored", *settings, "eval.nelbo_repeats=2", **ALONE)
+    assert "finished already" not in out and (folder / "evaluation.json").is_file()
+    (found,) = list_folders(folder / "checkpoints")
+    shutil.rmtree(found.path)
+    out = faulty.run("scored", *settings, "eval.nelbo_repeats=2", **ALONE)
+    assert "finished already" not in out and list_folders(folder / "checkpoints")[-1].step == 4
+
+
 def test_a_length_that_a_schedule_does_not_go_by_changes_nothing():
     constant, wsd = OptimizerConfig(), OptimizerConfig(schedule="wsd", decay_steps=10)
     cosine = OptimizerConfig(schedule="cosine", decay_steps=50)

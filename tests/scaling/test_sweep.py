@@ -163,6 +163,14 @@ def test_a_base_that_contradicts_num_gpus_is_refused(tmp_path):
         one_cell(tmp_path, base, "num_gpus=4")
 
 
+def test_a_base_without_a_decay_gives_cells_without_one(tmp_path):
+    text = (LAPTOP.parent / "laptop_base.yaml").read_text()
+    assert one_cell(tmp_path)[1][0].run.optimizer.min_learning_rate > 0
+    (tmp_path / "base.yaml").write_text(text.replace("schedule: cosine", "schedule: constant"))
+    _, [cell] = one_cell(tmp_path, f"base={tmp_path}/base.yaml")
+    assert (cell.run.optimizer.min_learning_rate, cell.problems) == (0, ())
+
+
 def test_a_base_without_held_out_rows_is_refused_before_anything_trains(tmp_path):
     text = (LAPTOP.parent / "laptop_base.yaml").read_text()
     (tmp_path / "base.yaml").write_text(
