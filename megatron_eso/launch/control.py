@@ -124,15 +124,19 @@ def watch(
     require_folders(runs or [])
     slurm.require_program("squeue")
     wanted = None if runs is None else {os.path.realpath(run) for run in runs}
+    refusal = ""
     while True:
         try:
             jobs = [j for j in slurm.queue() if j.comment == "megatron-eso"]
         except ClusterError as error:
             if once:
                 raise
-            say(f"looking again in {every_seconds:g} s: {error}")  # a controller that starts again
+            if str(error) != refusal:  # a controller that starts again refuses for minutes
+                refusal = str(error)
+                say(f"looking again every {every_seconds:g} s: {refusal}")
             time.sleep(every_seconds)
             continue
+        refusal = ""
         mine = [j for j in jobs if wanted is None or os.path.realpath(j.folder) in wanted]
         for job in mine:
             if job.state == "PENDING" and job.reason == "BeginTime":

@@ -18,7 +18,8 @@ import pytest
 
 from megatron_eso.config import load_config
 from megatron_eso.data.manifest import Manifest
-from megatron_eso.launch import lease
+from megatron_eso.errors import ClusterError
+from megatron_eso.launch import control, lease, slurm
 from megatron_eso.launch.records import Records
 
 ROOT = Path(__file__).parents[2]
@@ -356,6 +357,23 @@ def test_watch_says_why_there_is_nothing_to_watch(node, tmp_path):
         program.unlink()
     node.environment["PATH"] = str(node.bin)
     assert "squeue is not on PATH" in node.run("watch", tmp_path, code=6)
+
+
+def test_watch_says_once_that_slurm_does_not_answer(monkeypatch):
+    job = slurm.QueuedJob("7", "RUNNING", "", "n1", "1:00", "", "megatron-eso", "/r")
+    answers = iter([ClusterError("down"), ClusterError("down"), [job], ClusterError("down"), []])
+
+    def queue():
+        answer = next(answers)
+        if isinstance(answer, ClusterError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(slurm, "queue", queue)
+    monkeypatch.setattr(slurm, "require_program", lambda name: None)
+    said = []
+    control.watch(None, every_seconds=0.01, once=False, say=said.append)
+    assert said == [*2 * ["looking again every 0.01 s: down"], "no job is in the queue"]
 
 
 def test_a_new_start_is_refused_where_checkpoints_are_and_later_attempts_go_on(node, tmp_path):
