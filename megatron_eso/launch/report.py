@@ -196,7 +196,7 @@ def _progress(run: Path, status: dict) -> str:
     speed, seconds = last.get("tokens_per_second"), last.get("seconds_per_step")
     text += f"  loss {loss:.4f}" if isinstance(loss, (int, float)) else ""
     text += f"  {speed:,.0f} tokens/s" if isinstance(speed, (int, float)) else ""
-    if total and isinstance(seconds, (int, float)):
+    if total and step < total and isinstance(seconds, (int, float)):
         text += f"  ETA {_clock((total - step) * seconds)}"
     return text
 

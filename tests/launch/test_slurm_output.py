@@ -214,5 +214,13 @@ def test_status_tells_everything_in_the_run_folder(tmp_path):
     assert "step 50/100" in one_line(tmp_path, job, time.time())
 
 
+def test_a_finished_run_has_no_time_left_to_tell(tmp_path):
+    make_run(tmp_path)
+    status = {"state": "finished", "step": 100, "total_steps": 100, "updated": time.time()}
+    write_json(tmp_path / "status.json", status)
+    text = "\n".join(describe(tmp_path, None, time.time()))
+    assert "step 100/100" in text and "ETA" not in text
+
+
 def test_an_empty_run_folder_is_described_too(tmp_path):
     assert "has not started" in "\n".join(describe(tmp_path, None, 0.0))
