@@ -592,6 +592,22 @@ def test_prompt_labels_give_no_loss_but_are_seen(with_alpha_0):
     assert float(loss.detach()) == pytest.approx(float(-exact.sum() / 6), rel=1e-5)
 
 
+@pytest.mark.parametrize("alpha_0", [0.5, 1.0])
+def test_every_weight_gets_a_gradient_whatever_is_drawn(with_alpha_0, alpha_0):
+    """DistributedDataParallel ends a run in which one gets none; short rows often draw no mask."""
+    model, tokens = with_alpha_0(alpha_0), rows(1, 3)
+    losses = []
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        loss = model(input_ids=tokens, labels=tokens, generator=generator).loss
+        model.zero_grad()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        lacking = [name for name, weight in model.named_parameters() if weight.grad is None]
+        assert not lacking, (seed, lacking)
+    assert 0 < losses.count(0.0) < 20
+
+
 @pytest.mark.parametrize("alpha_0", [0.0, 0.5, 1.0])
 def test_padding_that_labels_alone_tell_of_is_refused(with_alpha_0, alpha_0):
     """It would be given text, which all tokens see: the loss of the same rows is another one then."""

@@ -312,7 +312,11 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
         masked = has_loss & (uniform(*tokens.shape) >= keep[:, None])
         # Prompts (no loss) come first, in reading order, as in generation.
         order = sort_order(masked, valid, uniform(*tokens.shape), is_diffusion, valid & ~has_loss)
-        total = self.lm_head.weight.sum() * 0.0  # has a gradient even if no mask is drawn
+        if not bool(masked.any()):
+            # DistributedDataParallel waits for a gradient of every weight, so there is a pass nevertheless.
+            first = tokens[:, :1]
+            return self.lm_head(self.model(first, torch.zeros_like(first))).sum().float() * 0.0
+        total = 0.0
         rows = is_diffusion.nonzero()[:, 0]
         if len(rows) and bool(masked[rows].any()):
             kept, place = masked[rows], order[rows]
