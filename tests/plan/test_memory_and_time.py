@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_eso.checkpoint.state import EMA, MOMENTS, WEIGHTS
 from megatron_eso.config.schema import ModelConfig
-from megatron_eso.errors import ConfigError
+from megatron_eso.errors import ClusterError, ConfigError
 from megatron_eso.parallel import vocabulary_loss
 from megatron_eso.parallel.megatron_patches import importing_megatron
-from megatron_eso.plan.estimate import make_plan
+from megatron_eso.plan.estimate import make_plan, run_failures
+from megatron_eso.plan.fit import require_time_for_a_checkpoint
 from megatron_eso.plan.flops import matrix_parameters_per_layer
 from megatron_eso.plan.hardware import load_hardware
 from megatron_eso.plan.memory import CHUNK_LOGITS, layer_activation_bytes, stage_memory
@@ -62,6 +64,31 @@ def test_states_take_six_plus_twelve_over_d_bytes_a_weight():
     states = memory.weights + memory.gradients + memory.optimizer
     weights = num_parameters(case.config.model, padded=True)
     assert states == pytest.approx(weights * (6 + 12 / 16))
+
+
+def test_fp32_weights_are_their_own_masters():
+    """Megatron's optimizer steps on views of them: it has the two moments alone."""
+    case = with_precision(job(gpus=16), dtype="fp32")
+    memory = stage_memory(case, H100)[0]
+    states = memory.weights + memory.gradients + memory.optimizer
+    weights = num_parameters(case.config.model, padded=True)
+    assert states == pytest.approx(weights * (8 + 8 / 16))
+
+
+@pytest.mark.parametrize(("decay", "has_average"), [(0.0, False), (0.999, True)])
+def test_a_checkpoint_has_the_bytes_of_the_tensors_it_holds(decay, has_average):
+    """Both that the planner's stall and that submit's limit are taken from: float32, no bf16 weights."""
+    case = with_model(job(gpus=16), vocab_size=131000, vocab_padding_multiple=1024)
+    optimizer = replace(case.config.optimizer, ema_decay=decay)
+    case = replace(case, config=replace(case.config, optimizer=optimizer))
+    kinds = len([WEIGHTS, *MOMENTS, *([EMA] if has_average else [])])
+    stored = 4 * kinds * num_parameters(case.config.model, padded=True)
+    stall = run_failures(case, H100, 1.0).save_stall_seconds
+    assert stall == pytest.approx(stored / 16 / (H100.host_copy_gb_per_second * 1e9))
+    with pytest.raises(ClusterError, match=f"a checkpoint of {stored / 1e9:.1f} GB takes"):
+        require_time_for_a_checkpoint(
+            case.config, gb_per_second=1.0, signal_seconds=1.0, step_seconds=0.0
+        )
 
 
 def with_precision(case, **changes):
