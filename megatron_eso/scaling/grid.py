@@ -283,7 +283,7 @@ def _counts(run: RunConfig) -> dict[str, Any]:
 def _flops_per_step(run: RunConfig) -> tuple[float, float, float]:
     rows, length = run.train.global_batch_rows, run.train.sequence_length
     honest = model_flops_per_step(run.model, run.objective, sequence_length=length, rows=rows)
-    published = 3 * 2 * published_forward_macs(run.model, length) * rows
+    published = 3 * 2 * published_forward_macs(run.model, run.objective, length) * rows
     return honest.training, honest.training_full_attention, published
 
 
