@@ -608,6 +608,19 @@ def test_every_weight_gets_a_gradient_whatever_is_drawn(with_alpha_0, alpha_0):
     assert 0 < losses.count(0.0) < 20
 
 
+@pytest.mark.parametrize(("alpha_0", "passes"), [(0.0, 1), (0.5, 2), (1.0, 1)])
+def test_the_passes_of_the_loss_do_not_depend_on_the_draws(with_alpha_0, alpha_0, passes):
+    """Under FSDP and ZeRO-3 the ranks gather the weights in every pass, so all must make as many."""
+    model, tokens = with_alpha_0(alpha_0), rows(2, 3)
+    made = []
+    hook = model.model.register_forward_hook(lambda *_: made.append(1))
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        model(input_ids=tokens, labels=tokens, generator=generator)
+    hook.remove()
+    assert len(made) == 12 * passes
+
+
 @pytest.mark.parametrize("alpha_0", [0.0, 0.5, 1.0])
 def test_padding_that_labels_alone_tell_of_is_refused(with_alpha_0, alpha_0):
     """It would be given text, which all tokens see: the loss of the same rows is another one then."""
