@@ -144,7 +144,7 @@ def grid_table(cells: list[Cell]) -> str:
         f"{len(legal)} of {len(cells)} cells are legal: {sum(c.gpu_hours for c in legal):,.4g} GPU hours, "
         f"{sum(c.dollars for c in legal):,.4g} dollars, {sum(c.flops for c in legal):.3g} FLOPs"
     )
-    lines += [f"rule of {key}: {value}" for key, value in legal[0].rules.items()]
+    lines += [f"rule of {key}, {legal[0].name}: {v}" for key, v in legal[0].rules.items()]
     return "\n".join(lines)
 
 
