@@ -124,6 +124,15 @@ def test_random_orders_are_averaged_and_do_not_depend_on_the_batch(model):
     assert torch.allclose(zero.log_likelihood, reading.log_likelihood, atol=1e-10)
 
 
+def test_numbers_of_rows_may_be_a_tensor(model):
+    found = [
+        model.log_likelihood([[]] * 2, rows(2, 6), order=2, alpha_0=0.5, row_numbers=numbers)
+        for numbers in ([7, 8], torch.tensor([7, 8]), None)
+    ]
+    first, second, default = (one.log_likelihood for one in found)
+    assert torch.equal(first, second) and not torch.equal(first, default)
+
+
 def test_ragged_rows_equal_single_rows(model):
     tokens = rows()
     contexts, continuations = [tokens[0, :2].tolist(), []], [tokens[0, 2:9].tolist(), [4, 5]]

@@ -364,7 +364,7 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
             order,
             self.config.alpha_0 if alpha_0 is None else alpha_0,
             seed,
-            row_numbers or range(len(tokens)),
+            range(len(tokens)) if row_numbers is None else list(map(int, row_numbers)),
         )
         width = max(int(predicted.sum(1).max()), 1)
         starts = predicted.int().argmax(dim=1)
