@@ -124,6 +124,15 @@ def test_random_orders_are_averaged_and_do_not_depend_on_the_batch(model):
     assert torch.allclose(zero.log_likelihood, reading.log_likelihood, atol=1e-10)
 
 
+def test_numbers_of_rows_may_be_a_tensor(model):
+    found = [
+        model.log_likelihood([[]] * 2, rows(2, 6), order=2, alpha_0=0.5, row_numbers=numbers)
+        for numbers in ([7, 8], torch.tensor([7, 8]), None)
+    ]
+    first, second, default = (one.log_likelihood for one in found)
+    assert torch.equal(first, second) and not torch.equal(first, default)
+
+
 def test_ragged_rows_equal_single_rows(model):
     tokens = rows()
     contexts, continuations = [tokens[0, :2].tolist(), []], [tokens[0, 2:9].tolist(), [4, 5]]
@@ -590,6 +599,35 @@ def test_prompt_labels_give_no_loss_but_are_seen(with_alpha_0):
     loss = model(input_ids=tokens, labels=labels).loss
     exact = model.log_likelihood(tokens[:, :5], tokens[:, 5:]).log_likelihood
     assert float(loss.detach()) == pytest.approx(float(-exact.sum() / 6), rel=1e-5)
+
+
+@pytest.mark.parametrize("alpha_0", [0.5, 1.0])
+def test_every_weight_gets_a_gradient_whatever_is_drawn(with_alpha_0, alpha_0):
+    """DistributedDataParallel ends a run in which one gets none; short rows often draw no mask."""
+    model, tokens = with_alpha_0(alpha_0), rows(1, 3)
+    losses = []
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        loss = model(input_ids=tokens, labels=tokens, generator=generator).loss
+        model.zero_grad()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        lacking = [name for name, weight in model.named_parameters() if weight.grad is None]
+        assert not lacking, (seed, lacking)
+    assert 0 < losses.count(0.0) < 20
+
+
+@pytest.mark.parametrize(("alpha_0", "passes"), [(0.0, 1), (0.5, 2), (1.0, 1)])
+def test_the_passes_of_the_loss_do_not_depend_on_the_draws(with_alpha_0, alpha_0, passes):
+    """Under FSDP and ZeRO-3 the ranks gather the weights in every pass, so all must make as many."""
+    model, tokens = with_alpha_0(alpha_0), rows(2, 3)
+    made = []
+    hook = model.model.register_forward_hook(lambda *_: made.append(1))
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        model(input_ids=tokens, labels=tokens, generator=generator)
+    hook.remove()
+    assert len(made) == 12 * passes
 
 
 @pytest.mark.parametrize("alpha_0", [0.0, 0.5, 1.0])

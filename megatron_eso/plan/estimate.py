@@ -10,7 +10,7 @@ from megatron_eso.plan.goodput import Failures, best_interval, expected_share
 from megatron_eso.plan.hardware import Hardware
 from megatron_eso.plan.job import Job, require_placeable
 from megatron_eso.plan.memory import StageMemory, stage_memory
-from megatron_eso.plan.parameters import num_parameters
+from megatron_eso.plan.parameters import checkpoint_bytes, num_parameters
 from megatron_eso.plan.step_time import StepTime, step_time
 
 COLUMNS = 128
@@ -130,8 +130,7 @@ def run_failures(job: Job, hardware: Hardware, step_seconds: float) -> Failures:
         step_seconds: time of a step without saves.
     """
     config = job.config
-    # 14 bytes per weight (16-bit weight, fp32 master, two moments), one copy of the model over all GPUs.
-    copied = 14.0 * num_parameters(config.model) / job.num_gpus
+    copied = checkpoint_bytes(config) / job.num_gpus  # each part of it by one GPU
     steps = total_steps(config)  # there is a save at the end
     every, local = config.train.save_every_steps or steps, config.checkpoint
     return Failures(

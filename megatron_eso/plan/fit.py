@@ -5,10 +5,7 @@ from megatron_eso.errors import ClusterError
 from megatron_eso.plan.estimate import make_plan
 from megatron_eso.plan.hardware import load_hardware
 from megatron_eso.plan.job import Job
-from megatron_eso.plan.parameters import num_parameters
-
-# Per weight: float32 master, two moments and the moving average.
-_CHECKPOINT_BYTES = 16
+from megatron_eso.plan.parameters import checkpoint_bytes
 
 
 def require_time_for_a_checkpoint(
@@ -26,7 +23,7 @@ def require_time_for_a_checkpoint(
     Raises:
         ClusterError: if it cannot; the job would be killed while it saves, at every limit.
     """
-    gigabytes = _CHECKPOINT_BYTES * num_parameters(config.model) / 1e9
+    gigabytes = checkpoint_bytes(config) / 1e9
     # This does not count on Slurm's KillWait.
     seconds = gigabytes / gb_per_second
     if step_seconds + seconds > signal_seconds:

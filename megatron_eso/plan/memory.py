@@ -1,7 +1,8 @@
 """Memory of every pipeline stage by kind, in bytes per GPU.
 
 Formulas: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models"
-(activations); Megatron-Core's distributed optimizer (states: 6 + 12 / d bytes per weight in bf16).
+(activations); Megatron-Core's distributed optimizer (states: 6 + 12 / d bytes per weight in bf16, 8 + 8 / d
+in fp32, whose weights are their own masters).
 """
 
 from dataclasses import dataclass, fields
@@ -75,11 +76,12 @@ def _one_stage(job: Job, hardware: Hardware, stage: int) -> StageMemory:
     config = job.config
     parameters, copies = local_parameters(job, stage), job.data_parallel * config.parallel.context
     weights = parameters * _element_bytes(job) + _fp8_copies(job, stage)
+    masters = 0.0 if config.precision.dtype == "fp32" else 4.0
     average = 4.0 if config.optimizer.ema_decay else 0.0
     return StageMemory(
         weights=weights,
         gradients=4.0 * parameters,
-        optimizer=(12.0 + average) * parameters / copies,
+        optimizer=(masters + 8.0 + average) * parameters / copies,
         activations=_activations(job, stage),
         logits=_logits(job) if stage == config.parallel.pipeline - 1 else 0.0,
         workspace=hardware.workspace_gb * 1e9,

@@ -1,7 +1,7 @@
 """How many weights a model has, whole and per pipeline stage; torch-free."""
 
 from megatron_eso.config.derive import ffn_size, head_size, num_kv_heads, padded_vocab_size
-from megatron_eso.config.schema import ModelConfig
+from megatron_eso.config.schema import ModelConfig, RunConfig
 from megatron_eso.plan.flops import matrix_parameters_per_layer
 
 
@@ -17,6 +17,12 @@ def num_parameters(model: ModelConfig, *, padded: bool = False) -> int:
         + embedding_parameters(model, padded=padded)
         + head_parameters(model, padded=padded)
     )
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Return the bytes of a checkpoint: float32 masters, two moments and, if kept, the average."""
+    kinds = 4 if config.optimizer.ema_decay else 3
+    return 4 * kinds * num_parameters(config.model, padded=True)
 
 
 def layer_parameters(model: ModelConfig) -> int:

@@ -21,10 +21,11 @@ KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "workspac
 def plan_text(plan: Plan) -> str:
     """Return the plan as lines for a terminal."""
     job, config = plan.job, plan.job.config
-    parallel = config.parallel
+    parallel, objective = config.parallel, config.objective
+    share = f" alpha_0 {objective.alpha_0:g}" if objective.name == "eso" else ""
     lines = [
-        f"{config.name}: {num_parameters(config.model) / 1e6:,.1f} M parameters, {config.objective.name} "
-        f"alpha_0 {config.objective.alpha_0:g}, {job.num_gpus} x {plan.hardware.name}, tp "
+        f"{config.name}: {num_parameters(config.model) / 1e6:,.1f} M parameters, "
+        f"{objective.name}{share}, {job.num_gpus} x {plan.hardware.name}, tp "
         f"{parallel.tensor} pp {parallel.pipeline} vp {parallel.virtual_pipeline} cp "
         f"{parallel.context} dp {job.data_parallel}, {job.num_micro_batches:g} micro-batches",
         "",

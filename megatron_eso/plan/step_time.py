@@ -95,7 +95,8 @@ def _layer_parts(job: Job, hardware: Hardware) -> dict[str, float]:
         / (peak * fitted.attention_efficiency),
         "elementwise": moved / (hardware.memory_tb_per_second * 1e12 * fitted.memory_efficiency),
         "tensor_parallel": _tensor_parallel_seconds(job, hardware) * (1.0 + again / 2.0),
-        "context_parallel": _context_parallel_seconds(job, hardware),
+        "context_parallel": _context_parallel_seconds(job, hardware)
+        * (1.0 + attention_again / 2.0),
         "launch": fitted.layer_seconds * (1.0 + again / 3.0),
     }
 
@@ -162,10 +163,11 @@ def _transfer_seconds(job: Job, hardware: Hardware) -> float:
     parallel = job.config.parallel
     if parallel.pipeline == 1:
         return 0.0
-    ranks = parallel.tensor * parallel.context * parallel.pipeline
-    per_boundary = 2 * _boundary_bytes(job) / parallel.tensor
+    per_boundary = 2 * _boundary_bytes(job) / (parallel.tensor if parallel.sequence else 1)
     visible = hardware.constants.network_exposed
-    return per_boundary * parallel.virtual_pipeline / _link(hardware, ranks) * visible
+    # Megatron numbers all ranks of a stage before those of the next, so two stages share a node only if
+    # all do.
+    return per_boundary * parallel.virtual_pipeline / _link(hardware, job.num_gpus) * visible
 
 
 def _data_parallel_seconds(job: Job, hardware: Hardware) -> float:
@@ -175,7 +177,8 @@ def _data_parallel_seconds(job: Job, hardware: Hardware) -> float:
     parameters = max(local_parameters(job, s) for s in range(parallel.pipeline))
     element = 4.0 if job.config.precision.dtype == "fp32" else 2.0
     volume = (4.0 + element) * parameters * (copies - 1) / copies
-    return volume / _link(hardware, job.num_gpus) * hardware.constants.network_exposed
+    of_stage = job.num_gpus // parallel.pipeline  # they are neighbors
+    return volume / _link(hardware, of_stage) * hardware.constants.network_exposed
 
 
 def _optimizer_seconds(job: Job, hardware: Hardware) -> float:

@@ -144,7 +144,7 @@ def grid_table(cells: list[Cell]) -> str:
         f"{len(legal)} of {len(cells)} cells are legal: {sum(c.gpu_hours for c in legal):,.4g} GPU hours, "
         f"{sum(c.dollars for c in legal):,.4g} dollars, {sum(c.flops for c in legal):.3g} FLOPs"
     )
-    lines += [f"rule of {key}: {value}" for key, value in legal[0].rules.items()]
+    lines += [f"rule of {key}, {legal[0].name}: {v}" for key, v in legal[0].rules.items()]
     return "\n".join(lines)
 
 
@@ -283,7 +283,7 @@ def _counts(run: RunConfig) -> dict[str, Any]:
 def _flops_per_step(run: RunConfig) -> tuple[float, float, float]:
     rows, length = run.train.global_batch_rows, run.train.sequence_length
     honest = model_flops_per_step(run.model, run.objective, sequence_length=length, rows=rows)
-    published = 3 * 2 * published_forward_macs(run.model, length) * rows
+    published = 3 * 2 * published_forward_macs(run.model, run.objective, length) * rows
     return honest.training, honest.training_full_attention, published
 
 

@@ -32,7 +32,7 @@ from megatron_eso.scaling.isoflop import (
 from megatron_eso.scaling.parametric import FEWEST_RUNS, Parametric, fit_parametric
 
 NUM_BOOTSTRAP = 400  # samples for the interval of a power law
-FAR = 10.0  # times the largest budget: an extrapolation beyond that says so
+FAR = 10.0  # times the largest budget with a minimum: an extrapolation beyond that says so
 MUST_AGREE = ("data", "vocab_size", "sequence_length")
 NUMBERS = ("parameters", "tokens", "flops", "loss")
 NEEDED = ("objective", "state", *NUMBERS)
@@ -141,8 +141,8 @@ def recommendation(fit: ObjectiveFit, budget: float) -> str:
     if fit.parametric and fit.parametric.is_determined:
         loss = fit.parametric.at(fit.size_law.at(budget), fit.token_law.at(budget))
         parts[-1] += f" by a power law without a floor, {loss:.3g} by E + A/N^a + B/D^b"
-    beyond = budget / max(m.budget for m in fit.minima)
-    far = f", {beyond:.3g} times the largest budget measured" if beyond > FAR else ""
+    beyond = budget / max(m.budget for m in fit.minima if m.parameters is not None)
+    far = f", {beyond:.3g} times the largest budget with a minimum" if beyond > FAR else ""
     mark = " PROVISIONAL" if fit.provisional else ""
     return f"{fit.objective} at {budget:.3g} FLOPs{far}: {', '.join(parts)}{mark}"
 

@@ -4,16 +4,22 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_eso.checkpoint.state import EMA, MOMENTS, WEIGHTS
 from megatron_eso.config.schema import ModelConfig
-from megatron_eso.errors import ConfigError
+from megatron_eso.errors import ClusterError, ConfigError
 from megatron_eso.parallel import vocabulary_loss
-from megatron_eso.plan.estimate import make_plan
+from megatron_eso.parallel.megatron_patches import importing_megatron
+from megatron_eso.plan.estimate import make_plan, run_failures
+from megatron_eso.plan.fit import require_time_for_a_checkpoint
 from megatron_eso.plan.flops import matrix_parameters_per_layer
 from megatron_eso.plan.hardware import load_hardware
 from megatron_eso.plan.memory import CHUNK_LOGITS, layer_activation_bytes, stage_memory
 from megatron_eso.plan.parameters import num_parameters
 from megatron_eso.plan.step_time import step_time
 from tests.plan.jobs import job, with_model
+
+with importing_megatron():
+    from megatron.core.parallel_state import RankGenerator
 
 H100 = load_hardware("h100")
 LAYOUTS = [
@@ -58,6 +64,31 @@ def test_states_take_six_plus_twelve_over_d_bytes_a_weight():
     states = memory.weights + memory.gradients + memory.optimizer
     weights = num_parameters(case.config.model, padded=True)
     assert states == pytest.approx(weights * (6 + 12 / 16))
+
+
+def test_fp32_weights_are_their_own_masters():
+    """Megatron's optimizer steps on views of them: it has the two moments alone."""
+    case = with_precision(job(gpus=16), dtype="fp32")
+    memory = stage_memory(case, H100)[0]
+    states = memory.weights + memory.gradients + memory.optimizer
+    weights = num_parameters(case.config.model, padded=True)
+    assert states == pytest.approx(weights * (8 + 8 / 16))
+
+
+@pytest.mark.parametrize(("decay", "has_average"), [(0.0, False), (0.999, True)])
+def test_a_checkpoint_has_the_bytes_of_the_tensors_it_holds(decay, has_average):
+    """Both that the planner's stall and that submit's limit are taken from: float32, no bf16 weights."""
+    case = with_model(job(gpus=16), vocab_size=131000, vocab_padding_multiple=1024)
+    optimizer = replace(case.config.optimizer, ema_decay=decay)
+    case = replace(case, config=replace(case.config, optimizer=optimizer))
+    kinds = len([WEIGHTS, *MOMENTS, *([EMA] if has_average else [])])
+    stored = 4 * kinds * num_parameters(case.config.model, padded=True)
+    stall = run_failures(case, H100, 1.0).save_stall_seconds
+    assert stall == pytest.approx(stored / 16 / (H100.host_copy_gb_per_second * 1e9))
+    with pytest.raises(ClusterError, match=f"a checkpoint of {stored / 1e9:.1f} GB takes"):
+        require_time_for_a_checkpoint(
+            case.config, gb_per_second=1.0, signal_seconds=1.0, step_seconds=0.0
+        )
 
 
 def with_precision(case, **changes):
@@ -165,3 +196,41 @@ def test_the_head_holds_one_chunk_of_logits_whatever_the_micro_batch():
     assert vocabulary_loss._CHUNK_ELEMENTS["cuda"] == CHUNK_LOGITS
     small, large = (stage_memory(job(micro=rows), H100)[-1].logits for rows in (1, 2))
     assert small == large == 8 * CHUNK_LOGITS + 4 * 4096 * 131072
+
+
+@pytest.mark.parametrize(
+    ("gpus", "tensor", "context", "pipeline"),
+    [(8, 2, 1, 2), (8, 1, 1, 8), (16, 2, 1, 2), (16, 1, 2, 4), (64, 2, 2, 2), (64, 2, 2, 8)],
+)
+def test_a_link_leaves_the_node_where_megatron_puts_its_ranks_on_two(
+    gpus, tensor, context, pipeline
+):
+    copies = gpus // (tensor * context * pipeline)
+    order = "tp-cp-ep-dp-pp"  # the default of initialize_model_parallel, with which we call it
+    ranks = RankGenerator(tensor, 1, copies, pipeline, context, order)
+    case = job(gpus=gpus, tensor=tensor, context=context, pipeline=pipeline)
+    slow = replace(H100, network_gb_per_second=H100.network_gb_per_second / 2)
+    for part, kind in (("pipeline_transfer", "pp"), ("data_parallel", "dp-cp")):
+        groups = ranks.get_ranks(kind)
+        leaves = any(len({rank // H100.gpus_per_node for rank in group}) > 1 for group in groups)
+        before, after = (getattr(step_time(case, each), part) for each in (H100, slow))
+        assert after == pytest.approx(before * (2 if leaves else 1)), part
+
+
+def test_without_sequence_parallelism_stages_pass_whole_activations():
+    whole, split = (
+        step_time(job(tensor=4, pipeline=2, sequence=is_split), H100).pipeline_transfer
+        for is_split in (False, True)
+    )
+    assert whole == pytest.approx(4 * split)
+    alone = step_time(job(pipeline=2, sequence=False), H100).pipeline_transfer
+    assert alone == step_time(job(pipeline=2), H100).pipeline_transfer
+
+
+@pytest.mark.parametrize(("recompute", "ratio"), [("none", 1), ("attention", 1.5), ("full", 1.5)])
+def test_recomputed_attention_swaps_tokens_for_heads_again(recompute, ratio):
+    base, again = (
+        step_time(job(context=2, recompute=kind), H100).context_parallel
+        for kind in ("none", recompute)
+    )
+    assert again == pytest.approx(ratio * base)

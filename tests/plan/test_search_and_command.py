@@ -52,6 +52,13 @@ def test_every_found_layout_can_be_planned():
         make_plan(candidate.job, H100)
 
 
+@pytest.mark.parametrize(("objective", "shown"), [("ar", "ar"), ("eso", "eso alpha_0 0.5")])
+def test_a_plan_names_alpha_0_only_where_it_counts(objective, shown):
+    case = job(objective=objective, alpha_0=0.5)
+    first = plan_text(make_plan(case, H100)).splitlines()[0]
+    assert f" M parameters, {shown}, 64 x h100" in first
+
+
 def test_losers_are_explained():
     best, *others = search(job().config, 64, H100)
     assert all(

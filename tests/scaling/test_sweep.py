@@ -98,8 +98,9 @@ def test_alpha_0_changes_what_a_token_costs(tmp_path):
 
 
 def test_rules_are_printed_beside_their_values(tmp_path):
-    table = grid_table(grid(tmp_path)[1])
-    assert "rule of optimizer.learning_rate" in table and "GPU hours" in table
+    cells = grid(tmp_path)[1]
+    first, table = next(cell.name for cell in cells if not cell.problems), grid_table(cells)
+    assert f"rule of optimizer.learning_rate, {first}: " in table and "GPU hours" in table
 
 
 def test_a_token_ladder_gives_tokens_by_parameters(tmp_path):
@@ -517,6 +518,14 @@ def test_unfinished_and_diverged_cells_are_left_out_and_make_it_provisional():
     assert "PROVISIONAL" in recommendation(study.objectives[0], 1e10)
 
 
+def test_a_budget_that_is_refused_does_not_count_as_reached():
+    rows = [row(size, budget) for size in (1, 2, 3) for budget in (1e9, 1e10)]
+    rows += [row(size, 1e12, loss=3 - 0.1 * size + 0.001 * size**2) for size in (1, 2, 3)]
+    fit = fit_study(rows).objectives[0]
+    assert [m.parameters is None for m in fit.minima] == [False, False, True]
+    assert "400 times the largest budget with a minimum" in recommendation(fit, 4e12)
+
+
 def test_why_there_is_no_recommendation_is_said_once_beside_the_refused_budgets():
     table = read_table(ROOT / "docs/scaling-laptop/cells.csv")
     ar = study_text(fit_study(table, budget=1e13)).partition("eso-1:")[0]
@@ -702,7 +711,7 @@ def test_a_far_extrapolation_stands_beside_the_law_with_a_floor():
     assert fit.loss_law and fit.loss_law.at(1e22) < truth - 0.2
     assert fit.parametric.at(size, tokens) == pytest.approx(truth, abs=0.02)
     said = recommendation(fit, 1e22)
-    assert "1e+03 times the largest budget measured" in said
+    assert "1e+03 times the largest budget with a minimum" in said
     assert f"without a floor, {fit.parametric.at(size, tokens):.3g} by E + A/N^a" in said
     assert "largest budget" not in recommendation(fit, 4e19)
 

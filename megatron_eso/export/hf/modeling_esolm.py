@@ -312,9 +312,14 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
         masked = has_loss & (uniform(*tokens.shape) >= keep[:, None])
         # Prompts (no loss) come first, in reading order, as in generation.
         order = sort_order(masked, valid, uniform(*tokens.shape), is_diffusion, valid & ~has_loss)
-        total = self.lm_head.weight.sum() * 0.0  # has a gradient even if no mask is drawn
+
+        def idle_pass():  # ranks that share weights or gradients wait for each other in every pass
+            hidden = self.model(tokens[:, :1], torch.zeros_like(tokens[:, :1]))
+            return self.lm_head(hidden).sum() * 0.0
+
+        total = 0.0
         rows = is_diffusion.nonzero()[:, 0]
-        if len(rows) and bool(masked[rows].any()):
+        if bool(masked[rows].any()):
             kept, place = masked[rows], order[rows]
             inputs = tokens[rows].masked_fill(kept, config.mask_token_id).gather(1, place)
             positions = (valid[rows].long().cumsum(1) - 1).clamp(min=0).gather(1, place)
@@ -322,12 +327,16 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
             logits = self.real_logits(self.model(inputs, positions)[wanted])
             nats = _nats(logits, tokens[rows].gather(1, place)[wanted])
             total = total + (nats * weight[rows][wanted.nonzero()[:, 0]]).sum() / kappa
+        elif kappa > 0:
+            total = total + idle_pass()
         rows = (~is_diffusion).nonzero()[:, 0]
-        if len(rows) and bool(masked[rows].any()):
+        if bool(masked[rows].any()):
             logits, row, place = self.predict_in_order(
                 tokens[rows], masked[rows], order[rows], valid[rows]
             )
             total = total + _nats(logits, tokens[rows][row, place]).sum() / (1 - kappa)
+        elif kappa < 1:
+            total = total + idle_pass()
         return (total / has_loss.sum().clamp(min=1)).to(torch.float32)
 
     @torch.no_grad()
@@ -355,7 +364,7 @@ class EsoLMForCausalLM(EsoLMPreTrainedModel, GenerationMixin):
             order,
             self.config.alpha_0 if alpha_0 is None else alpha_0,
             seed,
-            row_numbers or range(len(tokens)),
+            range(len(tokens)) if row_numbers is None else list(map(int, row_numbers)),
         )
         width = max(int(predicted.sum(1).max()), 1)
         starts = predicted.int().argmax(dim=1)
