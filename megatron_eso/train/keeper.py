@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import secrets
 import shutil
 import tempfile
 import time
@@ -74,9 +75,12 @@ class Keeper:
         )
         self._local = None
         if session.config.checkpoint.local_folder is not None:
-            run_id = from_first_rank(lambda: run_identity(folder.checkpoints), session.torch_device)
+            run_id, course = from_first_rank(
+                lambda: (run_identity(folder.checkpoints), secrets.token_hex(8)),
+                session.torch_device,
+            )
             data = reader.fingerprint()
-            self._local = LocalCopies(session.config, folder.path, run_id, data)
+            self._local = LocalCopies(session.config, folder.path, run_id, course, data)
 
     def resume_or_start(self) -> None:
         """Load the newest valid checkpoint; if there is none, load or draw the run's first weights.

@@ -202,6 +202,30 @@ def test_new_local_copies_last_after_one_rank_lost_its_own(two_ranks, run, tmp_p
     assert two_ranks.run(START, str(run), settings, 3, [])[0]["first"] == 2
 
 
+def test_copies_of_a_node_that_comes_back_are_not_mixed_with_those_made_meanwhile(
+    two_ranks, run, tmp_path
+):
+    """Both hold a copy of step 2, but the others have done that step again without it."""
+    settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
+    two_ranks.run(START, str(run), settings, 2, [1])
+    copies = next(tmp_path.rglob("rank_00001"))
+    shutil.move(copies, tmp_path / "away")
+    assert two_ranks.run(START, str(run), settings, 3, [])[0]["first"] == 1
+    shutil.rmtree(copies)
+    shutil.move(tmp_path / "away", copies)
+    assert [f.stem for f in sorted(copies.glob("*.pt"))] == ["step_0000000001", "step_0000000002"]
+    assert two_ranks.run(START, str(run), settings, 3, [])[0]["first"] == 1
+
+
+def test_copies_of_ranks_that_now_run_on_other_nodes_are_removed(two_ranks, run, tmp_path):
+    settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
+    two_ranks.run(START, str(run), settings, 2, [1])
+    copies = next(tmp_path.rglob("rank_00001"))
+    shutil.copytree(copies, copies.with_name("rank_00012"))
+    assert two_ranks.run(START, str(run), settings, 3, [])[0]["first"] == 2
+    assert sorted(f.name for f in copies.parent.iterdir()) == ["rank_00000", "rank_00001"]
+
+
 def test_training_goes_on_where_the_file_system_cannot_be_asked_for_room(two_ranks, run):
     found = two_ranks.run("resilience.keeper_jobs.saved_without_an_answer", str(run))
     assert found == [[False, True, True]] * 2
