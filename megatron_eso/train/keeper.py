@@ -8,9 +8,12 @@ import secrets
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_eso.checkpoint.facts import facts_of
 from megatron_eso.checkpoint.find import find_checkpoint_together, newest_valid_together
@@ -24,11 +27,11 @@ from megatron_eso.checkpoint.local import LocalCopies, run_identity
 from megatron_eso.checkpoint.save import Saver
 from megatron_eso.checkpoint.state import collect, stored_bytes
 from megatron_eso.data.reader import RowReader
-from megatron_eso.errors import CheckpointError
+from megatron_eso.errors import CheckpointError, DataError
 from megatron_eso.launch import events, lease
 from megatron_eso.launch.environment import is_of_job_script
 from megatron_eso.launch.heartbeat import Heart
-from megatron_eso.parallel.exchange import from_first_rank, raise_together
+from megatron_eso.parallel.exchange import from_first_rank, raise_together, together
 from megatron_eso.train.run_folder import RunFolder
 from megatron_eso.train.session import Session, TrainState
 
@@ -340,6 +343,28 @@ def facts_of_run(session: Session, data: dict[str, Any], tokenizer: Path) -> dic
         num_ranks=session.ranks.world_size,
         written=time.time(),
     )
+
+
+def open_together(open_rows: Callable[[], RowReader], device: torch.device) -> RowReader:
+    """Return this rank's reader of the training data. All ranks must call this.
+
+    Raises:
+        DataError: on all ranks, if one cannot open the data, or holds other data than the first rank.
+    """
+    # Where a rank's store, cache or disk fails, the others must not wait for it.
+    reader = together(open_rows, device)
+    first = from_first_rank(reader.fingerprint, device)
+
+    def compare() -> None:
+        changed = changed_data({"data": first}, reader)
+        if changed:
+            raise DataError(
+                f"data.sources on {platform.node()} are not those of the first rank ({', '.join(changed)} "
+                "differ): a path must lead to the same data on every node"
+            )
+
+    together(compare, device)
+    return reader
 
 
 def changed_data(facts: dict[str, Any], reader: RowReader) -> list[str]:
