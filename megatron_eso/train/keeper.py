@@ -91,9 +91,12 @@ class Keeper:
         Raises:
             CheckpointError: if there are checkpoints but none is whole, or the next one has no room.
         """
-        folder = self._newest()
-        shared_step = folder.step if folder else -1
-        if self._load_local(shared_step):
+        copies = self._newest_copies()
+        folder = self._newest(unread_before=copies)
+        if _step_of(folder) < copies and not self._load_local(copies, _step_of(folder)):
+            copies, folder = -1, self._newest()
+        shared_step = _step_of(folder)
+        if shared_step < copies:
             self.saver.kept_step = shared_step
         elif folder is not None:
             self._load(folder)
@@ -239,14 +242,16 @@ class Keeper:
         if self._local is not None:
             self._local.forget_beyond(self._session.state.step)
 
-    def _load_local(self, shared_step: int) -> bool:
-        """Load the node-local copies if newer than the shared checkpoint; return whether it did."""
+    def _newest_copies(self) -> int:
+        """Return the step of the newest node-local copies that may be used; -1 if there are none."""
+        if self._local is None or self._session.config.checkpoint.resume == "never":
+            return -1
+        return self._local.newest()
+
+    def _load_local(self, step: int, shared_step: int) -> bool:
+        """Load the node-local copies of a step; return whether that worked."""
         session = self._session
-        if self._local is None or session.config.checkpoint.resume == "never":
-            return False
-        step = self._local.newest()
-        if step <= shared_step:
-            return False
+        assert self._local is not None
         stored = self._local.load(
             step, session.chunks, session.optimizer, session.average, session.layout.weights_group
         )
@@ -258,11 +263,12 @@ class Keeper:
             log.info("continuing from node-local copies of step %d (shared: %d)", step, shared_step)
         return True
 
-    def _newest(self) -> CheckpointFolder | None:
+    def _newest(self, *, unread_before: int = -1) -> CheckpointFolder | None:
         return newest_valid_together(
             self._folder.checkpoints,
             hashes=self._session.config.checkpoint.verify_hashes,
             device=self._session.torch_device,
+            unread_before=unread_before,
         )
 
     def _load(self, folder: CheckpointFolder) -> None:
@@ -323,6 +329,10 @@ class Keeper:
             )
 
         return from_first_rank(look, self._session.torch_device)
+
+
+def _step_of(folder: CheckpointFolder | None) -> int:
+    return folder.step if folder else -1
 
 
 def facts_of_run(session: Session, data: dict[str, Any], tokenizer: Path) -> dict[str, Any]:
