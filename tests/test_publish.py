@@ -1,11 +1,12 @@
 """Publishing a save: it is committed or given up, never both, and what is neither leaves no folder."""
 
+import os
 import threading
 import time
 
 import pytest
 
-from megatron_eso.checkpoint.folder import MARKER, folder_of_step
+from megatron_eso.checkpoint.folder import MANIFEST, MARKER, folder_of_step, hash_file
 from megatron_eso.checkpoint.publish import Publication
 from megatron_eso.launch import lease
 
@@ -96,3 +97,23 @@ def test_nor_does_one_that_was_given_up_remove_it(tmp_path):
     case.held.lost = "found out by a renewal"
     case.end()
     assert case.folder.path.exists()
+
+
+def test_every_file_is_on_the_disk_before_the_marker(tmp_path, monkeypatch):
+    """Writers flush their shards. After a power loss a marker beside an empty file would refuse it."""
+    path = tmp_path / "step_0000000002"
+    path.mkdir()
+    for name in ("__0_0.distcp", "common.pt", "metadata.json"):
+        (path / name).write_text(name)
+    flushed = []
+
+    def note(descriptor, flush=os.fsync):
+        flushed.append(os.fstat(descriptor).st_ino)
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    shard = path / "__0_0.distcp"
+    size = shard.stat().st_size
+    folder_of_step(tmp_path, 2).commit({shard.name: {"bytes": size, "xxh3_128": hash_file(shard)}})
+    wanted = [path / name for name in ("common.pt", "metadata.json", MANIFEST, MARKER)]
+    assert flushed == [file.stat().st_ino for file in wanted]

@@ -10,6 +10,7 @@ sign of life, while memory stays as it is, and forks again if none comes.
 
 import atexit
 import gc
+import logging
 import multiprocessing
 import os
 import signal
@@ -21,7 +22,10 @@ from megatron_eso.launch.processes import STOPPING, die_with_parent, release_sig
 
 SIGN_OF_LIFE_SECONDS = 10.0
 """How long to wait for a sign of life. A child that runs gives it within milliseconds."""
+SECONDS_TO_DIE = 10.0
+"""How long to wait for a killed child: one that waits for a file system that hangs cannot die."""
 _TRIES = 3
+log = logging.getLogger(__name__)
 
 
 class Child:
@@ -85,7 +89,12 @@ class Child:
     def _end(self) -> None:
         atexit.unregister(self.kill)
         self._answer.close()
-        self._process.join()
+        self._process.join(SECONDS_TO_DIE)
+        if (
+            self._process.is_alive()
+        ):  # it makes no further call: it dies when the file system answers
+            log.warning("a killed writer (process %d) still waits in the kernel", self._process.pid)
+            return
         self._process.close()
 
 

@@ -29,12 +29,18 @@ def newest_valid(root: Path, *, hashes: bool) -> CheckpointFolder | None:
 
 
 def newest_valid_together(
-    root: Path, *, hashes: bool, device: torch.device
+    root: Path, *, hashes: bool, device: torch.device, unread_before: int = -1
 ) -> CheckpointFolder | None:
-    """Return what :func:`newest_valid` does. All ranks must call this; each hashes its share."""
+    """Return what :func:`newest_valid` does. All ranks must call this; each hashes its share.
+
+    Of checkpoints before step ``unread_before`` only the sizes are compared: newer copies are used instead.
+    """
     folders = from_first_rank(lambda: _newest_first(root), device)
     return _first_whole(
-        folders, lambda folder: damage_together(folder, hashes=hashes, device=device)
+        folders,
+        lambda folder: damage_together(
+            folder, hashes=hashes and folder.step >= unread_before, device=device
+        ),
     )
 
 

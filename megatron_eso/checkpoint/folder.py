@@ -11,6 +11,7 @@ Folders are never renamed: object-store file systems cannot.
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -126,7 +127,7 @@ class CheckpointFolder:
         """Write the manifest of everything in the folder, then the marker.
 
         Args:
-            known: manifest entries of files that their writers have hashed.
+            known: manifest entries of files that their writers have flushed and hashed.
 
         Raises:
             OSError: if a file cannot be written, or has another size than its writer left.
@@ -138,6 +139,7 @@ class CheckpointFolder:
                 raise OSError(f"{name} is not as long as when it was written")
         for p in files:
             if p.name not in entries:
+                _flush(p)
                 entries[p.name] = {"bytes": p.stat().st_size, "xxh3_128": hash_file(p)}
         write_json(self.path / MANIFEST, {"files": entries})
         write_whole(self.path / MARKER, "")
@@ -264,6 +266,15 @@ def read_sidecar(path: Path) -> dict[str, Any]:
             f"{FORMAT_VERSION}: update megatron-eso"
         )
     return sidecar
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file is on the disk: without it, a checkpoint that outlives a power loss is damaged."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def hash_file(path: Path) -> str:

@@ -6,13 +6,16 @@
 They need no exchange between ranks, but only the same layout can read them, and a lost node loses its
 part. So shared checkpoints are still needed. A restart takes the newest step that all ranks hold. Copies
 outlive the folder of a removed run. So a run has a random name, kept beside its shared checkpoints, by
-which it recognizes copies of another run in the same place.
+which it recognizes copies of another run in the same place. A node that left a run and is back may hold
+copies of steps that the others have done again meanwhile. So each start has a random name too, its course:
+only copies of one course are parts of one state.
 """
 
 import hashlib
 import json
 import logging
 import pickle
+import platform
 import re
 import secrets
 import shutil
@@ -32,7 +35,7 @@ from megatron_eso.checkpoint.state import MOMENTS
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.errors import CheckpointError
 from megatron_eso.files import write_json, write_whole
-from megatron_eso.parallel.exchange import any_rank, together
+from megatron_eso.parallel.exchange import any_rank, gather_messages, together
 from megatron_eso.parallel.fp8_state import get_state, set_state, stateful_modules
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.optimizer import write_fp8_weights
@@ -62,18 +65,21 @@ def run_identity(checkpoints: Path) -> str:
 class LocalCopies:
     """This rank's copies. All ranks must call every method except the constructor."""
 
-    def __init__(self, config: RunConfig, run: Path, run_id: str, data: dict[str, Any]) -> None:
+    def __init__(
+        self, config: RunConfig, run: Path, run_id: str, course: str, data: dict[str, Any]
+    ) -> None:
         """Set where copies are and which ones fit.
 
         Args:
             config: the run, with resolved precision.
             run: run folder; its path names the copies.
             run_id: name of the run (:func:`run_identity`); copies of other runs do not fit.
+            course: name of this start, the same on all ranks.
             data: fingerprint of the training data.
         """
         name = hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:16]
         self._root = Path(config.checkpoint.local_folder or "") / f"megatron-eso-{name}"
-        self._folder = self._root / f"rank_{dist.get_rank():05d}"
+        self._folder = self._root / _folder_of(dist.get_rank())
         fits = {
             "run_id": run_id,
             "num_ranks": dist.get_world_size(),
@@ -84,7 +90,7 @@ class LocalCopies:
             "data": data,
             "has_ema": config.optimizer.ema_decay > 0,
         }
-        self._fits = json.loads(json.dumps(fits))
+        self._fits, self._course = json.loads(json.dumps(fits)), course
         self._child: Child | None = None
         self._step, self.kept_step = -1, -1
 
@@ -144,18 +150,18 @@ class LocalCopies:
         return False
 
     def newest(self) -> int:
-        """Return the newest step for which all ranks hold a whole copy; -1 if there is none.
+        """Return the newest step for which all ranks hold a whole copy of one course; -1: there is none.
 
         A rank that cannot list its copies holds none.
         """
-        mine: list[int] = []
+        mine: list[tuple[int, str]] = []
         try:
-            mine = [step for step in self._steps() if not self._damage(step)]
+            mine = [(step, course) for step in self._steps() if (course := self._course_of(step))]
         except OSError as error:
             log.warning("node-local copies in %s cannot be listed: %s", self._folder, error)
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, mine)
-        return max(set.intersection(*map(set, everywhere)), default=-1)
+        return max((step for step, _ in set.intersection(*map(set, everywhere))), default=-1)
 
     def load(
         self,
@@ -205,7 +211,8 @@ class LocalCopies:
     def forget_beyond(self, step: int) -> None:
         """Remove this rank's copies of steps after ``step``, from which the run continues.
 
-        They would count as the newest, and new copies would be removed instead of them.
+        They would count as the newest, and new copies would be removed instead of them. Copies of ranks
+        that now run on other nodes go too: nothing would ever remove them, and they may fill the memory.
         """
         if self._child is not None and self._step > step:
             self._child.kill("the run went back")
@@ -218,6 +225,12 @@ class LocalCopies:
         except OSError as error:
             log.warning("node-local copies after step %d cannot be removed: %s", step, error)
         self.kept_step = min(self.kept_step, step)
+        nodes = gather_messages(platform.node())
+        here = {_folder_of(rank) for rank, node in enumerate(nodes) if node == platform.node()}
+        if self._folder.name == min(here):  # one rank of each node
+            for folder in self._root.glob("rank_*"):
+                if folder.name not in here:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def close(self, *, remove: bool) -> None:
         """End a copy under way; with ``remove``, delete this rank's copies.
@@ -241,6 +254,7 @@ class LocalCopies:
         torch.save(tensors, file)
         header = {
             "fits": self._fits,
+            "course": self._course,
             "state": state["state"],
             "num_updates": state["num_updates"],
             "bytes": file.stat().st_size,
@@ -260,11 +274,12 @@ class LocalCopies:
         except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from None
 
-    def _damage(self, step: int) -> str:
-        """Return why a copy cannot be used, or an empty string."""
-        damage, file = "", self._file(step)
+    def _course_of(self, step: int) -> str:
+        """Return the course of a copy; an empty string, with a warning, if the copy cannot be used."""
+        damage, course, file = "", "", self._file(step)
         try:
             header = json.loads(self._header(step).read_text())
+            course = str(header["course"])
             if header["fits"] != self._fits:
                 damage = "it belongs to another run, layout, model or data set"
             elif file.stat().st_size != header["bytes"]:
@@ -275,7 +290,7 @@ class LocalCopies:
             damage = f"it cannot be read: {error}"
         if damage:
             log.warning("node-local copy %s is passed over: %s", file, damage)
-        return damage
+        return "" if damage else course
 
     def _steps(self, kind: str = "json") -> list[int]:
         found = (_NAME.fullmatch(path.stem) for path in self._folder.glob(f"step_*.{kind}"))
@@ -286,6 +301,10 @@ class LocalCopies:
 
     def _header(self, step: int) -> Path:
         return self._folder / f"step_{step:010d}.json"
+
+
+def _folder_of(rank: int) -> str:
+    return f"rank_{rank:05d}"
 
 
 def _misfit(

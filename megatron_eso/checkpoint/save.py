@@ -266,7 +266,7 @@ class Saver:
             return
         if save.child is not None:
             save.child.kill("another rank failed")
-        dist.barrier()  # from here on, no rank writes into the folder
+        dist.barrier()  # from here on, no rank begins to write into the folder
         if save.publication is not None and save.publication.is_alive:
             self._outlived[save.folder.path] = (
                 save.publication

@@ -122,7 +122,8 @@ class DataConfig:
     """Number of independent sequences of shards that an epoch's order is cut into; fixed for a run, on
     any number of nodes."""
     prefetch_shards: int = within(2, at_least=0)
-    """Number of shards to fetch ahead of the one that is read."""
+    """Number of shards of each source that are fetched ahead every 16 steps; raise it if as many steps need
+    more new ones."""
     num_workers: int = within(1, at_least=0)
     """Threads that read ahead of the training loop; 0: read in the loop."""
     verify_hashes: bool = True

@@ -103,12 +103,12 @@ class SampleOrder:
                 samples[chosen] = self._group(int(epoch), int(group))[offsets]
         return samples
 
-    def shards_ahead(self, place: int, num_shards: int) -> list[int]:
-        """Return the first shards, at most ``num_shards``, that the places from ``place`` on touch."""
-        ahead = self.samples_at(np.arange(place, place + min(self.num_samples, 4096)))
+    def shards_ahead(self, place: int, num_places: int) -> list[int]:
+        """Return the shards that ``num_places`` places from ``place`` on touch, in that order."""
+        ahead = self.samples_at(np.arange(place, place + min(self.num_samples, num_places)))
         shards = np.searchsorted(self._starts, ahead, side="right") - 1
         _, first = np.unique(shards, return_index=True)
-        return [int(shards[index]) for index in sorted(first)[:num_shards]]
+        return shards[np.sort(first)].tolist()
 
     def fingerprint(self) -> str:
         """Return a hash of the first samples of the first epoch and of the data set's size."""

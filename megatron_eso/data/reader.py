@@ -24,8 +24,10 @@ from megatron_eso.data.order import SampleOrder
 from megatron_eso.data.plan_reads import ReadPlans
 from megatron_eso.data.shards import ShardedRows, row_buffers
 
-# Once per this many reads, the shards to fetch ahead are looked up.
+# Once per this many reads, the shards to fetch ahead are looked up among the places of twice as many steps.
 READS_PER_WARMING = 16
+# But among this many at least: a small batch takes many steps until it needs a new shard.
+PLACES_AHEAD = 4096
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class RowReader:
         self._threads: ThreadPoolExecutor | None = None
         self._process = os.getpid()
         self._ahead: dict[tuple[int, tuple[int, ...]], Future[TokenRows]] = {}
+        self._warming: Future[None] | None = None
         self._num_reads = 0
 
     @property
@@ -109,8 +112,9 @@ class RowReader:
             self._ahead.pop(key).cancel()
         result = future.result() if future is not None else self._read(step, wanted)
         self._ahead[step + 1, wanted] = threads.submit(self._read, step + 1, wanted)
-        if self._num_reads % READS_PER_WARMING == 0 and self._data.prefetch_shards:
-            threads.submit(self._warm, step)
+        is_warm = self._warming is None or self._warming.done()
+        if self._num_reads % READS_PER_WARMING == 0 and self._data.prefetch_shards and is_warm:
+            self._warming = threads.submit(self._warm, step)
         self._num_reads += 1
         return result
 
@@ -181,16 +185,19 @@ class RowReader:
         return _checked_rows(stored, self._splits[0].manifest)
 
     def _warm(self, step: int) -> None:
-        place = np.array([(step + 1) * self._batch_rows])
-        for number, (order, split) in enumerate(zip(self._orders, self._splits, strict=True)):
-            start = self._mixture.consumed(int(place[0]))[number]
-            split.warm(order.shards_ahead(start, self._data.prefetch_shards))
+        """Fetch shards that the next steps touch and that are not open, as most shards of a shuffle are."""
+        place = (step + 1) * self._batch_rows
+        end = place + max(PLACES_AHEAD, 2 * READS_PER_WARMING * self._batch_rows)
+        begins, ends = self._mixture.consumed(place), self._mixture.consumed(end)
+        for order, split, first, last in zip(self._orders, self._splits, begins, ends, strict=True):
+            split.warm(order.shards_ahead(first, last - first), self._data.prefetch_shards)
 
     def _thread_pool(self) -> ThreadPoolExecutor:
         if self._threads is None or self._process != os.getpid():  # threads do not survive a fork
             self._ahead.clear()
-            self._process = os.getpid()
-            self._threads = ThreadPoolExecutor(self._data.num_workers, "rows")
+            self._warming, self._process = None, os.getpid()
+            # One more, so that rows never wait for shards that are only needed later.
+            self._threads = ThreadPoolExecutor(self._data.num_workers + 1, "rows")
         return self._threads
 
 

@@ -111,9 +111,9 @@ class ShardedRows:
                 where = self.name_of(shard)
                 raise DataError(f"shard {where} was cut short while it was being read")
 
-    def warm(self, shards: Sequence[int]) -> None:
-        """Fetch and verify shards ahead of their use."""
-        for shard in shards:
+    def warm(self, shards: Sequence[int], number: int) -> None:
+        """Fetch and verify the first ``number`` of these shards that are not open."""
+        for shard in [shard for shard in shards if shard not in self._open.of_shard][:number]:
             self._shard(shard)
 
     def close(self) -> None:

@@ -11,8 +11,8 @@ from megatron_eso.checkpoint.find import newest_valid_together
 from megatron_eso.config.schema import RunConfig
 from megatron_eso.data.reader import RowReader
 from megatron_eso.files import read_json
-from megatron_eso.parallel.exchange import from_first_rank, together
-from megatron_eso.train.keeper import changed_data
+from megatron_eso.parallel.exchange import from_first_rank
+from megatron_eso.train.keeper import changed_data, open_together
 from megatron_eso.train.run_folder import RunFolder
 from megatron_eso.train.session import Session
 from megatron_eso.train.spare_output import SpareOutput
@@ -52,7 +52,7 @@ def has_finished(
     newest = newest_valid_together(folder.checkpoints, hashes=hashes, device=device)
     if newest is None or newest.step != total:
         return False
-    reader = together(open_rows, device)
+    reader = open_together(open_rows, device)
     changed = changed_data(from_first_rank(newest.sidecar, device), reader)
     reader.close()
     return not changed

@@ -4,12 +4,16 @@ import json
 import logging
 import os
 import platform
+import secrets
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_eso.checkpoint.facts import facts_of
 from megatron_eso.checkpoint.find import find_checkpoint_together, newest_valid_together
@@ -23,11 +27,11 @@ from megatron_eso.checkpoint.local import LocalCopies, run_identity
 from megatron_eso.checkpoint.save import Saver
 from megatron_eso.checkpoint.state import collect, stored_bytes
 from megatron_eso.data.reader import RowReader
-from megatron_eso.errors import CheckpointError
+from megatron_eso.errors import CheckpointError, DataError
 from megatron_eso.launch import events, lease
 from megatron_eso.launch.environment import is_of_job_script
 from megatron_eso.launch.heartbeat import Heart
-from megatron_eso.parallel.exchange import from_first_rank, raise_together
+from megatron_eso.parallel.exchange import from_first_rank, raise_together, together
 from megatron_eso.train.run_folder import RunFolder
 from megatron_eso.train.session import Session, TrainState
 
@@ -74,9 +78,12 @@ class Keeper:
         )
         self._local = None
         if session.config.checkpoint.local_folder is not None:
-            run_id = from_first_rank(lambda: run_identity(folder.checkpoints), session.torch_device)
+            run_id, course = from_first_rank(
+                lambda: (run_identity(folder.checkpoints), secrets.token_hex(8)),
+                session.torch_device,
+            )
             data = reader.fingerprint()
-            self._local = LocalCopies(session.config, folder.path, run_id, data)
+            self._local = LocalCopies(session.config, folder.path, run_id, course, data)
 
     def resume_or_start(self) -> None:
         """Load the newest valid checkpoint; if there is none, load or draw the run's first weights.
@@ -84,9 +91,12 @@ class Keeper:
         Raises:
             CheckpointError: if there are checkpoints but none is whole, or the next one has no room.
         """
-        folder = self._newest()
-        shared_step = folder.step if folder else -1
-        if self._load_local(shared_step):
+        copies = self._newest_copies()
+        folder = self._newest(unread_before=copies)
+        if _step_of(folder) < copies and not self._load_local(copies, _step_of(folder)):
+            copies, folder = -1, self._newest()
+        shared_step = _step_of(folder)
+        if shared_step < copies:
             self.saver.kept_step = shared_step
         elif folder is not None:
             self._load(folder)
@@ -232,14 +242,16 @@ class Keeper:
         if self._local is not None:
             self._local.forget_beyond(self._session.state.step)
 
-    def _load_local(self, shared_step: int) -> bool:
-        """Load the node-local copies if newer than the shared checkpoint; return whether it did."""
+    def _newest_copies(self) -> int:
+        """Return the step of the newest node-local copies that may be used; -1 if there are none."""
+        if self._local is None or self._session.config.checkpoint.resume == "never":
+            return -1
+        return self._local.newest()
+
+    def _load_local(self, step: int, shared_step: int) -> bool:
+        """Load the node-local copies of a step; return whether that worked."""
         session = self._session
-        if self._local is None or session.config.checkpoint.resume == "never":
-            return False
-        step = self._local.newest()
-        if step <= shared_step:
-            return False
+        assert self._local is not None
         stored = self._local.load(
             step, session.chunks, session.optimizer, session.average, session.layout.weights_group
         )
@@ -251,11 +263,12 @@ class Keeper:
             log.info("continuing from node-local copies of step %d (shared: %d)", step, shared_step)
         return True
 
-    def _newest(self) -> CheckpointFolder | None:
+    def _newest(self, *, unread_before: int = -1) -> CheckpointFolder | None:
         return newest_valid_together(
             self._folder.checkpoints,
             hashes=self._session.config.checkpoint.verify_hashes,
             device=self._session.torch_device,
+            unread_before=unread_before,
         )
 
     def _load(self, folder: CheckpointFolder) -> None:
@@ -318,6 +331,10 @@ class Keeper:
         return from_first_rank(look, self._session.torch_device)
 
 
+def _step_of(folder: CheckpointFolder | None) -> int:
+    return folder.step if folder else -1
+
+
 def facts_of_run(session: Session, data: dict[str, Any], tokenizer: Path) -> dict[str, Any]:
     """Return the facts to store with a checkpoint of the run's current step.
 
@@ -336,6 +353,28 @@ def facts_of_run(session: Session, data: dict[str, Any], tokenizer: Path) -> dic
         num_ranks=session.ranks.world_size,
         written=time.time(),
     )
+
+
+def open_together(open_rows: Callable[[], RowReader], device: torch.device) -> RowReader:
+    """Return this rank's reader of the training data. All ranks must call this.
+
+    Raises:
+        DataError: on all ranks, if one cannot open the data, or holds other data than the first rank.
+    """
+    # Where a rank's store, cache or disk fails, the others must not wait for it.
+    reader = together(open_rows, device)
+    first = from_first_rank(reader.fingerprint, device)
+
+    def compare() -> None:
+        changed = changed_data({"data": first}, reader)
+        if changed:
+            raise DataError(
+                f"data.sources on {platform.node()} are not those of the first rank ({', '.join(changed)} "
+                "differ): a path must lead to the same data on every node"
+            )
+
+    together(compare, device)
+    return reader
 
 
 def changed_data(facts: dict[str, Any], reader: RowReader) -> list[str]:

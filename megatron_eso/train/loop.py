@@ -30,7 +30,7 @@ from megatron_eso.parallel.phases import phase
 from megatron_eso.resilience.signals import StopRequest
 from megatron_eso.train.finished import has_finished, leave_finished
 from megatron_eso.train.guard import StepGuard
-from megatron_eso.train.keeper import Keeper
+from megatron_eso.train.keeper import Keeper, open_together
 from megatron_eso.train.learning_rate import change_of_schedule
 from megatron_eso.train.metrics import Metrics, measured_peak
 from megatron_eso.train.profile import Profile
@@ -87,8 +87,7 @@ class Run:
         if self.had_finished:
             return
         self._note("setup", began=begin, joined=session.joined)
-        # Where a rank's store, cache or disk fails, the others must not wait for it.
-        self.reader = together(lambda: _open_rows(config), session.torch_device)
+        self.reader = open_together(lambda: _open_rows(config), session.torch_device)
         tokenizer = self.reader.manifests[0].tokenizer_sha256
         self.validation = together(lambda: Validation(config, tokenizer), session.torch_device)
         self.keeper = Keeper(session, self.folder, self.reader, self.heart)

@@ -71,10 +71,10 @@ def test_the_shards_ahead_are_those_the_next_places_touch():
     whole = order()
     starts = np.concatenate([[0], np.cumsum(SIZES)])
     expected = []
-    for sample in whole.samples_at(np.arange(50, 50 + TOTAL)):
+    for sample in whole.samples_at(np.arange(50, 50 + 40)):
         shard = int(np.searchsorted(starts, sample, side="right") - 1)
         expected += [shard] if shard not in expected else []
-    assert whole.shards_ahead(50, 4) == expected[:4]
+    assert whole.shards_ahead(50, 40) == expected
 
 
 def test_a_mixture_is_exact_after_every_period():

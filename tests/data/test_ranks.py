@@ -185,3 +185,15 @@ def test_a_training_run_ends_on_all_ranks_with_the_name_of_the_shard(
     for error, has_trained in replies:
         assert f"rank {LEADER}: shard {own}/{name}" in error
         assert has_trained
+
+
+def test_a_rank_whose_folder_holds_other_data_is_an_error_on_all(eight_ranks, split, tmp_path):
+    """A path on each node's own disk: each rank would read its share of another data set."""
+    common = ["train.steps=1", f"folder={tmp_path / 'run'}"]
+    other = source(split.with_name("validation"))
+    replies = eight_ranks.run(
+        "data.rank_jobs.run", [*source(split), *common], {LEADER: [*other, *common]}
+    )
+    for error, has_trained in replies:
+        assert error.startswith(f"rank {LEADER}: data.sources") and "data.sources, order" in error
+        assert not has_trained

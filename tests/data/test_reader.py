@@ -5,6 +5,7 @@ import multiprocessing
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from megatron_eso.config.schema import DataConfig, DataSourceConfig
 from megatron_eso.data.fork_lock import _all_locks
 from megatron_eso.data.plan_reads import ROWS_OF_BLOCK
 from megatron_eso.data.reader import RowReader, ValidationReader
+from megatron_eso.data.shards import ShardedRows
+from megatron_eso.data.store import LocalStore
 from megatron_eso.errors import DataError
 from tests.data.conftest import SEQUENCE_LENGTH, VOCAB_SIZE, in_small_shards
 
@@ -154,6 +157,42 @@ def test_the_rows_of_any_step_are_the_samples_that_the_order_names(many_shards, 
             expected = written[source].read([sample])
             assert np.array_equal(read.tokens[row], expected.tokens[0])
             assert np.array_equal(read.is_valid[row], expected.is_valid[0])
+
+
+def test_shards_of_a_shuffle_are_fetched_before_their_first_row_is_read(many_shards, monkeypatch):
+    """The next places touch a window of shards, of which nearly all are open already."""
+    ahead, warming, original = [], threading.local(), ShardedRows.warm
+
+    def warm(self, *arguments):
+        warming.is_on = True
+        original(self, *arguments)
+        warming.is_on = False
+
+    def noted(self, shard, opening=LocalStore.open):
+        ahead.append(getattr(warming, "is_on", False))
+        return opening(self, shard)
+
+    monkeypatch.setattr(ShardedRows, "warm", warm)
+    monkeypatch.setattr(LocalStore, "open", noted)
+    data = DataConfig(
+        sources=[DataSourceConfig(str(many_shards / "train"))], shuffle_block_size=512,
+        prefetch_shards=8,
+    )  # fmt: skip
+    rows = RowReader(
+        data,
+        sequence_length=SEQUENCE_LENGTH,
+        vocab_size=VOCAB_SIZE,
+        global_batch_rows=BATCH,
+        seed=0,
+    )
+    for step in range(rows.manifests[0].num_samples // BATCH):
+        rows.read(step, range(BATCH))
+        assert rows._warming is not None
+        for future in (rows._warming, *rows._ahead.values()):
+            future.result()
+    rows.close()
+    assert len(ahead) == rows.manifests[0].num_shards > 40
+    assert sum(ahead) > 0.8 * len(ahead)
 
 
 def send_rows(pipe, path, rows=None):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_eso.checkpoint import child as child_module
 from megatron_eso.checkpoint.child import Child
 from megatron_eso.checkpoint.folder import folder_of_step
 from megatron_eso.checkpoint.strategy import Plan
@@ -152,6 +153,18 @@ def test_a_stop_of_all_processes_lets_a_child_finish(number, tmp_path):
     while child.is_running and time.monotonic() < deadline:
         time.sleep(0.01)
     assert (child.result, child.failure) == ("written", "")
+
+
+def test_a_child_that_a_kill_does_not_end_is_not_waited_for(monkeypatch):
+    """It is in a call to a file system that hangs; here it gets no signal at all."""
+    monkeypatch.setattr(child_module, "SECONDS_TO_DIE", 0.2, raising=False)
+    child, begin = Child(lambda: time.sleep(20)), time.monotonic()
+    kill = child._process.kill
+    monkeypatch.setattr(child._process, "kill", lambda: None)
+    child.kill("it was too slow")
+    assert time.monotonic() - begin < 10
+    assert not child.is_running and child.failure == "it was too slow"
+    kill()
 
 
 def test_a_process_that_ends_waits_for_no_child():

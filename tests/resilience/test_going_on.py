@@ -58,7 +58,7 @@ def test_checkpoints_that_were_set_aside_are_still_checkpoints(one_rank, run, tm
     """The run went on from node-local copies, and these are lost before a new checkpoint is there."""
     settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
     one_rank.run(START, str(run), settings, 2, [1])
-    flip(run, 1)
+    next(run.rglob("*.distcp")).unlink()
     assert one_rank.run(START, str(run), settings, 3, [])[0]["first"] == 2
     assert committed(run) == []
     shutil.rmtree(next(tmp_path.glob("megatron-eso-*")))
@@ -200,6 +200,47 @@ def test_new_local_copies_last_after_one_rank_lost_its_own(two_ranks, run, tmp_p
     assert two_ranks.run(START, str(run), settings, 2, [])[0]["first"] == 1
     assert len(list(tmp_path.rglob("step_0000000002.pt"))) == 2
     assert two_ranks.run(START, str(run), settings, 3, [])[0]["first"] == 2
+
+
+def test_a_checkpoint_is_not_read_where_node_local_copies_are_newer(two_ranks, run, tmp_path):
+    """Reading all of it would take longer than the rest of a restart."""
+    settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
+    two_ranks.run(START, str(run), settings, 3, [1, 3])
+    next(tmp_path.rglob("rank_00001/step_0000000003.json")).unlink()
+    flip(run, 1, 3)
+    again = two_ranks.run(START, str(run), settings, 2, [])[0]  # the one of step 3 is newer
+    assert again["first"] == 2
+    assert [line.split(" is ")[0][-1] for line in again["said"] if "passed over" in line] == ["3"]
+    for copy in tmp_path.rglob("rank_00001/*.pt"):  # its header is whole, what it holds is not
+        torch.save({}, copy)
+        header = json.loads(copy.with_suffix(".json").read_text())
+        header |= {"bytes": copy.stat().st_size, "xxh3_128": hash_file(copy)}
+        copy.with_suffix(".json").write_text(json.dumps(header))
+    assert "none is whole" in two_ranks.run(START, str(run), settings, 3, [])[0]["error"]
+
+
+def test_copies_of_a_node_that_comes_back_are_not_mixed_with_those_made_meanwhile(
+    two_ranks, run, tmp_path
+):
+    """Both hold a copy of step 2, but the others have done that step again without it."""
+    settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
+    two_ranks.run(START, str(run), settings, 2, [1])
+    copies = next(tmp_path.rglob("rank_00001"))
+    shutil.move(copies, tmp_path / "away")
+    assert two_ranks.run(START, str(run), settings, 3, [])[0]["first"] == 1
+    shutil.rmtree(copies)
+    shutil.move(tmp_path / "away", copies)
+    assert [f.stem for f in sorted(copies.glob("*.pt"))] == ["step_0000000001", "step_0000000002"]
+    assert two_ranks.run(START, str(run), settings, 3, [])[0]["first"] == 1
+
+
+def test_copies_of_ranks_that_now_run_on_other_nodes_are_removed(two_ranks, run, tmp_path):
+    settings = [f"checkpoint.local_folder={tmp_path}", "checkpoint.local_every_steps=1"]
+    two_ranks.run(START, str(run), settings, 2, [1])
+    copies = next(tmp_path.rglob("rank_00001"))
+    shutil.copytree(copies, copies.with_name("rank_00012"))
+    assert two_ranks.run(START, str(run), settings, 3, [])[0]["first"] == 2
+    assert sorted(f.name for f in copies.parent.iterdir()) == ["rank_00000", "rank_00001"]
 
 
 def test_training_goes_on_where_the_file_system_cannot_be_asked_for_room(two_ranks, run):
