@@ -90,9 +90,8 @@ class Child:
         atexit.unregister(self.kill)
         self._answer.close()
         self._process.join(SECONDS_TO_DIE)
-        if (
-            self._process.is_alive()
-        ):  # it makes no further call: it dies when the file system answers
+        if self._process.is_alive():
+            # It makes no further call: it dies when the file system answers.
             log.warning("a killed writer (process %d) still waits in the kernel", self._process.pid)
             return
         self._process.close()

@@ -268,9 +268,8 @@ class Saver:
             save.child.kill("another rank failed")
         dist.barrier()  # from here on, no rank begins to write into the folder
         if save.publication is not None and save.publication.is_alive:
-            self._outlived[save.folder.path] = (
-                save.publication
-            )  # it removes the folder when it ends
+            # It removes the folder when it ends.
+            self._outlived[save.folder.path] = save.publication
         elif dist.get_rank() == 0 and remove_folder:
             discard(save.folder)
         self._report_failure(save.folder, save.failure)

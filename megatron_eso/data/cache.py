@@ -98,7 +98,8 @@ class CachedStore:
         if problem is None:
             # The eviction, which may just have removed the name, goes by the last use. The last
             # change stays: by it processes recognize a file that they have found whole.
-            os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
+            with suppress(PermissionError):  # a cache that another user began
+                os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
             return descriptor
         os.close(descriptor)
         log.warning("cached shard %s %s; fetching it again", path, problem)

@@ -28,10 +28,12 @@ def verify_split(address: str, data: DataConfig, say: Callable[[str], None]) -> 
     """
     split = open_split(address, data, verify_hashes=True, pass_by_cache=True)
     faults = _duplicates(split)
-    num_tokens = 0
+    num_tokens = first = 0
     for shard, size in enumerate(split.shard_sizes):
+        samples = range(first, first + size)
+        first += size
         try:
-            num_tokens += _verify_shard(split, shard, size)
+            num_tokens += _verify_shard(split, shard, samples)
         except DataError as error:
             faults.append(str(error))
         finally:
@@ -49,12 +51,11 @@ def verify_split(address: str, data: DataConfig, say: Callable[[str], None]) -> 
     return split.num_samples
 
 
-def _verify_shard(split: ShardedRows, shard: int, size: int) -> int:
+def _verify_shard(split: ShardedRows, shard: int, samples: range) -> int:
     """Return the number of tokens in a shard, without padding and each row's overlap with the next."""
-    first = sum(split.shard_sizes[:shard])
     num_tokens = 0
-    for begin in range(first, first + size, ROWS_AT_ONCE):
-        rows = split.read(np.arange(begin, min(begin + ROWS_AT_ONCE, first + size)))
+    for begin in samples[::ROWS_AT_ONCE]:
+        rows = split.read(np.arange(begin, min(begin + ROWS_AT_ONCE, samples.stop)))
         if int(rows.max()) > split.manifest.mask_id:
             raise DataError(
                 f"shard {split.name_of(shard)} holds token {int(rows.max())}, beyond the vocabulary of "

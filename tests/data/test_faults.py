@@ -4,6 +4,7 @@ Each of these made streaming's own iteration end an epoch early, hang, or hand o
 """
 
 import contextlib
+import errno
 import os
 import resource
 import shutil
@@ -294,6 +295,17 @@ def test_a_poisoned_cache_is_fetched_again_after_a_restart(store, remote, expect
 
 
 @pytest.mark.slow
+def test_a_cache_that_another_user_began_is_read(remote, expected, tmp_path, monkeypatch):
+    """Only a file's owner may set its times."""
+    rows_of(remote, cache_dir=str(tmp_path))
+
+    def refuse(*arguments, **settings):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert np.array_equal(rows_of(remote, cache_dir=str(tmp_path)), expected)
+
+
 def test_a_bounded_cache_drops_old_shards_and_reads_on(store, corpus, tmp_path_factory, tmp_path):
     folder = tmp_path_factory.mktemp("many") / "set"
     settings = options(sequence_length=SEQUENCE_LENGTH)
