@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_eso.eval.evaluate import _EVAL_SEED
+from megatron_eso.objective.noise import keep_probability, loss_weight, stratified_times
+from megatron_eso.objective.randomness import Stream, uniform
 from tests.rank_jobs import LENGTH, VOCAB, assemble, read_rows
 from tests.reference import ReferenceModel, diffusion_pass, sequential_pass
 
@@ -92,6 +95,28 @@ def test_the_bound_tightens_with_more_orders(one_rank):
     assert found[1][1] > found[2][1] > found[3][1]
     fewer = one_rank.run("scores", [*settings[1:], "eval.likelihood_orders=10"], 6)[0]
     np.testing.assert_allclose(fewer[-1][1], found[2][1], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("alpha_0", "others"), [(0.5, []), (1.0, ["objective.loss_weight=constant"])]
+)
+def test_the_nelbo_of_a_model_that_knows_nothing_follows_from_the_masks(one_rank, alpha_0, others):
+    """Each row takes both passes in each repeat, with other times and masks; three at a time here."""
+    settings = [f"objective.alpha_0={alpha_0}", "eval.nelbo_repeats=3", "eval.noise_eps=0.2"]
+    blind = [*settings, *others, "model.init_std=1e-9", "eval.micro_batch_rows=6"]
+    found = one_rank.run("scores", blind, 7)[0][0]
+    valid = read_rows(99, list(range(7))).is_valid[:, :LENGTH]
+    nats = 0.0
+    for repeat in range(3):
+        times = stratified_times(_EVAL_SEED, 0, list(range(7)), num_rows=7, eps=0.2, draw=repeat)
+        keep = keep_probability(times, alpha_0=alpha_0, eps=0.2)
+        weight = loss_weight(times, alpha_0=alpha_0, eps=0.2)
+        for row in range(7):
+            u = uniform(_EVAL_SEED, 0, row, Stream.MASK, LENGTH, draw=repeat)[valid[row]]
+            nats += float((u >= keep[row]).sum() * weight[row] + (u >= alpha_0).sum())
+    expected = nats / 3 / int(valid.sum()) * np.log(VOCAB - 1)
+    assert found[0] == "nelbo" and found[2] == int(valid.sum())
+    np.testing.assert_allclose(found[1], expected, rtol=1e-5)
 
 
 def test_at_alpha_zero_the_nelbo_is_the_exact_likelihood_and_scored_once(one_rank):
