@@ -170,6 +170,27 @@ def test_layers_hold_the_kernel_that_the_configuration_names(one_rank, asked, bu
     assert one_rank.run("attention_of_layers", asked) == [{built}]
 
 
+def test_initial_weights_are_normal_and_smaller_where_they_add_to_the_residual_stream(one_rank):
+    """Of four layers, each draws its own; scales are 1, biases 0."""
+    settings = [
+        "model.init_std=0.1",
+        "model.num_layers=4",
+        "model.mlp_bias=true",
+        "model.qk_norm=true",
+    ]
+    found = assemble(one_rank.run("weights", settings))
+    outputs = ("linear_proj.weight", "linear_fc2.weight")
+    for name, value in found.items():
+        if value.ndim == 1:
+            assert (value == (0.0 if "bias" in name else 1.0)).all(), name
+        else:
+            std = 0.1 / np.sqrt(8) if name.split("[")[0].endswith(outputs) else 0.1
+            assert abs(value.std() / std - 1) < 0.1, name
+            assert abs(value.mean()) < 0.1 * std, name
+    matrices = [value for value in found.values() if value.ndim > 1]
+    assert len({value.flat[0] for value in matrices}) == len(matrices)
+
+
 def test_dropout_is_for_residual_branches_alone(one_rank):
     embedded, changed = one_rank.run("zeros_of_dropout", ["model.dropout=0.5"])[0]
     assert embedded == 0.0

@@ -189,7 +189,8 @@ def test_a_file_is_no_checkpoint(tmp_path):
 def test_retention_keeps_the_newest_and_the_milestones(tmp_path):
     for step in range(10, 80, 10):
         make(tmp_path, step, committed=step != 40)
-    make(tmp_path, 90, committed=False)
+    for step in (65, 90):
+        make(tmp_path, step, committed=False)
     prune(tmp_path, keep_last=2, keep_every_steps=30)
     left = [(f.step, f.is_committed) for f in list_folders(tmp_path)]
     assert left == [(30, True), (60, True), (70, True), (90, False)]
@@ -204,6 +205,10 @@ def test_retention_counts_whole_checkpoints_alone(tmp_path):
     assert [f.step for f in list_folders(tmp_path)] == [20, 30, 40, 50]
     prune(tmp_path, keep_last=1, keep_every_steps=None)
     assert [f.step for f in list_folders(tmp_path)] == [40, 50]
+    (folder_of_step(tmp_path, 40).path / "esolm.json").unlink()
+    make(tmp_path, 60)
+    prune(tmp_path, keep_last=2, keep_every_steps=None)  # too few are whole to give up any
+    assert [f.step for f in list_folders(tmp_path)] == [40, 50, 60]
 
 
 def test_a_checkpoint_just_saved_is_kept_whatever_lies_beyond_it(tmp_path):
