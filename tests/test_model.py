@@ -205,6 +205,13 @@ def test_no_tensor_rank_draws_in_a_step_what_another_draws_in_the_next(two_ranks
     assert len(set(states)) == len(states) == 6
 
 
+def test_no_stage_or_data_parallel_rank_draws_what_another_draws(four_ranks):
+    settings = ["model.dropout=0.1", "parallel.pipeline=2", "train.micro_batch_rows=2"]
+    ranks = four_ranks.run("states_of_dropout", settings, 2)
+    states = [state for of_steps, _ in ranks for state in of_steps]
+    assert len(set(states)) == len(states) == 8
+
+
 def test_dropout_of_tensor_ranks_fills_no_log(two_ranks):
     """On a CPU Megatron would warn in each pass that the CPU's random state has changed."""
     ranks = two_ranks.run("states_of_dropout", ["model.dropout=0.1", "parallel.tensor=2"], 1)

@@ -460,6 +460,7 @@ def test_a_given_stop_token_ends_no_row():
     assert not _have_ended(tokens, given, still_open, 9)
     tokens[0, 2] = 9
     assert _have_ended(tokens, given, still_open, 9)
+    assert not _have_ended(tokens, given, still_open[:, :0], 9)  # nothing is left to end
 
 
 def test_text_ends_at_the_first_stop_token_that_was_decided():
