@@ -123,6 +123,12 @@ def test_the_layernorm_gelu_bias_variant_is_the_same_at_tensor_two(one_rank, two
     assert_same(reference, two_ranks.run("loss_and_gradients", [*variant, "parallel.tensor=2"]))
 
 
+def test_a_tensor_rank_that_holds_padding_alone_changes_nothing(one_rank, two_ranks):
+    padded = ["model.vocab_padding_multiple=128"]  # of 61 tokens, none is on the second rank
+    reference = one_rank.run("loss_and_gradients", padded)[0]
+    assert_same(reference, two_ranks.run("loss_and_gradients", [*padded, "parallel.tensor=2"]))
+
+
 def test_initial_weights_do_not_depend_on_the_layout(one_rank, two_ranks):
     expected = assemble(one_rank.run("weights", []))
     for layout in TWO.values():
