@@ -383,7 +383,18 @@ def scores_in_full_micro_batches(
     return found
 
 
-def read_with_failure(failing_rank: int) -> str:
+def received(overrides: list[str]) -> tuple[list, list]:
+    """Return tokens and validity, on this rank, of a row that the replica's first rank reads."""
+    session = make_session(overrides)
+
+    def read() -> Rows:
+        return Rows(torch.tensor([[0, 5, 0, 7]]), torch.tensor([[True, True, False, False]]))
+
+    rows = read_together(read, session.layout, session.torch_device, shape=(1, 4))
+    return rows.tokens.tolist(), rows.is_valid.tolist()
+
+
+def read_with_failure(failing_rank: int, kind: str) -> str:
     """Return the message that every rank gets when one rank cannot read its data."""
     from megatron_eso.errors import DataError
 
@@ -391,7 +402,7 @@ def read_with_failure(failing_rank: int) -> str:
 
     def read() -> Rows:
         if session.ranks.rank == failing_rank:
-            raise DataError("shard x is gone")
+            raise {"DataError": DataError, "OSError": OSError}[kind]("shard x is gone")
         return read_rows(0, [0])
 
     try:

@@ -52,6 +52,7 @@ def step(tmp_path, monkeypatch):
         pytest.param((2.0,), [], id="good"),
         pytest.param((9.0, 9.0), ["step_repeated", "spike"], id="a spike of the batch"),
         pytest.param((9.0, 9.001), ["step_repeated", "spike"], id="the same, rounded otherwise"),
+        pytest.param((9.0, 9.05), ["step_repeated", "spike"], id="within a hundredth of the loss"),
         pytest.param((9.0, 2.0), ["step_repeated", "transient"], id="a spike of the machine"),
         pytest.param((NAN, 2.0), ["step_repeated", "transient"], id="nan once"),
         pytest.param((NAN, 9.0), ["step_repeated", "transient"], id="nan once, of a batch with a spike"),
@@ -60,6 +61,36 @@ def step(tmp_path, monkeypatch):
 def test_the_second_run_tells_the_batch_from_the_machine(step, losses, told):
     report, found = step(*losses)
     assert (report.loss, report.is_applied, found) == (losses[-1], True, told)
+
+
+def test_a_batch_that_was_left_out_is_passed_over(step):
+    state = state_at(3)
+    state.left_out = [3]
+    assert step(state=state) == (None, [])
+    assert state.step == 4
+
+
+def test_only_the_losses_of_the_window_are_kept(step):
+    state = state_at(0)
+    step(2.02, state=state)
+    assert state.losses == [2.01, 1.99, 2.0, 2.02]
+    step(2.02, state=state, settings=replace(SETTINGS, spike_window=0))
+    assert state.losses == [2.01, 1.99, 2.0, 2.02]
+
+
+def test_it_takes_a_full_window_and_more_than_a_thousandth_to_be_a_spike(step):
+    state = state_at(0)
+    state.losses = [2.0, 2.01, 1.99]
+    assert step(9.0, state=state)[1] == []
+    state.losses = [2.0] * 4
+    assert step(2.01, state=state)[1] == []
+    state.losses = [2.0] * 4
+    assert step(2.02, 2.02, state=state)[1] == ["step_repeated", "spike"]
+
+
+def test_a_loss_that_is_infinite_is_no_spike(step):
+    settings = replace(SETTINGS, on_spike="stop")
+    assert step(math.inf, math.inf, settings=settings) == (None, ["step_repeated", "skipped"])
 
 
 def test_a_gradient_norm_that_overflowed_once_is_the_machines(step):

@@ -123,6 +123,12 @@ def test_the_layernorm_gelu_bias_variant_is_the_same_at_tensor_two(one_rank, two
     assert_same(reference, two_ranks.run("loss_and_gradients", [*variant, "parallel.tensor=2"]))
 
 
+def test_a_tensor_rank_that_holds_padding_alone_changes_nothing(one_rank, two_ranks):
+    padded = ["model.vocab_padding_multiple=128"]  # of 61 tokens, none is on the second rank
+    reference = one_rank.run("loss_and_gradients", padded)[0]
+    assert_same(reference, two_ranks.run("loss_and_gradients", [*padded, "parallel.tensor=2"]))
+
+
 def test_initial_weights_do_not_depend_on_the_layout(one_rank, two_ranks):
     expected = assemble(one_rank.run("weights", []))
     for layout in TWO.values():
@@ -139,6 +145,12 @@ def test_scores_do_not_depend_on_the_layout(one_rank, two_ranks):
             np.testing.assert_allclose([r[1:] for r in reply], [e[1:] for e in expected], rtol=1e-5)
 
 
-def test_a_failure_to_read_on_one_rank_is_an_error_on_all(two_ranks):
-    messages = two_ranks.run("read_with_failure", 1)
+def test_padding_stays_padding_on_the_ranks_that_receive_it(two_ranks):
+    expected = [[0, 5, 0, 7]], [[True, True, False, False]]
+    assert two_ranks.run("received", ["parallel.tensor=2"]) == [expected] * 2
+
+
+@pytest.mark.parametrize("kind", ["DataError", "OSError"])
+def test_a_failure_to_read_on_one_rank_is_an_error_on_all(two_ranks, kind):
+    messages = two_ranks.run("read_with_failure", 1, kind)
     assert messages == ["rank 1: shard x is gone"] * 2

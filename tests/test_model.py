@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_eso.eval.evaluate import _EVAL_SEED
+from megatron_eso.objective.noise import keep_probability, loss_weight, stratified_times
+from megatron_eso.objective.randomness import Stream, uniform
 from tests.rank_jobs import LENGTH, VOCAB, assemble, read_rows
 from tests.reference import ReferenceModel, diffusion_pass, sequential_pass
 
@@ -94,6 +97,28 @@ def test_the_bound_tightens_with_more_orders(one_rank):
     np.testing.assert_allclose(fewer[-1][1], found[2][1], rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("alpha_0", "others"), [(0.5, []), (1.0, ["objective.loss_weight=constant"])]
+)
+def test_the_nelbo_of_a_model_that_knows_nothing_follows_from_the_masks(one_rank, alpha_0, others):
+    """Each row takes both passes in each repeat, with other times and masks; three at a time here."""
+    settings = [f"objective.alpha_0={alpha_0}", "eval.nelbo_repeats=3", "eval.noise_eps=0.2"]
+    blind = [*settings, *others, "model.init_std=1e-9", "eval.micro_batch_rows=6"]
+    found = one_rank.run("scores", blind, 7)[0][0]
+    valid = read_rows(99, list(range(7))).is_valid[:, :LENGTH]
+    nats = 0.0
+    for repeat in range(3):
+        times = stratified_times(_EVAL_SEED, 0, list(range(7)), num_rows=7, eps=0.2, draw=repeat)
+        keep = keep_probability(times, alpha_0=alpha_0, eps=0.2)
+        weight = loss_weight(times, alpha_0=alpha_0, eps=0.2)
+        for row in range(7):
+            u = uniform(_EVAL_SEED, 0, row, Stream.MASK, LENGTH, draw=repeat)[valid[row]]
+            nats += float((u >= keep[row]).sum() * weight[row] + (u >= alpha_0).sum())
+    expected = nats / 3 / int(valid.sum()) * np.log(VOCAB - 1)
+    assert found[0] == "nelbo" and found[2] == int(valid.sum())
+    np.testing.assert_allclose(found[1], expected, rtol=1e-5)
+
+
 def test_at_alpha_zero_the_nelbo_is_the_exact_likelihood_and_scored_once(one_rank):
     settings = ["objective.alpha_0=0", "eval.likelihood_orders=1", "eval.nelbo_repeats=3"]
     found, bounds, num_passes = one_rank.run("scores_and_bounds", settings, 6)[0]
@@ -145,6 +170,27 @@ def test_layers_hold_the_kernel_that_the_configuration_names(one_rank, asked, bu
     assert one_rank.run("attention_of_layers", asked) == [{built}]
 
 
+def test_initial_weights_are_normal_and_smaller_where_they_add_to_the_residual_stream(one_rank):
+    """Of four layers, each draws its own; scales are 1, biases 0."""
+    settings = [
+        "model.init_std=0.1",
+        "model.num_layers=4",
+        "model.mlp_bias=true",
+        "model.qk_norm=true",
+    ]
+    found = assemble(one_rank.run("weights", settings))
+    outputs = ("linear_proj.weight", "linear_fc2.weight")
+    for name, value in found.items():
+        if value.ndim == 1:
+            assert (value == (0.0 if "bias" in name else 1.0)).all(), name
+        else:
+            std = 0.1 / np.sqrt(8) if name.split("[")[0].endswith(outputs) else 0.1
+            assert abs(value.std() / std - 1) < 0.1, name
+            assert abs(value.mean()) < 0.1 * std, name
+    matrices = [value for value in found.values() if value.ndim > 1]
+    assert len({value.flat[0] for value in matrices}) == len(matrices)
+
+
 def test_dropout_is_for_residual_branches_alone(one_rank):
     embedded, changed = one_rank.run("zeros_of_dropout", ["model.dropout=0.5"])[0]
     assert embedded == 0.0
@@ -157,6 +203,13 @@ def test_no_tensor_rank_draws_in_a_step_what_another_draws_in_the_next(two_ranks
     ranks = two_ranks.run("states_of_dropout", settings, 3)
     states = [state for of_steps, _ in ranks for state in of_steps]
     assert len(set(states)) == len(states) == 6
+
+
+def test_no_stage_or_data_parallel_rank_draws_what_another_draws(four_ranks):
+    settings = ["model.dropout=0.1", "parallel.pipeline=2", "train.micro_batch_rows=2"]
+    ranks = four_ranks.run("states_of_dropout", settings, 2)
+    states = [state for of_steps, _ in ranks for state in of_steps]
+    assert len(set(states)) == len(states) == 8
 
 
 def test_dropout_of_tensor_ranks_fills_no_log(two_ranks):

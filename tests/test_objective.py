@@ -77,7 +77,26 @@ def test_every_rank_gets_times_from_the_whole_interval(num_ranks):
 def test_a_time_does_not_depend_on_which_rows_are_asked_together():
     whole = stratified_times(3, 5, list(range(12)), num_rows=12, eps=1e-3)
     assert torch.equal(whole[5:7], stratified_times(3, 5, [5, 6], num_rows=12, eps=1e-3))
-    assert float(whole.min()) >= 1e-3
+
+
+def test_times_begin_at_eps():
+    unit = stratified_times(3, 5, list(range(12)), num_rows=12, eps=0.0)
+    times = stratified_times(3, 5, list(range(12)), num_rows=12, eps=0.25)
+    torch.testing.assert_close(times, 0.25 + 0.75 * unit)
+
+
+@pytest.mark.parametrize("by", ["step", "draw"])
+def test_the_times_of_one_row_are_uniform_over_steps_and_over_draws(by):
+    """Otherwise evaluation would see each of its rows at one share of masks only."""
+    drawn = [
+        stratified_times(3, 5 if by == "draw" else i, [4], num_rows=7, eps=0.0, draw=i * (by == "draw"))
+        for i in range(1000)
+    ]  # fmt: skip
+    expected = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    distance = (torch.cat(drawn).sort().values - expected).abs().max()
+    assert distance < 0.062  # Kolmogorov-Smirnov at 0.1 %
+    within = (torch.cat(drawn) * 7 % 1).sort().values  # place in the stratum
+    assert (within - expected).abs().max() < 0.062
 
 
 def test_the_stride_through_the_strata_is_the_first_of_all_by_distance():
@@ -119,6 +138,15 @@ def test_orders_put_clean_before_masked_before_padding():
     assert torch.equal(invert(order).gather(1, order), torch.arange(6)[None])
 
 
+@pytest.mark.parametrize("in_reading_order", [True, False], ids=["sequential", "diffusion"])
+def test_padding_comes_last_wherever_it_stands(in_reading_order):
+    drawn, valid, key = (uniform(1, 0, row, Stream.ORDER, 200).view(5, 40) for row in range(3))
+    masked, valid = drawn < 0.5, valid < 0.7
+    order = prediction_order(masked & valid, valid, key, masked_in_reading_order=in_reading_order)
+    group = torch.where(valid, masked.long(), 2).gather(1, order)
+    assert torch.equal(group, group.sort(dim=1).values)
+
+
 def test_the_order_at_alpha_zero_is_reading_order_and_at_one_is_random():
     valid = torch.ones(2, 40, dtype=torch.bool)
     key = torch.rand(2, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -151,6 +179,44 @@ def test_the_shifted_copies_hold_the_next_entry_and_the_first_one_last():
     assert rows.loss_positions.tolist() == [1, 2, 4]
     assert rows.loss_targets.tolist() == tokens[0, [1, 2, 4]].tolist()
     assert (rows.loss_entries - 6).tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("weighting", ["elbo", "constant"])
+@pytest.mark.parametrize(("name", "size"), [("eso", 64), ("mdlm", 64), ("bd3lm", 4)])
+def test_masks_and_weights_follow_from_each_rows_own_numbers(name, size, weighting):
+    """Rows 3 and 8 of 16 in the diffusion pass, and 17 and 20 in the sequential one, repeat 2."""
+    objective = ObjectiveConfig(
+        name=name, alpha_0=0.3, block_size=4, noise_eps=0.1, loss_weight=weighting
+    )
+    batch = MicroBatch([3, 8], [17, 20] if name == "eso" else [])
+    tokens, alpha_0 = tokens_of(len(batch.rows), 64), 0.3 if name == "eso" else 1.0
+    rows = build_rows(
+        tokens, everything_valid(tokens), batch, objective, Draw(7, 5, 16, repeat=2), mask_id=MASK
+    )
+    blocks = 64 // size
+    strata = [row * blocks + block for row in (3, 8) for block in range(blocks)]
+    times = stratified_times(7, 5, strata, num_rows=16 * blocks, eps=0.1, draw=2)
+    keep = keep_probability(times, alpha_0=alpha_0, eps=0.1).view(2, blocks)
+    weight = loss_weight(times, alpha_0=alpha_0, eps=0.1).view(2, blocks)
+    weight = torch.ones_like(weight) if weighting == "constant" else weight
+    if name == "eso":
+        keep, weight = (
+            torch.cat([keep, torch.full((2, 1), 0.3)]),
+            torch.cat([weight, torch.ones(2, 1)]),
+        )
+    keep, weight = keep.repeat_interleave(size, dim=1), weight.repeat_interleave(size, dim=1)
+    u = torch.stack([uniform(7, 5, row, Stream.MASK, 64, draw=2) for row in batch.rows])
+    found = torch.zeros(len(u), 64)
+    found[rows.loss_rows, rows.loss_positions] = rows.loss_weights
+    torch.testing.assert_close(found, torch.where(u >= keep, weight, 0.0).float())
+    if name == "eso":
+        for index, row in enumerate(batch.rows):
+            key = uniform(7, 5, row, Stream.ORDER, 64, draw=2)
+            order, num_masked = rows.positions[index], int((u >= keep)[index].sum())
+            clean, masked = order[: 64 - num_masked], order[64 - num_masked :]
+            assert torch.equal(clean, clean[key[clean].argsort()])
+            by = key if index < 2 else torch.arange(64)
+            assert torch.equal(masked, masked[by[masked].argsort()])
 
 
 @pytest.mark.parametrize("alpha_0", [0.0, 0.25, 0.5, 1.0])
@@ -189,6 +255,11 @@ def test_rows_that_look_ahead_say_what_is_padding(name):
     copies = 2 if name == "bd3lm" else 1
     assert torch.equal(rows.is_valid, valid[:, :-1].repeat(copies, 1))
     filled = filled_up(rows, 10)
+    assert filled.num_diffusion - rows.num_diffusion == 10 - len(rows.tokens)
+    for before, after in ((rows.tokens, filled.tokens), (rows.positions, filled.positions)):
+        assert torch.equal(
+            after.flatten()[filled.loss_entries], before.flatten()[rows.loss_entries]
+        )
     assert filled.is_valid[: -len(rows.tokens)].all()
     assert torch.equal(filled.is_valid[-len(rows.tokens) :], rows.is_valid)
 
@@ -242,7 +313,7 @@ def test_sums_do_not_depend_on_how_rows_are_split():
     [(8, 8, 4, 2), (8, 12, 2, 4), (16, 0, 1, 4), (0, 8, 8, 1)],
 )
 def test_every_row_is_dealt_once_and_evenly(diffusion, sequential, micro, ranks):
-    seen, sizes = [], set()
+    seen, sizes, mixes = [], set(), []
     for rank in range(ranks):
         for batch in deal(
             num_diffusion_rows=diffusion, num_sequential_rows=sequential,
@@ -250,10 +321,24 @@ def test_every_row_is_dealt_once_and_evenly(diffusion, sequential, micro, ranks)
         ):  # fmt: skip
             seen += batch.rows
             sizes.add(len(batch.diffusion_rows) + 2 * len(batch.sequential_rows))
+            mixes.append(len(batch.diffusion_rows))
             assert all(row < diffusion for row in batch.diffusion_rows)
             assert all(row >= diffusion for row in batch.sequential_rows)
     assert sorted(seen) == list(range(diffusion + sequential))
     assert sizes == {micro}
+    assert max(mixes) - min(mixes) <= 2  # one slot
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "sequential", "micro", "message"),
+    [(4, 4, 8, "do not divide"), (4, 4, 3, "do not divide"), (3, 5, 2, "must be even")],
+)
+def test_rows_that_cannot_be_dealt_evenly_are_refused(diffusion, sequential, micro, message):
+    with pytest.raises(ValueError, match=message):
+        deal(
+            num_diffusion_rows=diffusion, num_sequential_rows=sequential,
+            micro_batch_rows=micro, rank=0, num_ranks=1,
+        )  # fmt: skip
 
 
 def test_autoregressive_rows_with_a_leading_mask_predict_the_whole_row():
@@ -264,3 +349,4 @@ def test_autoregressive_rows_with_a_leading_mask_predict_the_whole_row():
     assert torch.equal(rows.loss_targets.view(2, 8), tokens[:, :8])
     plain = build(ObjectiveConfig(name="ar", leading_mask=False), rows=2, tokens=tokens)
     assert torch.equal(plain.loss_targets.view(2, 8), tokens[:, 1:])
+    assert torch.equal(plain.loss_positions.view(2, 8), torch.arange(1, 9).expand(2, 8))

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_eso.config.schema import OptimizerConfig
 from megatron_eso.parallel.norms import RMSNorm
 from megatron_eso.parallel.parameters import dealt
+from megatron_eso.train.learning_rate import learning_rate
 
 
 def test_three_updates_follow_the_formula(one_rank):
@@ -21,6 +23,26 @@ def test_torch_updates_a_parameter_in_one_pass(one_rank):
     found = one_rank.run("updates", [], 1)[0]
     assert found["kinds"] == ["AdamW"]
     assert all(found["is_fused"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "decay_steps", "expected"),
+    [
+        ("constant", None, {4: 1.0, 8: 1.0, 12: 1.0, 20: 1.0}),
+        ("cosine", None, {4: 1.0, 6: 0.6 + 0.4 * 0.5**0.5, 8: 0.6, 12: 0.2, 20: 0.2}),
+        ("cosine", 4, {4: 1.0, 6: 0.6, 8: 0.2, 9: 0.2, 12: 0.2}),
+        ("wsd", 4, {4: 1.0, 8: 1.0, 9: 0.8, 10: 0.6, 12: 0.2, 20: 0.2}),
+    ],
+)
+def test_the_learning_rate_rises_from_0_and_decays_to_its_minimum(schedule, decay_steps, expected):
+    """Four steps of warm-up, twelve in all."""
+    optimizer = OptimizerConfig(
+        learning_rate=1.0, min_learning_rate=0.2, warmup_steps=4, schedule=schedule,
+        decay_steps=decay_steps,
+    )  # fmt: skip
+    expected = {0: 0.25, 1: 0.5, 3: 1.0, **expected}
+    found = {step: learning_rate(step, optimizer, 12) for step in expected}
+    assert found == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])

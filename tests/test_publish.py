@@ -1,12 +1,14 @@
 """Publishing a save: it is committed or given up, never both, and what is neither leaves no folder."""
 
 import os
+import shutil
 import threading
 import time
 
 import pytest
 
-from megatron_eso.checkpoint.folder import MANIFEST, MARKER, folder_of_step, hash_file
+from megatron_eso.checkpoint import folder as folder_module
+from megatron_eso.checkpoint.folder import MANIFEST, MARKER, folder_of_step, hash_file, remove
 from megatron_eso.checkpoint.publish import Publication
 from megatron_eso.launch import lease
 
@@ -48,6 +50,33 @@ class Case:
         self.may_write.set()
         self.may_end.set()
         self.await_(lambda: not self.publication.is_alive)
+
+
+def test_the_marker_is_written_last_and_removed_first(tmp_path, monkeypatch):
+    """A process may be killed in between."""
+    folder = folder_of_step(tmp_path, 2)
+    folder.path.mkdir()
+    (folder.path / "file").write_text("x")
+
+    def write_marker(path, text):
+        assert path.name == MARKER and (folder.path / MANIFEST).is_file()
+        path.write_text(text)
+
+    monkeypatch.setattr(folder_module, "write_whole", write_marker)
+    folder.commit()
+    assert folder.is_committed and not folder.damage(hashes=True)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    remove(folder)
+    assert not folder.is_committed and (folder.path / "file").is_file()
+
+
+def test_a_file_that_is_shorter_than_its_writer_left_it_is_not_committed(tmp_path):
+    folder = folder_of_step(tmp_path, 2)
+    folder.path.mkdir()
+    (folder.path / "file").write_text("x")
+    with pytest.raises(OSError, match="file is not as long as when it was written"):
+        folder.commit({"file": {"bytes": 2, "xxh3_128": "0"}})
+    assert not folder.is_committed
 
 
 def test_it_is_busy_until_committed_and_alive_until_older_ones_are_gone(tmp_path):

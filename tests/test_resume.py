@@ -32,7 +32,7 @@ LAYOUTS = {
     "pipeline": ["parallel.pipeline=2"],
     "interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
     "context": ["parallel.context=2"],
-    "data": [],
+    "data": ["model.num_layers=3"],  # with four, no parameter is split between the two ranks
 }
 
 
@@ -189,7 +189,8 @@ def test_a_file_is_no_checkpoint(tmp_path):
 def test_retention_keeps_the_newest_and_the_milestones(tmp_path):
     for step in range(10, 80, 10):
         make(tmp_path, step, committed=step != 40)
-    make(tmp_path, 90, committed=False)
+    for step in (65, 90):
+        make(tmp_path, step, committed=False)
     prune(tmp_path, keep_last=2, keep_every_steps=30)
     left = [(f.step, f.is_committed) for f in list_folders(tmp_path)]
     assert left == [(30, True), (60, True), (70, True), (90, False)]
@@ -204,6 +205,10 @@ def test_retention_counts_whole_checkpoints_alone(tmp_path):
     assert [f.step for f in list_folders(tmp_path)] == [20, 30, 40, 50]
     prune(tmp_path, keep_last=1, keep_every_steps=None)
     assert [f.step for f in list_folders(tmp_path)] == [40, 50]
+    (folder_of_step(tmp_path, 40).path / "esolm.json").unlink()
+    make(tmp_path, 60)
+    prune(tmp_path, keep_last=2, keep_every_steps=None)  # too few are whole to give up any
+    assert [f.step for f in list_folders(tmp_path)] == [40, 50, 60]
 
 
 def test_a_checkpoint_just_saved_is_kept_whatever_lies_beyond_it(tmp_path):
@@ -279,10 +284,21 @@ def test_a_fresh_run_in_bf16_starts_from_masters_that_are_not_rounded(one_rank):
             np.testing.assert_array_equal(rounded[kind][number], value, err_msg=kind)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_data_parallel_ranks_draw_the_weights_that_one_draws(one_rank, two_ranks, dtype):
+    settings = [*LAYOUTS["data"], f"precision.dtype={dtype}"]
+    assert_same_start(one_rank.run("started", settings)[0], two_ranks.run("started", settings))
+
+
 def test_data_parallel_ranks_start_from_the_same_weights_as_one(one_rank, two_ranks, tmp_path):
-    one_rank.run("train", [], 3, str(tmp_path), 3)
-    (alone,) = one_rank.run("started_from", [], str(tmp_path))
-    both = two_ranks.run("started_from", [], str(tmp_path))
+    layers = LAYOUTS["data"]
+    one_rank.run("train", layers, 3, str(tmp_path), 3)
+    (alone,) = one_rank.run("started_from", layers, str(tmp_path))
+    assert_same_start(alone, two_ranks.run("started_from", layers, str(tmp_path)))
+
+
+def assert_same_start(alone, both):
+    assert set(both[0]["masters"]) & set(both[1]["masters"])  # a parameter is split
     for number, value in alone["model"].items():
         for reply in both:
             np.testing.assert_array_equal(reply["model"][number], value)

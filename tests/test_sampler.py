@@ -17,6 +17,7 @@ from megatron_eso.config.schema import ModelConfig, ObjectiveConfig
 from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.export.hf import decoding_esolm
 from megatron_eso.sample import sampler
+from megatron_eso.sample.cache import Cache
 from megatron_eso.sample.choose import choose_tokens
 from megatron_eso.sample.generate import Batch, check_request, plan_for
 from megatron_eso.sample.live import LiveRow
@@ -75,6 +76,20 @@ def test_tokens_are_chosen_with_their_probabilities(top_p):
     shares = torch.bincount(picked, minlength=4) / number
     expected = [0.4, 0.3, 0.2, 0.1] if top_p == 1 else [4 / 7, 3 / 7, 0, 0]
     torch.testing.assert_close(shares, torch.tensor(expected), atol=1e-3, rtol=0)
+
+
+def test_a_temperature_raises_probabilities_to_its_inverse():
+    logits = torch.log(torch.tensor([0.6, 0.3, 0.1]))
+    u = (torch.arange(46_000, dtype=torch.float64) + 0.5) / 46_000
+    picked = choose_tokens(logits.expand(46_000, 3), u, temperature=0.5, top_p=1.0)
+    shares = torch.bincount(picked, minlength=3) / 46_000
+    torch.testing.assert_close(shares, torch.tensor([36, 9, 1]) / 46, atol=1e-3, rtol=0)
+
+
+def test_a_nucleus_that_is_full_takes_no_further_token():
+    """Of four tokens with a quarter each, two hold half of the probability."""
+    u = torch.arange(100, dtype=torch.float64) / 100
+    assert len(choose_tokens(torch.zeros(100, 4), u, temperature=1.0, top_p=0.5).unique()) == 2
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +162,8 @@ def test_a_number_just_below_one_takes_no_token_of_weight_zero():
         logits = torch.randn(1, 40, generator=generator)
         logits[:, 25:] = -torch.inf
         assert int(choose_tokens(logits, u, temperature=1.0, top_p=1.0)) < 25
+    first = torch.tensor([[-torch.inf, 0.0]])
+    assert int(choose_tokens(first, torch.zeros(1), temperature=1.0, top_p=1.0)) == 1
 
 
 def test_the_exported_model_draws_the_same_numbers():
@@ -443,6 +460,7 @@ def test_a_given_stop_token_ends_no_row():
     assert not _have_ended(tokens, given, still_open, 9)
     tokens[0, 2] = 9
     assert _have_ended(tokens, given, still_open, 9)
+    assert not _have_ended(tokens, given, still_open[:, :0], 9)  # nothing is left to end
 
 
 def test_text_ends_at_the_first_stop_token_that_was_decided():
@@ -478,6 +496,28 @@ def test_blocks_share_the_steps_by_what_they_have_to_decide(method, num_given, n
         assert all(0 < here <= most for here, most in zip(found, expected, strict=True))
 
 
+def test_blocks_of_one_row_and_rows_of_a_block_have_numbers_of_their_own():
+    settings = {"block_size": 64, "num_steps": 64, "seed": 1}
+    whole = make_block_plan(torch.zeros(3, 256, dtype=torch.bool), **settings)
+    part = make_block_plan(torch.zeros(2, 256, dtype=torch.bool), **settings, first_row=1)
+    assert torch.equal(part.order, whole.order[1:])
+    ends = np.cumsum(whole.counts)
+    blocks = [tuple(np.array(whole.counts)[(ends - 1) // 64 == block]) for block in range(4)]
+    assert len(set(blocks)) == 4
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size", "message"),
+    [([4, 3], 4, "same number"), ([4, 4], 5, "does not divide"), ([4, 4], 4, "first ones")],
+)
+def test_rows_that_blocks_cannot_fill_are_refused(lengths, size, message):
+    is_given = torch.arange(16) < torch.tensor(lengths)[:, None]
+    if message == "first ones":
+        is_given[1] = is_given[1].flip(0)
+    with pytest.raises(ConfigError, match=message):
+        make_block_plan(is_given, block_size=size, seed=0)
+
+
 @pytest.mark.parametrize("name", ["eso", "mdlm"])
 @pytest.mark.parametrize(
     "settings", [{"num_steps": 4}, {"tokens_per_step": 4}, {"alpha_0": 1.0}], ids=str
@@ -511,6 +551,7 @@ def test_without_diffusion_there_are_no_steps_to_count(amount, alpha_0, said):
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"temperature": float("inf")}, "temperature=inf"),
         ({"top_p": float("nan")}, "top_p=nan"),
+        ({"top_p": 0.0}, "top_p=0"),
         ({"seed": 2**64}, "seed=18446744073709551616"),
         ({"seed": -1}, "seed=-1"),
     ],
@@ -526,11 +567,15 @@ def test_a_strided_plan_keeps_tokens_of_a_step_apart():
     plan = make_plan(open_rows(1, (0,)), alpha_0=1.0, num_steps=5, method="strided", seed=0)
     assert plan.counts == [3] * 5
     assert plan.order[0].tolist() == [0, 1, 6, 11, 2, 7, 12, 3, 8, 13, 4, 9, 14, 5, 10, 15]
+    full = open_rows(1, range(LENGTH))
+    assert make_plan(full, alpha_0=1.0, method="strided", seed=0).counts == []
 
 
 def test_a_fixed_plan_has_steps_of_equal_size():
     plan = make_plan(open_rows(2), alpha_0=0.75, num_steps=4, method="fixed", seed=0)
     assert plan.counts == [3, 3, 3, 3, 1, 1, 1, 1]
+    plan = make_plan(open_rows(2), alpha_0=0.3, num_steps=1, method="fixed", seed=0)
+    assert plan.counts == [5] + [1] * 11  # of 4.8
 
 
 @pytest.mark.parametrize(
@@ -580,6 +625,21 @@ def test_a_live_row_shows_no_padding():
         live.begin(torch.tensor([2, 2, 0, 2]), padding=2)
         live.on_step(0, torch.tensor([[2, 2, 0, 1]]))
     assert live._text([2, 2, 0, 1], 0).plain == "ab\n[step 1 of 1]"
+
+
+def test_a_live_row_colors_a_token_by_the_step_that_decided_it():
+    live = LiveRow(Console(file=io.StringIO()), None, num_steps=4, mask_id=2)
+    live._text = lambda row, step: ""
+    with live:
+        live.begin(torch.tensor([0, 2, 2, 2, 2]))
+        for step, row in enumerate(([0, 1, 2, 2, 2], [0, 1, 1, 2, 2], [0, 1, 1, 1, 2])):
+            live.on_step(step, torch.tensor([row]))
+        live.on_step(4, torch.tensor([[0, 1, 1, 1, 1]]))  # beyond the diffusion steps
+    assert [live._style(column) for column in range(5)] == ["", "blue", "cyan", "yellow", "red"]
+
+
+def test_a_cache_has_room_for_whole_chunks_of_keys():
+    assert [Cache(n).capacity for n in (1, 256, 257)] == [256, 256, 512]
 
 
 def test_samples_that_find_no_room_are_counted_and_named(tmp_path):

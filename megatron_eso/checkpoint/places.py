@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_eso.checkpoint.state import EMA, MOMENTS, WEIGHTS, first_of_group
+from megatron_eso.checkpoint.state import EMA, MOMENTS, WEIGHTS
 from megatron_eso.parallel.megatron_patches import importing_megatron
 from megatron_eso.parallel.moving_average import MovingAverage
 from megatron_eso.parallel.parameters import Shard, set_moments, sharded_parameters, shards
@@ -72,8 +72,7 @@ def places_to_share(
     for entry, reader in dealt:
         if reader == rank:
             tensors = {kind: _empty(entry.data, "cpu") for kind in kinds}
-            own = replace(entry, replica_id=first_of_group(entry.replica_id))
-            yield own, Place(entry.data, tensors, None, is_final=False)
+            yield entry, Place(entry.data, tensors, None, is_final=False)
 
 
 def shared(

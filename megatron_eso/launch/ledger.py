@@ -202,7 +202,7 @@ def _attempt(
     pieces.append(Stretch(position, stop, TRAINING))
     lost = _lost_steps(events, resumed)
     done = max(int(e["step"]) for e in events if "step" in e) - int(events[ready]["step"])
-    pieces = _mark_lost(pieces, min(lost / done, 1.0) if done else 0.0)
+    pieces = _mark_lost(pieces, lost / done if done else 0.0)
     if fault is not None:
         pieces += [Stretch(stop, times[fault], "fault detection")]
     pieces.append(Stretch(times[fault] if fault is not None else stop, end, "not running"))
@@ -216,7 +216,7 @@ def _lost_steps(events: list[dict[str, Any]], resumed: int | None) -> int:
 
 
 def _mark_lost(pieces: list[Stretch], share: float) -> list[Stretch]:
-    """Return the pieces with the last ``share`` of the training time marked lost: it was repeated."""
+    """Return the pieces with the last ``share`` of the training time marked lost, at most all of it."""
     left = share * sum(p.seconds for p in pieces if p.cause == TRAINING)
     marked: list[Stretch] = []
     for piece in reversed(pieces):

@@ -80,10 +80,12 @@ def diffusion_rows(
     *,
     mask_id: int,
 ) -> StackRows:
-    """Return D rows: masks in place, everything permuted by ``order``, loss on masked entries."""
+    """Return D rows: masks in place, everything permuted by ``order``, loss on masked entries.
+
+    Padding is never masked, here and in :func:`sequential_rows`.
+    """
     inputs = torch.where(is_masked, mask_id, tokens).gather(1, order)
-    has_loss = (is_masked & is_valid).gather(1, order)
-    row, slot = has_loss.nonzero(as_tuple=True)
+    row, slot = is_masked.gather(1, order).nonzero(as_tuple=True)
     length = tokens.shape[1]
     return StackRows(
         tokens=inputs,
@@ -116,8 +118,7 @@ def sequential_rows(
     num_rows, length = tokens.shape
     true_tokens = tokens.gather(1, order)
     shifted_order = order.roll(-1, dims=1)
-    has_loss = (is_masked & is_valid).gather(1, shifted_order)
-    row, slot = has_loss.nonzero(as_tuple=True)
+    row, slot = is_masked.gather(1, shifted_order).nonzero(as_tuple=True)
     return StackRows(
         tokens=torch.cat([true_tokens, torch.full_like(tokens, mask_id)]),
         positions=torch.cat([order, shifted_order]),

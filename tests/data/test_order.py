@@ -33,6 +33,8 @@ def test_places_asked_one_by_one_backwards_give_the_same_samples(group_samples):
     alone = order(group_samples=group_samples)
     backwards = [int(alone.samples_at(places[p : p + 1])[0]) for p in reversed(range(len(places)))]
     assert together.tolist() == backwards[::-1]
+    pairs = [alone.samples_at(places[p : p + 2]) for p in range(len(places) - 1)]
+    assert np.array_equal(pairs, np.stack([together[:-1], together[1:]], axis=1))
 
 
 def test_groups_deal_other_shards_together_every_epoch():
@@ -42,6 +44,15 @@ def test_groups_deal_other_shards_together_every_epoch():
         for epoch in range(5)
     ]
     assert len(set(first)) > 1
+
+
+def test_groups_of_the_same_sizes_are_shuffled_differently():
+    samples = order(shard_sizes=[10] * 40, group_samples=100).samples_at(np.arange(400))
+    patterns = set()
+    for group in samples.reshape(4, 100):
+        _, shard = np.unique(group // 10, return_inverse=True)
+        patterns.add(tuple(shard * 10 + group % 10))
+    assert len(patterns) == 4
 
 
 def test_more_canonical_nodes_than_samples_shuffled_at_once_are_refused_with_their_number():
@@ -107,6 +118,14 @@ def test_a_place_of_a_mixture_is_the_same_alone():
     for place in (0, 777, 65536, 199999):
         alone = Mixture([1, 3], seed=1).split(np.array([place]))
         assert (alone[0][0], alone[1][0]) == (sources[place], within[place])
+
+
+def test_another_period_or_seed_is_another_interleave():
+    mixture, other = Mixture([7, 3], seed=1), Mixture([7, 3], seed=2)
+    sources, _ = mixture.split(np.arange(2 * mixture.period))
+    first, second = sources.reshape(2, -1)
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, other.split(np.arange(mixture.period))[0])
 
 
 @pytest.mark.parametrize("weights", [[1, 0], [1, -1], []], ids=["zero", "negative", "none"])

@@ -19,6 +19,7 @@ FOUR = dict.fromkeys(["n0", "n1", "n2", "n3"], "idle")
         pytest.param(["n3"], {**FOUR, "n3": "down"}, [], 3, ["n3"], [], id="down, not needed"),
         pytest.param(["n3"], {**FOUR, "n3": "down*"}, [], 4, [], ["n3"], id="down, waited for"),
         pytest.param(["gone"], FOUR, [], 2, ["gone"], [], id="of another partition"),
+        pytest.param(["gone"], FOUR, [], 5, [], [], id="of another partition, and all are needed"),
     ],
 )
 def test_a_job_keeps_enough_nodes_to_start(bad, states, always, need, out, kept):

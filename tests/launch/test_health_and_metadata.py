@@ -122,6 +122,13 @@ def test_of_two_nodes_both_are_under_suspicion():
 def test_a_node_whose_neighbour_is_known_to_be_sick_is_not_blamed():
     reports = speeds(["a", "b", "c"], silent=["b"])
     assert slow_nodes(reports, ["a", "c"], 1.0) == {}
+    assert slow_nodes(reports, ["a"], 1.0) == {}
+
+
+@pytest.mark.parametrize("other", [{}, {"a": {"gb_per_second": 0.1}}], ids=["silent", "slow"])
+def test_a_pair_is_as_fast_as_the_slower_of_its_two_reports(other):
+    reports = {"a": {"b": {"gb_per_second": 10.0}}, "b": other}
+    assert slow_nodes(reports, ["a", "b"], 1.0).keys() == {"a", "b"}
 
 
 values_asked = []

@@ -3,14 +3,18 @@
 import os
 import platform
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
 
 from megatron_eso.errors import CheckpointError
+from megatron_eso.launch import lease
 from megatron_eso.launch.lease import (
     LEASE_FILE,
     QUIET_SECONDS,
     Held,
+    _start_of,
     acquire,
     owner_name,
     read,
@@ -93,6 +97,24 @@ def test_a_dead_process_or_a_reused_pid_loses_it(tmp_path):
         acquire(tmp_path, owner_name({}))
         assert read(tmp_path)["owner"] == owner_name({})
         release(tmp_path, owner_name({}))
+
+
+def test_a_process_that_has_ended_but_was_not_waited_for_loses_it(tmp_path):
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+        acquire(tmp_path, f"{platform.node()}/{child.pid}/{_start_of(child.pid)}")
+        child.kill()
+        deadline = time.monotonic() + 10
+        while ") Z " not in Path(f"/proc/{child.pid}/stat").read_text():
+            assert time.monotonic() < deadline
+        acquire(tmp_path, owner_name({}))
+
+
+def test_of_two_that_take_it_at_once_one_has_it(tmp_path, monkeypatch):
+    write = lease.write_json
+    other = {"owner": "8.1", "updated": 0.0}
+    monkeypatch.setattr(lease, "write_json", lambda path, _, **kind: write(path, other, **kind))
+    with pytest.raises(CheckpointError, match=r"7\.0 lost its lease to 8\.1"):
+        acquire(tmp_path, "7.0")
 
 
 def test_another_host_keeps_it_while_it_renews(tmp_path):
@@ -178,10 +200,12 @@ def test_of_two_jobs_slurm_says_whether_the_other_one_runs(tmp_path, monkeypatch
 
 
 def test_an_arrays_task_is_known_by_the_arrays_folder(tmp_path, monkeypatch):
-    acquire(tmp_path / "3" / "checkpoints", "7.0")
-    squeue(tmp_path, monkeypatch, f"5_3|RUNNING|None|n0|1:00|N/A|megatron-eso|{tmp_path}")
-    with pytest.raises(CheckpointError, match="its job 7 is running"):
-        acquire(tmp_path / "3" / "checkpoints", "8.0")
+    acquire(tmp_path / "runs" / "3" / "checkpoints", "7.0")
+    squeue(tmp_path, monkeypatch, f"5_3|RUNNING|None|n0|1:00|N/A|megatron-eso|{tmp_path}/runs")
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    for folder in ("runs", "link"):
+        with pytest.raises(CheckpointError, match="its job 7 is running"):
+            acquire(tmp_path / folder / "3" / "checkpoints", "8.0")
 
 
 def test_a_job_of_anothers_script_is_alive_while_it_runs(tmp_path, monkeypatch):

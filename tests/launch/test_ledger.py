@@ -8,7 +8,7 @@ import pytest
 
 from megatron_eso.errors import UserError
 from megatron_eso.launch import events, timeline
-from megatron_eso.launch.ledger import CAUSES, Stretch, account, read_ledger
+from megatron_eso.launch.ledger import CAUSES, Stretch, account, clock, read_ledger
 from megatron_eso.launch.timeline import write_timeline
 
 
@@ -21,7 +21,7 @@ def fault(at, step, silent=0.0):
 
 
 INTERRUPTED = [
-    event("launch", 0), event("start", 0), event("setup", 8), event("ready", 10, step=0),
+    event("launch", 0), event("start", 2), event("setup", 8), event("ready", 10, step=0),
     event("checkpoint", 60, step=40, seconds=10.0), event("committed", 65, step=40),
     fault(150, 120, silent=10.0), event("start", 151), event("setup", 158),
     event("ready", 161, step=40), event("evaluation", 251, seconds=30.0),
@@ -48,6 +48,54 @@ def test_steps_that_are_done_again_are_lost_time():
     assert ledger.seconds("training") == pytest.approx(40 + 70)
     assert ledger.effective_share == pytest.approx(110 / 261)
     assert ledger.mean_seconds_between_failures == pytest.approx(261)
+
+
+def test_a_stall_is_not_done_again():
+    farther_back = [{**e, "step": 20} if e["clock"] == 261 else e for e in INTERRUPTED]
+    ledger = account(farther_back)
+    assert ledger.lost_steps == 100
+    assert ledger.seconds("lost steps") == pytest.approx(100)
+    assert ledger.seconds("checkpoint stall") == 10
+
+
+def test_no_step_is_lost_where_the_next_start_went_on_from_beyond_the_last_event():
+    """As from a node-local copy."""
+    later = [fault(150, 40), event("start", 151), event("ready", 161, step=60), event("stop", 170)]
+    assert account([*INTERRUPTED[:6], *later]).lost_steps == 0
+
+
+def test_ranks_that_no_launcher_starts_are_counted_by_their_set_up():
+    ledger = account(
+        [
+            event("setup", 0),
+            event("ready", 10, step=0),
+            event("setup", 50),
+            event("ready", 60, step=0),
+        ]
+    )
+    assert (ledger.num_starts, ledger.seconds("set-up")) == (2, 20)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        pytest.param(
+            [event("evaluation", 62, seconds=30.0)], id="longer than since the last stall"
+        ),
+        pytest.param(
+            [event("checkpoint", 145, step=50, seconds=10.0), fault(150, 50, silent=10.0)],
+            id="in the silence before a fault",
+        ),
+        pytest.param([fault(70, 40, silent=500.0)], id="silent for longer than it ran"),
+    ],
+)
+def test_no_second_counts_twice(found):
+    ledger = account([*INTERRUPTED[:5], *found])
+    assert sum(ledger.seconds(cause) for cause in CAUSES) == pytest.approx(ledger.elapsed)
+
+
+def test_durations_are_shown_in_days_hours_and_minutes():
+    assert [clock(s) for s in (59.0, 600, 90_061)] == ["59.0 s", "0:10:00", "1 d 1:01:01"]
 
 
 def test_a_run_that_waits_for_its_next_launch_is_not_running():
@@ -80,9 +128,16 @@ def test_a_wall_clock_that_jumps_is_reported_and_not_counted(jump):
 
 
 def test_across_machines_the_wall_clock_counts_but_never_backwards():
-    ledger = account([event("start", 0), event("setup", 5, boot="other", wall=-50)])
-    assert ledger.elapsed == 0
+    elsewhere = {"boot": "other", "wall": -50}
+    ledger = account(
+        [event("start", 0), event("setup", 5, **elsewhere), event("ready", 10, step=0, **elsewhere)]
+    )
+    assert ledger.elapsed == 5
     assert ledger.clock_jumps == [-45]
+
+
+def test_without_a_boots_name_the_wall_clock_counts():
+    assert account([event("start", 0, boot=""), event("setup", 5, boot="", wall=10)]).elapsed == 15
 
 
 def test_what_the_clocks_of_two_machines_differ_by_is_no_jump():

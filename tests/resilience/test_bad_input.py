@@ -81,7 +81,10 @@ def test_the_limit_of_a_section_follows_the_longest_so_far(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     heart = Heart({}, setup_seconds=600, floor_seconds=30, factor=3)
     assert heart.limit("step") == 600  # never timed
+    assert Heart({}, setup_seconds=10, floor_seconds=30, factor=3).limit("step") == 30
+    now[0] += 1
     heart.enter("step")
+    assert heart.limit("setup") == 600
     now[0] += 100
     heart.enter("step")  # the first step builds what others reuse: a bound until one is timed
     assert heart.limit("step") == 300
