@@ -4,37 +4,29 @@ Its metrics, TensorBoard files and ledger stay as they are: the same points woul
 """
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 from megatron_eso.checkpoint.find import newest_valid_together
 from megatron_eso.config.schema import RunConfig
-from megatron_eso.data.reader import RowReader
 from megatron_eso.files import read_json
 from megatron_eso.parallel.exchange import from_first_rank
-from megatron_eso.train.keeper import changed_data, open_together
 from megatron_eso.train.run_folder import RunFolder
 from megatron_eso.train.session import Session
 from megatron_eso.train.spare_output import SpareOutput
+from megatron_eso.train.training_data import changed_data, open_training_data
 
 log = logging.getLogger(__name__)
 
 
-def has_finished(
-    session: Session,
-    folder: RunFolder,
-    earlier: RunConfig | None,
-    open_rows: Callable[[], RowReader],
-) -> bool:
+def has_finished(session: Session, folder: RunFolder, earlier: RunConfig | None) -> bool:
     """Return whether an earlier start has trained, saved and evaluated all that is asked for.
 
-    All ranks must call this.
+    A run on other data than the checkpoint's has not. All ranks must call this.
 
     Args:
         session: the run.
         folder: its folder.
         earlier: on the first rank, the configuration of the run in the folder, if there is one.
-        open_rows: opens the training data; a run on other data than the checkpoint's has not finished.
     """
     config, device = session.config, session.torch_device
     total = session.derived.total_steps
@@ -52,8 +44,8 @@ def has_finished(
     newest = newest_valid_together(folder.checkpoints, hashes=hashes, device=device)
     if newest is None or newest.step != total:
         return False
-    reader = open_together(open_rows, device)
-    changed = changed_data(from_first_rank(newest.sidecar, device), reader)
+    reader = open_training_data(config, device)
+    changed = changed_data(from_first_rank(newest.sidecar, device)["data"], reader)
     reader.close()
     return not changed
 

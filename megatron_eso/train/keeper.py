@@ -8,12 +8,9 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megatron_eso.checkpoint.facts import facts_of
 from megatron_eso.checkpoint.find import find_checkpoint_together, newest_valid_together
@@ -27,13 +24,14 @@ from megatron_eso.checkpoint.local import LocalCopies, run_identity
 from megatron_eso.checkpoint.save import Saver
 from megatron_eso.checkpoint.state import collect, stored_bytes
 from megatron_eso.data.reader import RowReader
-from megatron_eso.errors import CheckpointError, DataError
+from megatron_eso.errors import CheckpointError
 from megatron_eso.launch import events, lease
 from megatron_eso.launch.environment import is_of_job_script
 from megatron_eso.launch.heartbeat import Heart
-from megatron_eso.parallel.exchange import from_first_rank, raise_together, together
+from megatron_eso.parallel.exchange import from_first_rank, raise_together
 from megatron_eso.train.run_folder import RunFolder
 from megatron_eso.train.session import Session, TrainState
+from megatron_eso.train.training_data import require_same_data, require_same_tokenizer
 
 log = logging.getLogger(__name__)
 _ROOM = (
@@ -200,7 +198,7 @@ class Keeper:
             raise CheckpointError(f"checkpoint.init_from: {error}") from None
         facts = from_first_rank(folder.sidecar, session.torch_device)
         require_same_model(folder.path, facts, session.config.model)
-        self._require_same_tokenizer(folder.path, facts)
+        require_same_tokenizer(folder.path, facts, self._reader)
         kind = load_first_weights(
             folder,
             session.chunks,
@@ -275,7 +273,7 @@ class Keeper:
         session = self._session
         facts = from_first_rank(folder.sidecar, session.torch_device)
         require_same_model(folder.path, facts, session.config.model)
-        self._require_same_data(folder.path, facts)
+        require_same_data(folder.path, facts, self._reader)
         stored = facts.get("train_state")
         state = TrainState(**stored) if stored else TrainState(step=int(facts["step"]))
         load_training_state(
@@ -289,25 +287,6 @@ class Keeper:
         )
         session.state.replace_by(state)
         self.saver.kept_step = self._heart.kept_step = self._heart.step = state.step
-
-    def _require_same_data(self, path: Path, facts: dict[str, Any]) -> None:
-        changed = changed_data(facts, self._reader)
-        if changed:
-            raise CheckpointError(
-                f"{path} was trained on other data ({', '.join(changed)} differ): continuing would repeat "
-                "or skip samples; restore data.sources or choose another folder"
-            )
-
-    def _require_same_tokenizer(self, path: Path, facts: dict[str, Any]) -> None:
-        """Refuse weights trained with another tokenizer than the data's, where both are known."""
-        theirs = facts.get("data", {}).get("tokenizer")
-        mine = self._reader.fingerprint().get("tokenizer")
-        if theirs and mine and theirs != mine:
-            raise CheckpointError(
-                f"checkpoint.init_from={path} was trained with another tokenizer (sha256 {theirs}) than "
-                f"the data was prepared with ({mine}): its ids stand for other tokens. Prepare the data "
-                f"with that one (data prepare --tokenizer {facts.get('tokenizer') or 'FILE'})"
-            )
 
     def _missing_room(self) -> str:
         """Return, on all ranks, why the disk has no room for one more checkpoint; empty if it has."""
@@ -353,34 +332,6 @@ def facts_of_run(session: Session, data: dict[str, Any], tokenizer: Path) -> dic
         num_ranks=session.ranks.world_size,
         written=time.time(),
     )
-
-
-def open_together(open_rows: Callable[[], RowReader], device: torch.device) -> RowReader:
-    """Return this rank's reader of the training data. All ranks must call this.
-
-    Raises:
-        DataError: on all ranks, if one cannot open the data, or holds other data than the first rank.
-    """
-    # Where a rank's store, cache or disk fails, the others must not wait for it.
-    reader = together(open_rows, device)
-    first = from_first_rank(reader.fingerprint, device)
-
-    def compare() -> None:
-        changed = changed_data({"data": first}, reader)
-        if changed:
-            raise DataError(
-                f"data.sources on {platform.node()} are not those of the first rank ({', '.join(changed)} "
-                "differ): a path must lead to the same data on every node"
-            )
-
-    together(compare, device)
-    return reader
-
-
-def changed_data(facts: dict[str, Any], reader: RowReader) -> list[str]:
-    """Return what differs between the data that a checkpoint's facts name and those of a reader."""
-    stored, mine = facts["data"], reader.fingerprint()
-    return [name for name, value in mine.items() if stored.get(name) != value]
 
 
 def _why_no_copies(local_folder: str | None) -> str:

@@ -12,7 +12,6 @@ import torch
 from megatron_eso.checkpoint.folder import list_folders
 from megatron_eso.config.derive import total_steps
 from megatron_eso.config.schema import RunConfig
-from megatron_eso.data.reader import RowReader
 from megatron_eso.errors import (
     STOPPED_EXIT_CODE,
     CheckpointError,
@@ -30,7 +29,7 @@ from megatron_eso.parallel.phases import phase
 from megatron_eso.resilience.signals import StopRequest
 from megatron_eso.train.finished import has_finished, leave_finished
 from megatron_eso.train.guard import StepGuard
-from megatron_eso.train.keeper import Keeper, open_together
+from megatron_eso.train.keeper import Keeper
 from megatron_eso.train.learning_rate import change_of_schedule
 from megatron_eso.train.metrics import Metrics, measured_peak
 from megatron_eso.train.profile import Profile
@@ -38,6 +37,7 @@ from megatron_eso.train.run_folder import RunFolder
 from megatron_eso.train.session import build_session, choices
 from megatron_eso.train.spare_output import SpareOutput
 from megatron_eso.train.stragglers import Stragglers
+from megatron_eso.train.training_data import open_training_data
 from megatron_eso.train.validation import StopAskedError, Validation
 
 log = logging.getLogger(__name__)
@@ -81,13 +81,11 @@ class Run:
         session, config = self.session, self.session.config
         self._earlier: RunConfig | None = None
         self._on_first_rank(self._take_folder)
-        self.had_finished = has_finished(
-            session, self.folder, self._earlier, lambda: _open_rows(config)
-        )
+        self.had_finished = has_finished(session, self.folder, self._earlier)
         if self.had_finished:
             return
         self._note("setup", began=begin, joined=session.joined)
-        self.reader = open_together(lambda: _open_rows(config), session.torch_device)
+        self.reader = open_training_data(config, session.torch_device)
         tokenizer = self.reader.manifests[0].tokenizer_sha256
         self.validation = together(lambda: Validation(config, tokenizer), session.torch_device)
         self.keeper = Keeper(session, self.folder, self.reader, self.heart)
@@ -347,16 +345,6 @@ class Run:
         log.info("the run reads its data %.2f times", epochs)
         self.metrics = Metrics(self.session, self.folder.path, peak=peak)
         self._write_status("running")
-
-
-def _open_rows(config: RunConfig) -> RowReader:
-    return RowReader(
-        config.data,
-        sequence_length=config.train.sequence_length,
-        vocab_size=config.model.vocab_size,
-        global_batch_rows=config.train.global_batch_rows,
-        seed=config.train.seed,
-    )
 
 
 def _is_due(step: int, every: int | None) -> bool:
