@@ -123,10 +123,8 @@ class Saver:
         self.kept_step = -1
         """Step of the newest checkpoint this run committed or continued from; -1: none."""
         self._device, self._while_waiting = device, while_waiting
-        self._planner, self._lease = (
-            Planner(),
-            lease.Held(root, owner if dist.get_rank() == 0 else ""),
-        )
+        self._planner = Planner()
+        self._lease = lease.Held(root, owner if dist.get_rank() == 0 else "")
         self._save: _Save | None = None
         self._outlived: dict[Path, Publication] = {}  # of saves that were given up
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_eso.parallel.optimizer import gather_weights
 from megatron_eso.parallel.parameters import Shard, shards
 
 
@@ -70,7 +71,7 @@ class MovingAverage:
 
 
 def _write(
-    chunks: list[Any], ranges: dict[nn.Parameter, Shard], parts: dict[nn.Parameter, Tensor]
+    chunks: list[nn.Module], ranges: dict[nn.Parameter, Shard], parts: dict[nn.Parameter, Tensor]
 ) -> None:
     """Write the model's weights: every rank its share, and Megatron gathers them, as after an update."""
     with torch.no_grad():
@@ -79,8 +80,7 @@ def _write(
                 [parameter.view(-1)[one.start : one.end] for parameter, one in ranges.items()],
                 [parts[parameter] for parameter in ranges],
             )
-    for chunk in chunks:
-        chunk.start_param_sync(force_sync=True)
+    gather_weights(chunks)
 
 
 def _share_memory(some: Tensor, other: Tensor) -> bool:

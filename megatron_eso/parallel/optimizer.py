@@ -172,9 +172,14 @@ def write_fp8_weights(optimizer: Any, chunks: Iterable[Any]) -> None:
         return
     for inner in optimizer.chained_optimizers:
         inner._copy_main_params_to_model_params()
-    for chunk in wrapped:
+    gather_weights(wrapped)
+
+
+def gather_weights(chunks: list[Any]) -> None:
+    """Gather the weights of which each data-parallel rank has written its share. All ranks call this."""
+    for chunk in chunks:
         chunk.start_param_sync(force_sync=True)
-    _renew_transposes(wrapped)
+    _renew_transposes(chunks)
 
 
 def _renew_transposes(chunks: Iterable[nn.Module]) -> None:
